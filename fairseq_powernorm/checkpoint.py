@@ -1,0 +1,198 @@
+"""Checkpoints: reading them safely, averaging them, and converting those of the authors' code.
+
+``python -m fairseq_powernorm.checkpoint average --inputs A.pt B.pt --output C.pt``
+``python -m fairseq_powernorm.checkpoint convert THEIRS.pt OURS.pt``
+"""
+import argparse
+import os
+import sys
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+State = Dict[str, Any]
+
+#: architectures of the authors' code under which they trained, and ours; sizes are stored with the checkpoint
+AUTHORS_ARCHITECTURES = {
+    "transformer_iwslt_de_en_v2": "transformer_pn_iwslt_de_en",
+    "transformer_iwslt_de_en": "transformer_pn_iwslt_de_en",
+    "transformer_wmt_en_de": "transformer_pn_wmt_en_de",
+    "transformer_wmt_en_de_big": "transformer_pn_wmt_en_de_big",
+    "transformer_vaswani_wmt_en_de_big": "transformer_pn_wmt_en_de_big",
+    "transformer_wmt_en_de_big_t2t": "transformer_pn_wmt_en_de_big",
+}
+#: warm-up of the final norms in the authors' code, whatever --warmup-updates says
+AUTHORS_FINAL_WARMUP = 1000
+#: norms that the authors' flags offer and this package builds with the same arithmetic in evaluation
+AUTHORS_NORMS = ("layer", "power")
+
+
+def load(path: str) -> State:
+    """Read a fairseq checkpoint onto the CPU without executing code from it.
+
+    Raises:
+        ValueError: the file is missing, damaged, or not a fairseq checkpoint
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"checkpoint {path!r}: no such file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"checkpoint {path!r}: damaged, or not a checkpoint ({error})") from error
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise ValueError(f"checkpoint {path!r}: holds no model; must be one written by fairseq-train")
+    return state
+
+
+def save(state: State, path: str, overwrite: bool = False) -> None:
+    """Write a checkpoint whole or not at all.
+
+    Raises:
+        ValueError: ``path`` exists and ``overwrite`` is False, or its directory does not exist
+    """
+    if os.path.exists(path) and not overwrite:
+        raise ValueError(f"output {path!r}: exists; choose another name or give --force")
+    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise ValueError(f"output {path!r}: its directory does not exist")
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def average_checkpoints(paths: Sequence[str]) -> State:
+    """Average the parameters and running statistics of checkpoints of one run.
+
+    Second moments are averaged as moments: ``running_phi`` as it is, ``running_var`` together with the spread of
+    ``running_mean``. Step counts and integers come from the last checkpoint, everything else but the optimizer's
+    state (left out) too.
+
+    Args:
+        paths: checkpoint files, oldest first
+
+    Returns:
+        a checkpoint's content, in the dtypes of the last one
+
+    Raises:
+        ValueError: no file is given, one cannot be read, or their parameters differ in name or shape
+    """
+    if not paths:
+        raise ValueError("no checkpoints to average")
+    sums: Dict[str, Tensor] = {}
+    state: State = {}
+    for path in paths:
+        state = load(path)
+        model = _with_raw_moments(state["model"])
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.items()}
+        if sums and shapes != {name: tuple(tensor.shape) for name, tensor in sums.items()}:
+            differing = sorted(
+                name for name in set(sums) | set(shapes) if name not in sums or shapes.get(name) != tuple(sums[name].shape)
+            )
+            raise ValueError(f"checkpoint {path!r}: {differing[0]!r} is missing or of another shape than in {paths[0]!r}")
+        for name, tensor in model.items():
+            if not tensor.is_floating_point() or name.endswith(".iters"):
+                sums[name] = tensor
+            elif name in sums:
+                sums[name] += tensor.double()
+            else:
+                sums[name] = tensor.double()
+    last = state["model"]
+    averaged = {
+        name: tensor if not tensor.is_floating_point() or name.endswith(".iters") else tensor / len(paths)
+        for name, tensor in sums.items()
+    }
+    averaged = _with_central_moments(averaged)
+    state["model"] = type(last)((name, averaged[name].to(tensor.dtype)) for name, tensor in last.items())
+    state.pop("last_optimizer_state", None)
+    return state
+
+
+def _with_raw_moments(model: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """The same with E[x^2] in place of each ``running_var`` (float64)."""
+    return _map_variances(model, lambda var, mean: var.double() + mean.double().square())
+
+
+def _with_central_moments(model: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """Inverse of :func:`_with_raw_moments`."""
+    return _map_variances(model, lambda moment, mean: moment - mean.square())
+
+
+def _map_variances(model: Dict[str, Tensor], change) -> Dict[str, Tensor]:
+    suffix = ".running_var"
+    return {
+        name: change(tensor, model[name[: -len(suffix)] + ".running_mean"]) if name.endswith(suffix) else tensor
+        for name, tensor in model.items()
+    }
+
+
+def convert_authors_checkpoint(state: State) -> State:
+    """Turn a checkpoint of the authors' code (fairseq 0.8) into one of ``transformer_pn``.
+
+    The options of that code become those of this package (its LR warm-up is PN's warm-up too, its final norms warm
+    up for 1000 updates), statistics of shape ``(1, C, 1, 1)`` become ``(C,)`` and the step counts floating point.
+
+    Raises:
+        ValueError: the checkpoint stores no Namespace, or uses an architecture or norm that has no counterpart
+    """
+    args = state.get("args")
+    if not isinstance(args, argparse.Namespace):
+        raise ValueError("checkpoint stores no Namespace of options under 'args'; must be one of the authors' code")
+    arch = getattr(args, "arch", None)
+    if arch not in AUTHORS_ARCHITECTURES:
+        raise ValueError(f"arch {arch!r}: must be one of {', '.join(AUTHORS_ARCHITECTURES)}")
+    for name in ("encoder_norm_self", "encoder_norm_ff", "decoder_norm_self", "decoder_norm_ff"):
+        if getattr(args, name, None) not in AUTHORS_NORMS:
+            raise ValueError(
+                f"{name} {getattr(args, name, None)!r}: can be converted only from {', '.join(AUTHORS_NORMS)}; "
+                "the authors' batch norms and this package's differ in how they treat padding"
+            )
+    args = argparse.Namespace(**vars(args))
+    args.arch = AUTHORS_ARCHITECTURES[arch]
+    args.task = "translation_pn"
+    args.norm_variant = "reference"
+    args.norm_warmup_updates = args.warmup_updates
+    args.norm_final_warmup_updates = AUTHORS_FINAL_WARMUP
+    model = type(state["model"])()
+    for name, tensor in state["model"].items():
+        if name.endswith((".running_phi", ".ema_gz")):
+            tensor = tensor.reshape(-1)
+        elif name.endswith(".iters"):
+            tensor = tensor.reshape(()).float()
+        model[name] = tensor
+    return {**state, "args": args, "model": model}
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m fairseq_powernorm.checkpoint", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    average = commands.add_parser("average", help="average parameters and running statistics of several checkpoints")
+    average.add_argument("--inputs", nargs="+", required=True, metavar="FILE", help="checkpoints, oldest first")
+    average.add_argument("--output", required=True, metavar="FILE")
+    convert = commands.add_parser("convert", help="convert a checkpoint of the authors' code")
+    convert.add_argument("input", metavar="THEIRS")
+    convert.add_argument("output", metavar="OURS")
+    for command in (average, convert):
+        command.add_argument("--force", action="store_true", help="overwrite the output")
+    args = parser.parse_args(argv)
+    try:
+        if os.path.exists(args.output) and not args.force:
+            raise ValueError(f"output {args.output!r}: exists; choose another name or give --force")
+        if args.command == "average":
+            state = average_checkpoints(args.inputs)
+        else:
+            state = convert_authors_checkpoint(load(args.input))
+        save(state, args.output, overwrite=args.force)
+    except ValueError as error:
+        print(f"{parser.prog} {args.command}: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Shims that let an unmodified fairseq run on current versions of its dependencies.
+
+Applied once, when the plugin is imported, before anything of fairseq is used. None of them changes a file of
+fairseq or turns a safety check off.
+"""
+import argparse
+import collections
+import types
+import typing
+import warnings
+
+import numpy as np
+import torch
+from packaging.version import Version
+
+#: warnings that every fairseq command prints and that a user can do nothing about: (message pattern, category)
+KNOWN_WARNINGS = ()
+
+
+def silence_known_warnings() -> None:
+    """Filter by message, so that a warning that is not on the list is still seen."""
+    for message, category in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=category)
+
+
+def restore_numpy_long() -> None:
+    """numpy 2 dropped ``np.compat``, of which fairseq's datasets use one name, ``np.compat.long``."""
+    if not hasattr(np, "compat"):
+        np.compat = types.SimpleNamespace(long=int)
+
+
+def allow_checkpoint_types() -> None:
+    """Let torch's weights-only loading read fairseq's checkpoints (torch >= 2.6 refuses them).
+
+    An allow-list of plain data types; weights-only loading itself stays on.
+    """
+    if Version(torch.__version__) < Version("2.6"):
+        return
+    import omegaconf
+    from fairseq.distributed.utils import _TensorPlaceholder
+    from fairseq.logging import meters
+
+    reconstruct = np.zeros(1).__reduce__()[0]
+    allowed = [
+        argparse.Namespace,
+        # scores that --eval-bleu leaves in a checkpoint; numpy 1 and 2 save them under different names
+        np.ndarray,
+        np.dtype,
+        type(np.dtype(np.int64)),
+        type(np.dtype(np.float64)),
+        (reconstruct, "numpy.core.multiarray._reconstruct"),
+        (reconstruct, "numpy._core.multiarray._reconstruct"),
+        # configurations, which the ranks of a distributed run send each other on resuming
+        omegaconf.DictConfig,
+        omegaconf.ListConfig,
+        omegaconf.base.ContainerMetadata,
+        omegaconf.base.Metadata,
+        omegaconf.nodes.AnyNode,
+        _TensorPlaceholder,
+        typing.Any,
+        dict,
+        list,
+        int,
+        collections.defaultdict,
+    ]
+    # checkpoints of fairseq 0.8 and 0.9 hold their meters
+    for name in ("AverageMeter", "TimeMeter", "StopwatchMeter"):
+        allowed.append((getattr(meters, name), f"fairseq.meters.{name}"))
+    torch.serialization.add_safe_globals(allowed)
+
+
+def apply() -> None:
+    """Apply every shim; safe to call more than once."""
+    silence_known_warnings()
+    restore_numpy_long()
+    allow_checkpoint_types()

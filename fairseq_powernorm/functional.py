@@ -1,0 +1,262 @@
+"""Autograd functions of the norms. They hold no state and make no choice of policy.
+
+The running statistics come in as arguments, the batch's statistics go out: those of the forward pass as
+non-differentiable outputs, those of the backward pass through the function ``collect``, which is called
+once per backward pass.
+"""
+from typing import Callable, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .kernels import kernel
+
+Moment = kernel.Moment
+
+Collect = Callable[[Tensor, Tensor, Tensor], None]
+
+
+class PowerNormSpec(NamedTuple):
+    """The constants of one call of :func:`power_norm`.
+
+    Attributes:
+        groups: channel groups of the layer scale, 0 for none
+        eps: added to psi^2 under both roots
+        nu_scale: factor of ``nu`` in the gradient, ``1 - alpha_bkw``
+        forward_batch: divide the output by the batch's own second moment instead of ``psi2``
+        backward_batch: divide the gradient by the batch's own second moment instead of ``psi2``
+        skip_padding: backward statistics over non-padding rows only, no gradient through padding
+    """
+
+    groups: int
+    eps: float
+    nu_scale: float
+    forward_batch: bool
+    backward_batch: bool
+    skip_padding: bool
+
+
+class _PowerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, valid, psi2, nu, spec, collect):
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.to(kernel.compute_dtype(x))
+            r = kernel.layer_scale_rsqrt(wide, spec.groups)
+            u = kernel.scale_rows(wide, r)
+            moment, everything = kernel.second_moments(u, valid)
+            inv_running = kernel.inverse_root(psi2.to(wide.dtype), spec.eps)
+            inv_batch = None
+            if spec.forward_batch or spec.backward_batch:
+                inv_batch = kernel.inverse_root(moment.mean(otherwise=psi2), spec.eps)
+            inv_forward = inv_batch if spec.forward_batch else inv_running
+            inv_backward = inv_batch if spec.backward_batch else inv_running
+            y = kernel.affine(u, inv_forward, weight, bias).to(x.dtype)
+        squares = moment if spec.skip_padding else everything
+        ctx.save_for_backward(x, r, weight, bias, valid, inv_forward, inv_backward, *squares)
+        # nu is read when the backward pass runs, by the method's definition: not a saved tensor
+        ctx.nu, ctx.spec, ctx.collect = nu, spec, collect
+        ctx.mark_non_differentiable(*moment)
+        ctx.set_materialize_grads(False)
+        return (y, *moment)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y, _total, _count):
+        if grad_y is None:
+            return (None,) * 8
+        x, r, weight, bias, valid, inv_forward, inv_backward, square_total, count = ctx.saved_tensors
+        spec = ctx.spec
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = kernel.compute_dtype(x)
+            u = kernel.scale_rows(x.to(dtype), r)
+            grad = grad_y.to(dtype)
+            wide_weight = None if weight is None else weight.to(dtype)
+            nu = spec.nu_scale * ctx.nu.to(dtype)
+            counted = valid if spec.skip_padding else None
+            grad_sum, grad_u_sum = kernel.grad_sums(grad, u, counted)
+            grad_z_sum = grad_u_sum * inv_forward
+            # Lambda and Gamma of Algorithm 2, as sums: dL/dz * z and z^2
+            weighted = grad_z_sum if wide_weight is None else grad_z_sum * wide_weight
+            ctx.collect(weighted, square_total * inv_forward.square(), count)
+            grad_x = None
+            if ctx.needs_input_grad[0]:
+                # dL/du = (weight * dy - nu * z) / psi
+                scale = inv_backward if wide_weight is None else inv_backward * wide_weight
+                grad_u = (grad * scale).addcmul_(u, -nu * inv_forward * inv_backward)
+                if counted is not None:
+                    padding = counted.logical_not().unsqueeze(1)
+                    grad_u.masked_fill_(padding, 0)
+                    u = u.masked_fill(padding, 0)
+                grad_x = kernel.scale_rows_backward(grad_u, u, r).to(x.dtype)
+            grad_weight = None if weight is None else grad_z_sum.to(weight.dtype)
+            grad_bias = None if bias is None else grad_sum.to(bias.dtype)
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None
+
+
+def power_norm(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    valid: Optional[Tensor],
+    psi2: Tensor,
+    nu: Tensor,
+    spec: PowerNormSpec,
+    collect: Collect,
+) -> Tuple[Tensor, Moment]:
+    """Layer scale and Power Normalization of rows, with the method's approximate gradient (Algorithm 2).
+
+    Args:
+        x: ``N x C``, contiguous
+        weight, bias: ``C`` or None
+        valid: ``N`` bool, False marks padding; None if there is none
+        psi2: ``C``, running second moment psi^2(t-1)
+        nu: ``C``, read when the backward pass runs; ``spec.nu_scale * nu`` is the paper's nu(t-1)
+        spec: constants of the call
+        collect: called by the backward pass with the sums over rows of ``weight * dy * z`` (``C``) and
+            ``z^2`` (``C``), and the number of rows (scalar tensor)
+
+    Returns:
+        ``y`` (``N x C``, dtype of ``x``) and the batch's :class:`Moment` over non-padding rows
+    """
+    y, total, count = _PowerNorm.apply(x, weight, bias, valid, psi2, nu, spec, collect)
+    return y, Moment(total, count)
+
+
+class _BatchPowerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, valid, psi2, groups, eps):
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.to(kernel.compute_dtype(x))
+            r = kernel.layer_scale_rsqrt(wide, groups)
+            u = kernel.scale_rows(wide, r)
+            moment, _ = kernel.second_moments(u, valid)
+            inv = kernel.inverse_root(moment.mean(otherwise=psi2), eps)
+            y = kernel.affine(u, inv, weight, bias).to(x.dtype)
+        ctx.save_for_backward(x, r, weight, bias, valid, inv, moment.count)
+        ctx.mark_non_differentiable(*moment)
+        ctx.set_materialize_grads(False)
+        return (y, *moment)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y, _total, _count):
+        if grad_y is None:
+            return (None,) * 7
+        x, r, weight, bias, valid, inv, count = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = kernel.compute_dtype(x)
+            u = kernel.scale_rows(x.to(dtype), r)
+            grad = grad_y.to(dtype)
+            grad_sum, grad_u_sum = kernel.grad_sums(grad, u, None)
+            grad_z_sum = grad_u_sum * inv
+            grad_x = None
+            if ctx.needs_input_grad[0]:
+                scale = inv if weight is None else inv * weight.to(dtype)
+                # d psi_B^2 / du is 2u / n on the rows that count and 0 on padding
+                mean = (scale * grad_u_sum) * inv.square() / count.clamp(min=1)
+                centre = u if valid is None else kernel.mask_rows_(u.clone(), valid)
+                grad_u = (grad * scale).addcmul_(centre, -mean)
+                grad_x = kernel.scale_rows_backward(grad_u, u, r).to(x.dtype)
+            grad_weight = None if weight is None else grad_z_sum.to(weight.dtype)
+            grad_bias = None if bias is None else grad_sum.to(bias.dtype)
+        return grad_x, grad_weight, grad_bias, None, None, None, None
+
+
+def batch_power_norm(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    valid: Optional[Tensor],
+    psi2: Tensor,
+    groups: int,
+    eps: float,
+) -> Tuple[Tensor, Moment]:
+    """Layer scale and PN-V of rows: the batch's own second moment, with its exact gradient (Algorithm 1).
+
+    Arguments and results as for :func:`power_norm`; ``psi2`` (``C``) stands in where no row counts. The
+    gradient is that of the function computed: a gradient that arrives at a padded row passes through it
+    and through the batch's second moment.
+    """
+    y, total, count = _BatchPowerNorm.apply(x, weight, bias, valid, psi2, groups, eps)
+    return y, Moment(total, count)
+
+
+def layer_scale(x: Tensor, groups: int) -> Tensor:
+    """Layer scale ``u = x / sqrt(mean over a channel group of x^2 + 1e-5)``, ordinary autograd.
+
+    Args:
+        x: ``... x C``, float32 or float64
+        groups: number of contiguous channel groups, a divisor of C; 0 returns ``x``
+
+    Returns:
+        tensor of ``x``'s shape and dtype
+    """
+    rows = x.reshape(-1, x.size(-1))
+    return kernel.scale_rows(rows, kernel.layer_scale_rsqrt(rows, groups)).view(x.shape)
+
+
+def running_norm(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    psi2: Tensor,
+    groups: int,
+    eps: float,
+    mean: Optional[Tensor] = None,
+) -> Tensor:
+    """Layer scale and normalization by running statistics, as in evaluation: ordinary autograd.
+
+    Args:
+        x: ``... x C``
+        psi2: ``C``, the second moment, or the variance if ``mean`` is given
+        weight, bias: ``C`` or None
+        groups: channel groups of the layer scale, 0 for none
+        eps: added to ``psi2``
+        mean: ``C``, subtracted first; None for none
+
+    Returns:
+        tensor of ``x``'s shape and dtype
+    """
+    u = layer_scale(x.to(kernel.compute_dtype(x)), groups)
+    inv = kernel.inverse_root(psi2.to(u.dtype), eps)
+    if mean is not None:
+        u = u - mean.to(u.dtype)
+    return kernel.affine(u, inv, weight, bias).to(x.dtype)
+
+
+def masked_batch_norm(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    valid: Optional[Tensor],
+    running_mean: Tensor,
+    running_var: Tensor,
+    groups: int,
+    eps: float,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Layer scale and batch normalization of rows with statistics over non-padding rows, ordinary autograd.
+
+    Args:
+        x: ``N x C``, contiguous
+        weight, bias: ``C`` or None
+        valid: ``N`` bool, False marks padding; None if there is none
+        running_mean, running_var: ``C``, stand in where no row counts
+        groups: channel groups of the layer scale, 0 for none
+        eps: added to the variance
+
+    Returns:
+        ``y`` (``N x C``, dtype of ``x``), and detached: mean, biased variance (``C``), number of rows (scalar)
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        u = layer_scale(x.to(kernel.compute_dtype(x)), groups)
+        kept = u if valid is None else u.masked_fill(valid.logical_not().unsqueeze(1), 0)
+        count = kernel.row_count(u, valid)
+        some = count > 0
+        denominator = count.clamp(min=1)
+        mean = torch.where(some, kernel.column_sum(kept) / denominator, running_mean.to(u.dtype))
+        centred = u - mean
+        kept = centred if valid is None else centred.masked_fill(valid.logical_not().unsqueeze(1), 0)
+        var = torch.where(some, kernel.column_sum(kept.square()) / denominator, running_var.to(u.dtype))
+        y = kernel.affine(centred, kernel.inverse_root(var, eps), weight, bias).to(x.dtype)
+    return y, mean.detach(), var.detach(), count

@@ -1,0 +1,85 @@
+"""fairseq's Transformer layers with the norms swapped by attribute and the padding mask handed to them.
+
+fairseq calls a norm as ``norm(x)``. Each layer therefore owns a :class:`~fairseq_powernorm.norms.MaskSlot` that its
+norms read; the layer's own ``forward`` fills the slot, so that the mask is there again when the layer is
+recomputed under activation checkpointing.
+"""
+from argparse import Namespace
+from typing import Optional
+
+from fairseq.distributed import fsdp_wrap
+from fairseq.modules import transformer_layer
+from fairseq.modules.checkpoint_activations import checkpoint_wrapper
+from torch import Tensor, nn
+
+from .norms import MaskSlot, build_norm
+from .options import norm_settings
+
+
+def swap_norm(
+    module: nn.Module, attribute: str, options: Namespace, side: str, position: str, dim: int, heads: int
+) -> None:
+    """Replace the norm ``module.attribute`` (if there is one) by the chosen one, reading ``module.mask_slot``."""
+    if getattr(module, attribute) is None:
+        return
+    name, settings = norm_settings(options, side, position, dim, heads)
+    norm = build_norm(name, dim, **settings)
+    norm.mask_slot = module.mask_slot
+    setattr(module, attribute, norm)
+
+
+def wrap_layer(layer: nn.Module, cfg) -> nn.Module:
+    """Activation checkpointing and sharding around a layer, as fairseq's ``build_*_layer`` do."""
+    if cfg.checkpoint_activations:
+        layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
+    return fsdp_wrap(layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
+
+
+class EncoderLayer(transformer_layer.TransformerEncoderLayerBase):
+    """Encoder layer whose ``self_attn_layer_norm`` and ``final_layer_norm`` are those of ``cfg.norms``."""
+
+    def __init__(self, cfg, return_fc=False):
+        super().__init__(cfg, return_fc)
+        self.mask_slot = MaskSlot()
+        heads = cfg.encoder.attention_heads
+        swap_norm(self, "self_attn_layer_norm", cfg.norms, "encoder", "self", self.embed_dim, heads)
+        swap_norm(self, "final_layer_norm", cfg.norms, "encoder", "ff", self.embed_dim, heads)
+        # fairseq 0.12.2 in evaluation: a fused path that computes LayerNorm whatever norm stands there
+        self.can_use_fastpath = False
+
+    def forward(self, x: Tensor, encoder_padding_mask: Optional[Tensor], *args, **kwargs):
+        """See fairseq; ``x`` is ``T x B x C``, ``encoder_padding_mask`` ``B x T`` or None."""
+        self.mask_slot.padding_mask = encoder_padding_mask
+        try:
+            return super().forward(x, encoder_padding_mask, *args, **kwargs)
+        finally:
+            self.mask_slot.padding_mask = None
+
+
+class DecoderLayer(transformer_layer.TransformerDecoderLayerBase):
+    """Decoder layer with the norms of ``cfg.norms``; all of them see the decoder's own padding mask."""
+
+    #: position of ``self_attn_padding_mask`` after ``x`` in fairseq's signature
+    _MASK_POSITION = 6
+
+    def __init__(self, cfg, no_encoder_attn=False, **kwargs):
+        super().__init__(cfg, no_encoder_attn, **kwargs)
+        self.mask_slot = MaskSlot()
+        heads = cfg.decoder.attention_heads
+        for attribute, position in (
+            ("self_attn_layer_norm", "self"),
+            ("encoder_attn_layer_norm", "self"),
+            ("final_layer_norm", "ff"),
+        ):
+            swap_norm(self, attribute, cfg.norms, "decoder", position, self.embed_dim, heads)
+
+    def forward(self, x: Tensor, *args, **kwargs):
+        """See fairseq; ``x`` is ``T x B x C``, ``self_attn_padding_mask`` ``B x T`` or None."""
+        if len(args) > self._MASK_POSITION:
+            self.mask_slot.padding_mask = args[self._MASK_POSITION]
+        else:
+            self.mask_slot.padding_mask = kwargs.get("self_attn_padding_mask")
+        try:
+            return super().forward(x, *args, **kwargs)
+        finally:
+            self.mask_slot.padding_mask = None

@@ -1,0 +1,442 @@
+"""Normalization layers: ``PowerNorm``, ``PowerNormV``, ``MaskedBatchNorm``, ``LayerNorm``, ``RMSNorm``.
+
+All are drop-in ``nn.Module``s called as ``norm(x, padding_mask=None)`` with ``x`` of shape ``T x B x C`` or
+``N x C`` and a bool mask of shape ``B x T`` (``N`` for two-dimensional input), True at padding. None of them
+needs fairseq. Statistics are kept and computed in float32 (float64 for float64 input) whatever the dtype of
+the input and of the parameters.
+"""
+import inspect
+from typing import Dict, Optional, Tuple, Type
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+
+VARIANTS = ("reference", "algorithm2")
+
+
+class MaskSlot:
+    """Holds the padding mask of the layer call in progress, for norms that are called without one."""
+
+    def __init__(self):
+        self.padding_mask: Optional[Tensor] = None
+
+
+def inside_backward() -> bool:
+    """True while an autograd backward pass runs: a forward pass then is a recomputation (activation checkpointing)."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _check_interval(name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}={value!r}: must lie in [0, 1]")
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's LayerNorm over the last dimension; the padding mask is accepted and not needed."""
+
+    def __init__(self, dim: int, *, eps: float = 1e-5, affine: bool = True):
+        super().__init__(dim, eps=eps, elementwise_affine=affine)
+
+    def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
+        return super().forward(x)
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm over the last dimension (no bias); the padding mask is accepted and not needed."""
+
+    def __init__(self, dim: int, *, eps: float = 1e-5, affine: bool = True):
+        super().__init__(dim, eps=eps, elementwise_affine=affine)
+
+    def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
+        return super().forward(x)
+
+
+class RunningNorm(nn.Module):
+    """Base of the norms with running statistics: checks, mask handling, buffers that stay in float32.
+
+    Args:
+        dim: number of channels C
+        eps: added to the second moment (or variance) under the root
+        alpha_fwd: weight of the old value in the running statistics of the forward pass, in [0, 1]
+        groups: channel groups of the layer scale ``u = x / sqrt(mean over the group of x^2 + 1e-5)`` that
+            precedes the norm; 0 turns it off
+        affine: learn ``weight`` and ``bias`` (``C``)
+
+    Raises:
+        ValueError: an argument is outside its range, or ``groups`` does not divide ``dim``
+    """
+
+    def __init__(self, dim: int, eps: float, alpha_fwd: float, groups: int, affine: bool):
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"dim={dim!r}: must be a positive number of channels")
+        if not eps >= 0.0:
+            raise ValueError(f"eps={eps!r}: must be zero or positive")
+        _check_interval("alpha_fwd", alpha_fwd)
+        if groups < 0 or (groups > 0 and dim % groups):
+            divisors = [g for g in range(1, dim + 1) if dim % g == 0]
+            raise ValueError(
+                f"groups={groups!r}: must be 0 (no layer scale) or divide the {dim} channels, one of {divisors}"
+            )
+        self.dim = dim
+        self.eps = eps
+        self.alpha_fwd = alpha_fwd
+        self.groups = groups
+        #: set by a layer that knows the padding mask but whose code calls the norm without it
+        self.mask_slot: Optional[MaskSlot] = None
+        if affine:
+            self.weight = nn.Parameter(torch.ones(dim))
+            self.bias = nn.Parameter(torch.zeros(dim))
+        else:
+            self.register_parameter("weight", None)
+            self.register_parameter("bias", None)
+        # floating point: integer buffers break exponential moving averages of a model
+        self.register_buffer("iters", torch.zeros((), dtype=torch.float32))
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.dim}, eps={self.eps}, alpha_fwd={self.alpha_fwd}, groups={self.groups}, "
+            f"affine={self.weight is not None}"
+        )
+
+    def _apply(self, fn, recurse=True):
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            if torch.finfo(buffer.dtype).bits < 32:  # .half() and the like: keep the statistics' own precision
+                self._buffers[name] = before[name].to(buffer.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        for name, buffer in self._buffers.items():
+            loaded = state_dict.get(prefix + name)
+            # the authors' code stores (1, C, 1, 1) and (1,)
+            if loaded is not None and loaded.shape != buffer.shape and loaded.numel() == buffer.numel():
+                state_dict[prefix + name] = loaded.reshape(buffer.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _valid_rows(self, x: Tensor, padding_mask: Optional[Tensor]) -> Optional[Tensor]:
+        """Mask of the rows that count (``N`` bool), or None if there is no padding mask."""
+        if x.dim() not in (2, 3) or x.size(-1) != self.dim:
+            raise ValueError(f"input of shape {tuple(x.shape)}: expected T x B x {self.dim} or N x {self.dim}")
+        if padding_mask is None and self.mask_slot is not None:
+            padding_mask = self.mask_slot.padding_mask
+        if padding_mask is None:
+            return None
+        expected = (x.size(1), x.size(0)) if x.dim() == 3 else (x.size(0),)
+        if tuple(padding_mask.shape) != expected:
+            raise ValueError(
+                f"padding_mask of shape {tuple(padding_mask.shape)}: expected {expected} "
+                f"({'B x T' if x.dim() == 3 else 'N'}) for an input of shape {tuple(x.shape)}"
+            )
+        if padding_mask.is_floating_point():
+            raise ValueError(f"padding_mask of dtype {padding_mask.dtype}: expected bool, True at padding")
+        return padding_mask.to(torch.bool).t().reshape(-1).logical_not()
+
+    def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
+        """Normalize ``x``.
+
+        Args:
+            x: ``T x B x C`` or ``N x C``, float16, bfloat16, float32 or float64
+            padding_mask: ``B x T`` (``N`` for two-dimensional input) bool, True at padding
+
+        Returns:
+            tensor of the shape and dtype of ``x``
+
+        Raises:
+            ValueError: a shape or dtype does not fit
+        """
+        valid = self._valid_rows(x, padding_mask)
+        if not self.training:
+            return self._evaluate(x)
+        return self._train(x.reshape(-1, self.dim), valid).view(x.shape)
+
+    def _evaluate(self, x: Tensor) -> Tensor:
+        """Normalize ``x`` (any leading shape) by the running statistics."""
+        raise NotImplementedError
+
+    def _train(self, rows: Tensor, valid: Optional[Tensor]) -> Tensor:
+        """Normalize ``rows`` (``N x C``) as in training and take in their statistics."""
+        raise NotImplementedError
+
+
+class SecondMomentNorm(RunningNorm):
+    """Base of PN and PN-V: the running second moment ``running_phi`` (psi^2) and the evaluation."""
+
+    def __init__(self, dim: int, eps: float, alpha_fwd: float, groups: int, affine: bool):
+        super().__init__(dim, eps, alpha_fwd, groups, affine)
+        self.register_buffer("running_phi", torch.ones(dim))
+
+    def _evaluate(self, x: Tensor) -> Tensor:
+        return functional.running_norm(x, self.weight, self.bias, self.running_phi, self.groups, self.eps)
+
+
+def _finite_or(new: Tensor, old: Tensor) -> Tensor:
+    """``new`` if all of it is finite, else ``old``: one bad batch never enters a buffer."""
+    return torch.where(torch.isfinite(new).all(), new, old)
+
+
+class PowerNorm(SecondMomentNorm):
+    r"""Power Normalization (Shen et al., ICML 2020, Algorithm 2) after an optional layer scale.
+
+    The forward pass divides by the running root mean square of step ``t - 1`` and the backward pass replaces
+    the gradient through the statistics by a running average:
+
+    .. math::
+        z = u / \sqrt{\psi^2(t-1) + \epsilon}, \qquad y = \gamma z + \beta, \qquad
+        \psi^2(t) = \alpha_f \psi^2(t-1) + (1 - \alpha_f)\, \overline{u^2} \\
+        \tilde g = \gamma\, dy - \nu(t-1) z, \qquad du = \tilde g / \psi, \qquad
+        \nu(t) = \nu(t-1) \bigl(1 - (1-\alpha_b)\, \overline{z^2}\bigr) + (1-\alpha_b)\, \overline{\gamma\, dy\, z}
+
+    Bars are means over rows. ``running_phi`` holds psi^2 and ``ema_gz`` holds ``nu / (1 - alpha_bkw)``.
+
+    ``variant="algorithm2"`` is the above, word for word: no warm-up, every mean over non-padding rows, and no
+    gradient through padding (nor from it, into ``weight`` and ``bias``). ``variant="reference"`` is the arithmetic of
+    the authors' released code, which made the published numbers: (1) while ``t <= warmup_updates`` the forward
+    pass divides by the batch's own second moment, and while ``t < warmup_updates`` ``running_phi`` first
+    takes a cumulative average, then the exponential one; (2) the backward pass divides by the batch's own
+    second moment at every step; (3) the forward statistics skip padding, the backward statistics and the
+    gradients of ``weight`` and ``bias`` do not, and padded rows receive a gradient.
+
+    Args:
+        dim: number of channels C
+        eps: added to psi^2 under the root; the layer scale's own eps is always 1e-5
+        alpha_fwd: alpha of psi^2, in [0, 1]
+        alpha_bkw: alpha of nu, in [0, 1]
+        warmup_updates: length of the warm-up in training steps, ``reference`` only
+        groups: channel groups of the layer scale (the authors use the number of attention heads), 0 for none
+        variant: ``reference`` or ``algorithm2``
+        affine: learn ``weight`` (gamma) and ``bias`` (beta)
+
+    Shape:
+        - input and output: ``T x B x C`` or ``N x C``
+        - ``padding_mask``: ``B x T`` or ``N``, bool, True at padding
+
+    Raises:
+        ValueError: an argument is outside its range, or ``groups`` does not divide ``dim``
+
+    A forward pass in training mode takes one step of psi^2 and ``iters`` by itself, its backward pass one
+    step of nu. Recomputation under activation checkpointing takes none and sees the same statistics as the pass
+    it repeats. A batch without a valid row or with non-finite statistics leaves psi^2 and nu as they are.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        eps: float = 1e-5,
+        alpha_fwd: float = 0.9,
+        alpha_bkw: float = 0.9,
+        warmup_updates: int = 10000,
+        groups: int = 1,
+        variant: str = "reference",
+        affine: bool = True,
+    ):
+        super().__init__(dim, eps, alpha_fwd, groups, affine)
+        _check_interval("alpha_bkw", alpha_bkw)
+        if warmup_updates < 0:
+            raise ValueError(f"warmup_updates={warmup_updates!r}: must be zero or a positive number of steps")
+        if variant not in VARIANTS:
+            raise ValueError(f"variant={variant!r}: must be one of {', '.join(VARIANTS)}")
+        self.alpha_bkw = alpha_bkw
+        self.warmup_updates = warmup_updates
+        self.variant = variant
+        self.register_buffer("ema_gz", torch.zeros(dim))
+        self._steps: Optional[Tuple[Tensor, int, int]] = None  # iters, its version, its value on the host
+        self._last_forward: Optional[Tuple[Tensor, bool]] = None  # what a recomputation has to see again
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, alpha_bkw={self.alpha_bkw}, "
+            f"warmup_updates={self.warmup_updates}, variant={self.variant}"
+        )
+
+    def steps(self) -> int:
+        """Training steps taken, ``iters`` on the host; waits for the device only after ``iters`` was changed from outside."""
+        if self._steps is None or self._steps[0] is not self.iters or self._steps[1] != self.iters._version:
+            self._remember_steps(int(self.iters.item()))
+        return self._steps[2]
+
+    def _remember_steps(self, steps: int) -> None:
+        self._steps = (self.iters, self.iters._version, steps)
+
+    @torch.compiler.disable
+    def _train(self, rows: Tensor, valid: Optional[Tensor]) -> Tensor:
+        reference = self.variant == "reference"
+        recomputed = inside_backward() and self._last_forward is not None
+        if not recomputed:
+            in_warmup = reference and self.steps() < self.warmup_updates
+            self._last_forward = (self.running_phi.clone(), in_warmup)
+        psi2, in_warmup = self._last_forward
+        spec = functional.PowerNormSpec(
+            groups=self.groups,
+            eps=self.eps,
+            nu_scale=1.0 - self.alpha_bkw,
+            forward_batch=in_warmup,
+            backward_batch=reference,
+            skip_padding=not reference,
+        )
+        y, moment = functional.power_norm(
+            rows, self.weight, self.bias, valid, psi2, self.ema_gz, spec, self._take_gradient
+        )
+        if not recomputed:
+            self._take_moment(moment)
+        return y
+
+    @torch.no_grad()
+    def _take_moment(self, moment: functional.Moment) -> None:
+        """One step of psi^2 and ``iters`` from the second moment of a forward pass."""
+        step = self.steps() + 1
+        old = self.running_phi
+        batch = moment.mean(otherwise=old)
+        new = old
+        if self.variant == "reference" and step < self.warmup_updates:
+            new = new * (step - 1) / step + batch / step
+        new = self.alpha_fwd * new + (1.0 - self.alpha_fwd) * batch
+        self.running_phi.copy_(torch.where(moment.count > 0, _finite_or(new, old), old))
+        self.iters.add_(1)
+        self._remember_steps(step)
+
+    @torch.no_grad()
+    def _take_gradient(self, grad_z: Tensor, z_square: Tensor, count: Tensor) -> None:
+        """One step of nu from the sums over rows of ``weight * dy * z`` and ``z^2`` of a backward pass."""
+        old = self.ema_gz
+        count = count.clamp(min=1)
+        new = old * (1.0 - (1.0 - self.alpha_bkw) * z_square / count) + grad_z / count
+        self.ema_gz.copy_(_finite_or(new, old))
+
+
+class PowerNormV(SecondMomentNorm):
+    r"""PN-V (Shen et al., ICML 2020, Algorithm 1): the batch's own second moment, no centring, exact gradient.
+
+    Training divides by ``sqrt(mean over non-padding rows of u^2 + eps)`` and lets the gradient through it;
+    evaluation divides by the running average ``running_phi``, as :class:`PowerNorm` does.
+
+    Args:
+        dim: number of channels C
+        eps: added to psi^2 under the root
+        alpha_fwd: weight of the old value in the running average of psi^2, in [0, 1]
+        groups: channel groups of the layer scale before it, 0 for none
+        affine: learn ``weight`` and ``bias``
+
+    Shape:
+        - input and output: ``T x B x C`` or ``N x C``
+        - ``padding_mask``: ``B x T`` or ``N``, bool, True at padding
+
+    Raises:
+        ValueError: an argument is outside its range, or ``groups`` does not divide ``dim``
+    """
+
+    def __init__(
+        self, dim: int, *, eps: float = 1e-5, alpha_fwd: float = 0.9, groups: int = 1, affine: bool = True
+    ):
+        super().__init__(dim, eps, alpha_fwd, groups, affine)
+
+    @torch.compiler.disable
+    def _train(self, rows: Tensor, valid: Optional[Tensor]) -> Tensor:
+        y, moment = functional.batch_power_norm(
+            rows, self.weight, self.bias, valid, self.running_phi.clone(), self.groups, self.eps
+        )
+        if not inside_backward():
+            self._take_moment(moment)
+        return y
+
+    @torch.no_grad()
+    def _take_moment(self, moment: functional.Moment) -> None:
+        old = self.running_phi
+        new = self.alpha_fwd * old + (1.0 - self.alpha_fwd) * moment.mean(otherwise=old)
+        self.running_phi.copy_(torch.where(moment.count > 0, _finite_or(new, old), old))
+        self.iters.add_(1)
+
+
+class MaskedBatchNorm(RunningNorm):
+    """Batch normalization with statistics over non-padding rows, running ones in evaluation.
+
+    Without a mask it computes what ``torch.nn.BatchNorm1d(dim, momentum=1 - alpha_fwd)`` computes on the
+    rows (after the layer scale, if ``groups`` is not 0): biased variance in training, unbiased in ``running_var``.
+
+    Args:
+        dim: number of channels C
+        eps: added to the variance under the root
+        alpha_fwd: weight of the old value in the running mean and variance, in [0, 1]
+        groups: channel groups of the layer scale before it, 0 for none
+        affine: learn ``weight`` and ``bias``
+
+    Shape:
+        - input and output: ``T x B x C`` or ``N x C``
+        - ``padding_mask``: ``B x T`` or ``N``, bool, True at padding
+
+    Raises:
+        ValueError: an argument is outside its range, or ``groups`` does not divide ``dim``
+    """
+
+    def __init__(
+        self, dim: int, *, eps: float = 1e-5, alpha_fwd: float = 0.9, groups: int = 1, affine: bool = True
+    ):
+        super().__init__(dim, eps, alpha_fwd, groups, affine)
+        self.register_buffer("running_mean", torch.zeros(dim))
+        self.register_buffer("running_var", torch.ones(dim))
+
+    def _evaluate(self, x: Tensor) -> Tensor:
+        return functional.running_norm(
+            x, self.weight, self.bias, self.running_var, self.groups, self.eps, self.running_mean
+        )
+
+    @torch.compiler.disable
+    def _train(self, rows: Tensor, valid: Optional[Tensor]) -> Tensor:
+        y, mean, var, count = functional.masked_batch_norm(
+            rows, self.weight, self.bias, valid, self.running_mean.clone(), self.running_var.clone(),
+            self.groups, self.eps,
+        )
+        if not inside_backward():
+            self._take_moments(mean, var, count)
+        return y
+
+    @torch.no_grad()
+    def _take_moments(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        var = torch.where(count > 1, var * count / (count - 1).clamp(min=1), var)
+        for buffer, batch in ((self.running_mean, mean), (self.running_var, var)):
+            new = self.alpha_fwd * buffer + (1.0 - self.alpha_fwd) * batch
+            buffer.copy_(torch.where(count > 0, _finite_or(new, buffer), buffer))
+        self.iters.add_(1)
+
+
+#: the names of the command line and of YAML files
+NORMS: Dict[str, Type[nn.Module]] = {
+    "layer": LayerNorm,
+    "rms": RMSNorm,
+    "batch": MaskedBatchNorm,
+    "power-v": PowerNormV,
+    "power": PowerNorm,
+}
+
+
+def norm_options(name: str) -> Tuple[str, ...]:
+    """Names of the keyword arguments that the norm called ``name`` takes."""
+    parameters = inspect.signature(NORMS[name].__init__).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
+
+
+def build_norm(name: str, dim: int, **options) -> nn.Module:
+    """Build the norm called ``name`` for ``dim`` channels.
+
+    One set of options serves all norms: each takes those that it has (a LayerNorm only ``eps`` and ``affine``).
+
+    Args:
+        name: a key of :data:`NORMS`
+        dim: number of channels C
+        options: keyword arguments of the norm classes
+
+    Raises:
+        ValueError: ``name`` or an option is unknown, or a value is outside its range
+    """
+    if name not in NORMS:
+        raise ValueError(f"norm {name!r}: must be one of {', '.join(NORMS)}")
+    known = sorted({option for each in NORMS for option in norm_options(each)})
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"norm option {unknown[0]!r}={options[unknown[0]]!r}: must be one of {', '.join(known)}")
+    own = norm_options(name)
+    return NORMS[name](dim, **{option: value for option, value in options.items() if option in own})

@@ -1,0 +1,139 @@
+"""The norm options of every model: the one place where they and their defaults are declared."""
+import re
+import sys
+from argparse import Namespace
+from dataclasses import dataclass, field, fields
+from typing import Any, Dict, Iterable, Optional, Tuple
+
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+
+from .norms import NORMS, VARIANTS, RunningNorm
+
+NormName = ChoiceEnum(list(NORMS))
+VariantName = ChoiceEnum(list(VARIANTS))
+_NORM_OPTION = re.compile(r"(encoder_|decoder_)?norm(_|$)")
+
+
+@dataclass
+class NormOptions(FairseqDataclass):
+    """Which norm stands where, and the constants of the norms with running statistics."""
+
+    encoder_norm_self: NormName = field(default="power", metadata={"help": "norm of encoder self-attention"})
+    encoder_norm_ff: NormName = field(default="power", metadata={"help": "norm of encoder feed-forward blocks"})
+    encoder_norm_final: Optional[NormName] = field(
+        default=None, metadata={"help": "norm after a pre-norm encoder stack (default: --encoder-norm-ff)"}
+    )
+    decoder_norm_self: NormName = field(
+        default="layer", metadata={"help": "norm of decoder self-attention and encoder-decoder attention"}
+    )
+    decoder_norm_ff: NormName = field(default="layer", metadata={"help": "norm of decoder feed-forward blocks"})
+    decoder_norm_final: Optional[NormName] = field(
+        default=None, metadata={"help": "norm after a pre-norm decoder stack (default: --decoder-norm-ff)"}
+    )
+    norm_alpha_fwd: float = field(
+        default=0.9, metadata={"help": "weight of the old value in running statistics of the forward pass, in [0, 1]"}
+    )
+    norm_alpha_bkw: float = field(
+        default=0.9, metadata={"help": "weight of the old value in running statistics of the backward pass, in [0, 1]"}
+    )
+    norm_warmup_updates: int = field(
+        default=10000,
+        metadata={"help": "updates in which PN (reference) divides by batch statistics; the authors use the LR warm-up"},
+    )
+    norm_final_warmup_updates: Optional[int] = field(
+        default=None,
+        metadata={"help": "the same for the final norms (default: --norm-warmup-updates; the authors use 1000)"},
+    )
+    norm_groups: Optional[int] = field(
+        default=None,
+        metadata={"help": "channel groups of the layer scale before BN, PN-V and PN, 0 for none (default: heads)"},
+    )
+    norm_variant: VariantName = field(
+        default="reference",
+        metadata={"help": "arithmetic of PN: the authors' released code or Algorithm 2 of the paper"},
+    )
+    norm_eps: float = field(default=1e-5, metadata={"help": "eps of every norm"})
+
+
+NORM_FIELDS = tuple(f.name for f in fields(NormOptions) if not f.name.startswith("_"))
+
+
+def flag(name: str) -> str:
+    """Command-line spelling of an option."""
+    return "--" + name.replace("_", "-")
+
+
+def reject_unknown(keys: Iterable[str]) -> None:
+    """Raise ValueError for a key that looks like a norm option and is none."""
+    for key in keys:
+        if _NORM_OPTION.match(key) and key not in NORM_FIELDS:
+            raise ValueError(f"unknown norm option {key!r} ({flag(key)}): must be one of {', '.join(NORM_FIELDS)}")
+
+
+def reject_unknown_flags(argv: Optional[Iterable[str]] = None) -> None:
+    """The same for the flags of a command line, so that the error lists the valid ones."""
+    arguments = sys.argv[1:] if argv is None else argv
+    reject_unknown(a[2:].split("=")[0].replace("-", "_") for a in arguments if a.startswith("--"))
+
+
+def _choice(name: str, value: Any, choices: Iterable[str]) -> str:
+    if str(value) not in choices:
+        raise ValueError(f"{flag(name)} {str(value)!r}: must be one of {', '.join(choices)}")
+    return str(value)
+
+
+def norm_options(args: Any) -> Namespace:
+    """Read the norm options from a Namespace or DictConfig, fill in defaults and check every value.
+
+    Raises:
+        ValueError: names the option, its value and what is valid
+    """
+    defaults = NormOptions()
+    found = {name: getattr(args, name, None) for name in NORM_FIELDS}
+    options = Namespace(**{k: getattr(defaults, k) if v is None else v for k, v in found.items()})
+    for side in ("encoder", "decoder"):
+        if getattr(options, f"{side}_norm_final") is None:
+            setattr(options, f"{side}_norm_final", getattr(options, f"{side}_norm_ff"))
+        for position in ("self", "ff", "final"):
+            name = f"{side}_norm_{position}"
+            setattr(options, name, _choice(name, getattr(options, name), tuple(NORMS)))
+    options.norm_variant = _choice("norm_variant", options.norm_variant, VARIANTS)
+    for name in ("norm_alpha_fwd", "norm_alpha_bkw"):
+        if not 0.0 <= getattr(options, name) <= 1.0:
+            raise ValueError(f"{flag(name)} {getattr(options, name)}: must lie in [0, 1]")
+    if options.norm_final_warmup_updates is None:
+        options.norm_final_warmup_updates = options.norm_warmup_updates
+    for name in ("norm_warmup_updates", "norm_final_warmup_updates", "norm_groups", "norm_eps"):
+        value = getattr(options, name)
+        if value is not None and not value >= 0:
+            raise ValueError(f"{flag(name)} {value}: must be zero or positive")
+    return options
+
+
+def norm_settings(options: Namespace, side: str, position: str, dim: int, heads: int) -> Tuple[str, Dict[str, Any]]:
+    """Name and keyword arguments, for :func:`~fairseq_powernorm.norms.build_norm`, of one norm of a model.
+
+    Args:
+        options: result of :func:`norm_options`
+        side: ``encoder`` or ``decoder``
+        position: ``self``, ``ff`` or ``final``
+        dim: channels
+        heads: attention heads, the default number of groups
+
+    Raises:
+        ValueError: the number of groups does not divide ``dim``
+    """
+    name = getattr(options, f"{side}_norm_{position}")
+    groups = heads if options.norm_groups is None else options.norm_groups
+    if issubclass(NORMS[name], RunningNorm) and groups > 0 and dim % groups:
+        divisors = ", ".join(str(g) for g in range(1, dim + 1) if dim % g == 0)
+        raise ValueError(f"--norm-groups {groups}: must be 0 or divide the {dim} channels of the {side}: {divisors}")
+    final = position == "final"
+    return name, dict(
+        eps=options.norm_eps,
+        alpha_fwd=options.norm_alpha_fwd,
+        alpha_bkw=options.norm_alpha_bkw,
+        warmup_updates=options.norm_final_warmup_updates if final else options.norm_warmup_updates,
+        groups=groups,
+        variant=options.norm_variant,
+    )
