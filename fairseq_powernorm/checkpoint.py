@@ -6,10 +6,10 @@
 import argparse
 import os
 import sys
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Container, Dict, List, Optional, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 State = Dict[str, Any]
 
@@ -62,6 +62,29 @@ def save(state: State, path: str, overwrite: bool = False) -> None:
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def norm_in(names: Container[str], prefix: str) -> Optional[str]:
+    """Name of the norm whose parameters and buffers stand under ``prefix`` among the names of a state_dict."""
+    if f"{prefix}.weight" not in names:
+        return None
+    for buffer, norm in (("ema_gz", "power"), ("running_phi", "power-v"), ("running_mean", "batch"), ("bias", "layer")):
+        if f"{prefix}.{buffer}" in names:
+            return norm
+    return "rms"
+
+
+def check_same_norms(model: nn.Module, state_dict: Container[str]) -> None:
+    """Raise ValueError if a norm of ``model`` is of another kind in the checkpoint."""
+    own = model.state_dict()
+    for prefix, _ in model.named_modules():
+        if prefix.endswith("layer_norm"):
+            has, wanted = norm_in(state_dict, prefix), norm_in(own, prefix)
+            if has is not None and has != wanted:
+                raise ValueError(
+                    f"the checkpoint has norm {has!r} at {prefix}, the model {wanted!r}: give the --encoder-norm-* and "
+                    "--decoder-norm-* options that the checkpoint was trained with"
+                )
 
 
 def average_checkpoints(paths: Sequence[str]) -> State:

@@ -13,14 +13,24 @@ import numpy as np
 import torch
 from packaging.version import Version
 
-#: warnings that every fairseq command prints and that a user can do nothing about: (message pattern, category)
-KNOWN_WARNINGS = ()
+#: warnings that every fairseq command prints and that its user can do nothing about: beginnings of their messages
+KNOWN_WARNINGS = (
+    r"hydra\.experimental\.\w+\(\) is no longer experimental",
+    r"\s*The version_base parameter is not specified",
+    r"In 'config': Usage of deprecated keyword in package header",
+    r"\s*'config' is validated against ConfigStore schema with the same name",
+    r"\s*The strict flag in the compose API is deprecated",
+    r"`torch\.cuda\.amp\.\w+\(args\.\.\.\)` is deprecated",
+    r"'pin_memory' argument is set as true but no accelerator is found",
+    r"Support for mismatched key_padding_mask and attn_mask is deprecated",
+    r"`torch\.jit\.script` is deprecated",
+)
 
 
 def silence_known_warnings() -> None:
     """Filter by message, so that a warning that is not on the list is still seen."""
-    for message, category in KNOWN_WARNINGS:
-        warnings.filterwarnings("ignore", message=message, category=category)
+    for message in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
 
 
 def restore_numpy_long() -> None:

@@ -84,11 +84,7 @@ class _PowerNorm(torch.autograd.Function):
                 # dL/du = (weight * dy - nu * z) / psi
                 scale = inv_backward if wide_weight is None else inv_backward * wide_weight
                 grad_u = (grad * scale).addcmul_(u, -nu * inv_forward * inv_backward)
-                if counted is not None:
-                    padding = counted.logical_not().unsqueeze(1)
-                    grad_u.masked_fill_(padding, 0)
-                    u = u.masked_fill(padding, 0)
-                grad_x = kernel.scale_rows_backward(grad_u, u, r).to(x.dtype)
+                grad_x = kernel.mask_rows_(kernel.scale_rows_backward(grad_u, u, r), counted).to(x.dtype)
             grad_weight = None if weight is None else grad_z_sum.to(weight.dtype)
             grad_bias = None if bias is None else grad_sum.to(bias.dtype)
         return grad_x, grad_weight, grad_bias, None, None, None, None, None

@@ -117,8 +117,8 @@ class RunningNorm(nn.Module):
                 state_dict[prefix + name] = loaded.reshape(buffer.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _valid_rows(self, x: Tensor, padding_mask: Optional[Tensor]) -> Optional[Tensor]:
-        """Mask of the rows that count (``N`` bool), or None if there is no padding mask."""
+    def _padding_mask(self, x: Tensor, padding_mask: Optional[Tensor]) -> Optional[Tensor]:
+        """Check the input; return its mask, the slot's if the call gave none."""
         if x.dim() not in (2, 3) or x.size(-1) != self.dim:
             raise ValueError(f"input of shape {tuple(x.shape)}: expected T x B x {self.dim} or N x {self.dim}")
         if padding_mask is None and self.mask_slot is not None:
@@ -133,7 +133,7 @@ class RunningNorm(nn.Module):
             )
         if padding_mask.is_floating_point():
             raise ValueError(f"padding_mask of dtype {padding_mask.dtype}: expected bool, True at padding")
-        return padding_mask.to(torch.bool).t().reshape(-1).logical_not()
+        return padding_mask.to(torch.bool)
 
     def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
         """Normalize ``x``.
@@ -148,9 +148,10 @@ class RunningNorm(nn.Module):
         Raises:
             ValueError: a shape or dtype does not fit
         """
-        valid = self._valid_rows(x, padding_mask)
+        padding_mask = self._padding_mask(x, padding_mask)
         if not self.training:
             return self._evaluate(x)
+        valid = None if padding_mask is None else padding_mask.t().reshape(-1).logical_not()
         return self._train(x.reshape(-1, self.dim), valid).view(x.shape)
 
     def _evaluate(self, x: Tensor) -> Tensor:

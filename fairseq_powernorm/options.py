@@ -54,6 +54,12 @@ class NormOptions(FairseqDataclass):
     )
     norm_eps: float = field(default=1e-5, metadata={"help": "eps of every norm"})
 
+    @classmethod
+    def from_namespace(cls, args):
+        """As in fairseq, which would drop a misspelt option without a word."""
+        reject_unknown(vars(args))
+        return super().from_namespace(args)
+
 
 NORM_FIELDS = tuple(f.name for f in fields(NormOptions) if not f.name.startswith("_"))
 
@@ -108,6 +114,19 @@ def norm_options(args: Any) -> Namespace:
         if value is not None and not value >= 0:
             raise ValueError(f"{flag(name)} {value}: must be zero or positive")
     return options
+
+
+def check_norms(args: Any) -> None:
+    """Check all norm options of a complete set of model options, sizes included, before anything is built.
+
+    Raises:
+        ValueError: names the option, its value and what is valid
+    """
+    options = norm_options(args)
+    for side in ("encoder", "decoder"):
+        for position in ("self", "ff", "final"):
+            dim, heads = getattr(args, f"{side}_embed_dim"), getattr(args, f"{side}_attention_heads")
+            norm_settings(options, side, position, dim, heads)
 
 
 def norm_settings(options: Namespace, side: str, position: str, dim: int, heads: int) -> Tuple[str, Dict[str, Any]]:

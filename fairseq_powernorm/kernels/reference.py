@@ -19,6 +19,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """View ``N x C`` as ``N x groups x C/groups``."""
+    return x.view(x.size(0), groups, x.size(1) // groups)
+
+
 def layer_scale_rsqrt(x: Tensor, groups: int) -> Optional[Tensor]:
     """Reciprocal root of the layer scale, ``1 / sqrt(mean over a channel group of x^2 + 1e-5)``.
 
@@ -31,7 +36,7 @@ def layer_scale_rsqrt(x: Tensor, groups: int) -> Optional[Tensor]:
     """
     if groups == 0:
         return None
-    norm = torch.linalg.vector_norm(x.view(x.size(0), groups, -1), dim=-1)
+    norm = torch.linalg.vector_norm(_by_group(x, groups), dim=-1)
     return torch.rsqrt(norm.square() * (groups / x.size(1)) + LAYER_SCALE_EPS)
 
 
@@ -41,7 +46,7 @@ def scale_rows(x: Tensor, r: Optional[Tensor]) -> Tensor:
         return x
     if r.size(1) == 1:
         return x * r
-    return (x.view(x.size(0), r.size(1), -1) * r.unsqueeze(-1)).view_as(x)
+    return (_by_group(x, r.size(1)) * r.unsqueeze(-1)).view_as(x)
 
 
 def scale_rows_backward(grad_u: Tensor, u: Tensor, r: Optional[Tensor]) -> Tensor:
@@ -51,8 +56,7 @@ def scale_rows_backward(grad_u: Tensor, u: Tensor, r: Optional[Tensor]) -> Tenso
     """
     if r is None:
         return grad_u
-    rows, groups = r.shape
-    grad, u = grad_u.view(rows, groups, -1), u.view(rows, groups, -1)
+    grad, u = _by_group(grad_u, r.size(1)), _by_group(u, r.size(1))
     dot = torch.linalg.vecdot(grad, u).unsqueeze_(-1)
     grad.addcmul_(u, dot, value=-1.0 / u.size(-1))
     return grad.mul_(r.unsqueeze(-1)).view_as(grad_u)

@@ -20,9 +20,10 @@ from fairseq.models.transformer import (
 from fairseq.models.transformer.transformer_config import DecoderConfig, EncDecBaseConfig, QuantNoiseConfig
 from omegaconf import DictConfig, OmegaConf
 
+from ..checkpoint import check_same_norms
 from ..layers import DecoderLayer, EncoderLayer, swap_norm, wrap_layer
 from ..norms import MaskSlot
-from ..options import NORM_FIELDS, NormOptions, norm_options, reject_unknown, reject_unknown_flags
+from ..options import NORM_FIELDS, NormOptions, check_norms, norm_options, reject_unknown, reject_unknown_flags
 
 
 def _flat_transformer_config():
@@ -73,6 +74,7 @@ def register_architecture(name: str):
         def fill(args):
             filled = Namespace(**_given(args))
             fn(filled)
+            check_norms(filled)
             for key, value in vars(filled).items():
                 setattr(args, key, value)
 
@@ -152,11 +154,17 @@ class TransformerPNModel(TransformerModelBase):
             if hasattr(args, name):
                 delattr(args, name)
         transformer_legacy.base_architecture(args)
+        check_norms(Namespace(**vars(args), **vars(norms)))
         if getattr(args, "post_norm", False):
             args.encoder_normalize_before = args.decoder_normalize_before = False
         config = TransformerConfig.from_namespace(args)
         config.norms = norms
         return super().build_model(config, task)
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """See fairseq; raises ValueError where the checkpoint has another norm than the model."""
+        check_same_norms(self, state_dict)
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     @classmethod
     def build_encoder(cls, cfg, src_dict, embed_tokens):

@@ -1,0 +1,160 @@
+"""Averaging, safe loading and conversion of checkpoints, as functions and as a command."""
+import argparse
+
+import pytest
+import torch
+
+import toy
+from fairseq_powernorm import checkpoint
+
+MODULE = ("-m", "fairseq_powernorm.checkpoint")
+
+
+def write(path, model, **rest):
+    torch.save({"args": None, "model": model, "last_optimizer_state": {"step": 1}, **rest}, path)
+    return str(path)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Three checkpoints of a small model with PN, PN-V and BN, each state different."""
+    paths, states = [], []
+    for seed in range(3):
+        state = toy.build(seed=seed, encoder_norm_ff="batch", decoder_norm_self="power-v").state_dict()
+        for name in state:
+            if name.endswith(".iters"):
+                state[name].fill_(100 + seed)
+        states.append(state)
+        paths.append(write(tmp_path / f"checkpoint{seed}.pt", state, epoch=seed))
+    return paths, states
+
+
+def test_average(runs):
+    """Parameters, psi^2 and nu are averaged, running_var as a moment, step counts taken from the last checkpoint."""
+    paths, states = runs
+    averaged = checkpoint.average_checkpoints(paths)
+    assert "last_optimizer_state" not in averaged and averaged["epoch"] == 2
+    assert list(averaged["model"]) == list(states[0])
+    for name, value in averaged["model"].items():
+        parts = torch.stack([state[name].double() for state in states])
+        if name.endswith(".iters"):
+            expected = parts[-1]
+        elif name.endswith(".running_var"):
+            means = torch.stack([state[name.replace("running_var", "running_mean")].double() for state in states])
+            expected = (parts + means**2).mean(0) - means.mean(0) ** 2
+        else:
+            expected = parts.mean(0)
+        assert value.dtype == states[0][name].dtype
+        torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_average_of_one_checkpoint_is_itself(runs):
+    """Averaging a single checkpoint returns its model."""
+    paths, states = runs
+    for name, value in checkpoint.average_checkpoints(paths[:1])["model"].items():
+        torch.testing.assert_close(value, states[0][name], rtol=1e-6, atol=1e-6)
+
+
+def test_averaging_does_not_change_its_inputs_dtype(tmp_path):
+    """Half-precision parameters are averaged in double precision and come back in half."""
+    paths = [write(tmp_path / f"{v}.pt", {"w": torch.full((2,), v, dtype=torch.float16)}) for v in (1.0, 2.0, 4.0)]
+    value = checkpoint.average_checkpoints(paths)["model"]["w"]
+    assert value.dtype == torch.float16
+    torch.testing.assert_close(value, torch.full((2,), 7 / 3, dtype=torch.float16))
+
+
+@pytest.mark.parametrize(
+    "damage,message",
+    [
+        (lambda path: path.unlink(), "no such file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:2000]), "damaged, or not a checkpoint"),
+        (lambda path: path.write_bytes(b""), "damaged, or not a checkpoint"),
+        (lambda path: torch.save([1, 2], path), "holds no model"),
+    ],
+    ids=["missing", "truncated", "empty", "other"],
+)
+def test_unreadable_checkpoints_are_named(runs, tmp_path, damage, message):
+    """A missing, truncated, empty or foreign file: an error that names it, and no output file."""
+    paths, _ = runs
+    damage(tmp_path / "checkpoint1.pt")
+    done = toy.command(
+        "python", *MODULE, "average", "--inputs", *paths, "--output", tmp_path / "out.pt", check=False
+    )
+    assert done.returncode == 1
+    assert "checkpoint1.pt" in done.stderr and message in done.stderr and "Traceback" not in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir() if "out" in p.name) == []
+
+
+def test_checkpoints_of_different_models_are_not_averaged(tmp_path):
+    """A parameter of another shape, or a missing one: ValueError naming file and parameter."""
+    a = write(tmp_path / "a.pt", {"w": torch.zeros(2), "v": torch.zeros(1)})
+    b = write(tmp_path / "b.pt", {"w": torch.zeros(3), "v": torch.zeros(1)})
+    c = write(tmp_path / "c.pt", {"w": torch.zeros(2)})
+    with pytest.raises(ValueError, match="b.pt.*'w'"):
+        checkpoint.average_checkpoints([a, b])
+    with pytest.raises(ValueError, match="c.pt.*'v'"):
+        checkpoint.average_checkpoints([a, c])
+    with pytest.raises(ValueError, match="no checkpoints"):
+        checkpoint.average_checkpoints([])
+
+
+def test_the_command_refuses_to_overwrite(runs, tmp_path):
+    """An existing output is kept unless --force is given; the file written is whole and loads."""
+    paths, _ = runs
+    output = tmp_path / "out.pt"
+    output.write_text("precious")
+    arguments = ("python", *MODULE, "average", "--inputs", *paths, "--output", output)
+    done = toy.command(*arguments, check=False)
+    assert done.returncode == 1 and "--force" in done.stderr and output.read_text() == "precious"
+    toy.command(*arguments, "--force")
+    assert "model" in checkpoint.load(str(output))
+
+
+def test_loading_executes_no_code(tmp_path):
+    """A checkpoint that would run code when unpickled is refused, and the code does not run."""
+
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    path = tmp_path / "evil.pt"
+    torch.save({"model": {}, "payload": Payload()}, path)
+    with pytest.raises(ValueError, match="damaged, or not a checkpoint"):
+        checkpoint.load(str(path))
+    assert not (tmp_path / "ran").exists()
+
+
+def authors_state(**changes):
+    args = argparse.Namespace(
+        arch="transformer_iwslt_de_en_v2", warmup_updates=8000, encoder_norm_self="power", encoder_norm_ff="power",
+        decoder_norm_self="layer", decoder_norm_ff="layer",
+    )
+    for name, value in changes.items():
+        setattr(args, name, value)
+    model = {"n.running_phi": torch.ones(1, 4, 1, 1), "n.ema_gz": torch.ones(1, 4, 1, 1), "n.iters": torch.tensor([5])}
+    return {"args": args, "model": model}
+
+
+def test_conversion():
+    """Shapes, dtypes and options of a converted checkpoint; the input is left as it was."""
+    state = authors_state()
+    converted = checkpoint.convert_authors_checkpoint(state)
+    assert {k: (tuple(v.shape), v.dtype) for k, v in converted["model"].items()} == {
+        "n.running_phi": ((4,), torch.float32), "n.ema_gz": ((4,), torch.float32), "n.iters": ((), torch.float32),
+    }
+    assert converted["args"].norm_warmup_updates == 8000 and converted["args"].norm_final_warmup_updates == 1000
+    assert not hasattr(state["args"], "norm_warmup_updates") and state["model"]["n.iters"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    "state,message",
+    [
+        ({"args": None, "model": {}}, "stores no Namespace"),
+        (authors_state(arch="lstm"), "arch 'lstm'.*transformer_iwslt_de_en_v2"),
+        (authors_state(encoder_norm_ff="batch"), "encoder_norm_ff 'batch'.*layer, power"),
+    ],
+)
+def test_what_cannot_be_converted_is_named(state, message):
+    """No options, another architecture, or a norm without a counterpart: ValueError saying what is valid."""
+    with pytest.raises(ValueError, match=message):
+        checkpoint.convert_authors_checkpoint(state)

@@ -1,0 +1,91 @@
+"""Small models and data for the tests."""
+import contextlib
+import os
+import pathlib
+import subprocess
+import sys
+from argparse import Namespace
+from types import SimpleNamespace
+
+import torch
+from fairseq import models
+from fairseq.data import Dictionary
+
+import fairseq_powernorm  # noqa: F401
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAD = 1
+SIZES = dict(
+    encoder_layers=2, decoder_layers=2, encoder_embed_dim=16, decoder_embed_dim=16, encoder_ffn_embed_dim=32,
+    decoder_ffn_embed_dim=32, encoder_attention_heads=4, decoder_attention_heads=4, dropout=0.0,
+    attention_dropout=0.0, activation_dropout=0.0,
+)
+ALL_POWER = dict(
+    encoder_norm_self="power", encoder_norm_ff="power", decoder_norm_self="power", decoder_norm_ff="power"
+)
+
+
+def task(symbols=20):
+    """What a model needs of a translation task: a joined dictionary."""
+    dictionary = Dictionary()
+    for i in range(symbols):
+        dictionary.add_symbol(f"w{i}")
+    return SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
+
+
+def build(arch="transformer_pn_iwslt_de_en", seed=1, randomize=True, **options):
+    """A small model, its norms' parameters and running statistics away from their initial values."""
+    torch.manual_seed(seed)
+    model = models.build_model(Namespace(_name=arch, **{**SIZES, **options}), task())
+    if randomize:
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                if "layer_norm" in name and not name.endswith("iters"):
+                    tensor.copy_(torch.rand_like(tensor) + 0.5)
+    return model
+
+
+def batch(extra_padding=0, seed=0):
+    """A left-padded source and a right-padded target with ragged lengths; padding can be made wider."""
+    generator = torch.Generator().manual_seed(seed)
+    source_lengths, target_lengths = [7, 4, 2], [3, 6, 5]
+    source = torch.full((3, max(source_lengths) + extra_padding), PAD)
+    target = torch.full((3, max(target_lengths) + extra_padding), PAD)
+    for row, (s, t) in enumerate(zip(source_lengths, target_lengths)):
+        source[row, -s:] = torch.randint(4, 24, (s,), generator=generator)
+        target[row, :t] = torch.randint(4, 24, (t,), generator=generator)
+    return source, torch.tensor(source_lengths), target
+
+
+def command(*words, cwd=None, check=True, timeout=300, stdin=None, **environment):
+    """Run a command of this Python's environment, in the repository's root unless ``cwd`` says otherwise.
+
+    Returns the finished process with its output as text; fails the test if its exit status is not 0 and ``check``.
+    """
+    words = [str(word) for word in words]
+    program = os.path.join(os.path.dirname(sys.executable), words[0])
+    if os.path.exists(program):
+        words[0] = program
+    done = subprocess.run(
+        words, cwd=cwd or ROOT, input=stdin, capture_output=True, text=True, timeout=timeout,
+        env={**os.environ, **environment},
+    )
+    if check:
+        assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    return done
+
+
+@contextlib.contextmanager
+def counted_calls(modules):
+    """Count the forward calls of modules: yields {name: calls}."""
+    calls = {name: 0 for name, _ in modules}
+    handles = []
+    for name, module in modules:
+        def hook(_module, _inputs, _output, name=name):
+            calls[name] += 1
+        handles.append(module.register_forward_hook(hook))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
