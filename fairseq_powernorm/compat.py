@@ -4,6 +4,7 @@ Applied once, when the plugin is imported, before anything of fairseq is used. N
 fairseq or turns a safety check off.
 """
 import argparse
+import codecs
 import collections
 import types
 import typing
@@ -40,12 +41,11 @@ def restore_numpy_long() -> None:
 
 
 def allow_checkpoint_types() -> None:
-    """Let torch's weights-only loading read fairseq's checkpoints (torch >= 2.6 refuses them).
+    """Let torch's weights-only loading, the default from torch 2.6 on, read fairseq's checkpoints.
 
-    An allow-list of plain data types; weights-only loading itself stays on.
+    An allow-list of plain data types; weights-only loading itself stays on. Before torch 2.6 a type is known by its
+    own name only, so checkpoints of fairseq 0.8 and 0.9 that hold meters cannot be read there.
     """
-    if Version(torch.__version__) < Version("2.6"):
-        return
     import omegaconf
     from fairseq.distributed.utils import _TensorPlaceholder
     from fairseq.logging import meters
@@ -75,8 +75,31 @@ def allow_checkpoint_types() -> None:
     ]
     # checkpoints of fairseq 0.8 and 0.9 hold their meters
     for name in ("AverageMeter", "TimeMeter", "StopwatchMeter"):
-        allowed.append((getattr(meters, name), f"fairseq.meters.{name}"))
+        meter = getattr(meters, name)
+        allowed += [meter, (meter, f"fairseq.meters.{name}")]
+    if Version(torch.__version__) < Version("2.6"):
+        allowed = [reconstruct, codecs.encode, *(entry for entry in allowed if hasattr(entry, "__name__"))]
     torch.serialization.add_safe_globals(allowed)
+
+
+def check_yaml_options() -> None:
+    """Let an options class with a method ``check_keys`` see the options of a YAML file before they are merged.
+
+    fairseq leaves the check to omegaconf, whose error names a misspelt option but neither its value nor the valid ones.
+    """
+    from fairseq.dataclass import utils
+
+    merge = utils.merge_with_parent
+    if hasattr(merge, "checks_keys"):
+        return
+
+    def merge_with_parent(dc, cfg, remove_missing=False):
+        if hasattr(dc, "check_keys") and not remove_missing:
+            dc.check_keys(cfg)
+        return merge(dc, cfg, remove_missing)
+
+    merge_with_parent.checks_keys = True
+    utils.merge_with_parent = merge_with_parent
 
 
 def apply() -> None:
@@ -84,3 +107,4 @@ def apply() -> None:
     silence_known_warnings()
     restore_numpy_long()
     allow_checkpoint_types()
+    check_yaml_options()

@@ -44,14 +44,14 @@ class _PowerNorm(torch.autograd.Function):
             wide = x.to(kernel.compute_dtype(x))
             r = kernel.layer_scale_rsqrt(wide, spec.groups)
             u = kernel.scale_rows(wide, r)
-            moment, everything = kernel.second_moments(u, valid)
+            moment, everything = kernel.second_moments(u, valid, all_rows=not spec.skip_padding)
             inv_running = kernel.inverse_root(psi2.to(wide.dtype), spec.eps)
             inv_batch = None
             if spec.forward_batch or spec.backward_batch:
                 inv_batch = kernel.inverse_root(moment.mean(otherwise=psi2), spec.eps)
             inv_forward = inv_batch if spec.forward_batch else inv_running
             inv_backward = inv_batch if spec.backward_batch else inv_running
-            y = kernel.affine(u, inv_forward, weight, bias).to(x.dtype)
+            y = kernel.affine(u, inv_forward, weight, bias, out=None if u is x else u).to(x.dtype)
         squares = moment if spec.skip_padding else everything
         ctx.save_for_backward(x, r, weight, bias, valid, inv_forward, inv_backward, *squares)
         # nu is read when the backward pass runs, by the method's definition: not a saved tensor
@@ -126,9 +126,9 @@ class _BatchPowerNorm(torch.autograd.Function):
             wide = x.to(kernel.compute_dtype(x))
             r = kernel.layer_scale_rsqrt(wide, groups)
             u = kernel.scale_rows(wide, r)
-            moment, _ = kernel.second_moments(u, valid)
+            moment, _ = kernel.second_moments(u, valid, all_rows=False)
             inv = kernel.inverse_root(moment.mean(otherwise=psi2), eps)
-            y = kernel.affine(u, inv, weight, bias).to(x.dtype)
+            y = kernel.affine(u, inv, weight, bias, out=None if u is x else u).to(x.dtype)
         ctx.save_for_backward(x, r, weight, bias, valid, inv, moment.count)
         ctx.mark_non_differentiable(*moment)
         ctx.set_materialize_grads(False)

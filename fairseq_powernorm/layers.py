@@ -35,6 +35,10 @@ def wrap_layer(layer: nn.Module, cfg) -> nn.Module:
     return fsdp_wrap(layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
 
 
+#: fairseq 0.12.2 keeps second copies of an encoder layer's weights for its fused path: no gradient ever reaches them
+FUSED_COPIES = tuple(f"{name}_{kind}" for name in ("in_proj", "out_proj", "fc1", "fc2") for kind in ("weight", "bias"))
+
+
 class EncoderLayer(transformer_layer.TransformerEncoderLayerBase):
     """Encoder layer whose ``self_attn_layer_norm`` and ``final_layer_norm`` are those of ``cfg.norms``."""
 
@@ -46,6 +50,14 @@ class EncoderLayer(transformer_layer.TransformerEncoderLayerBase):
         swap_norm(self, "final_layer_norm", cfg.norms, "encoder", "ff", self.embed_dim, heads)
         # fairseq 0.12.2 in evaluation: a fused path that computes LayerNorm whatever norm stands there
         self.can_use_fastpath = False
+        for name in FUSED_COPIES:
+            self._parameters.pop(name, None)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        """Load as any module does, leaving out the copies that a checkpoint of fairseq 0.12.2 may hold."""
+        for name in FUSED_COPIES:
+            state_dict.pop(prefix + name, None)
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
 
     def forward(self, x: Tensor, encoder_padding_mask: Optional[Tensor], *args, **kwargs):
         """See fairseq; ``x`` is ``T x B x C``, ``encoder_padding_mask`` ``B x T`` or None."""

@@ -125,6 +125,8 @@ class RunningNorm(nn.Module):
             padding_mask = self.mask_slot.padding_mask
         if padding_mask is None:
             return None
+        if x.dim() == 2 and padding_mask.dim() == 2:  # N x 1: one column of N sentences of length 1
+            padding_mask = padding_mask.squeeze(1)
         expected = (x.size(1), x.size(0)) if x.dim() == 3 else (x.size(0),)
         if tuple(padding_mask.shape) != expected:
             raise ValueError(

@@ -3,7 +3,7 @@ import re
 import sys
 from argparse import Namespace
 from dataclasses import dataclass, field, fields
-from typing import Any, Dict, Iterable, Optional, Tuple
+from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Tuple
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
@@ -55,6 +55,11 @@ class NormOptions(FairseqDataclass):
     norm_eps: float = field(default=1e-5, metadata={"help": "eps of every norm"})
 
     @classmethod
+    def check_keys(cls, options: Mapping[str, Any]) -> None:
+        """Called before options from YAML are merged with the defaults; see :func:`reject_unknown`."""
+        reject_unknown(options)
+
+    @classmethod
     def from_namespace(cls, args):
         """As in fairseq, which would drop a misspelt option without a word."""
         reject_unknown(vars(args))
@@ -69,17 +74,24 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def reject_unknown(keys: Iterable[str]) -> None:
-    """Raise ValueError for a key that looks like a norm option and is none."""
-    for key in keys:
-        if _NORM_OPTION.match(key) and key not in NORM_FIELDS:
-            raise ValueError(f"unknown norm option {key!r} ({flag(key)}): must be one of {', '.join(NORM_FIELDS)}")
+def reject_unknown(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option whose name looks like a norm option's and is none."""
+    for name, value in options.items():
+        if _NORM_OPTION.match(name) and name not in NORM_FIELDS:
+            raise ValueError(
+                f"unknown norm option {name!r} = {value!r} ({flag(name)}): must be one of {', '.join(NORM_FIELDS)}"
+            )
 
 
-def reject_unknown_flags(argv: Optional[Iterable[str]] = None) -> None:
-    """The same for the flags of a command line, so that the error lists the valid ones."""
-    arguments = sys.argv[1:] if argv is None else argv
-    reject_unknown(a[2:].split("=")[0].replace("-", "_") for a in arguments if a.startswith("--"))
+def reject_unknown_flags(argv: Optional[Sequence[str]] = None) -> None:
+    """The same for the flags of a command line (default: this process's), so that the error lists the valid ones."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    given = {}
+    for word, following in zip(arguments, [*arguments[1:], ""]):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            given[name.replace("-", "_")] = value if equals else following
+    reject_unknown(given)
 
 
 def _choice(name: str, value: Any, choices: Iterable[str]) -> str:

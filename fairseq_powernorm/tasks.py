@@ -1,18 +1,12 @@
 """``translation_pn``: fairseq's translation task for models with running statistics."""
 import os
-from dataclasses import dataclass
 
 from fairseq import utils
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 
-@dataclass
-class TranslationPNConfig(TranslationConfig):
-    """Options of ``translation``."""
-
-
-@register_task("translation_pn", dataclass=TranslationPNConfig)
+@register_task("translation_pn", dataclass=TranslationConfig)
 class TranslationPNTask(TranslationTask):
     """Translation, BLEU during validation (``--eval-bleu``, by sacreBLEU) included.
 
@@ -21,7 +15,7 @@ class TranslationPNTask(TranslationTask):
     """
 
     @classmethod
-    def setup_task(cls, cfg: TranslationPNConfig, **kwargs):
+    def setup_task(cls, cfg: TranslationConfig, **kwargs):
         """Check the data directories, then set up fairseq's task."""
         for path in utils.split_paths(cfg.data or ""):
             if not os.path.isdir(path):

@@ -1,8 +1,11 @@
 """Shared fixtures. Golden traces and real corpora are found through the environment variable PN_SHARED."""
 import os
 import pathlib
+import random
 
 import pytest
+
+import toy
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -30,3 +33,21 @@ def oracle():
 def corpora():
     """Directory of real corpora."""
     return _shared("real corpora") / "data"
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory):
+    """A binarized toy corpus: the target is the source reversed, in other words. 61 test sentences, not a multiple of 8."""
+    folder = tmp_path_factory.mktemp("toy")
+    draw = random.Random(1)
+    for split, size in (("train", 200), ("valid", 29), ("test", 61)):
+        sentences = [[draw.randrange(20) for _ in range(draw.randrange(2, 9))] for _ in range(size)]
+        for language, words in (("de", lambda s: s), ("en", lambda s: s[::-1])):
+            prefix = {"de": "d", "en": "e"}[language]
+            lines = "".join(" ".join(f"{prefix}{w}" for w in words(s)) + "\n" for s in sentences)
+            (folder / f"{split}.{language}").write_text(lines)
+    toy.command(
+        "fairseq-preprocess", "--source-lang", "de", "--target-lang", "en", "--joined-dictionary", "--destdir",
+        folder / "bin", *(w for s in ("train", "valid", "test") for w in (f"--{s}pref", folder / s)),
+    )
+    return folder / "bin"

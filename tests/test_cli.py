@@ -1,9 +1,7 @@
 """fairseq's own commands with ``--user-dir``: as a user types them."""
 import json
-import random
 import re
 import shutil
-import sys
 
 import pytest
 import torch
@@ -19,26 +17,6 @@ TRAIN = (
     "--max-tokens", 400, "--log-format", "json", "--log-interval", 1, "--no-progress-bar",
     "--cpu", "--num-workers", 0, "--data-buffer-size", 0, "--no-epoch-checkpoints", "--seed", 1,
 )  # fmt: skip
-SCRIPTS_ENVIRONMENT = {"PYTHON": sys.executable}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A binarized toy corpus: the target is the source reversed, in other words. 61 test sentences, not a multiple of 8."""
-    folder = tmp_path_factory.mktemp("toy")
-    draw = random.Random(1)
-    for split, size in (("train", 200), ("valid", 29), ("test", 61)):
-        sentences = [[draw.randrange(20) for _ in range(draw.randrange(2, 9))] for _ in range(size)]
-        for language, words in (("de", lambda s: s), ("en", lambda s: s[::-1])):
-            prefix = {"de": "d", "en": "e"}[language]
-            lines = "".join(" ".join(f"{prefix}{w}" for w in words(s)) + "\n" for s in sentences)
-            (folder / f"{split}.{language}").write_text(lines)
-    toy.command(
-        "fairseq-preprocess", "--source-lang", "de", "--target-lang", "en", "--joined-dictionary", "--destdir",
-        folder / "bin", *(w for s in ("train", "valid", "test") for w in (f"--{s}pref", folder / s)),
-    )
-    return folder / "bin"
-
 
 def train(data, save_dir, *arguments, user_dir="fairseq_powernorm", **options):
     return toy.command(
@@ -47,19 +25,13 @@ def train(data, save_dir, *arguments, user_dir="fairseq_powernorm", **options):
 
 
 @pytest.fixture(scope="module")
-def trained(data, tmp_path_factory):
+def trained(toy_data, tmp_path_factory):
     """A PN model after 12 updates, with BLEU at validation; and what the command printed."""
     folder = tmp_path_factory.mktemp("trained")
     done = train(
-        data, folder, "--max-update", 12, "--eval-bleu", "--eval-bleu-args", '{"beam": 2}', "--eval-bleu-remove-bpe"
+        toy_data, folder, "--max-update", 12, "--eval-bleu", "--eval-bleu-args", '{"beam": 2}', "--eval-bleu-remove-bpe"
     )
     return folder, done
-
-
-def losses(output):
-    """num_updates -> loss from fairseq's JSON log."""
-    rows = (json.loads(line[line.index("{") :]) for line in output.splitlines() if "train_inner" in line)
-    return {int(row["num_updates"]): row["loss"] for row in rows}
 
 
 def test_training_writes_psi_and_nu(trained):
@@ -71,7 +43,7 @@ def test_training_writes_psi_and_nu(trained):
     assert state["encoder.layer_norm.running_phi"].shape == (32,)
     assert (state["encoder.layers.0.final_layer_norm.ema_gz"] != 0).any()
     assert re.search(r'"valid_bleu": "?[\d.]+', done.stdout + done.stderr)
-    assert len(losses(done.stdout + done.stderr)) == 12
+    assert len(toy.losses(done.stdout + done.stderr)) == 12
 
 
 def test_commands_are_quiet(trained):
@@ -81,12 +53,12 @@ def test_commands_are_quiet(trained):
     assert not noisy, noisy
 
 
-def test_resuming_equals_never_stopping(data, tmp_path):
+def test_resuming_equals_never_stopping(toy_data, tmp_path):
     """Stop after 6 of 12 updates in the middle of an epoch and go on: the same parameters and buffers, bit for bit."""
     arguments = ("--max-tokens", 100, "--disable-validation")
-    train(data, tmp_path / "once", "--max-update", 12, *arguments)
-    train(data, tmp_path / "twice", "--max-update", 6, *arguments)
-    train(data, tmp_path / "twice", "--max-update", 12, *arguments)
+    train(toy_data, tmp_path / "once", "--max-update", 12, *arguments)
+    train(toy_data, tmp_path / "twice", "--max-update", 6, *arguments)
+    train(toy_data, tmp_path / "twice", "--max-update", 12, *arguments)
     once, twice = (
         torch.load(tmp_path / run / "checkpoint_last.pt", weights_only=True) for run in ("once", "twice")
     )
@@ -94,30 +66,30 @@ def test_resuming_equals_never_stopping(data, tmp_path):
     assert all(torch.equal(value, twice["model"][name]) for name, value in once["model"].items())
 
 
-def test_generation_covers_the_whole_test_set(data, trained):
+def test_generation_covers_the_whole_test_set(toy_data, trained):
     """fairseq-generate translates each of 61 sentences, though 61 is no multiple of fairseq's batch size multiple."""
     done = toy.command(
-        "fairseq-generate", data, "--user-dir", "fairseq_powernorm", "--task", "translation_pn", "--cpu", "--path",
+        "fairseq-generate", toy_data, "--user-dir", "fairseq_powernorm", "--task", "translation_pn", "--cpu", "--path",
         trained[0] / "checkpoint_last.pt", "--beam", 2, "--batch-size", 16, "--num-workers", 0,
     )
     assert sorted(int(n) for n in re.findall(r"^H-(\d+)", done.stdout, re.M)) == list(range(61))
 
 
-def test_interactive_translation(data, trained):
+def test_interactive_translation(toy_data, trained):
     """fairseq-interactive translates what it reads."""
     done = toy.command(
-        "fairseq-interactive", data, "--user-dir", "fairseq_powernorm", "--task", "translation_pn", "--cpu", "--path",
+        "fairseq-interactive", toy_data, "--user-dir", "fairseq_powernorm", "--task", "translation_pn", "--cpu", "--path",
         trained[0] / "checkpoint_last.pt", "--source-lang", "de", "--target-lang", "en", stdin="d1 d2 d3\nd4 d5\n",
     )
     assert len(re.findall(r"^H-\d+", done.stdout, re.M)) == 2
 
 
-def test_validation_of_a_checkpoint(data, trained):
+def test_validation_of_a_checkpoint(toy_data, trained):
     """fairseq-validate gives the loss that training logged for the same checkpoint, and changes no file."""
     folder, done = trained
     before = (folder / "checkpoint_last.pt").read_bytes()
     validated = toy.command(
-        "fairseq-validate", data, "--user-dir", "fairseq_powernorm", "--task", "translation_pn", "--cpu", "--path",
+        "fairseq-validate", toy_data, "--user-dir", "fairseq_powernorm", "--task", "translation_pn", "--cpu", "--path",
         folder / "checkpoint_last.pt", "--max-tokens", 400, "--valid-subset", "valid", "--num-workers", 0,
         "--log-format", "json",
     )
@@ -133,13 +105,13 @@ def test_validation_of_a_checkpoint(data, trained):
         (("--encoder-norm-self", "powr"), r"--encoder-norm-self.*powr.*power-v"),
         (("--norm-groups", 3), r"--norm-groups 3: must be 0 or divide the 32 channels"),
         (("--norm-alpha-fwd", 1.5), r"--norm-alpha-fwd 1.5: must lie in \[0, 1\]"),
-        (("--norm-aplha-fwd", 0.5), r"unknown norm option 'norm_aplha_fwd'.*norm_alpha_fwd"),
+        (("--norm-aplha-fwd", 0.5), r"unknown norm option 'norm_aplha_fwd' = '0.5'.*norm_alpha_fwd"),
         (("--norm-variant", "paper"), r"--norm-variant.*paper.*algorithm2"),
     ],
 )
-def test_bad_options_stop_the_command_line_before_anything_is_written(data, tmp_path, arguments, message):
+def test_bad_options_stop_the_command_line_before_anything_is_written(toy_data, tmp_path, arguments, message):
     """A wrong norm option: non-zero exit, a message naming option, value and choices, no save directory."""
-    done = train(data, tmp_path / "run", *arguments, check=False)
+    done = train(toy_data, tmp_path / "run", *arguments, check=False)
     assert done.returncode != 0
     assert re.search(message, done.stderr, re.S), done.stderr[-2000:]
     assert not (tmp_path / "run").exists()
@@ -148,15 +120,16 @@ def test_bad_options_stop_the_command_line_before_anything_is_written(data, tmp_
 @pytest.mark.parametrize(
     "override,message",
     [
-        ("+model.norm_aplha_fwd=0.5", "norm_aplha_fwd"),
-        ("model.encoder_norm_self=powr", "powr"),
-        ("+model.norm_groups=3", "norm_groups|--norm-groups 3"),
+        ("+model.norm_aplha_fwd=0.5", r"unknown norm option 'norm_aplha_fwd' = 0.5.*norm_alpha_fwd"),
+        ("model.encoder_norm_self=powr", r"'powr', expected one of \[layer, rms, batch, power-v, power\]\s+full_key: encoder_norm_self"),
+        ("+model.norm_groups=3", r"--norm-groups 3: must be 0 or divide the 128 channels"),
+        ("+model.norm_alpha_bkw=2", r"--norm-alpha-bkw 2.0: must lie in \[0, 1\]"),
     ],
 )
-def test_bad_options_stop_a_yaml_run(data, tmp_path, override, message):
+def test_bad_options_stop_a_yaml_run(toy_data, tmp_path, override, message):
     """The same through fairseq-hydra-train: non-zero exit and the option named; no checkpoint."""
     done = toy.command(
-        "fairseq-hydra-train", "--config-dir", "configs", "--config-name", "demo", f"task.data={data}",
+        "fairseq-hydra-train", "--config-dir", "configs", "--config-name", "demo", f"task.data={toy_data}",
         f"common.user_dir={toy.ROOT / 'fairseq_powernorm'}", f"checkpoint.save_dir={tmp_path / 'run'}",
         f"hydra.run.dir={tmp_path / 'hydra'}", "hydra.job.chdir=False", "common.cpu=True", override, check=False,
     )
@@ -171,17 +144,17 @@ def test_missing_data_is_named(tmp_path):
     assert done.returncode != 0 and "nowhere" in done.stderr and "fairseq-preprocess" in done.stderr
 
 
-def test_checkpoint_of_another_norm_is_refused(data, trained, tmp_path):
+def test_checkpoint_of_another_norm_is_refused(toy_data, trained, tmp_path):
     """Going on from a PN checkpoint with --encoder-norm-ff layer stops and says which norm stands where."""
     done = train(
-        data, tmp_path, "--restore-file", trained[0] / "checkpoint_last.pt", "--encoder-norm-ff", "layer", check=False
+        toy_data, tmp_path, "--restore-file", trained[0] / "checkpoint_last.pt", "--encoder-norm-ff", "layer", check=False
     )
     assert done.returncode != 0
     assert "the checkpoint has norm 'power' at encoder.layers.0.final_layer_norm, the model 'layer'" in done.stderr
     assert not list(tmp_path.glob("*.pt"))
 
 
-def test_installed_by_pip_and_by_bare_name(data, tmp_path):
+def test_installed_by_pip_and_by_bare_name(toy_data, tmp_path):
     """pip-installed elsewhere, the plugin is found by bare name from that place and by import, without the checkout."""
     source = tmp_path / "source"
     shutil.copytree(toy.ROOT, source, ignore=shutil.ignore_patterns(".*", "data", "runs", "tests", "results", "*.egg-info"))
@@ -191,8 +164,8 @@ def test_installed_by_pip_and_by_bare_name(data, tmp_path):
         cwd=tmp_path,
     )
     assert (site / "fairseq_powernorm" / "kernels" / "reference.py").is_file()
-    done = train(data, tmp_path / "run", "--max-update", 2, cwd=site, PYTHONPATH="")
-    assert len(losses(done.stdout + done.stderr)) == 2
+    done = train(toy_data, tmp_path / "run", "--max-update", 2, cwd=site, PYTHONPATH="")
+    assert len(toy.losses(done.stdout + done.stderr)) == 2
     code = "import fairseq_powernorm as p; from fairseq.models import ARCH_MODEL_REGISTRY as r; " \
         "print(p.__file__, 'transformer_pn_tiny' in r)"
     done = toy.command("python", "-c", code, cwd=tmp_path, PYTHONPATH=str(site))

@@ -9,6 +9,7 @@ import torch
 from fairseq import checkpoint_utils, models, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf
+from packaging.version import Version
 
 import toy
 from fairseq_powernorm import checkpoint
@@ -111,7 +112,8 @@ def test_the_same_model_from_every_kind_of_options():
         torch.manual_seed(1)
         state = models.build_model(options, toy.task()).state_dict()
         assert list(state) == list(reference)
-        assert all(torch.equal(state[k], reference[k]) for k in state)
+        # fairseq 0.12.2 keeps a buffer of uninitialized memory
+        assert all(torch.equal(state[k], reference[k]) for k in state if not k.endswith("_float_tensor"))
 
 
 @pytest.mark.parametrize("options", [dict(post_norm=True), dict(encoder_normalize_before=False, decoder_normalize_before=False)])
@@ -237,7 +239,7 @@ def test_activation_checkpointing_changes_nothing(norm, variant, warmup_updates)
         for step in range(3):
             train_pass(model, toy.batch(seed=step))
             values.update({f"{name} at step {step}": p.grad.clone() for name, p in model.named_parameters()})
-        results.append({**values, **dict(model.named_buffers())})
+        results.append({**values, **{name: b for name, b in model.named_buffers() if "norm" in name}})
     for name, plain in results[0].items():
         if name.endswith(("running_phi", "running_mean", "running_var", "iters")):
             assert torch.equal(plain, results[1][name]), name
@@ -400,6 +402,8 @@ def test_the_authors_training_run_is_repeated(oracle):
 
 def test_the_authors_options_survive_the_conversion(oracle):
     """Converted, their checkpoint has our architecture, their LR warm-up as PN's, and (C,) statistics."""
+    if Version(torch.__version__) < Version("2.6"):
+        pytest.skip("weights-only loading of torch < 2.6 cannot read the meters in this checkpoint")
     original = checkpoint.load(str(oracle / "model" / "power_enc" / "checkpoint_best.pt"))
     converted = checkpoint.convert_authors_checkpoint(original)
     settings = json.loads((oracle / "model" / "power_enc" / "args.json").read_text())

@@ -1,5 +1,6 @@
 """Small models and data for the tests."""
 import contextlib
+import json
 import os
 import pathlib
 import subprocess
@@ -89,3 +90,9 @@ def counted_calls(modules):
     finally:
         for handle in handles:
             handle.remove()
+
+
+def losses(output):
+    """num_updates -> training loss, from the output of fairseq-train or fairseq-hydra-train with a JSON log."""
+    rows = (json.loads(line[line.index("{") :]) for line in output.splitlines() if '"num_updates"' in line)
+    return {int(row["num_updates"]): row["loss"] for row in rows if "loss" in row}

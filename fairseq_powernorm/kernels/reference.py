@@ -93,13 +93,17 @@ class Moment(NamedTuple):
         return torch.where(self.count > 0, mean, otherwise.to(mean.dtype))
 
 
-def second_moments(u: Tensor, valid: Optional[Tensor]) -> Tuple[Moment, Moment]:
-    """``sum of u^2`` with the number of rows: over the rows where ``valid`` is True, and over all rows."""
+def second_moments(u: Tensor, valid: Optional[Tensor], all_rows: bool) -> Tuple[Moment, Moment]:
+    """``sum of u^2`` with the number of rows: over the rows where ``valid`` is True, and over all rows.
+
+    The second is the first where ``valid`` is None or ``all_rows`` is False (it is then not needed).
+    """
     squares = u * u
-    everything = Moment(column_sum(squares), row_count(u, None))
+    everything = Moment(column_sum(squares), row_count(u, None)) if all_rows or valid is None else None
     if valid is None:
         return everything, everything
-    return Moment(column_sum(mask_rows_(squares, valid)), row_count(u, valid)), everything
+    moment = Moment(column_sum(mask_rows_(squares, valid)), row_count(u, valid))
+    return moment, everything or moment
 
 
 def inverse_root(second_moment: Tensor, eps: float) -> Tensor:
@@ -107,12 +111,14 @@ def inverse_root(second_moment: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(second_moment + eps)
 
 
-def affine(u: Tensor, inv: Tensor, weight: Optional[Tensor], bias: Optional[Tensor]) -> Tensor:
-    """``y = weight * inv * u + bias`` in one sweep over ``u``."""
+def affine(
+    u: Tensor, inv: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], out: Optional[Tensor] = None
+) -> Tensor:
+    """``y = weight * inv * u + bias`` in one sweep over ``u``; ``out`` (outside autograd only) may be ``u`` itself."""
     scale = inv if weight is None else inv * weight.to(inv.dtype)
     if bias is None:
-        return u * scale
-    return torch.addcmul(bias.to(inv.dtype), u, scale)
+        return torch.mul(u, scale, out=out)
+    return torch.addcmul(bias.to(inv.dtype), u, scale, out=out)
 
 
 def grad_sums(grad: Tensor, u: Tensor, valid: Optional[Tensor]) -> Tuple[Tensor, Tensor]:

@@ -1,0 +1,103 @@
+# Sourced after common.sh: sets PYTHON to an interpreter with everything installed, and puts its scripts first in PATH.
+#
+# 1. PYTHON=... given: used as it is; an error if something is missing there.
+# 2. An active virtualenv or conda environment in which nothing is missing.
+# 3. .venv in the repository, made on first use; TORCH_SPEC (words for pip) chooses another torch, for instance
+#    TORCH_SPEC="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu".
+
+# pn_missing PYTHON: the modules that the project needs and this interpreter lacks.
+pn_missing() {
+    "$1" - <<'PYTHON'
+from importlib.util import find_spec
+needed = "torch fairseq hydra omegaconf sacrebleu sacremoses subword_nmt sentencepiece matplotlib pytest".split()
+print(" ".join(name for name in needed if find_spec(name) is None))
+PYTHON
+}
+
+# The first Python that fairseq can be installed for: "COMMAND MINOR".
+pn_find_python() {
+    local name minor
+    for name in python3.11 python3.12 python3 python python3.10 python3.9 python3.8; do
+        minor=$("$name" -c 'import sys; print(sys.version_info[1] if sys.version_info[0] == 3 else 0)' 2>/dev/null) || continue
+        if [ "$minor" -ge 8 ] && [ "$minor" -le 12 ] && "$name" -c 'import venv, ensurepip' 2>/dev/null; then
+            printf '%s %s\n' "$name" "$minor"
+            return
+        fi
+    done
+    pn_die "no usable Python: 3.11 or 3.12 (else 3.8 to 3.10) with the modules venv and ensurepip must be in PATH," \
+        "or give one that has everything with PYTHON=..."
+}
+
+# PYTHON=.venv/bin/python, complete. A file beside .venv marks an installation that has not ended: .venv is then made anew.
+pn_make_venv() {
+    local venv=$PN_ROOT/.venv unfinished=$PN_ROOT/.venv.unfinished found base minor torch stamp
+    local -a words
+    if [ -e "$unfinished" ]; then
+        rm -rf "$venv"
+    elif [ -d "$venv" ] && [ ! -f "$venv/installed" ]; then
+        pn_die "$venv was not made by these scripts; activate it if it has everything that setup.py asks for, or move it away"
+    elif [ -d "$venv" ] && { ! found=$(pn_missing "$venv/bin/python" 2>&1) || [ -n "$found" ]; }; then
+        echo ".venv is damaged"
+        rm -rf "$venv"
+    fi
+    if [ -d "$venv" ]; then
+        base=$venv/bin/python
+        minor=$("$base" -c 'import sys; print(sys.version_info[1])')
+    else
+        found=$(pn_find_python)
+        base=${found% *} minor=${found#* }
+    fi
+    # The one place where torch is pinned. fairseq 0.12.2 (Python < 3.11) needs an older one, and pip < 24.1.
+    case $minor in
+        8) torch=torch==2.4.1 ;;
+        9 | 10) torch=torch==2.5.1 ;;
+        *) torch=torch==2.13.0 ;;
+    esac
+    torch=${TORCH_SPEC:-$torch}
+    stamp=$("$base" -c 'import hashlib, sys; print(sys.argv[2], hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' \
+        "$PN_ROOT/setup.py" "$torch")
+    if [ "$(cat "$venv/installed" 2>/dev/null)" != "$stamp" ]; then
+        : >"$unfinished"
+        if [ ! -d "$venv" ]; then
+            echo "making .venv with $base"
+            "$base" -m venv "$venv"
+        fi
+        echo "installing into .venv (some minutes)"
+        if [ "$minor" -lt 11 ]; then
+            "$venv/bin/python" -m pip install --quiet "pip<24.1"
+        fi
+        read -r -a words <<<"$torch"
+        "$venv/bin/python" -m pip install --quiet "${words[@]}"
+        "$venv/bin/python" -m pip install --quiet -e "$PN_ROOT[data,plots,test]"
+        printf '%s\n' "$stamp" >"$venv/installed"
+        rm "$unfinished"
+    fi
+    PYTHON=$venv/bin/python
+}
+
+pn_environment() {
+    local active missing
+    if [ -n "${PYTHON:-}" ]; then
+        active=$(command -v "$PYTHON") || pn_die "PYTHON=$PYTHON is not an executable"
+        PYTHON=$(cd "$(dirname "$active")" && pwd)/$(basename "$active")
+        missing=$(pn_missing "$PYTHON") || pn_die "PYTHON=$PYTHON does not run"
+        [ -z "$missing" ] || pn_die "PYTHON=$PYTHON lacks: $missing; install with: $PYTHON -m pip install -e '.[data,plots,test]'"
+    else
+        active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+        if [ -n "$active" ] && [ -x "$active/bin/python" ] && missing=$(pn_missing "$active/bin/python"); then
+            if [ -z "$missing" ]; then
+                PYTHON=$active/bin/python
+            else
+                echo "the active environment $active lacks: $missing; using .venv instead"
+            fi
+        fi
+        if [ -z "${PYTHON:-}" ]; then
+            pn_make_venv
+        fi
+    fi
+    export PYTHON
+    PATH=$(dirname "$PYTHON"):$PATH
+    export PATH
+}
+
+pn_environment

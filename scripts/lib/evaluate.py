@@ -1,0 +1,268 @@
+"""Evaluates one run: see scripts/evaluate.sh."""
+
+import argparse
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import checkpoints
+import compose
+import trainlog
+from settings import (PLUGIN, ROOT, TOOLS, UserError, benchmarks, choose, data_root, locked, main, prepared, read_json,
+                      sha256, tool, versions, whole_directory, write_json)
+
+SCHEMA = 1
+SUBSETS = ("test", "valid")
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(prog="scripts/evaluate.sh", add_help=False, allow_abbrev=False)
+    parser.add_argument("benchmark")
+    parser.add_argument("run_dir")
+    parser.add_argument("--subset", default="test")
+    parser.add_argument("--average", type=int)
+    parser.add_argument("--unfinished", action="store_true")
+    parser.add_argument("--record")
+    parser.add_argument("--force", action="store_true")
+    options = parser.parse_args(arguments)
+    choose("benchmark", options.benchmark, benchmarks())
+    choose("--subset", options.subset, SUBSETS)
+    if options.average is not None and options.average < 1:
+        raise UserError(f"--average {options.average} is not a number of checkpoints; valid: 1 or more")
+    return options
+
+
+def evaluate(arguments):
+    from omegaconf import OmegaConf
+
+    options = parse(arguments)
+    run = Path(os.path.abspath(options.run_dir))
+    facts = started(run, options)
+    data, stamp = prepared(options.benchmark)
+    if facts["prepared_sha256"] != sha256(data / "prepared.json"):
+        raise UserError(f"{run} was trained on other data than {data} holds now: settings or text differ; "
+                        f"prepare the data as it was, or train again")
+    target = run / ("evaluation" if options.subset == "test" else f"evaluation-{options.subset}")
+    copy = Path(options.record) if options.record else None
+    if copy and copy.exists() and not options.force and not same(copy, target / "record.json"):
+        raise UserError(f"--record {options.record} exists already; --force overwrites it")
+    config = OmegaConf.load(run / "config.yaml")
+    with locked(run) as lock:
+        inputs = checkpoints.last(config, run / "checkpoints", options.average)
+        request = {"subset": options.subset, "checkpoints": {path.name: sha256(path) for path in inputs}}
+        if target.exists() and not options.force:
+            record = read_json(target / "record.json")
+            if {key: record.get(key) for key in request} != request:
+                raise UserError(f"{target} holds an evaluation of other checkpoints; --force replaces it")
+            print(f"{target} is there already; nothing to do (--force evaluates again)")
+        else:
+            refuse_other_models(inputs, config)
+            with whole_directory(target) as directory:
+                record = {"schema": SCHEMA, **about(run, facts, config), **request,
+                          **translate_and_score(directory, data, stamp, config, inputs, options.subset, lock),
+                          "versions": {"python": platform.python_version(), **versions(TOOLS)}, "git_commit": commit()}
+                commands = [*(session["command"] for session in facts["sessions"]), *record.pop("evaluation_commands")]
+                record["commands"] = [anonymous(shlex.join(command).replace(str(directory), str(target)), run)
+                                      for command in commands]
+                write_json(directory / "record.json", record)
+    show(record)
+    print(f"record: {target / 'record.json'}")
+    if copy:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(target / "record.json", copy)
+        print(f"copied to {copy}")
+
+
+def same(first, second):
+    return second.is_file() and first.read_bytes() == second.read_bytes()
+
+
+def refuse_other_models(inputs, config):
+    """Refuses checkpoints of which the model's settings are not the run's."""
+    from omegaconf import OmegaConf
+
+    sys.path.insert(0, str(ROOT))
+    with compose.quiet():
+        from fairseq_powernorm.checkpoint import load
+    wanted = OmegaConf.to_container(config.model)
+    for path in inputs:
+        try:
+            found = load(str(path)).get("cfg")
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        model = OmegaConf.to_container(OmegaConf.create(found["model"])) if found else {}
+        for key in wanted:
+            if model.get(key) != wanted[key]:
+                raise UserError(f"{path} does not belong to this run: its model.{key} is {model.get(key)!r}, "
+                                f"the run's is {wanted[key]!r} (config.yaml)")
+
+
+def started(run, options):
+    """run.json of a run of this benchmark that has finished (or need not have)."""
+    if not (run / "run.json").is_file():
+        raise UserError(f"run directory {str(run)!r} was not made by scripts/train.sh: it has no run.json")
+    facts = read_json(run / "run.json")
+    if facts["benchmark"] != options.benchmark:
+        raise UserError(f"{run} is a run of benchmark {facts['benchmark']!r}, not {options.benchmark!r}")
+    if not (run / "finished.json").is_file() and not options.unfinished:
+        raise UserError(f"{run} has not finished training; go on with it (scripts/train.sh {options.benchmark} "
+                        f"{facts['norm']} --resume ...) or evaluate what is there with --unfinished")
+    return facts
+
+
+def about(run, facts, config):
+    """What the record says of the training."""
+    from omegaconf import OmegaConf
+
+    norm, placement = compose.norms_of(config.model)
+    curve = trainlog.curve(run / "train.log")
+    resolved = OmegaConf.to_container(config)
+    for group, key in (("common", "user_dir"), ("task", "data"), ("checkpoint", "save_dir")):
+        resolved[group][key] = anonymous(resolved[group][key], run)
+    sessions = facts["sessions"]
+
+    def total(key):
+        values = [session[key] for session in sessions]
+        return None if None in values else round(sum(values), 1)
+
+    return {
+        "benchmark": facts["benchmark"], "norm": norm, "placement": placement,
+        "variant": config.model.get("norm_variant"), "seed": config.common.seed, "parameters": facts["parameters"],
+        "updates": trainlog.updates(curve),
+        "finished": (run / "finished.json").is_file(),
+        "training": {"wall_s": total("wall_s"), "cpu_s": total("cpu_s"), "sessions": len(sessions),
+                     "threads": sessions[-1]["threads"]},
+        "curve": curve, "overrides": facts["overrides"], "config": resolved,
+    }
+
+
+def translate_and_score(directory, data, stamp, config, inputs, subset, lock):
+    """Averages, translates and scores; leaves its files in directory."""
+    averaged, log = directory / "averaged.pt", directory / "generate.log"
+    average = [sys.executable, "-m", "fairseq_powernorm.checkpoint", "average", "--inputs", *map(str, inputs),
+               "--output", str(averaged)]
+    print(f"averaging {len(inputs)} checkpoints: {inputs[0].name} ... {inputs[-1].name}", flush=True)
+    call(average, lock)
+    generation, task, bpe = config.generation, config.task, stamp["settings"]["bpe"]
+    generate = [tool("fairseq-generate"), str(data / "data-bin"), "--user-dir", str(PLUGIN), "--task", task._name,
+                "--source-lang", task.source_lang, "--target-lang", task.target_lang, "--path", str(averaged),
+                "--gen-subset", subset, "--beam", str(generation.beam), "--lenpen", str(generation.lenpen),
+                "--max-len-a", str(generation.max_len_a), "--max-len-b", str(generation.max_len_b),
+                # With a multiple, fairseq 0.12.3 drops the last sentences if they do not fill one.
+                "--max-tokens", str(config.dataset.max_tokens), "--required-batch-size-multiple", "1",
+                "--post-process", bpe, "--num-workers", "0", "--data-buffer-size", "0", "--no-progress-bar"]
+    print(f"translating {subset} with beam {generation.beam}", flush=True)
+    output = call(generate, lock)
+    log.write_text(output, encoding="utf-8")
+
+    languages = stamp["settings"]["languages"]
+    lowercase = stamp["settings"]["lowercase"]
+    hypotheses = hypotheses_of(output, stamp["sentences"][subset])
+    texts = {
+        "hyp.tok": hypotheses,
+        "ref.tok": lines_of(data / "tok" / f"{subset}.{languages[1]}"),
+        "hyp.detok": detokenized(hypotheses, languages[1]),
+        "ref.detok": lines_of(data / "raw" / f"{subset}.{languages[1]}"),
+    }
+    for name, lines in texts.items():
+        (directory / name).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    speed = re.search(r"Translated [\d,]+ sentences \(([\d,]+) tokens\) in ([\d.]+)s .* ([\d.]+) tokens/s", output)
+    return {
+        "bleu_tokenized": tokenized_bleu(texts["hyp.tok"], texts["ref.tok"]),
+        **sacrebleu_scores(texts["hyp.detok"], texts["ref.detok"], lowercase),
+        "sentences": len(hypotheses), "beam": generation.beam, "lenpen": generation.lenpen, "averaged": len(inputs),
+        "tokens_per_s": float(speed[3]) if speed else None,
+        "evaluation_commands": [average, generate],
+    }
+
+
+def call(command, lock):
+    """Runs a command, which holds the lock, too; gives its output, or shows it and refuses to go on."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+                          pass_fds=(lock.fileno(),))
+    if done.returncode:
+        raise UserError(f"{shlex.join(command)} failed with exit status {done.returncode}:\n{done.stdout[-3000:]}")
+    return done.stdout
+
+
+def hypotheses_of(output, sentences):
+    """The best hypotheses in fairseq-generate's output, BPE undone, in the order of the text."""
+    found = {int(number): text for number, text in re.findall(r"^H-(\d+)\t[^\t\n]*\t(.*)$", output, re.MULTILINE)}
+    if sorted(found) != list(range(sentences)):
+        raise UserError(f"fairseq-generate translated {len(found)} of {sentences} sentences; a score of a part of the subset "
+                        f"would be compared with scores of the whole")
+    return [found[number] for number in range(sentences)]
+
+
+def lines_of(path):
+    return [line.rstrip("\r") for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+
+
+def detokenized(lines, language):
+    from sacremoses import MosesDetokenizer
+
+    detokenizer = MosesDetokenizer(lang=language)
+    return [detokenizer.detokenize(line.split()) for line in lines]
+
+
+def tokenized_bleu(hypotheses, references):
+    """BLEU of tokenized text as in the paper: the arithmetic of fairseq-score (which is that of multi-bleu), unrounded."""
+    from fairseq.data import Dictionary
+    from fairseq.scoring.bleu import BleuConfig, Scorer
+
+    dictionary = Dictionary()
+    scorer = Scorer(BleuConfig(pad=dictionary.pad(), eos=dictionary.eos(), unk=dictionary.unk()))
+    for hypothesis, reference in zip(hypotheses, references):
+        # Hypothesis first, as there: the dictionary grows along the way.
+        encoded = dictionary.encode_line(hypothesis)
+        scorer.add(dictionary.encode_line(reference), encoded)
+    return {"score": scorer.score() if scorer.stat.predlen else 0.0, "precisions": [100 * p for p in scorer.precision()],
+            "brevity_penalty": scorer.brevity(), "ratio": scorer.stat.predlen / scorer.stat.reflen,
+            "hypothesis_length": scorer.stat.predlen, "reference_length": scorer.stat.reflen,
+            "text": scorer.result_string()}
+
+
+def sacrebleu_scores(hypotheses, references, lowercase):
+    from sacrebleu.metrics import BLEU, CHRF
+
+    scores = {}
+    for name, metric in (("sacrebleu", BLEU(lowercase=lowercase)), ("chrf", CHRF(lowercase=lowercase))):
+        score = metric.corpus_score(hypotheses, [references])
+        scores[name] = {"score": score.score, "signature": str(metric.get_signature())}
+    return scores
+
+
+def commit():
+    """The checkout's commit, with "+changes" if files differ from it; None outside of git."""
+    def git(*arguments):
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+
+    head = git("rev-parse", "HEAD")
+    if head.returncode:
+        return None
+    return head.stdout.strip() + ("+changes" if git("status", "--porcelain").stdout.strip() else "")
+
+
+def anonymous(text, run):
+    """Text without this machine's paths: RUN_DIR and data/ stand for where they lie, programs for themselves."""
+    for path, name in ((f"{run}", "RUN_DIR"), (f"{data_root()}/", "data/"), (f"{Path(sys.executable).parent}/", ""),
+                       (f"{ROOT}/", "")):
+        text = text.replace(path, name)
+    return text
+
+
+def show(record):
+    print(f"{record['benchmark']} {record['norm']} ({record['placement']}), {record['subset']}: "
+          f"{record['bleu_tokenized']['text']}")
+    print(f"sacreBLEU {record['sacrebleu']['score']:.2f} ({record['sacrebleu']['signature']}), "
+          f"chrF {record['chrf']['score']:.2f}")
+
+
+if __name__ == "__main__":
+    main(evaluate, sys.argv[1:])

@@ -1,0 +1,163 @@
+"""Where things lie, what a benchmark's YAML says, and how a script refuses bad input."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+PLUGIN = ROOT / "fairseq_powernorm"
+NORMS = ("layer", "rms", "batch", "power-v", "power")
+BPE_TYPES = ("subword_nmt", "sentencepiece")
+# The four options that carry a norm's name, and the placements: placement -> does NORM stand there (else LayerNorm)?
+NORM_OPTIONS = ("encoder_norm_self", "encoder_norm_ff", "decoder_norm_self", "decoder_norm_ff")
+PLACEMENTS = {"encoder": (True, True, False, False), "all": (True, True, True, True)}
+
+
+class UserError(Exception):
+    """Input that a script refuses; the message names the option, the value and what is valid."""
+
+
+def main(function, *arguments):
+    """Runs a script's main function; a refusal is one line on stderr and exit status 2."""
+    try:
+        sys.exit(function(*arguments))
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def data_root():
+    return Path(os.path.abspath(os.environ.get("PN_DATA_ROOT") or ROOT / "data"))
+
+
+def runs_root():
+    return Path(os.path.abspath(os.environ.get("PN_RUNS_ROOT") or ROOT / "runs"))
+
+
+def choose(option, value, valid):
+    """value if it is one of valid, else a refusal that lists them."""
+    if value not in valid:
+        raise UserError(f"{option} {value!r} is unknown; valid: {', '.join(valid)}")
+    return value
+
+
+def benchmarks():
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def load(benchmark):
+    """configs/BENCH.yaml as it stands in the file (interpolations resolve on access)."""
+    from omegaconf import OmegaConf
+
+    choose("benchmark", benchmark, benchmarks())
+    return OmegaConf.load(CONFIGS / f"{benchmark}.yaml")
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path, content):
+    """Writes JSON so that a reader sees the old file or the new one, never a part."""
+    partial = Path(f"{path}.partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def prepared(benchmark):
+    """The directory of a prepared benchmark and its stamp; refuses if it is not prepared."""
+    directory = data_root() / benchmark
+    if not (directory / "prepared.json").is_file():
+        raise UserError(f"{directory} is not prepared; run: scripts/prepare.sh {benchmark}")
+    return directory, read_json(directory / "prepared.json")
+
+
+def cpus():
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def locked(directory):
+    """Holds the lock of a directory that need not exist yet; refuses if another process holds it.
+
+    The lock is a file beside the directory. It opens when the process ends, however it ends, and the children that were
+    given the file have ended, too.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with open(directory.with_name(f".{directory.name}.lock"), "a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is at work in {directory} (it holds {stream.name})") from None
+        yield stream
+
+
+@contextlib.contextmanager
+def whole_directory(target):
+    """Yields a temporary sibling that takes the place of target when the block ends well, and vanishes when it does not.
+
+    What an earlier process left when it was killed is removed, and a target that it had set aside is put back. The caller
+    holds a lock.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    aside = target.with_name(f".{target.name}.old")
+    shutil.rmtree(partial, ignore_errors=True)
+    if aside.exists():
+        if target.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(target)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if target.exists():
+        target.rename(aside)
+    partial.rename(target)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def tool(name):
+    """The path of a console script that belongs to this interpreter."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise UserError(f"{name} is not installed beside {sys.executable}")
+    return found
+
+
+# Distributions on which the prepared data depend, and those on which the results depend as well.
+DATA_TOOLS = ("sacremoses", "subword-nmt", "sentencepiece", "fairseq", "ve-fairseq", "fairseq-fixed")
+TOOLS = (*DATA_TOOLS, "torch", "numpy", "hydra-core", "omegaconf", "sacrebleu", "fairseq_powernorm")
+
+
+def versions(distributions):
+    """The versions of those of the distributions that are installed."""
+    from importlib import metadata
+
+    found = {}
+    for name in distributions:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

@@ -1,0 +1,60 @@
+"""Reads the log of a training run (common.log_format=json)."""
+
+import json
+
+
+def parse_line(line):
+    """The JSON object at the end of a log line, or None."""
+    start = line.find('{"')
+    if start < 0:
+        return None
+    try:
+        found = json.loads(line[start:])
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def curve(path):
+    """{"train": [...], "valid": [...]}: one entry per epoch and per validation, with updates, loss, nll_loss and ppl.
+
+    After a resumption training repeats the updates since the last checkpoint; the later account of them replaces the
+    earlier one.
+    """
+    curves = {"train": [], "valid": []}
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            found = parse_line(line)
+            for subset, entries in curves.items():
+                if not found or f"{subset}_num_updates" not in found:
+                    continue
+                entry = {"updates": int(found[f"{subset}_num_updates"]), "epoch": found.get("epoch")}
+                for key in ("loss", "nll_loss", "ppl"):
+                    if f"{subset}_{key}" in found:
+                        entry[key] = float(found[f"{subset}_{key}"])
+                while entries and entries[-1]["updates"] >= entry["updates"]:
+                    entries.pop()
+                entries.append(entry)
+    return curves
+
+
+def updates(curves):
+    """The number of updates that a run's curves reach."""
+    return max((entry["updates"] for entries in curves.values() for entry in entries), default=0)
+
+
+def brief(line, max_update):
+    """A log line as shown to the user: progress in short, None for the lines that are in the log only."""
+    found = parse_line(line)
+    if found is None:
+        return line if "rror" in line or "stopping training" in line else None
+    if "valid_loss" in found:
+        return (f"  epoch {found['epoch']}: valid loss {found['valid_loss']}, perplexity {found.get('valid_ppl')} "
+                f"after {found['valid_num_updates']} updates")
+    if "num_updates" in found and "loss" in found:
+        done = int(found["num_updates"])
+        left = (max_update - done) / float(found["ups"]) if max_update and float(found.get("ups", 0)) else None
+        return (f"  update {done:,}" + (f" of {max_update:,}" if max_update else "")
+                + f": loss {found['loss']}, {found.get('wps', '?')} tokens/s, lr {found.get('lr')}"
+                + (f", about {left / 60:.0f} min left" if left is not None else ""))
+    return None

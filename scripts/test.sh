@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Runs the tests in the project's environment, which it makes first if there is none.
+#
+#   scripts/test.sh [pytest arguments]
+#
+# Without arguments: all tests. Example: scripts/test.sh -k pipeline -x
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
+# -h is pytest's own for pytest's options; this script's is the first argument only.
+pn_help "${BASH_SOURCE[0]}" "${1:-}"
+. "$PN_ROOT/scripts/lib/environment.sh"
+cd "$PN_ROOT"
+exec "$PYTHON" -m pytest tests "$@"

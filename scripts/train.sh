@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Trains one model with fairseq-hydra-train and the settings of configs/BENCH.yaml.
+#
+#   scripts/train.sh BENCH NORM [options] [overrides]
+#
+#   BENCH               name of a file in configs/ (demo, multi30k), prepared by scripts/prepare.sh
+#   NORM                layer, rms, batch, power-v or power
+#   --placement WHERE   encoder (default: NORM in the encoder's layers, layer in the decoder's, as in the paper) or all
+#   --run-dir DIR       default: runs/BENCH/NORM[-all]-seedS ($PN_RUNS_ROOT/BENCH/...)
+#   --resume            go on with the run in that directory, with the overrides it was started with and any new ones;
+#                       start it if there is none; do nothing if it has finished
+#   overrides           hydra overrides of configs/BENCH.yaml, such as optimization.max_update=4000 common.seed=2
+#
+# The run directory holds checkpoints/, train.log (all that fairseq says), config.yaml (every setting, resolved),
+# command.txt, run.json and, once training is complete, finished.json.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
+pn_help "${BASH_SOURCE[0]}" "$@"
+pn_python train "$@"

@@ -1,0 +1,79 @@
+"""Every YAML file in configs/ builds with every norm, and says all of what the scripts read from it."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+LIB = ROOT / "scripts" / "lib"
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+pytest.importorskip("fairseq")
+sys.path.insert(0, str(LIB))
+
+import compose  # noqa: E402
+import settings  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A data directory with nothing but dictionaries, under every language that a benchmark names."""
+    directory = tmp_path_factory.mktemp("data-bin")
+    for path in CONFIGS:
+        task = settings.load(path.stem).task
+        for language in (task.source_lang, task.target_lang):
+            (directory / f"dict.{language}.txt").write_text("".join(f"w{i} 1\n" for i in range(60)))
+    return directory
+
+
+@pytest.mark.parametrize("placement", settings.PLACEMENTS)
+@pytest.mark.parametrize("norm", settings.NORMS)
+@pytest.mark.parametrize("benchmark", [path.stem for path in CONFIGS])
+def test_builds(benchmark, norm, placement, data, tmp_path):
+    """configs/BENCH.yaml + train.sh's overrides = task, model and criterion, with NORM where the placement says."""
+    overrides = [f"common.user_dir={settings.PLUGIN}", f"task.data={data}", f"checkpoint.save_dir={tmp_path}",
+                 *compose.norm_overrides(norm, placement)]
+    config, task, model, criterion = compose.build(compose.compose(benchmark, overrides))
+    assert compose.norms_of(config.model) == (norm, "encoder" if norm == "layer" else placement)
+    assert type(task).__name__ and type(criterion).__name__
+    encoder, decoder = type(model.encoder.layers[0].self_attn_layer_norm), type(model.decoder.layers[0].self_attn_layer_norm)
+    assert (encoder is decoder) == (norm == "layer" or placement == "all")
+    if "warmup_updates" in config.lr_scheduler:
+        assert config.model.norm_warmup_updates == config.lr_scheduler.warmup_updates, "the warm-up is one number"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_header(path):
+    """The head of each YAML file is hydra's package line and then the command that uses the file."""
+    package, launch = path.read_text(encoding="utf-8").split("\n")[:2]
+    assert package == "# @package _global_"
+    assert launch.startswith(f"# bash scripts/train.sh {path.stem} ")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_checkpoints_are_bounded(path):
+    """Each benchmark keeps a bounded number of checkpoints, the ones that are averaged, and drops no last batch."""
+    config = compose.compose(path.stem, [])
+    import checkpoints
+
+    _, number = checkpoints.kept(config)
+    assert 1 < number <= 20
+    assert config.dataset.required_batch_size_multiple == 1
+
+
+def test_misspelt_norm_option():
+    """A norm option that does not exist is refused when a run is composed, not ignored."""
+    with pytest.raises(settings.UserError, match="norm_aplha"):
+        compose.build(compose.compose("demo", [f"common.user_dir={settings.PLUGIN}", "task.data=none",
+                                               "checkpoint.save_dir=none", "+model.norm_aplha=0.5"]))
+
+
+def test_plain_commands_help():
+    """Each script prints its own help without needing an environment, and nothing of its code."""
+    for script in sorted((ROOT / "scripts").glob("*.sh")):
+        done = subprocess.run(["bash", str(script), "--help"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                              env={"PATH": "/usr/bin:/bin"})
+        assert done.returncode == 0, done.stdout
+        assert f"scripts/{script.name}" in done.stdout and "set -euo" not in done.stdout, done.stdout

@@ -1,0 +1,440 @@
+"""prepare -> train -> resume -> evaluate, driven through the scripts as a user drives them, on a corpus of a few sentences."""
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+LIB = ROOT / "scripts" / "lib"
+BIN = pathlib.Path(sys.executable).parent
+
+for module in ("fairseq", "sacrebleu", "sacremoses", "subword_nmt", "sentencepiece"):
+    pytest.importorskip(module)
+
+# A mini run: 30 updates of a small model. They shrink what configs/demo.yaml says; the mechanics stay the same.
+SMALL = ["dataset.max_tokens=400", "optimization.max_update=30", "checkpoint.save_interval_updates=5",
+         "dataset.validate_interval_updates=5", "checkpoint.keep_interval_updates=3", "common.log_interval=5",
+         "lr_scheduler.warmup_updates=10", "generation.max_len_b=20", "generation.beam=2",
+         "+model.encoder_layers=1", "+model.decoder_layers=1"]
+
+NOUNS = [("Hund", "dog"), ("Mann", "man"), ("Baum", "tree"), ("Ball", "ball"), ("Tisch", "table")]
+VERBS = [("sieht", "sees"), ("hat", "has"), ("mag", "likes"), ("kennt", "knows")]
+
+
+def sentences(number):
+    """Pairs of German and English sentences, punctuation and an apostrophe included."""
+    for i in range(number):
+        subject, verb, thing = NOUNS[i % 5], VERBS[i // 5 % 4], NOUNS[(i // 20 + i) % 5]
+        end = ".!?"[i % 3]
+        yield f"Der {subject[0]} {verb[0]} den {thing[0]}, ja{end}", f"The {subject[1]} {verb[1]} the man's {thing[1]}{end}"
+
+
+def write_text(directory, *, train=80, valid=15, test=16):
+    directory.mkdir(parents=True, exist_ok=True)
+    for split, number in (("train", train), ("valid", valid), ("test", test)):
+        for language, side in zip(("de", "en"), zip(*sentences(number))):
+            (directory / f"{split}.{language}").write_text("".join(line + "\n" for line in side), encoding="utf-8")
+    return directory
+
+
+class Scripts:
+    """The scripts with their roots in a temporary directory."""
+
+    def __init__(self, home):
+        self.data, self.runs = home / "data", home / "runs"
+        # One thread: a test machine is shared, and OpenMP's threads wait for each other busily.
+        self.environment = {**os.environ, "PN_DATA_ROOT": str(self.data), "PN_RUNS_ROOT": str(self.runs),
+                            "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+        self.environment.pop("DATA_ARCHIVES", None)
+
+    def start(self, script, *arguments, **environment):
+        return subprocess.Popen(["bash", str(ROOT / "scripts" / f"{script}.sh"), *map(str, arguments)], text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                                env={**self.environment, **environment})
+
+    def __call__(self, script, *arguments, **environment):
+        process = self.start(script, *arguments, **environment)
+        output, _ = process.communicate(timeout=300)
+        return process.returncode, output
+
+    def ok(self, script, *arguments, **environment):
+        status, output = self(script, *arguments, **environment)
+        assert status == 0, output
+        return output
+
+    def refuses(self, script, *arguments, **environment):
+        """The message of a refusal: one line after "error:", exit status 2, no traceback."""
+        status, output = self(script, *arguments, **environment)
+        assert status == 2, output
+        assert "Traceback" not in output and output.count("error: ") == 1, output
+        return output.split("error: ")[1]
+
+
+def contents(directory):
+    """relative path -> SHA-256 of every file below."""
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    """Scripts with the demo prepared from a few sentences of our own."""
+    home = tmp_path_factory.mktemp("pipeline")
+    scripts = Scripts(home)
+    scripts.text = write_text(home / "text")
+    scripts.ok("prepare", "demo", "--text-dir", scripts.text)
+    return scripts
+
+
+@pytest.fixture(scope="module")
+def trained(scripts):
+    """A finished run of PN, evaluated; interrupted on the way and resumed."""
+    scripts.run = scripts.runs / "demo" / "power-seed3"
+    scripts.first = scripts.ok("train", "demo", "power", "common.seed=3", *SMALL, "optimization.max_update=12")
+    scripts.second = scripts.ok("train", "demo", "power", "common.seed=3", "--resume", "optimization.max_update=30")
+    scripts.third = scripts.ok("evaluate", "demo", scripts.run)
+    return scripts
+
+
+# ---- prepare -------------------------------------------------------------------------------------------------------------
+
+
+def test_prepare_again_is_a_no_op(scripts):
+    """prepare; prepare = prepare: the second says so and changes no byte."""
+    before = contents(scripts.data)
+    assert "nothing to do" in scripts.ok("prepare", "demo", "--text-dir", scripts.text)
+    assert contents(scripts.data) == before
+
+
+def test_prepare_stamp(scripts):
+    """prepared.json names each source and each output by its hash, and the settings."""
+    stamp = json.loads((scripts.data / "demo" / "prepared.json").read_text())
+    assert stamp["sources"] == contents(scripts.text)
+    outputs = contents(scripts.data / "demo")
+    del outputs["prepared.json"]
+    assert stamp["outputs"] == outputs
+    assert stamp["settings"]["languages"] == ["de", "en"] and stamp["sentences"] == {"train": 80, "valid": 15, "test": 16}
+
+
+def test_prepare_other_settings(scripts, tmp_path):
+    """Other settings or other text are refused, naming the difference; --force replaces what is there."""
+    assert "bpe is subword_nmt, asked for sentencepiece" in scripts.refuses(
+        "prepare", "demo", "--text-dir", scripts.text, "--bpe", "sentencepiece")
+    other = write_text(tmp_path / "other", train=90)
+    assert "other source text" in scripts.refuses("prepare", "demo", "--text-dir", other)
+    mine = Scripts(tmp_path)
+    mine.ok("prepare", "demo", "--text-dir", scripts.text)
+    assert contents(mine.data) == contents(scripts.data), "the place does not matter"
+    mine.ok("prepare", "demo", "--text-dir", other, "--force")
+    assert json.loads((mine.data / "demo" / "prepared.json").read_text())["sentences"]["train"] == 90
+    assert [path.name for path in mine.data.iterdir() if path.is_dir()] == ["demo"]
+
+
+def damage(text, kind):
+    if kind == "missing":
+        (text / "valid.en").unlink()
+    elif kind == "unequal":
+        with open(text / "train.de", "a") as stream:
+            stream.write("Eine mehr .\n")
+    elif kind == "empty":
+        for language in ("de", "en"):
+            (text / f"test.{language}").write_text("")
+    elif kind == "utf-8":
+        (text / "train.en").write_bytes(b"gut\n\xff\xfe schlecht\n" + (text / "train.en").read_bytes())
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("missing", r"lacks valid\.en; it must hold train\.de"),
+    ("unequal", r"unequal line counts: .*train\.de has 81, .*train\.en has 80"),
+    ("empty", r"test\.de is empty"),
+    ("utf-8", r"train\.en, line 2: not valid UTF-8"),
+])
+def test_prepare_refuses_bad_text(kind, message, tmp_path):
+    """Bad text is refused with file and line, and nothing is left behind."""
+    mine = Scripts(tmp_path)
+    text = write_text(tmp_path / "text")
+    damage(text, kind)
+    assert re.search(message, mine.refuses("prepare", "demo", "--text-dir", text))
+    assert not mine.data.exists()
+
+
+def test_prepare_refuses_bad_arguments(tmp_path):
+    """An unknown benchmark or BPE type is refused with the valid ones, a directory that is none with its name."""
+    mine = Scripts(tmp_path)
+    assert "'mutli30k' is unknown; valid: demo, " in mine.refuses("prepare", "mutli30k")
+    assert "--bpe 'bpee' is unknown; valid: subword_nmt, sentencepiece" in mine.refuses("prepare", "demo", "--bpe", "bpee")
+    assert "not a directory" in mine.refuses("prepare", "demo", "--text-dir", tmp_path / "none")
+    assert "not a directory" in mine.refuses("prepare", "multi30k", DATA_ARCHIVES=str(tmp_path / "none"))
+    (tmp_path / "multi30k").mkdir()
+    assert "lacks train.de.gz" in mine.refuses("prepare", "multi30k", "--archive-dir", tmp_path)
+    for name in "train.de train.en val.de val.en test_2016_flickr.de test_2016_flickr.en".split():
+        (tmp_path / "multi30k" / f"{name}.gz").write_bytes(b"no gzip")
+    assert "cannot unpack" in mine.refuses("prepare", "multi30k", "--archive-dir", tmp_path)
+    import gzip
+
+    (tmp_path / "multi30k" / "train.de.gz").write_bytes(gzip.compress(b"ein anderer Text\n"))
+    assert re.search("SHA-256 of the uncompressed text is .*, expected 2c2b73fd",
+                     mine.refuses("prepare", "multi30k", "--archive-dir", tmp_path))
+    assert not [path for path in mine.data.iterdir() if path.is_dir()]
+
+
+def test_prepare_without_network(tmp_path):
+    """Without a network the message says which file is missing and how to give it."""
+    mine = Scripts(tmp_path)
+    nowhere = {name: "http://127.0.0.1:9" for name in ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY")}
+    message = mine.refuses("prepare", "multi30k", **nowhere, no_proxy="", NO_PROXY="")
+    assert "cannot download" in message and "--archive-dir" in message
+    assert not (mine.data / "multi30k").exists()
+
+
+def test_prepare_killed(scripts, tmp_path):
+    """prepare, killed without warning in the middle, then prepare = prepare: the same bytes, nothing left over."""
+    mine = Scripts(tmp_path)
+    process = mine.start("prepare", "demo", "--text-dir", scripts.text)
+    for line in process.stdout:
+        if line.startswith("[4/4]"):
+            break
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not (mine.data / "demo").exists() and (mine.data / ".demo.partial" / "bpe" / "codes").exists()
+    mine.ok("prepare", "demo", "--text-dir", scripts.text)
+    assert contents(mine.data) == contents(scripts.data)
+
+
+def test_sentencepiece(scripts, tmp_path):
+    """--bpe sentencepiece: pieces in the data, and pieces joined again give the tokenized text back."""
+    mine = Scripts(tmp_path)
+    # The few sentences hold less than the demo's number of pieces; a copy of the repository's scripts asks for fewer.
+    copy = tmp_path / "copy"
+    for name in ("scripts", "configs"):
+        shutil.copytree(ROOT / name, copy / name)
+    config = copy / "configs" / "demo.yaml"
+    config.write_text(re.sub(r"PN_BPE_SIZE: \d+", "PN_BPE_SIZE: 60", config.read_text()))
+    assert "cannot learn PN_BPE_SIZE" in mine.refuses("prepare", "demo", "--text-dir", scripts.text, "--bpe", "sentencepiece")
+    done = subprocess.run(["bash", str(copy / "scripts" / "prepare.sh"), "demo", "--text-dir", str(scripts.text), "--bpe",
+                           "sentencepiece"], env=mine.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout
+    pieces = (mine.data / "demo" / "bpe" / "test.en").read_text(encoding="utf-8")
+    assert "\u2581" in pieces
+    joined = [line.replace(" ", "").replace("\u2581", " ").strip() for line in pieces.splitlines()]
+    assert joined == (mine.data / "demo" / "tok" / "test.en").read_text(encoding="utf-8").splitlines()
+
+
+def test_multi30k_real(corpora, tmp_path):
+    """The real files pass their hashes; lower-cased, normalized, tokenized text comes out, line for line."""
+    mine = Scripts(tmp_path)
+    mine.ok("prepare", "multi30k", DATA_ARCHIVES=str(corpora))
+    stamp = json.loads((mine.data / "multi30k" / "prepared.json").read_text())
+    assert stamp["sentences"] == {"train": 29000, "valid": 1014, "test": 1000}
+    text = (mine.data / "multi30k" / "tok" / "test.de").read_text(encoding="utf-8")
+    assert text == text.lower() and text.count("\n") == 1000 and " .\n" in text
+
+
+# ---- train ---------------------------------------------------------------------------------------------------------------
+
+
+def test_train_refuses(scripts, tmp_path):
+    """Unknown names, foreign overrides and missing data are refused before a run directory exists."""
+    unknown = scripts.refuses("train", "demo", "powr")
+    assert "norm 'powr' is unknown; valid: layer, rms, batch, power-v, power" in unknown
+    assert "benchmark 'dmeo' is unknown; valid: demo, " in scripts.refuses("train", "dmeo", "power")
+    assert "--placement 'top' is unknown; valid: encoder, all" in scripts.refuses("train", "demo", "power", "--placement", "top")
+    assert "'fast' is no hydra override" in scripts.refuses("train", "demo", "power", "fast")
+    assert "use --run-dir" in scripts.refuses("train", "demo", "power", "checkpoint.save_dir=/nowhere")
+    assert "optimization.max_updtae" in scripts.refuses("train", "demo", "power", "optimization.max_updtae=3")
+    assert "--norm-groups 7" in scripts.refuses("train", "demo", "power", "+model.norm_groups=7")
+    assert not list(scripts.runs.glob("demo/[!.]*")) or (scripts.runs / "demo" / "power-seed3").exists()
+    message = Scripts(tmp_path).refuses("train", "demo", "power")
+    assert "is not prepared; run: scripts/prepare.sh demo" in message
+
+
+def test_train_leaves_its_settings(trained):
+    """The run directory says what was run: commands, resolved settings, a log with all of fairseq's lines."""
+    run = trained.run
+    assert "update 10 of 12" in trained.first and "valid loss" in trained.first, "progress is shown"
+    commands = (run / "command.txt").read_text().splitlines()
+    assert len(commands) == 2 and all("model.encoder_norm_ff=power model.decoder_norm_self=layer" in line for line in commands)
+    assert "seed: 3" in (run / "config.yaml").read_text()
+    facts = json.loads((run / "run.json").read_text())
+    assert [session["exit_status"] for session in facts["sessions"]] == [0, 0]
+    assert "common.seed=3" in facts["overrides"] and "optimization.max_update=30" in facts["overrides"]
+    log = (run / "train.log").read_text()
+    assert f"num. shared model params: {facts['parameters']:,} " in log, "our count is fairseq's"
+
+
+def test_train_resumed(trained):
+    """--resume goes on where the run stopped, keeping its overrides; the number of checkpoints stays bounded."""
+    assert "Loaded checkpoint" in (trained.run / "train.log").read_text()
+    assert "update 15 of 30" in trained.second and "update 5 of" not in trained.second
+    checkpoints = sorted(path.name for path in (trained.run / "checkpoints").iterdir())
+    assert len(checkpoints) == 5, checkpoints  # three to average, the best, the last
+
+
+def test_train_finished(trained):
+    """A finished run is refused without --resume, and --resume does nothing but say so."""
+    assert "exists already; --resume" in trained.refuses("train", "demo", "power", "common.seed=3")
+    before = contents(trained.run)
+    assert "has finished (30 updates)" in trained.ok("train", "demo", "power", "common.seed=3", "--resume")
+    assert contents(trained.run) == before
+
+
+def test_train_resume_refuses_another_run(trained):
+    """--resume refuses a run that was started with another norm, placement, or by something else."""
+    assert "norm 'power', not 'layer'" in trained.refuses("train", "demo", "layer", "--run-dir", trained.run, "--resume")
+    assert "placement 'encoder', not 'all'" in trained.refuses(
+        "train", "demo", "power", "--placement", "all", "--run-dir", trained.run, "--resume")
+    assert "was not made by scripts/train.sh" in trained.refuses("train", "demo", "power", "--run-dir", trained.text, "--resume")
+
+
+def test_train_lock_and_interruption(trained, tmp_path):
+    """While a run trains, no second process can; a run stopped by SIGTERM, its last checkpoint cut short, can be resumed."""
+    run = tmp_path / "run"
+    arguments = ["train", "demo", "layer", "--run-dir", run, "--resume", *SMALL]
+    process = trained.start(*arguments, "optimization.max_update=100000")
+    for line in process.stdout:
+        if "after 10 updates" in line:
+            break
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGSTOP)
+    assert "another process is at work" in trained.refuses(*arguments)
+    os.killpg(process.pid, signal.SIGCONT)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "--resume goes on with it" in output, output
+    last = run / "checkpoints" / "checkpoint_last.pt"
+    last.write_bytes(last.read_bytes()[:5000])
+    newest = max(int(path.stem.split("_")[2]) for path in (run / "checkpoints").glob("checkpoint_*_*.pt"))
+    output = trained.ok(*arguments, f"optimization.max_update={newest + 1}")
+    assert "checkpoint_last.pt was truncated; going on from checkpoint_" in output
+    assert json.loads((run / "finished.json").read_text())["updates"] == newest + 1
+    curve = json.loads(subprocess.run(
+        [sys.executable, "-c", "import json, sys, trainlog; print(json.dumps(trainlog.curve(sys.argv[1])))",
+         str(run / "train.log")], cwd=LIB, stdout=subprocess.PIPE, check=True).stdout)
+    updates = [entry["updates"] for entry in curve["valid"]]
+    assert updates == sorted(set(updates)), "repeated updates count once"
+
+
+# ---- evaluate ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def record(trained):
+    return json.loads((trained.run / "evaluation" / "record.json").read_text())
+
+
+def test_record_schema(record, trained):
+    """The record holds every key that results/README.md describes, and no others; no path of this machine."""
+    described = set()
+    for line in (ROOT / "results" / "README.md").read_text().splitlines():
+        if line.startswith("| `"):
+            described |= set(re.findall(r"`([\w.]+)`", line.split("|")[1]))
+    assert {key.split(".")[0] for key in described} == set(record)
+    assert (record["benchmark"], record["norm"], record["placement"], record["seed"]) == ("demo", "power", "encoder", 3)
+    assert (record["updates"], record["sentences"], record["averaged"], record["beam"]) == (30, 16, 3, 2)
+    assert [point["updates"] for point in record["curve"]["valid"]][-1] == 30 and len(record["curve"]["train"]) >= 2
+    assert record["config"]["model"]["encoder_norm_self"] == "power" and record["training"]["wall_s"] > 0
+    assert set(record["checkpoints"]) == {path.name for path in (trained.run / "checkpoints").glob("checkpoint_*_*.pt")}
+    text = json.dumps(record)
+    assert str(trained.data.parent) not in text and str(ROOT) not in text and str(BIN) not in text
+    assert {"python", "torch", "sacrebleu"} <= set(record["versions"])
+
+
+def test_scores_are_those_of_the_tools(record, trained):
+    """bleu_tokenized = fairseq-score and sacrebleu = the sacrebleu command, on the files that evaluation leaves."""
+    folder = trained.run / "evaluation"
+
+    def output(*command):
+        return subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, check=True, text=True).stdout
+
+    score = output(BIN / "fairseq-score", "--sys", folder / "hyp.tok", "--ref", folder / "ref.tok")
+    assert record["bleu_tokenized"]["text"] in score
+    assert f"BLEU4 = {record['bleu_tokenized']['score']:2.2f}," in score
+    for name, metric in (("sacrebleu", "bleu"), ("chrf", "chrf")):
+        theirs = json.loads(output(BIN / "sacrebleu", folder / "ref.detok", "-i", folder / "hyp.detok", "-m", metric, "-w", 9))
+        assert theirs["score"] == pytest.approx(record[name]["score"], abs=1e-9)
+        for part in theirs["signature"].split("|"):
+            assert part in record[name]["signature"].split("|")
+
+
+def test_references_are_the_text(trained):
+    """ref.detok is the raw text and ref.tok the tokenized text, in order, with one hypothesis each."""
+    folder = trained.run / "evaluation"
+    assert (folder / "ref.detok").read_bytes() == (trained.text / "test.en").read_bytes()
+    assert (folder / "ref.tok").read_bytes() == (trained.data / "demo" / "tok" / "test.en").read_bytes()
+    assert "man &apos;s" in (folder / "ref.tok").read_text()
+    assert len((folder / "hyp.tok").read_text().split("\n")) == len((folder / "hyp.detok").read_text().split("\n")) == 17
+
+
+def test_evaluate_again(trained, record, tmp_path):
+    """evaluate; evaluate = evaluate; --record copies the record and does not overwrite another; --force evaluates anew."""
+    before = contents(trained.run)
+    copy = tmp_path / "results" / "power.json"
+    assert "nothing to do" in trained.ok("evaluate", "demo", trained.run, "--record", copy)
+    assert contents(trained.run) == before and json.loads(copy.read_text()) == record
+    trained.ok("evaluate", "demo", trained.run, "--record", copy)
+    copy.write_text("another record")
+    assert "exists already; --force overwrites it" in trained.refuses("evaluate", "demo", trained.run, "--record", copy)
+    trained.ok("evaluate", "demo", trained.run, "--record", copy, "--force")
+    again = json.loads(copy.read_text())
+    for key in ("tokens_per_s", "git_commit"):
+        again.pop(key), record.pop(key)
+    assert again == record
+
+
+def test_evaluate_valid_and_average(trained):
+    """--subset valid has its own directory; --average N averages the last N."""
+    trained.ok("evaluate", "demo", trained.run, "--subset", "valid", "--average", "1")
+    record = json.loads((trained.run / "evaluation-valid" / "record.json").read_text())
+    assert (record["subset"], record["averaged"], record["sentences"]) == ("valid", 1, 15)
+    assert "other checkpoints; --force" in trained.refuses("evaluate", "demo", trained.run, "--subset", "valid")
+
+
+def test_evaluate_refuses(trained, tmp_path):
+    """What cannot be evaluated is refused with the reason, and the run is left as it is."""
+    run = tmp_path / "run"
+    shutil.copytree(trained.run, run, ignore=shutil.ignore_patterns("evaluation*", ".*"))
+    newest = sorted((run / "checkpoints").glob("checkpoint_*_*.pt"), key=lambda path: int(path.stem.split("_")[2]))[-1]
+    assert "--subset 'tset' is unknown; valid: test, valid" in trained.refuses("evaluate", "demo", run, "--subset", "tset")
+    assert "--average 0" in trained.refuses("evaluate", "demo", run, "--average", "0")
+    assert "not made by scripts/train.sh" in trained.refuses("evaluate", "demo", tmp_path)
+    assert "benchmark 'demo', not 'multi30k'" in trained.refuses("evaluate", "multi30k", run)
+    assert "has 3 of the 4 checkpoints" in trained.refuses("evaluate", "demo", run, "--average", "4")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("norm_warmup_updates: 10\n", "norm_warmup_updates: 11\n"))
+    assert "does not belong to this run: its model.norm_warmup_updates is 10" in trained.refuses("evaluate", "demo", run)
+    (run / "config.yaml").write_text(config)
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    assert f"truncated or damaged checkpoint: {newest}" in trained.refuses("evaluate", "demo", run)
+    newest.unlink()
+    assert "has 2 of the 3 checkpoints" in trained.refuses("evaluate", "demo", run)
+    (run / "finished.json").unlink()
+    assert "has not finished training" in trained.refuses("evaluate", "demo", run)
+    stamp = trained.data / "demo" / "prepared.json"
+    text = stamp.read_text()
+    try:
+        stamp.write_text(text + " ")
+        assert "was trained on other data" in trained.refuses("evaluate", "demo", run, "--unfinished")
+    finally:
+        stamp.write_text(text)
+    assert not (run / "evaluation").exists()
+
+
+def test_table_and_curves(trained, tmp_path):
+    """table.py gives a row for each record, plot_curves.py a PNG picture."""
+    record = str(trained.run / "evaluation" / "record.json")
+    table = subprocess.run([sys.executable, str(LIB / "table.py"), record, record], stdout=subprocess.PIPE, text=True, check=True)
+    lines = table.stdout.splitlines()
+    assert len(lines) == 4 and lines[2].startswith("| demo | power | encoder | reference | 3 | 30 |")
+    picture = tmp_path / "curves.png"
+    subprocess.run([sys.executable, str(LIB / "plot_curves.py"), record, "--output", str(picture)], check=True)
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,73 @@
+"""What the README says is true: its examples run, its tables match the code and the records."""
+import re
+import shlex
+
+import pytest
+
+import toy
+from fairseq_powernorm.models.transformer_pn import TransformerPNConfig
+from fairseq_powernorm.options import NORM_FIELDS, NormOptions, flag
+
+README = (toy.ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def test_the_module_example_runs():
+    """The Python example, as it stands, gives an output of the input's shape."""
+    names = {}
+    (example,) = blocks("python")
+    exec(example, names)
+    assert names["y"].shape == names["x"].shape
+    assert float(names["norm"].iters) == 1
+
+
+def test_the_command_line_and_the_yaml_train_the_same_model(toy_data, tmp_path):
+    """The README's fairseq-train line and configs/demo.yaml: the same loss at each of 10 updates, to the last digit."""
+    (line,) = [block for block in blocks("bash") if block.startswith("fairseq-train")]
+    words = shlex.split(line.replace("\\\n", " "))
+    assert words[1] == "data/demo/data-bin"
+    words[1] = toy_data
+    shorter = {"max-update": 10, "max-tokens": 400, "log-interval": 1, "log-format": "json"}
+    plain = toy.command(
+        *words, *(w for key, value in shorter.items() for w in (f"--{key}", value)), "--cpu", "--num-workers", 0,
+        "--data-buffer-size", 0, "--save-dir", tmp_path / "plain", "--no-epoch-checkpoints",
+    )
+    hydra = toy.command(
+        "fairseq-hydra-train", "--config-dir", "configs", "--config-name", "demo", f"task.data={toy_data}",
+        f"common.user_dir={toy.ROOT / 'fairseq_powernorm'}", f"checkpoint.save_dir={tmp_path / 'yaml'}",
+        "optimization.max_update=10", "dataset.max_tokens=400", "common.log_interval=1", "common.cpu=True",
+        f"hydra.run.dir={tmp_path / 'hydra'}", "hydra.job.chdir=False", "hydra/job_logging=stdout",
+    )
+    losses = [toy.losses(done.stdout + done.stderr) for done in (plain, hydra)]
+    assert sorted(losses[0]) == list(range(1, 11))
+    assert losses[0] == losses[1]
+
+
+def test_the_table_of_flags_is_complete():
+    """Every norm option of the model stands in the table with its default, and nothing else that looks like one."""
+    in_table = set(re.findall(r"`(--(?:norm|encoder-norm|decoder-norm|post-norm)[a-z-]*)`", README))
+    assert in_table == {flag(name) for name in NORM_FIELDS} | {"--post-norm"}
+    assert "post_norm" in TransformerPNConfig.__dataclass_fields__
+    defaults = NormOptions()
+    for name in ("norm_alpha_fwd", "norm_warmup_updates", "norm_variant", "norm_eps"):
+        row = next(row for row in README.split("\n") if row.startswith("|") and flag(name) in row)
+        assert re.search(rf"\(`?{re.escape(str(getattr(defaults, name)).replace('1e-05', '1e-5'))}`?\)", row), row
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\(((?!http)[^)#]+)\)", README))
+def test_links_lead_somewhere(target):
+    """Each relative link names a file of the repository."""
+    assert (toy.ROOT / target).exists()
+
+
+def test_the_results_are_those_of_the_records():
+    """The table of results is what scripts/lib/table.py prints for the records in results/."""
+    command = re.search(r"`(python scripts/lib/table\.py [^`]+)`", README)[1]
+    words = shlex.split(command)
+    records = sorted(str(p.relative_to(toy.ROOT)) for pattern in words[2:] for p in toy.ROOT.glob(pattern))
+    assert records
+    table = toy.command("python", words[1], *records).stdout.strip()
+    assert table in README
