@@ -332,13 +332,25 @@ def record(trained):
     return json.loads((trained.run / "evaluation" / "record.json").read_text())
 
 
+def described_keys():
+    """The top-level keys of a record in the table of results/README.md."""
+    rows = (line for line in (ROOT / "results" / "README.md").read_text().splitlines() if line.startswith("| `"))
+    return {key.split(".")[0] for row in rows for key in re.findall(r"`([\w.]+)`", row.split("|")[1])}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("*.json")), ids=lambda path: path.stem)
+def test_committed_records(path):
+    """Each record in results/ has the documented keys, comes from a finished run and names no path of a machine."""
+    record = json.loads(path.read_text())
+    assert record["schema"] == 1 and set(record) == described_keys() and record["finished"]
+    assert "+changes" not in record["git_commit"]
+    text = json.dumps(record).replace("/tmp/plasma", "")  # a default of fairseq's
+    assert not re.search(r"(?<![\w.:/-])/\w+/", text)
+
+
 def test_record_schema(record, trained):
     """The record holds every key that results/README.md describes, and no others; no path of this machine."""
-    described = set()
-    for line in (ROOT / "results" / "README.md").read_text().splitlines():
-        if line.startswith("| `"):
-            described |= set(re.findall(r"`([\w.]+)`", line.split("|")[1]))
-    assert {key.split(".")[0] for key in described} == set(record)
+    assert described_keys() == set(record)
     assert (record["benchmark"], record["norm"], record["placement"], record["seed"]) == ("demo", "power", "encoder", 3)
     assert (record["updates"], record["sentences"], record["averaged"], record["beam"]) == (30, 16, 3, 2)
     assert [point["updates"] for point in record["curve"]["valid"]][-1] == 30 and len(record["curve"]["train"]) >= 2

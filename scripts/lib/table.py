@@ -17,7 +17,6 @@ COLUMNS = {
     "sacreBLEU": lambda record: f"{record['sacrebleu']['score']:.2f}",
     "chrF": lambda record: f"{record['chrf']['score']:.2f}",
     "valid loss": lambda record: f"{record['curve']['valid'][-1]['loss']:.3f}" if record["curve"]["valid"] else "",
-    "training": lambda record: f"{record['training']['wall_s'] / 60:.1f} min" if record["training"]["wall_s"] else "",
 }
 
 
