@@ -221,6 +221,52 @@ def running_norm(
     return kernel.affine(u, inv, weight, bias).to(x.dtype)
 
 
+class _MaskedBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, valid, running_mean, running_var, groups, eps):
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.to(kernel.compute_dtype(x))
+            r = kernel.layer_scale_rsqrt(wide, groups)
+            u = kernel.scale_rows(wide, r)
+            count = kernel.row_count(u, valid)
+            some, denominator = count > 0, count.clamp(min=1)
+            kept = u if valid is None else kernel.mask_rows_(u.clone(), valid)
+            mean = torch.where(some, kernel.column_sum(kept) / denominator, running_mean.to(u.dtype))
+            centred = u - mean
+            squares = kernel.mask_rows_(centred * centred, valid)
+            var = torch.where(some, kernel.column_sum(squares) / denominator, running_var.to(u.dtype))
+            inv = kernel.inverse_root(var, eps)
+            y = kernel.affine(centred, inv, weight, bias, out=centred).to(x.dtype)
+        ctx.save_for_backward(x, r, weight, bias, valid, mean, inv, count)
+        ctx.mark_non_differentiable(mean, var, count)
+        ctx.set_materialize_grads(False)
+        return y, mean, var, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y, _mean, _var, _count):
+        if grad_y is None:
+            return (None,) * 8
+        x, r, weight, bias, valid, mean, inv, count = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = kernel.compute_dtype(x)
+            u = kernel.scale_rows(x.to(dtype), r)
+            centred = u - mean
+            grad = grad_y.to(dtype)
+            grad_sum, grad_centred_sum = kernel.grad_sums(grad, centred, None)
+            grad_x = None
+            if ctx.needs_input_grad[0]:
+                scale = inv if weight is None else inv * weight.to(dtype)
+                denominator = count.clamp(min=1)
+                # mean and variance depend on the rows that count, every row on them
+                through = centred.mul_(-scale * grad_centred_sum * inv.square() / denominator)
+                through = kernel.mask_rows_(through.sub_(scale * grad_sum / denominator), valid)
+                grad_x = kernel.scale_rows_backward(through.addcmul_(grad, scale), u, r).to(x.dtype)
+            grad_weight = None if weight is None else (grad_centred_sum * inv).to(weight.dtype)
+            grad_bias = None if bias is None else grad_sum.to(bias.dtype)
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None
+
+
 def masked_batch_norm(
     x: Tensor,
     weight: Optional[Tensor],
@@ -231,7 +277,7 @@ def masked_batch_norm(
     groups: int,
     eps: float,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Layer scale and batch normalization of rows with statistics over non-padding rows, ordinary autograd.
+    """Layer scale and batch normalization of rows with statistics over non-padding rows, exact gradient.
 
     Args:
         x: ``N x C``, contiguous
@@ -242,17 +288,6 @@ def masked_batch_norm(
         eps: added to the variance
 
     Returns:
-        ``y`` (``N x C``, dtype of ``x``), and detached: mean, biased variance (``C``), number of rows (scalar)
+        ``y`` (``N x C``, dtype of ``x``), and without gradient: mean, biased variance (``C``), number of rows (scalar)
     """
-    with torch.autocast(x.device.type, enabled=False):
-        u = layer_scale(x.to(kernel.compute_dtype(x)), groups)
-        kept = u if valid is None else u.masked_fill(valid.logical_not().unsqueeze(1), 0)
-        count = kernel.row_count(u, valid)
-        some = count > 0
-        denominator = count.clamp(min=1)
-        mean = torch.where(some, kernel.column_sum(kept) / denominator, running_mean.to(u.dtype))
-        centred = u - mean
-        kept = centred if valid is None else centred.masked_fill(valid.logical_not().unsqueeze(1), 0)
-        var = torch.where(some, kernel.column_sum(kept.square()) / denominator, running_var.to(u.dtype))
-        y = kernel.affine(centred, kernel.inverse_root(var, eps), weight, bias).to(x.dtype)
-    return y, mean.detach(), var.detach(), count
+    return _MaskedBatchNorm.apply(x, weight, bias, valid, running_mean, running_var, groups, eps)
