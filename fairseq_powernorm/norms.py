@@ -222,7 +222,7 @@ class PowerNorm(SecondMomentNorm):
 
     A forward pass in training mode takes one step of psi^2 and ``iters`` by itself, its backward pass one
     step of nu. Recomputation under activation checkpointing takes none and sees the same statistics as the pass
-    it repeats. A batch without a valid row or with non-finite statistics leaves psi^2 and nu as they are.
+    it repeats. A batch without a valid row leaves psi^2 as it is, and non-finite statistics enter neither psi^2 nor nu.
     """
 
     def __init__(
@@ -257,7 +257,7 @@ class PowerNorm(SecondMomentNorm):
         )
 
     def steps(self) -> int:
-        """Training steps taken, ``iters`` on the host; waits for the device only after ``iters`` was changed from outside."""
+        """Training steps taken: ``iters`` on the host, read from the device only after a change from outside."""
         if self._steps is None or self._steps[0] is not self.iters or self._steps[1] != self.iters._version:
             self._remember_steps(int(self.iters.item()))
         return self._steps[2]
