@@ -1,4 +1,5 @@
-"""The norm options of every model: the one place where they and their defaults are declared."""
+"""The norm options of every model. Their defaults are those of :class:`~fairseq_powernorm.norms.PowerNorm`."""
+import inspect
 import re
 import sys
 from argparse import Namespace
@@ -7,10 +8,11 @@ from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Tuple
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
-from .norms import NORMS, VARIANTS, RunningNorm
+from .norms import NORMS, VARIANTS, PowerNorm, RunningNorm
 
 NormName = ChoiceEnum(list(NORMS))
 VariantName = ChoiceEnum(list(VARIANTS))
+_DEFAULT = {name: p.default for name, p in inspect.signature(PowerNorm).parameters.items()}
 _NORM_OPTION = re.compile(r"(encoder_|decoder_)?norm(_|$)")
 
 
@@ -31,13 +33,15 @@ class NormOptions(FairseqDataclass):
         default=None, metadata={"help": "norm after a pre-norm decoder stack (default: --decoder-norm-ff)"}
     )
     norm_alpha_fwd: float = field(
-        default=0.9, metadata={"help": "weight of the old value in running statistics of the forward pass, in [0, 1]"}
+        default=_DEFAULT["alpha_fwd"],
+        metadata={"help": "weight of the old value in running statistics of the forward pass, in [0, 1]"},
     )
     norm_alpha_bkw: float = field(
-        default=0.9, metadata={"help": "weight of the old value in running statistics of the backward pass, in [0, 1]"}
+        default=_DEFAULT["alpha_bkw"],
+        metadata={"help": "weight of the old value in running statistics of the backward pass, in [0, 1]"},
     )
     norm_warmup_updates: int = field(
-        default=10000,
+        default=_DEFAULT["warmup_updates"],
         metadata={"help": "updates in which PN (reference) divides by batch statistics; the authors use the LR warm-up"},
     )
     norm_final_warmup_updates: Optional[int] = field(
@@ -49,10 +53,10 @@ class NormOptions(FairseqDataclass):
         metadata={"help": "channel groups of the layer scale before BN, PN-V and PN, 0 for none (default: heads)"},
     )
     norm_variant: VariantName = field(
-        default="reference",
+        default=_DEFAULT["variant"],
         metadata={"help": "arithmetic of PN: the authors' released code or Algorithm 2 of the paper"},
     )
-    norm_eps: float = field(default=1e-5, metadata={"help": "eps of every norm"})
+    norm_eps: float = field(default=_DEFAULT["eps"], metadata={"help": "eps of every norm"})
 
     @classmethod
     def check_keys(cls, options: Mapping[str, Any]) -> None:

@@ -146,6 +146,15 @@ def test_conversion():
     assert not hasattr(state["args"], "norm_warmup_updates") and state["model"]["n.iters"].dtype == torch.int64
 
 
+@pytest.mark.parametrize("theirs,ours", checkpoint.AUTHORS_ARCHITECTURES.items())
+def test_every_architecture_of_theirs_has_a_counterpart(theirs, ours):
+    """Each architecture name that is converted becomes one that is registered for ``transformer_pn``."""
+    from fairseq.models import ARCH_MODEL_NAME_REGISTRY
+
+    assert checkpoint.convert_authors_checkpoint(authors_state(arch=theirs))["args"].arch == ours
+    assert ARCH_MODEL_NAME_REGISTRY[ours] == "transformer_pn"
+
+
 @pytest.mark.parametrize(
     "state,message",
     [

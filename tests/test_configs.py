@@ -37,7 +37,8 @@ def test_builds(benchmark, norm, placement, data, tmp_path):
                  *compose.norm_overrides(norm, placement)]
     config, task, model, criterion = compose.build(compose.compose(benchmark, overrides))
     assert compose.norms_of(config.model) == (norm, "encoder" if norm == "layer" else placement)
-    assert type(task).__name__ and type(criterion).__name__
+    assert (type(task).__name__, type(criterion).__name__) == (
+        "TranslationPNTask", "LabelSmoothedCrossEntropyCriterion")
     encoder, decoder = type(model.encoder.layers[0].self_attn_layer_norm), type(model.decoder.layers[0].self_attn_layer_norm)
     assert (encoder is decoder) == (norm == "layer" or placement == "all")
     if "warmup_updates" in config.lr_scheduler:
@@ -61,6 +62,14 @@ def test_checkpoints_are_bounded(path):
     _, number = checkpoints.kept(config)
     assert 1 < number <= 20
     assert config.dataset.required_batch_size_multiple == 1
+
+
+def test_names_are_the_packages():
+    """The norm names and options that the scripts know without importing the package are the package's."""
+    from fairseq_powernorm.norms import NORMS
+    from fairseq_powernorm.options import NORM_FIELDS
+
+    assert tuple(NORMS) == settings.NORMS and set(settings.NORM_OPTIONS) <= set(NORM_FIELDS)
 
 
 def test_misspelt_norm_option():

@@ -64,22 +64,32 @@ def run_trace(norm, xs, gs, masks, weights=None):
 # ---------------------------------------------------------------- golden traces
 
 
-@pytest.mark.parametrize("precision", ["f32", "f64"])
-@pytest.mark.parametrize("case", ["pn_a_w0_g1_m0", "pn_a_w0_g4_m1", "pn_a_w10_g1_m1", "pn_a_w10_g4_m0"])
-def test_reference_matches_the_authors_code(oracle, case, precision):
-    """30 training steps and an evaluation equal the recorded ones: outputs, gradients and buffers."""
-    settings = json.loads((oracle / "layers" / "manifest.json").read_text())["cases"][case]
-    inputs = np.load(oracle / "layers" / f"{settings['inputs']}.npz")
-    golden = np.load(oracle / "layers" / f"{case}.npz")
-    dtype = DTYPE[precision]
-    norm = PowerNorm(
-        inputs["x"].shape[-1],
-        eps=settings["eps"],
+def settings_of(oracle, case):
+    """The manifest's entry of one recorded case."""
+    return json.loads((oracle / "layers" / "manifest.json").read_text())["cases"][case]
+
+
+def power_norm_of(settings, dim):
+    """PowerNorm with the settings of a recorded case."""
+    return PowerNorm(
+        dim,
+        eps=settings.get("eps", 1e-5),
         alpha_fwd=settings["alpha_fwd"],
         alpha_bkw=settings["alpha_bkw"],
         warmup_updates=settings["warmup_iters"],
         groups=settings["group_num"],
-    ).to(dtype)
+    )
+
+
+@pytest.mark.parametrize("precision", ["f32", "f64"])
+@pytest.mark.parametrize("case", ["pn_a_w0_g1_m0", "pn_a_w0_g4_m1", "pn_a_w10_g1_m1", "pn_a_w10_g4_m0"])
+def test_reference_matches_the_authors_code(oracle, case, precision):
+    """30 training steps and an evaluation equal the recorded ones: outputs, gradients and buffers."""
+    settings = settings_of(oracle, case)
+    inputs = np.load(oracle / "layers" / f"{settings['inputs']}.npz")
+    golden = np.load(oracle / "layers" / f"{case}.npz")
+    dtype = DTYPE[precision]
+    norm = power_norm_of(settings, inputs["x"].shape[-1]).to(dtype)
     with torch.no_grad():
         norm.weight.copy_(tensors(inputs["weight"], dtype))
         norm.bias.copy_(tensors(inputs["bias"], dtype))
@@ -97,18 +107,11 @@ def test_reference_matches_the_authors_code(oracle, case, precision):
 def test_reference_matches_the_authors_code_on_ragged_batches(oracle, precision):
     """The same with T, B and the weight changing at each step, masked, with a warm-up of 6."""
     golden = np.load(oracle / "layers" / "pn_ragged.npz")
-    settings = json.loads((oracle / "layers" / "manifest.json").read_text())["cases"]["pn_ragged"]
+    settings = settings_of(oracle, "pn_ragged")
     dtype, steps = DTYPE[precision], settings["steps"]
-    norm = PowerNorm(
-        golden["x_0"].shape[-1],
-        alpha_fwd=settings["alpha_fwd"],
-        alpha_bkw=settings["alpha_bkw"],
-        warmup_updates=settings["warmup_iters"],
-        groups=settings["group_num"],
-    ).to(dtype)
-    if "bias" in golden.files:
-        with torch.no_grad():
-            norm.bias.copy_(tensors(golden["bias"], dtype))
+    norm = power_norm_of(settings, golden["x_0"].shape[-1]).to(dtype)
+    with torch.no_grad():
+        norm.bias.copy_(tensors(golden["bias"], dtype))
     got = run_trace(
         norm,
         [tensors(golden[f"x_{t}"], dtype) for t in range(steps)],
@@ -120,8 +123,10 @@ def test_reference_matches_the_authors_code_on_ragged_batches(oracle, precision)
         assert relative(got["out"][t], golden[f"{precision}_out_{t}"]) < TOLERANCE[precision]
         assert relative(got["gx"][t], golden[f"{precision}_gx_{t}"]) < TOLERANCE[precision]
     for key in ("gw", "gb", "running_phi", "ema_gz"):
-        if f"{precision}_{key}" in golden.files:
-            assert relative(got[key], golden[f"{precision}_{key}"]) < TOLERANCE[precision], key
+        assert relative(got[key], golden[f"{precision}_{key}"]) < TOLERANCE[precision], key
+    assert [int(i) for i in got["iters"]] == list(golden["iters"])
+    evaluated = norm.eval()(tensors(golden["x_eval"], dtype), torch.tensor(golden["pad_mask_eval"]))
+    assert relative(evaluated, golden[f"{precision}_eval_out"]) < TOLERANCE[precision]
 
 
 @pytest.mark.parametrize("precision", ["f32", "f64"])
@@ -149,6 +154,18 @@ def test_batch_norm_without_padding_matches_the_authors_code(oracle, precision):
     for key in ("out", "gx", "gw", "gb", "running_mean", "running_var"):
         assert relative(got[key], golden[f"{precision}_{key}"]) < TOLERANCE[precision], key
     assert relative(norm.eval()(tensors(golden["x_eval"], dtype)), golden[f"{precision}_eval_out"]) < TOLERANCE[precision]
+
+
+@pytest.mark.parametrize("precision", ["f32", "f64"])
+def test_batch_norm_with_padding_keeps_the_authors_running_mean(oracle, precision):
+    """Masked, theirs fills padding with the mean of the other rows: the same running mean, another variance by design."""
+    golden = np.load(oracle / "layers" / "syncbn_m1.npz")
+    dtype = DTYPE[precision]
+    norm = MaskedBatchNorm(golden["x"].shape[-1], alpha_fwd=0.95).to(dtype)
+    masks = [torch.tensor(mask) for mask in golden["pad_mask"]]
+    got = run_trace(norm, tensors(golden["x"], dtype), tensors(golden["g"], dtype), masks)
+    assert relative(got["running_mean"], golden[f"{precision}_running_mean"]) < TOLERANCE[precision]
+    assert relative(got["running_var"], golden[f"{precision}_running_var"]) > 1e-3
 
 
 # ---------------------------------------------------------------- equations
