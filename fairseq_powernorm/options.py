@@ -4,7 +4,7 @@ import re
 import sys
 from argparse import Namespace
 from dataclasses import dataclass, field, fields
-from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Tuple, Type
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
@@ -14,24 +14,13 @@ NormName = ChoiceEnum(list(NORMS))
 VariantName = ChoiceEnum(list(VARIANTS))
 _DEFAULT = {name: p.default for name, p in inspect.signature(PowerNorm).parameters.items()}
 _NORM_OPTION = re.compile(r"(encoder_|decoder_)?norm(_|$)")
+_CHECKED_OPTION = re.compile(rf"{_NORM_OPTION.pattern}|tensorized(_|$)")
 
 
 @dataclass
-class NormOptions(FairseqDataclass):
-    """Which norm stands where, and the constants of the norms with running statistics."""
+class NormConstants(FairseqDataclass):
+    """The constants of the norms, which every model has; the names of its options are checked."""
 
-    encoder_norm_self: NormName = field(default="power", metadata={"help": "norm of encoder self-attention"})
-    encoder_norm_ff: NormName = field(default="power", metadata={"help": "norm of encoder feed-forward blocks"})
-    encoder_norm_final: Optional[NormName] = field(
-        default=None, metadata={"help": "norm after a pre-norm encoder stack (default: --encoder-norm-ff)"}
-    )
-    decoder_norm_self: NormName = field(
-        default="layer", metadata={"help": "norm of decoder self-attention and encoder-decoder attention"}
-    )
-    decoder_norm_ff: NormName = field(default="layer", metadata={"help": "norm of decoder feed-forward blocks"})
-    decoder_norm_final: Optional[NormName] = field(
-        default=None, metadata={"help": "norm after a pre-norm decoder stack (default: --decoder-norm-ff)"}
-    )
     norm_alpha_fwd: float = field(
         default=_DEFAULT["alpha_fwd"],
         metadata={"help": "weight of the old value in running statistics of the forward pass, in [0, 1]"},
@@ -61,13 +50,42 @@ class NormOptions(FairseqDataclass):
     @classmethod
     def check_keys(cls, options: Mapping[str, Any]) -> None:
         """Called before options from YAML are merged with the defaults; see :func:`reject_unknown`."""
-        reject_unknown(options)
+        reject_unknown(options, cls)
 
     @classmethod
     def from_namespace(cls, args):
         """As in fairseq, which would drop a misspelt option without a word."""
-        reject_unknown(vars(args))
+        reject_unknown(vars(args), cls)
         return super().from_namespace(args)
+
+
+@dataclass
+class NormOptions(NormConstants):
+    """Which norm stands where in an encoder-decoder model."""
+
+    encoder_norm_self: NormName = field(default="power", metadata={"help": "norm of encoder self-attention"})
+    encoder_norm_ff: NormName = field(default="power", metadata={"help": "norm of encoder feed-forward blocks"})
+    encoder_norm_final: Optional[NormName] = field(
+        default=None, metadata={"help": "norm after a pre-norm encoder stack (default: --encoder-norm-ff)"}
+    )
+    decoder_norm_self: NormName = field(
+        default="layer", metadata={"help": "norm of decoder self-attention and encoder-decoder attention"}
+    )
+    decoder_norm_ff: NormName = field(default="layer", metadata={"help": "norm of decoder feed-forward blocks"})
+    decoder_norm_final: Optional[NormName] = field(
+        default=None, metadata={"help": "norm after a pre-norm decoder stack (default: --decoder-norm-ff)"}
+    )
+
+
+@dataclass
+class LMNormOptions(NormConstants):
+    """Which norm stands where in a language model, which has a decoder only: the ``encoder_norm_*`` are refused."""
+
+    decoder_norm_self: NormName = field(default="power", metadata={"help": "norm of self-attention"})
+    decoder_norm_ff: NormName = field(default="power", metadata={"help": "norm of feed-forward blocks"})
+    decoder_norm_final: Optional[NormName] = field(
+        default=None, metadata={"help": "norm after a pre-norm stack (default: --decoder-norm-ff)"}
+    )
 
 
 NORM_FIELDS = tuple(f.name for f in fields(NormOptions) if not f.name.startswith("_"))
@@ -78,16 +96,26 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def reject_unknown(options: Mapping[str, Any]) -> None:
-    """Raise ValueError for an option whose name looks like a norm option's and is none."""
-    for name, value in options.items():
-        if _NORM_OPTION.match(name) and name not in NORM_FIELDS:
-            raise ValueError(
-                f"unknown norm option {name!r} = {value!r} ({flag(name)}): must be one of {', '.join(NORM_FIELDS)}"
-            )
+def reject_unknown(options: Mapping[str, Any], model: Type[NormConstants]) -> None:
+    """Raise ValueError for an option whose name looks like that of a norm option and that ``model`` does not have.
+
+    The same for options of the tensorized attention.
+
+    Args:
+        options: names and values
+        model: the options class of the model, or one of its bases
+    """
+    valid = [f.name for f in fields(model) if _CHECKED_OPTION.match(f.name)]
+    for name in options:
+        if _CHECKED_OPTION.match(name) and name not in valid:
+            if name in NORM_FIELDS:
+                problem = "this model has no encoder and no norm option"
+            else:
+                problem = "unknown norm option" if _NORM_OPTION.match(name) else "unknown option"
+            raise ValueError(f"{problem} {name!r} = {options[name]!r} ({flag(name)}): must be one of {', '.join(valid)}")
 
 
-def reject_unknown_flags(argv: Optional[Sequence[str]] = None) -> None:
+def reject_unknown_flags(model: Type[NormConstants], argv: Optional[Sequence[str]] = None) -> None:
     """The same for the flags of a command line (default: this process's), so that the error lists the valid ones."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     given = {}
@@ -95,7 +123,12 @@ def reject_unknown_flags(argv: Optional[Sequence[str]] = None) -> None:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             given[name.replace("-", "_")] = value if equals else following
-    reject_unknown(given)
+    reject_unknown(given, model)
+
+
+def norm_sides(model: Type[NormConstants]) -> Tuple[str, ...]:
+    """Which of ``encoder`` and ``decoder`` a model with these options has."""
+    return tuple(side for side in ("encoder", "decoder") if f"{side}_norm_self" in model.__dataclass_fields__)
 
 
 def _choice(name: str, value: Any, choices: Iterable[str]) -> str:
@@ -104,16 +137,20 @@ def _choice(name: str, value: Any, choices: Iterable[str]) -> str:
     return str(value)
 
 
-def norm_options(args: Any) -> Namespace:
+def norm_options(args: Any, model: Type[NormConstants] = NormOptions) -> Namespace:
     """Read the norm options from a Namespace or DictConfig, fill in defaults and check every value.
+
+    Args:
+        args: options of a model, others among them
+        model: the options class of the model, or one of its bases
 
     Raises:
         ValueError: names the option, its value and what is valid
     """
-    defaults = NormOptions()
-    found = {name: getattr(args, name, None) for name in NORM_FIELDS}
+    defaults = model()
+    found = {name: getattr(args, name, None) for name in NORM_FIELDS if name in model.__dataclass_fields__}
     options = Namespace(**{k: getattr(defaults, k) if v is None else v for k, v in found.items()})
-    for side in ("encoder", "decoder"):
+    for side in norm_sides(model):
         if getattr(options, f"{side}_norm_final") is None:
             setattr(options, f"{side}_norm_final", getattr(options, f"{side}_norm_ff"))
         for position in ("self", "ff", "final"):
@@ -132,14 +169,14 @@ def norm_options(args: Any) -> Namespace:
     return options
 
 
-def check_norms(args: Any) -> None:
+def check_norms(args: Any, model: Type[NormConstants] = NormOptions) -> None:
     """Check all norm options of a complete set of model options, sizes included, before anything is built.
 
     Raises:
         ValueError: names the option, its value and what is valid
     """
-    options = norm_options(args)
-    for side in ("encoder", "decoder"):
+    options = norm_options(args, model)
+    for side in norm_sides(model):
         for position in ("self", "ff", "final"):
             dim, heads = getattr(args, f"{side}_embed_dim"), getattr(args, f"{side}_attention_heads")
             norm_settings(options, side, position, dim, heads)
