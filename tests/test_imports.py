@@ -17,7 +17,13 @@ ALLOWED = {
     "layers": ({"norms", "options"}, True),
     "models.base": ({"options", "checkpoint"}, True),
     "models.transformer_pn": ({"norms", "options", "layers", "models.base"}, True),
-    "models": ({"models.transformer_pn"}, True),
+    "models.transformer_lm_pn": ({"options", "models.base", "models.transformer_pn"}, True),
+    "models.tensorized_attention": (set(), False),
+    "models.tensorized_lm_pn": (
+        {"options", "layers", "models.base", "models.tensorized_attention", "models.transformer_lm_pn", "models.transformer_pn"},
+        True,
+    ),
+    "models": ({"models.transformer_pn", "models.transformer_lm_pn", "models.tensorized_lm_pn"}, True),
     "tasks": (set(), True),
     "": ({"version", "compat", "models", "tasks"}, False),
 }

@@ -1,2 +1,2 @@
 """Models and architectures; importing the package registers them with fairseq."""
-from . import transformer_pn  # noqa: F401
+from . import tensorized_lm_pn, transformer_lm_pn, transformer_pn  # noqa: F401

@@ -1,0 +1,91 @@
+"""``transformer_lm_pn``: fairseq's Transformer language model with a choice of norms."""
+from argparse import Namespace
+from dataclasses import field, make_dataclass
+
+from fairseq.models import register_model, transformer_lm
+from fairseq.models.transformer import TransformerConfig
+from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
+
+from ..options import LMNormOptions
+from .base import PowerNormModel, fill, flat_fields, register_architecture
+from .transformer_pn import PowerNormDecoder
+
+TransformerLMPNConfig = make_dataclass(
+    "TransformerLMPNConfig",
+    flat_fields(TransformerLanguageModelConfig, transformer_lm.base_lm_architecture)
+    + [
+        ("post_norm", bool, field(default=False, metadata={"help": "norm after each residual block"})),
+    ],
+    bases=(LMNormOptions,),
+)
+TransformerLMPNConfig.__module__ = __name__
+
+
+def complete_by(architecture, args: Namespace) -> None:
+    """Fill in a language model architecture of fairseq; unlike there, ``decoder_normalize_before`` can be False."""
+    pre_norm = getattr(args, "decoder_normalize_before", True) and not getattr(args, "post_norm", False)
+    architecture(args)
+    args.decoder_normalize_before = pre_norm
+
+
+@register_model("transformer_lm_pn", dataclass=TransformerLMPNConfig)
+class TransformerLMPNModel(PowerNormModel, TransformerLanguageModel):
+    """Transformer language model with PN, PN-V, BN, LN or RMSNorm at each norm position.
+
+    ``decoder_norm_*`` choose the norms, PN by default; the ``encoder_norm_*`` options are refused. In training, the batch
+    statistics of BN, of PN-V and of PN's warm-up are taken over all positions of a batch, so that a position's output depends on
+    later tokens through them; in evaluation, and with PN after its warm-up, it does not. Everything that fairseq's
+    ``transformer_lm`` does works unchanged: adaptive inputs and softmax, incremental decoding, activation checkpointing.
+    """
+
+    options = TransformerLMPNConfig
+
+    @classmethod
+    def complete(cls, args):
+        """Fill in fairseq's defaults, pre-norm among them."""
+        complete_by(transformer_lm.base_lm_architecture, args)
+
+    @classmethod
+    def build_model(cls, cfg, task):
+        """Build the model from flat options (Namespace or DictConfig).
+
+        Raises:
+            ValueError: a norm option is unknown or has an invalid value
+        """
+        args, norms = cls.read_options(cfg)
+        if getattr(args, "decoder_layers_to_keep", None):
+            args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
+        # fairseq builds a model without layers, of which the embedding is used
+        without_layers = Namespace(**{**vars(args), "decoder_layers": 0, "decoder_layers_to_keep": None, "base_layers": 0})
+        embed_tokens = super().build_model(without_layers, task).decoder.embed_tokens
+        args.max_target_positions = without_layers.max_target_positions
+        config = TransformerConfig.from_namespace(args)
+        config.norms = norms
+        return cls(cls.build_decoder(config, task.target_dictionary, embed_tokens))
+
+    @classmethod
+    def build_decoder(cls, cfg, dictionary, embed_tokens):
+        return PowerNormDecoder(cfg, dictionary, embed_tokens, no_encoder_attn=True)
+
+
+@register_architecture("transformer_lm_pn", "transformer_lm_pn_ptb")
+def ptb(args):
+    """For the 0.9M words of Penn Treebank: 4 layers, d=256, FFN 1024, 4 heads, tied embeddings, strong dropout."""
+    fill(
+        args,
+        decoder_layers=4,
+        decoder_embed_dim=256,
+        decoder_ffn_embed_dim=1024,
+        decoder_attention_heads=4,
+        share_decoder_input_output_embed=True,
+        dropout=0.4,
+        attention_dropout=0.2,
+        activation_dropout=0.2,
+    )
+    complete_by(transformer_lm.base_lm_architecture, args)
+
+
+@register_architecture("transformer_lm_pn", "transformer_lm_pn_wiki103")
+def wiki103(args):
+    """The model of Baevski & Auli (ICLR 2019): 16 layers, d=1024, FFN 4096, 8 heads, adaptive inputs and softmax."""
+    complete_by(transformer_lm.transformer_lm_baevski_wiki103, args)
