@@ -115,15 +115,17 @@ def reject_unknown(options: Mapping[str, Any], model: Type[NormConstants]) -> No
             raise ValueError(f"{problem} {name!r} = {options[name]!r} ({flag(name)}): must be one of {', '.join(valid)}")
 
 
-def reject_unknown_flags(model: Type[NormConstants], argv: Optional[Sequence[str]] = None) -> None:
-    """The same for the flags of a command line (default: this process's), so that the error lists the valid ones."""
+def given_flags(argv: Optional[Sequence[str]] = None) -> Dict[str, str]:
+    """Option -> value of the flags of a command line (default: this process's)."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     given = {}
     for word, following in zip(arguments, [*arguments[1:], ""]):
-        if word.startswith("--"):
+        if word == "-a":
+            given["arch"] = following
+        elif word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             given[name.replace("-", "_")] = value if equals else following
-    reject_unknown(given, model)
+    return given
 
 
 def norm_sides(model: Type[NormConstants]) -> Tuple[str, ...]:

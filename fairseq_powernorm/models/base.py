@@ -8,12 +8,12 @@ from dataclasses import field, fields
 from typing import Any, Callable, Collection, Dict, List, Mapping, Optional, Tuple, Type
 
 from fairseq.dataclass.utils import gen_parser_from_dataclass
-from fairseq.models import MODEL_REGISTRY, register_model_architecture
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY, register_model_architecture
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..checkpoint import check_same_norms
-from ..options import NORM_FIELDS, NormConstants, check_norms, norm_options, reject_unknown, reject_unknown_flags
+from ..options import NORM_FIELDS, NormConstants, check_norms, given_flags, norm_options, reject_unknown
 
 
 def flat_fields(
@@ -101,9 +101,15 @@ class PowerNormModel:
 
     @classmethod
     def add_args(cls, parser):
-        """Declare the flat options; defaults are left to the architecture."""
+        """Declare the flat options; defaults are left to the architecture.
+
+        Raises:
+            ValueError: the command line asks for this model and has a norm option that it does not have
+        """
         gen_parser_from_dataclass(parser, cls.options(), delete_default=True)
-        reject_unknown_flags(cls.options)
+        flags = given_flags()
+        if ARCH_MODEL_REGISTRY.get(flags.get("arch")) is cls:  # fairseq calls this for every model of a --user-dir
+            reject_unknown(flags, cls.options)
 
     @classmethod
     def complete(cls, args: Namespace) -> None:
