@@ -27,17 +27,17 @@ ALL_POWER = dict(
 
 
 def task(symbols=20):
-    """What a model needs of a translation task: a joined dictionary."""
+    """What a model needs of a task: a joined dictionary, or a language model's."""
     dictionary = Dictionary()
     for i in range(symbols):
         dictionary.add_symbol(f"w{i}")
     return SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
 
 
-def build(arch="transformer_pn_iwslt_de_en", seed=1, randomize=True, **options):
+def build(arch="transformer_pn_iwslt_de_en", seed=1, randomize=True, sizes=SIZES, task_symbols=20, **options):
     """A small model, its norms' parameters and running statistics away from their initial values."""
     torch.manual_seed(seed)
-    model = models.build_model(Namespace(_name=arch, **{**SIZES, **options}), task())
+    model = models.build_model(Namespace(_name=arch, **{**sizes, **options}), task(task_symbols))
     if randomize:
         with torch.no_grad():
             for name, tensor in model.state_dict().items():

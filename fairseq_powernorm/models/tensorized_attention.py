@@ -108,13 +108,16 @@ class TensorizedAttention(nn.Module):
     def _attend(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
         """``B x T x C`` -> ``B x T x C``; no padding on the left."""
         length = x.size(1)
+        if padding_mask is not None:
+            padding_mask = padding_mask.unsqueeze(-1)
+            x = x.masked_fill(padding_mask, 0.0)
         q, k = self.q_proj(x), self.k_proj(x)
         v = self.v_proj(x) * self.core.mean(0)
         p = self.position_proj(sinusoids(length, self.dim, like=x))
         # (q + u) k + (q + w) p = q (k + p) + (u k + w p): only the first term depends on i
         slope, offset = k + p, self.content_bias * k + self.position_bias * p
         if padding_mask is not None:
-            slope, offset, v = (t.masked_fill(padding_mask.unsqueeze(-1), 0.0) for t in (slope, offset, v))
+            slope, offset = slope.masked_fill(padding_mask, 0.0), offset.masked_fill(padding_mask, 0.0)
         blocks = []
         for start in range(0, length, self.block):
             queries = q[:, start : start + self.block]
