@@ -112,7 +112,8 @@ def reject_unknown(options: Mapping[str, Any], model: Type[NormConstants]) -> No
                 problem = "this model has no encoder and no norm option"
             else:
                 problem = "unknown norm option" if _NORM_OPTION.match(name) else "unknown option"
-            raise ValueError(f"{problem} {name!r} = {options[name]!r} ({flag(name)}): must be one of {', '.join(valid)}")
+            value = options[name]
+            raise ValueError(f"{problem} {name!r} = {value!r} ({flag(name)}): must be one of {', '.join(valid)}")
 
 
 def given_flags(argv: Optional[Sequence[str]] = None) -> Dict[str, str]:

@@ -20,7 +20,10 @@ ALLOWED = {
     "models.transformer_lm_pn": ({"options", "models.base", "models.transformer_pn"}, True),
     "models.tensorized_attention": (set(), False),
     "models.tensorized_lm_pn": (
-        {"options", "layers", "models.base", "models.tensorized_attention", "models.transformer_lm_pn", "models.transformer_pn"},
+        {
+            "options", "layers", "models.base", "models.tensorized_attention", "models.transformer_lm_pn",
+            "models.transformer_pn",
+        },
         True,
     ),
     "models": ({"models.transformer_pn", "models.transformer_lm_pn", "models.tensorized_lm_pn"}, True),

@@ -5,6 +5,7 @@ import shlex
 import pytest
 
 import toy
+from fairseq_powernorm.models.tensorized_lm_pn import TensorizedLMPNConfig
 from fairseq_powernorm.models.transformer_pn import TransformerPNConfig
 from fairseq_powernorm.options import NORM_FIELDS, NormOptions, flag
 
@@ -47,9 +48,10 @@ def test_the_command_line_and_the_yaml_train_the_same_model(toy_data, tmp_path):
 
 
 def test_the_table_of_flags_is_complete():
-    """Every norm option of the model stands in the table with its default, and nothing else that looks like one."""
-    in_table = set(re.findall(r"`(--(?:norm|encoder-norm|decoder-norm|post-norm)[a-z-]*)`", README))
-    assert in_table == {flag(name) for name in NORM_FIELDS} | {"--post-norm"}
+    """Every norm option of the models stands in the table with its default, and nothing else that looks like one."""
+    in_table = set(re.findall(r"`(--(?:norm|encoder-norm|decoder-norm|post-norm|tensorized)[a-z-]*)`", README))
+    tensorized = {flag(name) for name in TensorizedLMPNConfig.__dataclass_fields__ if name.startswith("tensorized")}
+    assert len(tensorized) == 4 and in_table == {flag(name) for name in NORM_FIELDS} | {"--post-norm"} | tensorized
     assert "post_norm" in TransformerPNConfig.__dataclass_fields__
     defaults = NormOptions()
     for name in ("norm_alpha_fwd", "norm_warmup_updates", "norm_variant", "norm_eps"):

@@ -52,7 +52,7 @@ def by_definition(layer, x):
         for j in seen:
             at_j = content * k[j] + position * p[j].unsqueeze(1)
             for kk in seen:
-                t.append((layer.core @ (at_j * v[kk])).mean(0))  # T_ijk of each sentence, mean over cores of sums over r
+                t.append((layer.core @ (at_j * v[kk])).mean(0))  # T_ijk of each sentence: sum over r, mean over cores
                 rows.append(row[j][kk])
         y.append(torch.stack(t, dim=1) @ torch.stack(rows))
     return torch.stack(y)
@@ -60,10 +60,11 @@ def by_definition(layer, x):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
-    "window,length,cores", [(1, 1, 1), (1, 1, 2), (5, 5, 1), (5, 5, 2), (5, 3, 2), (32, 32, 1), (32, 32, 2), (32, 11, 1)]
+    "window,length,cores",
+    [(1, 1, 1), (1, 1, 2), (5, 5, 1), (5, 5, 2), (5, 3, 2), (32, 32, 1), (32, 32, 2), (32, 11, 1)],
 )
 def test_equals_its_definition(window, length, cores, causal):
-    """The blockwise evaluation equals the loops over i, j, k to 1e-10, for whole and shorter windows, with every gradient."""
+    """The blockwise evaluation equals the loops over i, j, k to 1e-10, in whole and shorter windows, with gradients."""
     layer = attention(window, cores, causal)
     x = window_of(length)
     probe = torch.randn(length, BATCH, DIM, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -82,11 +83,12 @@ def test_equals_its_definition(window, length, cores, causal):
 def test_the_size_of_a_block_changes_nothing(block, causal):
     """Any number of queries at a time gives the same outputs."""
     x = window_of(10)
-    torch.testing.assert_close(attention(10, causal=causal, block=block)(x), attention(10, causal=causal)(x), rtol=1e-12, atol=1e-12)
+    ours, default = attention(10, causal=causal, block=block)(x), attention(10, causal=causal)(x)
+    torch.testing.assert_close(ours, default, rtol=1e-12, atol=1e-12)
 
 
 def test_a_causal_window_continues_a_shorter_one():
-    """y of the first n tokens is that of these tokens alone, whatever follows: positions count from the window's start."""
+    """y of the first n tokens is that of these tokens alone, whatever follows: positions count from the first token."""
     layer, x = attention(12), window_of(12)
     whole = layer(x)
     for length in range(1, 13):
@@ -190,7 +192,7 @@ def attentions(model):
 
 
 def test_the_layers_share_the_biases_and_nothing_else():
-    """u and w are one parameter each in all layers, with the sum of the layers' gradients; the rest is each layer's own."""
+    """u and w are one parameter each for all layers, and the rest is each layer's own."""
     model = build(tensorized_cores=2)
     first, second = attentions(model)
     for name, parameter in first.named_parameters():
@@ -239,7 +241,7 @@ def test_a_block_longer_than_the_window_is_refused():
 
 
 def test_every_step_of_decoding_is_that_of_the_last_tokens():
-    """Incremental decoding equals a pass over the text so far, over its last L tokens once it is longer than a window."""
+    """Incremental decoding equals a pass over the text so far, or its last L tokens once it is longer than a window."""
     model = build().double().eval()
     tokens = torch.randint(4, 24, (3, 11), generator=torch.Generator().manual_seed(0))
     state = {}

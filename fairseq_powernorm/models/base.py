@@ -17,19 +17,22 @@ from ..options import NORM_FIELDS, NormConstants, check_norms, given_flags, norm
 
 
 def flat_fields(
-    config: type, base_architecture: Callable, nested: Mapping[str, type] = {}, without: Collection[str] = ()
+    config: type, *architectures: Callable, nested: Mapping[str, type] = {}, without: Collection[str] = ()
 ) -> List[Tuple[str, Any, Any]]:
     """Fields of a configuration of fairseq, for ``make_dataclass``, without nesting.
 
     Args:
         config: the dataclass
-        base_architecture: fairseq's function that fills in sizes; the options that it sets are None by default, so that
-            the architectures of this package can tell what was given
+        architectures: fairseq's functions that fill in sizes; the options that any of them sets are None by default, so
+            that an architecture can tell what was given. Every option that one of this package sets must be among them.
         nested: name -> dataclass of the fields that hold further options, ``NAME_OPTION`` on the command line
         without: names to leave out
     """
-    by_architecture = Namespace()
-    base_architecture(by_architecture)
+    by_architecture = {}
+    for architecture in architectures:
+        args = Namespace()
+        architecture(args)
+        by_architecture.update(vars(args))
     flat = []
     for outer in fields(config):
         for inner in fields(nested[outer.name]) if outer.name in nested else (outer,):
@@ -38,7 +41,7 @@ def flat_fields(
                 continue
             kind = str if name.endswith("_layers_to_keep") else inner.type  # fairseq splits these at commas
             default = inner.default
-            if hasattr(by_architecture, name) and not _is_interpolation(default):
+            if name in by_architecture and not _is_interpolation(default):
                 default = None
             if default is None:
                 kind = Optional[kind]

@@ -27,21 +27,21 @@ class TensorizedAttention(nn.Module):
         T_{ijk} = \frac1C \sum_c \sum_r g^c_r \bigl[ (q_{ir} + u_r) k_{jr} + (q_{ir} + w_r) p_{jr} \bigr] v_{kr},
         \qquad y_i = \sum_{j, k} T_{ijk} W_{jk}
 
-    where the sum runs over j <= i and k <= i (``causal=True``) or over the whole window (``causal=False``, the published
-    behaviour, in which y_i contains the token that a language model at i is asked for).
+    where the sum runs over j <= i and k <= i (``causal=True``) or over the whole window (``causal=False``, the
+    published behaviour, in which y_i contains the token that a language model at i is asked for).
 
-    **Windows shorter than L.** Positions i, j and k count from the window's first token: W_jk belongs to its j-th and k-th
-    token and p_j to its j-th, however many tokens follow or padding precedes. So a shorter window uses the
-    leading part of W, a causal y_i depends on the tokens up to i only and not on the window's length, and padding, left or
-    right, is as if it were not there. (The authors' code feeds the sinusoid of L - 1 - j. That is a rotation of the one
-    of j, which the projection absorbs: the same model.)
+    **Windows shorter than L.** Positions i, j and k count from the window's first token: W_jk belongs to its j-th and
+    k-th token and p_j to its j-th, however many tokens follow or padding precedes. So a shorter window uses the leading
+    part of W, a causal y_i depends on the tokens up to i only and not on the window's length, and padding, left or
+    right, is as if it were not there. (The authors' code feeds the sinusoid of L - 1 - j. That is a fixed linear map
+    of the one of j, which the projection absorbs: the same model.)
 
-    **Cost.** T has L^3 numbers a sentence and W L^2 x d. T never exists whole: ``block`` queries are taken at a time,
-    against the j and k that they may see, and once more in the backward pass. A layer then keeps about 5 B L R numbers for the
-    backward pass, and while it works on a block about 3 B block L (R + L), B sentences: 7 MB kept and 30 MB at work
-    at L = 32, B = 120, R = 40 (T: 16 MB), 4 and 55 MB at L = 80, B = 60 (T: 123 MB); and W, its gradient and one copy of it,
-    1 MB each at L = 32, d = 256 and 7 MB at L = 80. Multiplications: B L^3 (R + d), of which causality spares
-    almost two thirds.
+    **Cost.** T has L^3 numbers a sentence and W has L^2 d. T never exists whole: ``block`` queries are taken at a time,
+    against the j and k that they may see, and taken once more in the backward pass. For B sentences a layer keeps its
+    input and about 6 B L R numbers for the backward pass, and needs about 3 B block L (R + L) while it works on a
+    block, besides W, W's gradient and a copy of both. Measured, in float32: 4 + 4 MB kept and 34 MB at the peak for
+    L = 32, B = 120, d = 256, R = 40; 5 + 5 and 77 MB for L = 80, B = 60. T alone would take 16 and 123 MB, several
+    times over and in every layer. Multiplications: B L^3 (R + d), of which causality spares nearly two thirds.
 
     Args:
         dim: channels d
@@ -94,7 +94,7 @@ class TensorizedAttention(nn.Module):
         """See the class."""
         if x.size(0) > self.window:
             raise ValueError(f"a window of {x.size(0)} tokens: this attention was built for at most {self.window}")
-        x = x.transpose(0, 1)
+        x = x.transpose(0, 1).contiguous()
         order = None
         if padding_mask is not None and bool(padding_mask[:, 0].any()):  # padding on the left
             order = padding_mask.to(torch.uint8).argsort(dim=1, stable=True).unsqueeze(-1)
@@ -130,7 +130,7 @@ class TensorizedAttention(nn.Module):
         return torch.cat(blocks, dim=1)
 
     def _block(self, q: Tensor, slope: Tensor, offset: Tensor, v: Tensor, weight: Tensor, start: int) -> Tensor:
-        """Outputs of the queries ``start``, ...: ``q`` is ``B x n x R``, the others ``B x m x R``, weight ``m x m x C``."""
+        """Outputs of n queries from ``start`` on: q is ``B x n x R``, the others ``B x m x R``, W ``m x m x C``."""
         batch, n, _ = q.shape
         m = slope.size(1)
         by_rank = torch.addcmul(offset.unsqueeze(1), q.unsqueeze(2), slope.unsqueeze(1))  # B x n x m x R

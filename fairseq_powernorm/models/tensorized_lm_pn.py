@@ -1,4 +1,4 @@
-"""``tensorized_lm_pn``: the language model of Ma et al. (NeurIPS 2019), tensorized attention in place of softmax attention."""
+"""``tensorized_lm_pn``: the language model of Ma et al. (NeurIPS 2019), with a choice of norms."""
 import logging
 from dataclasses import field, make_dataclass
 from typing import Optional
@@ -10,7 +10,7 @@ from ..layers import DecoderLayer, wrap_layer
 from ..options import LMNormOptions, flag
 from .base import fill, flat_fields, register_architecture
 from .tensorized_attention import TensorizedAttention
-from .transformer_lm_pn import TransformerLMPNModel, complete_by
+from .transformer_lm_pn import ARCHITECTURES, TransformerLMPNModel, complete_by
 from .transformer_pn import PowerNormDecoder
 
 logger = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 #: what fairseq's decoders answer where there is no limit
 NO_LIMIT = 1000000
 
-#: options of fairseq's Transformer language model that concern softmax attention or absolute positions, and their values
+#: options of fairseq's language model that concern softmax attention or absolute positions: not offered, and fixed at
 NOT_APPLICABLE = dict(
     decoder_attention_heads=1,
     attention_dropout=0.0,
@@ -30,11 +30,11 @@ NOT_APPLICABLE = dict(
 
 TensorizedLMPNConfig = make_dataclass(
     "TensorizedLMPNConfig",
-    flat_fields(TransformerLanguageModelConfig, transformer_lm.base_lm_architecture, without=NOT_APPLICABLE)
+    flat_fields(TransformerLanguageModelConfig, *ARCHITECTURES, without=NOT_APPLICABLE)
     + [
         (name, kind, field(default=default, metadata={"help": text}))
         for name, kind, default, text in (
-            ("tensorized_window", Optional[int], None, "length L of the window, at most which a block of tokens can have"),
+            ("tensorized_window", Optional[int], None, "length L of the window, the longest block of tokens"),
             ("tensorized_rank", Optional[int], None, "size R of the attention head"),
             ("tensorized_cores", Optional[int], None, "number of core tensors that are averaged"),
             (
@@ -49,7 +49,7 @@ TensorizedLMPNConfig.__module__ = __name__
 
 
 class SelfAttention(TensorizedAttention):
-    """Tensorized attention as fairseq's decoder layer calls its self-attention; causality is its own, not the mask's."""
+    """Tensorized attention as fairseq's decoder layer calls its self-attention; it sees to causality itself."""
 
     num_heads = 1
 
@@ -107,13 +107,13 @@ class TensorizedDecoder(PowerNormDecoder):
         length = prev_output_tokens.size(1)
         if length > self.window:
             raise ValueError(
-                f"a block of {length} tokens is longer than the model's window, --tensorized-window {self.window}: give "
-                f"--tokens-per-sample {self.window} or less (one less with --add-bos-token)"
+                f"a block of {length} tokens is longer than the model's window, --tensorized-window {self.window}: "
+                f"give --tokens-per-sample {self.window} or less (one less with --add-bos-token)"
             )
         return super().extract_features(prev_output_tokens, encoder_out, None, *args, **kwargs)
 
     def max_positions(self):
-        """No limit: generated text may be longer than a window; longer blocks of a data set are an error, not left out."""
+        """No limit: generated text may be longer than a window; longer blocks of data are an error, not left out."""
         return NO_LIMIT
 
 
@@ -123,8 +123,9 @@ class TensorizedLMPNModel(TransformerLMPNModel):
 
     Each block of at most L tokens (``--tensorized-window``, the largest useful ``--tokens-per-sample``) is evaluated by
     itself, without memory. Position i of a block attends to j <= i and k <= i. With ``--tensorized-noncausal``, the
-    published behaviour, it attends to the whole block, in which its own target stands: what is then called perplexity is
-    not that of a language model. The option ``tensorized_noncausal`` of a checkpoint's configuration tells such models.
+    published behaviour, it attends to the whole block, in which its own target stands: what is then called perplexity
+    is not that of a language model. The option ``tensorized_noncausal`` of a checkpoint's configuration tells such
+    models.
     """
 
     options = TensorizedLMPNConfig
@@ -155,8 +156,8 @@ class TensorizedLMPNModel(TransformerLMPNModel):
     def build_decoder(cls, cfg, dictionary, embed_tokens):
         if cfg.tensorized_noncausal:
             logger.warning(
-                "--tensorized-noncausal: each position sees the token that it is asked for. The perplexity of this model is "
-                "NOT the perplexity of a language model."
+                "--tensorized-noncausal: each position sees the token that it is asked for. The perplexity of this "
+                "model is NOT the perplexity of a language model."
             )
         return TensorizedDecoder(cfg, dictionary, embed_tokens, no_encoder_attn=True)
 
@@ -170,7 +171,7 @@ def ptb(args):
 
 @register_architecture("tensorized_lm_pn", "tensorized_lm_pn_wiki103")
 def wiki103(args):
-    """The authors' WikiText-103 model: 6 layers, windows of 80 tokens, adaptive softmax with tied embeddings of full size."""
+    """The authors' WikiText-103 model: 6 layers, windows of 80, adaptive softmax tied to embeddings of full size."""
     fill(
         args,
         decoder_layers=6,

@@ -10,9 +10,12 @@ from ..options import LMNormOptions
 from .base import PowerNormModel, fill, flat_fields, register_architecture
 from .transformer_pn import PowerNormDecoder
 
+#: fairseq's architectures that set, between them, every option of fairseq that those of this package set
+ARCHITECTURES = (transformer_lm.base_lm_architecture, transformer_lm.transformer_lm_baevski_wiki103)
+
 TransformerLMPNConfig = make_dataclass(
     "TransformerLMPNConfig",
-    flat_fields(TransformerLanguageModelConfig, transformer_lm.base_lm_architecture)
+    flat_fields(TransformerLanguageModelConfig, *ARCHITECTURES)
     + [
         ("post_norm", bool, field(default=False, metadata={"help": "norm after each residual block"})),
     ],
@@ -26,16 +29,18 @@ def complete_by(architecture, args: Namespace) -> None:
     pre_norm = getattr(args, "decoder_normalize_before", True) and not getattr(args, "post_norm", False)
     architecture(args)
     args.decoder_normalize_before = pre_norm
+    args.base_shuffle = int(args.base_shuffle)  # declared a number; fairseq sets False, which hydra refuses
 
 
 @register_model("transformer_lm_pn", dataclass=TransformerLMPNConfig)
 class TransformerLMPNModel(PowerNormModel, TransformerLanguageModel):
     """Transformer language model with PN, PN-V, BN, LN or RMSNorm at each norm position.
 
-    ``decoder_norm_*`` choose the norms, PN by default; the ``encoder_norm_*`` options are refused. In training, the batch
-    statistics of BN, of PN-V and of PN's warm-up are taken over all positions of a batch, so that a position's output depends on
-    later tokens through them; in evaluation, and with PN after its warm-up, it does not. Everything that fairseq's
-    ``transformer_lm`` does works unchanged: adaptive inputs and softmax, incremental decoding, activation checkpointing.
+    ``decoder_norm_*`` choose the norms, PN by default; the ``encoder_norm_*`` options are refused. In training, the
+    batch statistics of BN, of PN-V and of PN's warm-up are taken over all positions of a batch, so that a position's
+    output depends on later tokens through them; in evaluation, and with PN after its warm-up, it does not. What
+    fairseq's ``transformer_lm`` does works unchanged: adaptive inputs and softmax, incremental decoding, activation
+    checkpointing. As there, texts are at most ``--tokens-per-sample`` (or ``--max-target-positions``) tokens long.
     """
 
     options = TransformerLMPNConfig
@@ -56,7 +61,8 @@ class TransformerLMPNModel(PowerNormModel, TransformerLanguageModel):
         if getattr(args, "decoder_layers_to_keep", None):
             args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
         # fairseq builds a model without layers, of which the embedding is used
-        without_layers = Namespace(**{**vars(args), "decoder_layers": 0, "decoder_layers_to_keep": None, "base_layers": 0})
+        without_layers = Namespace(**vars(args))
+        without_layers.decoder_layers, without_layers.decoder_layers_to_keep, without_layers.base_layers = 0, None, 0
         embed_tokens = super().build_model(without_layers, task).decoder.embed_tokens
         args.max_target_positions = without_layers.max_target_positions
         config = TransformerConfig.from_namespace(args)
