@@ -176,6 +176,22 @@ def test_the_whole_tensor_never_exists(causal):
     assert seen[block] == batch * block * length**2
 
 
+def test_what_is_kept_for_the_backward_pass():
+    """A forward pass keeps its input and six tensors of B L R numbers, whatever L: the blocks are computed again."""
+    length, batch = 32, 6
+    layer, x = attention(length), window_of(length, batch=batch)
+    kept = {parameter.data_ptr(): 0 for parameter in layer.parameters()}
+
+    def keep(tensor):
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes() // 8)
+        return tensor
+
+    tensors = []  # held, so that no storage is used twice
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or keep(t), lambda t: t):
+        layer(x)
+    assert batch * length * RANK < sum(kept.values()) <= batch * length * (DIM + 7 * RANK)
+
+
 # ---------------------------------------------------------------- the model
 
 
