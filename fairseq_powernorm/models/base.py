@@ -41,7 +41,8 @@ def flat_fields(
                 continue
             kind = str if name.endswith("_layers_to_keep") else inner.type  # fairseq splits these at commas
             default = inner.default
-            if name in by_architecture and not _is_interpolation(default):
+            own = not _is_interpolation(default) or default.startswith("${model.")  # else an option of task or command
+            if name in by_architecture and own:
                 default = None
             if default is None:
                 kind = Optional[kind]
