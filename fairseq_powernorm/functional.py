@@ -87,7 +87,7 @@ class _PowerNorm(torch.autograd.Function):
             u = kernel.scale_rows(x.to(dtype), r)
             grad = grad_y.to(dtype)
             wide_weight = None if weight is None else weight.to(dtype)
-            nu = (spec.nu_scale * spec.gradient_scale) * ctx.nu.to(dtype)
+            nu = ctx.nu.to(dtype) * spec.gradient_scale * spec.nu_scale
             counted = valid if spec.skip_padding else None
             grad_sum, grad_u_sum = kernel.grad_sums(grad, u, counted)
             grad_z_sum = grad_u_sum * inv_forward
