@@ -17,6 +17,7 @@ training step that is thrown away leaves none. In a training loop of one's own:
 
 :mod:`fairseq_powernorm.tasks` does this for fairseq.
 """
+import re
 from contextlib import contextmanager
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -30,6 +31,8 @@ from .norms import RunningNorm, Stage, Sums, Switches
 #: how the statistics of several processes are combined, see :class:`RunningStatistics`
 SYNC = ("off", "step", "exact")
 PARTS = ("forward", "backward")
+#: what wrappers for data parallelism put into the names of modules
+_WRAPPERS = re.compile(r"^(module\.)+|_fsdp_wrapped_module\.|_fpw_module\.")
 
 
 class _Part(NamedTuple):
@@ -85,19 +88,19 @@ class RunningStatistics:
     def __init__(self, model: nn.Module, sync: str = "step", group: Optional[dist.ProcessGroup] = None):
         if sync not in SYNC:
             raise ValueError(f"sync={sync!r}: must be one of {', '.join(SYNC)}")
-        alone = sync == "off" or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1
         self._group = group
-        self._shared = not alone
         self._calls: Optional[Dict[str, float]] = None  # of each norm in this step, known after reduce
         #: counted micro-batches of the step so far
         self.batches = 0
         self.switches = Switches()
-        if self._shared and sync == "exact":
-            self.switches.reduce = self._all_reduced
         kinds: Dict[str, List[Tuple[str, RunningNorm]]] = {}
         for name, norm in running_norms(model).items():
-            kinds.setdefault(f"{norm!r} {norm.iters.dtype}", []).append((name, norm))
+            kinds.setdefault(f"{norm!r} {norm.iters.dtype}", []).append((_WRAPPERS.sub("", name), norm))
         self.kinds = self._allocate([list(zip(*named)) for named in kinds.values()])
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+        self._shared = several and sync != "off" and len(kinds) > 0
+        if self._shared and sync == "exact":
+            self.switches.reduce = self._all_reduced
 
     def _allocate(self, kinds) -> List[_Kind]:
         """Lay out the sums of all norms in one vector, so that one all-reduce serves them all."""

@@ -6,7 +6,7 @@ import pytest
 
 import toy
 from fairseq_powernorm.models.transformer_pn import TransformerPNConfig
-from fairseq_powernorm.options import NORM_FIELDS, NormOptions, flag
+from fairseq_powernorm.options import NORM_FIELDS, STATISTICS_FIELDS, NormOptions, StatisticsOptions, flag
 
 README = (toy.ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -47,14 +47,15 @@ def test_the_command_line_and_the_yaml_train_the_same_model(toy_data, tmp_path):
 
 
 def test_the_table_of_flags_is_complete():
-    """Every norm option of the model stands in the table with its default, and nothing else that looks like one."""
+    """Every norm option of model and task stands in the table with its default, and nothing else that looks like one."""
     in_table = set(re.findall(r"`(--(?:norm|encoder-norm|decoder-norm|post-norm)[a-z-]*)`", README))
-    assert in_table == {flag(name) for name in NORM_FIELDS} | {"--post-norm"}
+    assert in_table == {flag(name) for name in NORM_FIELDS + STATISTICS_FIELDS} | {"--post-norm"}
     assert "post_norm" in TransformerPNConfig.__dataclass_fields__
-    defaults = NormOptions()
-    for name in ("norm_alpha_fwd", "norm_warmup_updates", "norm_variant", "norm_eps"):
+    defaults = {**vars(NormOptions()), **vars(StatisticsOptions())}
+    named = ("norm_alpha_fwd", "norm_warmup_updates", "norm_variant", "norm_eps", "norm_sync", "norm_record_interval")
+    for name in named:
         row = next(row for row in README.split("\n") if row.startswith("|") and flag(name) in row)
-        assert re.search(rf"\(`?{re.escape(str(getattr(defaults, name)).replace('1e-05', '1e-5'))}`?\)", row), row
+        assert re.search(rf"\(`?{re.escape(str(defaults[name]).replace('1e-05', '1e-5'))}`?\)", row), row
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\(((?!http)[^)#]+)\)", README))
