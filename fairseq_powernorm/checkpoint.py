@@ -45,16 +45,21 @@ def load(path: str) -> State:
     return state
 
 
+def check_output(path: str, overwrite: bool) -> None:
+    """Raise ValueError if ``path`` exists and must not be overwritten, or its directory does not exist."""
+    if os.path.exists(path) and not overwrite:
+        raise ValueError(f"output {path!r}: exists; choose another name or give --force")
+    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise ValueError(f"output {path!r}: its directory does not exist")
+
+
 def save(state: State, path: str, overwrite: bool = False) -> None:
     """Write a checkpoint whole or not at all.
 
     Raises:
         ValueError: ``path`` exists and ``overwrite`` is False, or its directory does not exist
     """
-    if os.path.exists(path) and not overwrite:
-        raise ValueError(f"output {path!r}: exists; choose another name or give --force")
-    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-        raise ValueError(f"output {path!r}: its directory does not exist")
+    check_output(path, overwrite)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         torch.save(state, temporary)
@@ -203,8 +208,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         command.add_argument("--force", action="store_true", help="overwrite the output")
     args = parser.parse_args(argv)
     try:
-        if os.path.exists(args.output) and not args.force:
-            raise ValueError(f"output {args.output!r}: exists; choose another name or give --force")
+        check_output(args.output, args.force)
         if args.command == "average":
             state = average_checkpoints(args.inputs)
         else:

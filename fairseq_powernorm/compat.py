@@ -6,6 +6,7 @@ fairseq or turns a safety check off.
 import argparse
 import codecs
 import collections
+import os
 import types
 import typing
 import warnings
@@ -13,6 +14,8 @@ import warnings
 import numpy as np
 import torch
 from packaging.version import Version
+
+from . import resume
 
 #: warnings that every fairseq command prints and that its user can do nothing about: beginnings of their messages
 KNOWN_WARNINGS = (
@@ -102,9 +105,88 @@ def check_yaml_options() -> None:
     utils.merge_with_parent = merge_with_parent
 
 
+def copy_checkpoints_whole() -> None:
+    """Let fairseq's copies of a checkpoint, the last and the best, replace the older file whole or not at all.
+
+    fairseq writes over the older file, so that a process killed at that moment leaves neither.
+    """
+    from fairseq.file_io import PathManager
+
+    copy = PathManager.copy
+    if hasattr(copy, "is_whole"):
+        return
+
+    def copy_whole(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
+        if not overwrite or PathManager.path_requires_pathmanager(dst_path):
+            return copy(src_path, dst_path, overwrite=overwrite)
+        temporary = f"{dst_path}.tmp"  # named as fairseq names them
+        try:
+            done = copy(src_path, temporary, overwrite=True)
+            if done:
+                with open(temporary, "rb+") as stream:
+                    os.fsync(stream.fileno())
+                os.replace(temporary, dst_path)
+        finally:
+            if os.path.exists(temporary):
+                os.remove(temporary)
+        return dst_path if done == temporary else done
+
+    copy_whole.is_whole = True
+    PathManager.copy = staticmethod(copy_whole)
+
+
+def resume_from_whole_checkpoints() -> None:
+    """Let training that goes on in its directory do so from a whole checkpoint: see :func:`resume.choose`.
+
+    The first rank chooses for all. Another file given by ``--restore-file`` or ``--finetune-from-model`` is loaded as
+    it is.
+    """
+    from fairseq.distributed import utils
+    from fairseq.file_io import PathManager
+    from fairseq.trainer import Trainer
+
+    load = Trainer.load_checkpoint
+    if hasattr(load, "from_whole"):
+        return
+
+    def choose(trainer, directory):
+        suffixes = [trainer.checkpoint_suffix]
+        if trainer.is_fsdp and trainer.cfg.distributed_training.use_sharded_state:
+            shards = range(trainer.data_parallel_world_size)
+            suffixes = [f"{trainer.cfg.checkpoint.checkpoint_suffix}-shard{shard}" for shard in shards]
+        chosen, error = None, None
+        if trainer.data_parallel_rank == 0:
+            try:
+                chosen = resume.choose(directory, suffixes)
+            except ValueError as refusal:
+                error = str(refusal)
+        if trainer.data_parallel_world_size > 1:
+            chosen, error = utils.broadcast_object(
+                [chosen, error], src_rank=0, group=trainer.data_parallel_process_group, dist_device=trainer.device
+            )
+        if error:
+            raise ValueError(error)
+        return chosen
+
+    def load_checkpoint(self, filename, *args, **kwargs):
+        cfg, suffix = self.cfg.checkpoint, self.checkpoint_suffix
+        if not PathManager.path_requires_pathmanager(cfg.save_dir):
+            last = os.path.join(cfg.save_dir, f"{resume.LAST}{suffix}.pt")
+            if cfg.restore_file == "checkpoint_last.pt" and filename == last:
+                filename = os.path.join(cfg.save_dir, f"{choose(self, cfg.save_dir)}{suffix}.pt")
+            if self.should_save_checkpoint_on_current_rank and not cfg.no_save:
+                resume.remove_temporaries(cfg.save_dir, suffix)
+        return load(self, filename, *args, **kwargs)
+
+    load_checkpoint.from_whole = True
+    Trainer.load_checkpoint = load_checkpoint
+
+
 def apply() -> None:
     """Apply every shim; safe to call more than once."""
     silence_known_warnings()
     restore_numpy_long()
     allow_checkpoint_types()
     check_yaml_options()
+    copy_checkpoints_whole()
+    resume_from_whole_checkpoints()

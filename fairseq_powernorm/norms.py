@@ -4,9 +4,13 @@ All are drop-in ``nn.Module``s called as ``norm(x, padding_mask=None)`` with ``x
 ``N x C`` and a bool mask of shape ``B x T`` (``N`` for two-dimensional input), True at padding. None of them
 needs fairseq. Statistics are kept and computed in float32 (float64 for float64 input) whatever the dtype of
 the input and of the parameters.
+
+A norm with running statistics applies those of each training batch by itself. Where somebody else decides what a training
+step is (several batches, several processes, steps that are skipped), :class:`~.statistics.RunningStatistics` takes over:
+it gives each norm a :class:`Stage`, into which the norm adds its sums, and applies them once per step.
 """
 import inspect
-from typing import Dict, Optional, Tuple, Type
+from typing import Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +25,65 @@ class MaskSlot:
 
     def __init__(self):
         self.padding_mask: Optional[Tensor] = None
+
+
+class Switches:
+    """What the stages of one model have in common.
+
+    Attributes:
+        counting: whether the batch in progress counts. If not (a dummy batch), nothing is added and the batch is
+            treated like padding: the norms pass on the gradient that arrives and add none
+        gradient_scale: factor of the loss whose gradient arrives
+        batch_statistics: PN divides by the batch's own second moment, as in its warm-up
+        recording: PN-V and BN, too, add the sums of their backward pass (PN always does)
+        reduce: turns a vector of sums into its total over all processes that share a batch; None if there is one
+    """
+
+    def __init__(self):
+        self.counting = False
+        self.gradient_scale = 1.0
+        self.batch_statistics = False
+        self.recording = False
+        self.reduce: Optional[Callable[[Tensor], Tensor]] = None
+
+
+class Stage:
+    """Where a norm adds the sums of its batches, ``[sums (each C), rows, calls]``, for somebody else to apply.
+
+    Args:
+        switches: shared by all norms of a model
+        parts: name of a part (``forward``, ``backward``) -> the vector to add to
+    """
+
+    def __init__(self, switches: Switches, parts: Mapping[str, Tensor]):
+        self.switches = switches
+        self.parts = parts
+
+    def add(self, part: str, sums: Sequence[Tensor], rows: Tensor) -> None:
+        """Add the sums over ``rows`` rows of one pass, if the batch counts."""
+        if self.switches.counting:
+            vector = self.parts[part]
+            dtype = vector.dtype
+            one = rows.new_ones(1, dtype=dtype)
+            vector.add_(torch.cat([*(each.to(dtype) for each in sums), rows.reshape(1).to(dtype), one]))
+
+
+class Sums(NamedTuple):
+    """Sums over the batches of one training step: one tensor (``... x C``) per name of ``RunningNorm.SUMS``.
+
+    ``rows`` (``... x 1`` or a scalar) is the number of rows they were taken over.
+    """
+
+    sums: Sequence[Tensor]
+    rows: Tensor
+
+    def means(self) -> Sequence[Tensor]:
+        """Means over rows; 0 where there are none."""
+        rows = self.rows.clamp(min=1)
+        return [each / rows for each in self.sums]
+
+
+State = Mapping[str, Tensor]
 
 
 def inside_backward() -> bool:
@@ -53,8 +116,25 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x)
 
 
+def _narrower(value: Tensor, buffer: Tensor) -> bool:
+    return torch.finfo(value.dtype).bits < min(32, torch.finfo(buffer.dtype).bits)
+
+
+def _finite_or(new: Tensor, old: Tensor) -> Tensor:
+    """``new`` if all of its C channels are finite, else ``old``: one bad batch never enters a buffer."""
+    return torch.where(torch.isfinite(new).all(-1, keepdim=True), new, old)
+
+
+def _size(x: Tensor) -> Tensor:
+    """Euclidean norm over channels divided by their number, ``... x C -> ...``."""
+    return torch.linalg.vector_norm(x, dim=-1) / x.size(-1)
+
+
 class RunningNorm(nn.Module):
     """Base of the norms with running statistics: checks, mask handling, buffers that stay in float32.
+
+    A training batch yields sums, named in ``SUMS``; ``advance`` says what the running statistics become by them. Either
+    the norm applies them itself, or its ``stage`` takes them.
 
     Args:
         dim: number of channels C
@@ -67,6 +147,9 @@ class RunningNorm(nn.Module):
     Raises:
         ValueError: an argument is outside its range, or ``groups`` does not divide ``dim``
     """
+
+    #: names of the sums over rows that a batch yields, by part: what ``advance`` and ``describe`` take
+    SUMS: Mapping[str, Tuple[str, ...]] = {"forward": (), "backward": ()}
 
     def __init__(self, dim: int, eps: float, alpha_fwd: float, groups: int, affine: bool):
         super().__init__()
@@ -86,6 +169,8 @@ class RunningNorm(nn.Module):
         self.groups = groups
         #: set by a layer that knows the padding mask but whose code calls the norm without it
         self.mask_slot: Optional[MaskSlot] = None
+        #: set by whoever applies the statistics instead of the norm
+        self.stage: Optional[Stage] = None
         if affine:
             self.weight = nn.Parameter(torch.ones(dim))
             self.bias = nn.Parameter(torch.zeros(dim))
@@ -94,6 +179,7 @@ class RunningNorm(nn.Module):
             self.register_parameter("bias", None)
         # floating point: integer buffers break exponential moving averages of a model
         self.register_buffer("iters", torch.zeros((), dtype=torch.float32))
+        self._steps: Optional[Tuple[Tensor, int, int]] = None  # iters, its version, its value on the host
 
     def extra_repr(self) -> str:
         return (
@@ -105,9 +191,20 @@ class RunningNorm(nn.Module):
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in self._buffers.items():
-            if torch.finfo(buffer.dtype).bits < 32:  # .half() and the like: keep the statistics' own precision
+            if _narrower(buffer, before[name]):  # .half() and the like: keep the statistics' own precision
                 self._buffers[name] = before[name].to(buffer.device)
         return self
+
+    def __setattr__(self, name, value):
+        """As in any module, but a buffer is never replaced by a half-precision copy of itself (as sharding does)."""
+        buffer = self.__dict__.get("_buffers", {}).get(name)
+        if buffer is not None and isinstance(value, Tensor) and _narrower(value, buffer):
+            value = buffer.to(value.device)
+        super().__setattr__(name, value)
+
+    def __getstate__(self):
+        """A copy, or what is read back from a pickle, is on its own: it applies its statistics itself."""
+        return {**self.__dict__, "stage": None}
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         for name, buffer in self._buffers.items():
@@ -116,6 +213,16 @@ class RunningNorm(nn.Module):
             if loaded is not None and loaded.shape != buffer.shape and loaded.numel() == buffer.numel():
                 state_dict[prefix + name] = loaded.reshape(buffer.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def steps(self) -> int:
+        """Training steps taken: ``iters`` on the host, read from the device only after a change from outside."""
+        if self._steps is None or self._steps[0] is not self.iters or self._steps[1] != self.iters._version:
+            self.remember_steps(int(self.iters.item()))
+        return self._steps[2]
+
+    def remember_steps(self, steps: int) -> None:
+        """Say what ``iters`` has become, so that it need not be read from the device."""
+        self._steps = (self.iters, self.iters._version, steps)
 
     def _padding_mask(self, x: Tensor, padding_mask: Optional[Tensor]) -> Optional[Tensor]:
         """Check the input; return its mask, the slot's if the call gave none."""
@@ -154,7 +261,10 @@ class RunningNorm(nn.Module):
         if not self.training:
             return self._evaluate(x)
         valid = None if padding_mask is None else padding_mask.t().reshape(-1).logical_not()
-        return self._train(x.reshape(-1, self.dim), valid).view(x.shape)
+        rows = x.reshape(-1, self.dim)
+        if not self._counting:
+            valid = torch.zeros(rows.size(0), dtype=torch.bool, device=x.device)
+        return self._train(rows, valid).view(x.shape)
 
     def _evaluate(self, x: Tensor) -> Tensor:
         """Normalize ``x`` (any leading shape) by the running statistics."""
@@ -162,6 +272,59 @@ class RunningNorm(nn.Module):
 
     def _train(self, rows: Tensor, valid: Optional[Tensor]) -> Tensor:
         """Normalize ``rows`` (``N x C``) as in training and take in their statistics."""
+        raise NotImplementedError
+
+    @property
+    def _counting(self) -> bool:
+        return self.stage is None or self.stage.switches.counting
+
+    @property
+    def _reduce(self) -> Optional[Callable[[Tensor], Tensor]]:
+        return None if self.stage is None else self.stage.switches.reduce
+
+    @torch.no_grad()
+    def _take(self, part: str, sums: Sequence[Tensor], rows: Tensor) -> None:
+        """Take in the sums of one pass: into the stage, or as one step of the running statistics."""
+        if self.stage is not None:
+            self.stage.add(part, sums, rows)
+            return
+        for name, value in self.advance(part, self._buffers, Sums(sums, rows), self.alpha_fwd).items():
+            self._buffers[name].copy_(value)
+
+    def _take_backward_if_recorded(self) -> Optional[functional.Collect]:
+        """For the norms whose backward pass changes no statistics: collect its sums only where they are recorded."""
+        if self.stage is None or not self.stage.switches.recording:
+            return None
+        return lambda sums, rows: self._take("backward", [s / self.stage.switches.gradient_scale for s in sums], rows)
+
+    def advance(self, part: str, state: State, sums: Sums, alpha_fwd: float) -> Dict[str, Tensor]:
+        """What the buffers become by one step with the sums of one part.
+
+        Pure. The tensors may have leading dimensions (``... x C``, ``iters`` ``... x 1``): many norms at once.
+
+        Args:
+            part: ``forward`` or ``backward``
+            state: the buffers by name
+            sums: those of the part; no change where there are no rows or the result is not finite
+            alpha_fwd: the norm's own, or 0 to replace the running statistics by those of the sums
+
+        Returns:
+            new values of the buffers that change
+        """
+        raise NotImplementedError
+
+    def describe(self, state: State, forward: Sums, backward: Sums) -> Dict[str, Tensor]:
+        """Distance of a step's statistics from the running ones, and norms of the gradient through the statistics.
+
+        Args:
+            state: the buffers before the step
+            forward, backward: the step's sums
+
+        Returns:
+            quantity -> value (leading dimensions of ``state``). ``distance_*`` and ``size_*``: Euclidean norm over
+            channels, divided by their number, of batch minus running statistics and of the running ones.
+            ``gradient_*``: root mean square over rows of the norm of the term of dL/du that a statistic causes.
+        """
         raise NotImplementedError
 
 
@@ -175,10 +338,12 @@ class SecondMomentNorm(RunningNorm):
     def _evaluate(self, x: Tensor) -> Tensor:
         return functional.running_norm(x, self.weight, self.bias, self.running_phi, self.groups, self.eps)
 
-
-def _finite_or(new: Tensor, old: Tensor) -> Tensor:
-    """``new`` if all of it is finite, else ``old``: one bad batch never enters a buffer."""
-    return torch.where(torch.isfinite(new).all(), new, old)
+    def _describe_psi2(self, state: State, forward: Sums) -> Dict[str, Tensor]:
+        (batch,) = forward.means()
+        return {
+            "distance_psi2": _size(batch - state["running_phi"]),
+            "size_psi2": _size(state["running_phi"]),
+        }
 
 
 class PowerNorm(SecondMomentNorm):
@@ -221,9 +386,12 @@ class PowerNorm(SecondMomentNorm):
         ValueError: an argument is outside its range, or ``groups`` does not divide ``dim``
 
     A forward pass in training mode takes one step of psi^2 and ``iters`` by itself, its backward pass one
-    step of nu. Recomputation under activation checkpointing takes none and sees the same statistics as the pass
-    it repeats. A batch without a valid row leaves psi^2 as it is, and non-finite statistics enter neither psi^2 nor nu.
+    step of nu, unless a ``stage`` takes them. Recomputation under activation checkpointing takes none and sees the same
+    statistics as the pass it repeats. A batch without a valid row leaves psi^2 as it is, and non-finite statistics
+    enter neither psi^2 nor nu.
     """
+
+    SUMS = {"forward": ("u^2",), "backward": ("weight * dy * z", "z^2")}
 
     def __init__(
         self,
@@ -247,7 +415,6 @@ class PowerNorm(SecondMomentNorm):
         self.warmup_updates = warmup_updates
         self.variant = variant
         self.register_buffer("ema_gz", torch.zeros(dim))
-        self._steps: Optional[Tuple[Tensor, int, int]] = None  # iters, its version, its value on the host
         self._last_forward: Optional[Tuple[Tensor, bool]] = None  # what a recomputation has to see again
 
     def extra_repr(self) -> str:
@@ -256,59 +423,59 @@ class PowerNorm(SecondMomentNorm):
             f"warmup_updates={self.warmup_updates}, variant={self.variant}"
         )
 
-    def steps(self) -> int:
-        """Training steps taken: ``iters`` on the host, read from the device only after a change from outside."""
-        if self._steps is None or self._steps[0] is not self.iters or self._steps[1] != self.iters._version:
-            self._remember_steps(int(self.iters.item()))
-        return self._steps[2]
-
-    def _remember_steps(self, steps: int) -> None:
-        self._steps = (self.iters, self.iters._version, steps)
-
     @torch.compiler.disable
     def _train(self, rows: Tensor, valid: Optional[Tensor]) -> Tensor:
         reference = self.variant == "reference"
         recomputed = inside_backward() and self._last_forward is not None
+        steps = self.steps()
         if not recomputed:
-            in_warmup = reference and self.steps() < self.warmup_updates
-            self._last_forward = (self.running_phi.clone(), in_warmup)
+            in_warmup = reference and steps < self.warmup_updates
+            # a stage leaves the buffers alone until the step is over; without one, this very pass changes them
+            psi2 = self.running_phi.clone() if self.stage is None else self.running_phi
+            self._last_forward = (psi2, in_warmup)
         psi2, in_warmup = self._last_forward
+        switches = None if self.stage is None else self.stage.switches
         spec = functional.PowerNormSpec(
             groups=self.groups,
             eps=self.eps,
-            nu_scale=1.0 - self.alpha_bkw,
-            forward_batch=in_warmup,
+            nu_scale=1.0 - self.alpha_bkw if self._counting else 0.0,
+            gradient_scale=1.0 if switches is None else switches.gradient_scale,
+            forward_batch=in_warmup or (switches is not None and switches.batch_statistics),
             backward_batch=reference,
             skip_padding=not reference,
         )
         y, moment = functional.power_norm(
-            rows, self.weight, self.bias, valid, psi2, self.ema_gz, spec, self._take_gradient
+            rows, self.weight, self.bias, valid, psi2, self.ema_gz, spec,
+            lambda sums, rows: self._take("backward", sums, rows), self._reduce,
         )
         if not recomputed:
-            self._take_moment(moment)
+            self._take("forward", (moment.total,), moment.count)
+            if self.stage is None:
+                self.remember_steps(steps + 1)
         return y
 
-    @torch.no_grad()
-    def _take_moment(self, moment: functional.Moment) -> None:
-        """One step of psi^2 and ``iters`` from the second moment of a forward pass."""
-        step = self.steps() + 1
-        old = self.running_phi
-        batch = moment.mean(otherwise=old)
+    def advance(self, part: str, state: State, sums: Sums, alpha_fwd: float) -> Dict[str, Tensor]:
+        if part == "backward":
+            nu = state["ema_gz"]
+            grad_z, z_square = sums.means()
+            new = nu * (1.0 - (1.0 - self.alpha_bkw) * z_square) + grad_z
+            return {"ema_gz": torch.where(sums.rows > 0, _finite_or(new, nu), nu)}
+        step = state["iters"] + 1
+        old = state["running_phi"]
+        (batch,) = sums.means()
         new = old
-        if self.variant == "reference" and step < self.warmup_updates:
-            new = new * (step - 1) / step + batch / step
-        new = self.alpha_fwd * new + (1.0 - self.alpha_fwd) * batch
-        self.running_phi.copy_(torch.where(moment.count > 0, _finite_or(new, old), old))
-        self.iters.add_(1)
-        self._remember_steps(step)
+        if self.variant == "reference":
+            cumulative = old * (step - 1) / step + batch / step
+            new = torch.where(step < self.warmup_updates, cumulative, old)
+        new = alpha_fwd * new + (1.0 - alpha_fwd) * batch
+        return {"running_phi": torch.where(sums.rows > 0, _finite_or(new, old), old), "iters": step}
 
-    @torch.no_grad()
-    def _take_gradient(self, grad_z: Tensor, z_square: Tensor, count: Tensor) -> None:
-        """One step of nu from the sums over rows of ``weight * dy * z`` and ``z^2`` of a backward pass."""
-        old = self.ema_gz
-        count = count.clamp(min=1)
-        new = old * (1.0 - (1.0 - self.alpha_bkw) * z_square / count) + grad_z / count
-        self.ema_gz.copy_(_finite_or(new, old))
+    def describe(self, state: State, forward: Sums, backward: Sums) -> Dict[str, Tensor]:
+        (batch,), (_, z_square) = forward.means(), backward.means()
+        psi2 = batch if self.variant == "reference" else state["running_phi"]
+        nu = (1.0 - self.alpha_bkw) * state["ema_gz"]
+        through_nu = (nu.square() / (psi2 + self.eps) * z_square).sum(-1).sqrt()
+        return {**self._describe_psi2(state, forward), "gradient_nu": through_nu}
 
 
 class PowerNormV(SecondMomentNorm):
@@ -332,6 +499,8 @@ class PowerNormV(SecondMomentNorm):
         ValueError: an argument is outside its range, or ``groups`` does not divide ``dim``
     """
 
+    SUMS = {"forward": ("u^2",), "backward": ("weight * dy * z",)}
+
     def __init__(
         self, dim: int, *, eps: float = 1e-5, alpha_fwd: float = 0.9, groups: int = 1, affine: bool = True
     ):
@@ -340,18 +509,26 @@ class PowerNormV(SecondMomentNorm):
     @torch.compiler.disable
     def _train(self, rows: Tensor, valid: Optional[Tensor]) -> Tensor:
         y, moment = functional.batch_power_norm(
-            rows, self.weight, self.bias, valid, self.running_phi.clone(), self.groups, self.eps
+            rows, self.weight, self.bias, valid, self.running_phi.clone(), self.groups, self.eps,
+            self._take_backward_if_recorded(), self._reduce,
         )
         if not inside_backward():
-            self._take_moment(moment)
+            self._take("forward", (moment.total,), moment.count)
         return y
 
-    @torch.no_grad()
-    def _take_moment(self, moment: functional.Moment) -> None:
-        old = self.running_phi
-        new = self.alpha_fwd * old + (1.0 - self.alpha_fwd) * moment.mean(otherwise=old)
-        self.running_phi.copy_(torch.where(moment.count > 0, _finite_or(new, old), old))
-        self.iters.add_(1)
+    def advance(self, part: str, state: State, sums: Sums, alpha_fwd: float) -> Dict[str, Tensor]:
+        if part == "backward":
+            return {}
+        old = state["running_phi"]
+        (batch,) = sums.means()
+        new = alpha_fwd * old + (1.0 - alpha_fwd) * batch
+        return {"running_phi": torch.where(sums.rows > 0, _finite_or(new, old), old), "iters": state["iters"] + 1}
+
+    def describe(self, state: State, forward: Sums, backward: Sums) -> Dict[str, Tensor]:
+        (batch,), (grad_z,) = forward.means(), backward.means()
+        inv2 = 1.0 / (batch + self.eps)
+        through_psi2 = (grad_z.square() * inv2 * (batch * inv2)).sum(-1).sqrt()
+        return {**self._describe_psi2(state, forward), "gradient_psi2": through_psi2}
 
 
 class MaskedBatchNorm(RunningNorm):
@@ -375,6 +552,8 @@ class MaskedBatchNorm(RunningNorm):
         ValueError: an argument is outside its range, or ``groups`` does not divide ``dim``
     """
 
+    SUMS = {"forward": ("u", "u^2"), "backward": ("weight * dy", "weight * dy * z")}
+
     def __init__(
         self, dim: int, *, eps: float = 1e-5, alpha_fwd: float = 0.9, groups: int = 1, affine: bool = True
     ):
@@ -391,19 +570,42 @@ class MaskedBatchNorm(RunningNorm):
     def _train(self, rows: Tensor, valid: Optional[Tensor]) -> Tensor:
         y, mean, var, count = functional.masked_batch_norm(
             rows, self.weight, self.bias, valid, self.running_mean.clone(), self.running_var.clone(),
-            self.groups, self.eps,
+            self.groups, self.eps, self._take_backward_if_recorded(), self._reduce,
         )
         if not inside_backward():
-            self._take_moments(mean, var, count)
+            first, second, rows = functional.moments_about_zero(mean, var, count)
+            self._take("forward", (first, second), rows)
         return y
 
-    @torch.no_grad()
-    def _take_moments(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
-        var = torch.where(count > 1, var * count / (count - 1).clamp(min=1), var)
-        for buffer, batch in ((self.running_mean, mean), (self.running_var, var)):
-            new = self.alpha_fwd * buffer + (1.0 - self.alpha_fwd) * batch
-            buffer.copy_(torch.where(count > 0, _finite_or(new, buffer), buffer))
-        self.iters.add_(1)
+    def advance(self, part: str, state: State, sums: Sums, alpha_fwd: float) -> Dict[str, Tensor]:
+        if part == "backward":
+            return {}
+        mean, var = self._moments(sums)
+        unbiased = torch.where(sums.rows > 1, var * sums.rows / (sums.rows - 1).clamp(min=1), var)
+        new = {"iters": state["iters"] + 1}
+        for name, batch in (("running_mean", mean), ("running_var", unbiased)):
+            old = state[name]
+            value = alpha_fwd * old + (1.0 - alpha_fwd) * batch
+            new[name] = torch.where(sums.rows > 0, _finite_or(value, old), old)
+        return new
+
+    @staticmethod
+    def _moments(forward: Sums) -> Tuple[Tensor, Tensor]:
+        """Mean and biased variance."""
+        mean, square = forward.means()
+        return mean, (square - mean.square()).clamp(min=0)
+
+    def describe(self, state: State, forward: Sums, backward: Sums) -> Dict[str, Tensor]:
+        (mean, var), (grad, grad_z) = self._moments(forward), backward.means()
+        inv2 = 1.0 / (var + self.eps)
+        return {
+            "distance_mean": _size(mean - state["running_mean"]),
+            "distance_var": _size(var - state["running_var"]),
+            "size_mean": _size(state["running_mean"]),
+            "size_var": _size(state["running_var"]),
+            "gradient_mean": (grad.square() * inv2).sum(-1).sqrt(),
+            "gradient_var": (grad_z.square() * inv2 * (var * inv2)).sum(-1).sqrt(),
+        }
 
 
 #: the names of the command line and of YAML files

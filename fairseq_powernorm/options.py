@@ -1,4 +1,4 @@
-"""The norm options of every model. Their defaults are those of :class:`~fairseq_powernorm.norms.PowerNorm`."""
+"""The norm options of models and tasks. Defaults of the norms are those of :class:`~fairseq_powernorm.norms.PowerNorm`."""
 import inspect
 import re
 import sys
@@ -9,9 +9,12 @@ from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Tuple, Type
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
 from .norms import NORMS, VARIANTS, PowerNorm, RunningNorm
+from .recorder import check_target
+from .statistics import SYNC
 
 NormName = ChoiceEnum(list(NORMS))
 VariantName = ChoiceEnum(list(VARIANTS))
+SyncName = ChoiceEnum(list(SYNC))
 _DEFAULT = {name: p.default for name, p in inspect.signature(PowerNorm).parameters.items()}
 _NORM_OPTION = re.compile(r"(encoder_|decoder_)?norm(_|$)")
 _CHECKED_OPTION = re.compile(rf"{_NORM_OPTION.pattern}|tensorized(_|$)")
@@ -88,7 +91,36 @@ class LMNormOptions(NormConstants):
     )
 
 
-NORM_FIELDS = tuple(f.name for f in fields(NormOptions) if not f.name.startswith("_"))
+@dataclass
+class StatisticsOptions(FairseqDataclass):
+    """How a training run drives the running statistics: options of the tasks."""
+
+    norm_sync: SyncName = field(
+        default="step",
+        metadata={
+            "help": "running statistics of several ranks: each its own (off), one all-reduce per update (step), or also "
+            "blocking ones wherever a norm divides by statistics of the batch (exact)"
+        },
+    )
+    norm_record: Optional[str] = field(
+        default=None,
+        metadata={"help": "file to record the distance of batch and running statistics and their gradient terms in"},
+    )
+    norm_record_interval: int = field(default=100, metadata={"help": "updates between two entries of --norm-record"})
+
+    @classmethod
+    def check_keys(cls, options: Mapping[str, Any]) -> None:
+        """Called before options from YAML are merged with the defaults; see :func:`reject_unknown`."""
+        reject_unknown(options, NormOptions)
+
+
+def _names(options) -> Tuple[str, ...]:
+    return tuple(f.name for f in fields(options) if not f.name.startswith("_"))
+
+
+#: options of the models, and of the tasks
+NORM_FIELDS = _names(NormOptions)
+STATISTICS_FIELDS = _names(StatisticsOptions)
 
 
 def flag(name: str) -> str:
@@ -97,7 +129,7 @@ def flag(name: str) -> str:
 
 
 def reject_unknown(options: Mapping[str, Any], model: Type[NormConstants]) -> None:
-    """Raise ValueError for an option whose name looks like that of a norm option and that ``model`` does not have.
+    """Raise ValueError for an option whose name looks like a norm option's and that is none of ``model`` or the tasks.
 
     The same for options of the tensorized attention.
 
@@ -105,7 +137,7 @@ def reject_unknown(options: Mapping[str, Any], model: Type[NormConstants]) -> No
         options: names and values
         model: the options class of the model, or one of its bases
     """
-    valid = [f.name for f in fields(model) if _CHECKED_OPTION.match(f.name)]
+    valid = tuple(f.name for f in fields(model) if _CHECKED_OPTION.match(f.name)) + STATISTICS_FIELDS
     for name in options:
         if _CHECKED_OPTION.match(name) and name not in valid:
             if name in NORM_FIELDS:
@@ -170,6 +202,17 @@ def norm_options(args: Any, model: Type[NormConstants] = NormOptions) -> Namespa
         if value is not None and not value >= 0:
             raise ValueError(f"{flag(name)} {value}: must be zero or positive")
     return options
+
+
+def check_statistics_options(cfg: Any) -> None:
+    """Check the options of :class:`StatisticsOptions`.
+
+    Raises:
+        ValueError: names the option, its value and what is valid
+    """
+    _choice("norm_sync", cfg.norm_sync, SYNC)
+    if cfg.norm_record is not None:
+        check_target(cfg.norm_record, cfg.norm_record_interval)
 
 
 def check_norms(args: Any, model: Type[NormConstants] = NormOptions) -> None:

@@ -1,51 +1,235 @@
-"""``translation_pn`` and ``language_modeling_pn``: fairseq's tasks for models with running statistics."""
+"""``translation_pn`` and ``language_modeling_pn``: fairseq's tasks, driving the running statistics of the norms.
+
+A training step is what fairseq's trainer makes of it: statistics are gathered in every forward and backward pass, thrown
+away with the gradients and applied when the optimizer takes its step.
+"""
+import logging
 import os
 from dataclasses import dataclass
+from typing import Dict, Optional
 
+import torch
+import torch.distributed as dist
 from fairseq import utils
+from fairseq.distributed import utils as distributed_utils
+from fairseq.logging import metrics
+from fairseq.modules import LayerDropModuleList
+from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import II
 
+from .options import StatisticsOptions, check_statistics_options
+from .recorder import Recorder
+from .statistics import RunningStatistics, running_norms
 
-class PowerNormTask:
+logger = logging.getLogger(__name__)
+
+#: updates in a row whose gradients may be not finite (without a loss scale) before training stops, as in plain fairseq
+MAX_SKIPPED_UPDATES = 10
+
+
+def gradient_scale(optimizer, device: torch.device):
+    """Factor by which a fairseq optimizer multiplies the loss (a number, or a tensor that the host has not read)."""
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is None:
+        return 1.0
+    if isinstance(optimizer, AMPOptimizer):
+        return scaler.scale(torch.ones((), device=device))
+    return scaler.loss_scale
+
+
+class RunningStatisticsTask:
+    """Mixin for a fairseq task: one step of the running statistics per optimizer step.
+
+    Without a loss scale (float32, bfloat16) fairseq stops at a gradient that is not finite. Here such an update is
+    skipped, on all ranks alike, and reported; only the eleventh in a row stops the training.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._statistics: Optional[RunningStatistics] = None
+        self._model = self._optimizer = None
+        self._recorder: Optional[Recorder] = None
+        self._gradient_is_finite = True
+        self._skipped_in_a_row = 0
+        self._warned = False
+
+    # ------------------------------------------------------------------ what fairseq calls
+
+    def begin_epoch(self, epoch, model):
+        """Before any training: refuse what cannot work."""
+        super().begin_epoch(epoch, model)
+        if self.cfg.norm_record is not None and self._recorder is None:
+            norms = running_norms(model).values()
+            if not norms:
+                raise ValueError(f"--norm-record {self.cfg.norm_record!r}: no norm of the model has running statistics")
+            new_run = not any(norm.steps() for norm in norms)
+            self._recorder = Recorder(self.cfg.norm_record, self.cfg.norm_record_interval, new_run)
+
+    def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kwargs):
+        """See fairseq. A dummy batch (``ignore_grad``) leaves no statistics and no gradient."""
+        if model is not self._model:
+            self._take_over(model, update_num)
+        if optimizer is not self._optimizer:
+            self._follow(optimizer)
+        scale = gradient_scale(optimizer, next(model.parameters()).device)
+        with self._statistics.batch(counts=not ignore_grad, gradient_scale=scale):
+            return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs)
+
+    def optimizer_step(self, optimizer, model, update_num):
+        """Step of the optimizer and of the running statistics, or of neither."""
+        statistics = self._statistics
+        skipped = not self._gradient_is_finite
+        left_out = statistics.reduce()
+        if not skipped or isinstance(optimizer, AMPOptimizer):  # whose step only adapts the loss scale then
+            super().optimizer_step(optimizer, model, update_num)
+        if skipped:
+            statistics.discard()
+        else:
+            self._skipped_in_a_row = 0
+            if self._recorder is not None and self._recorder.due(update_num + 1) and _rank() == 0:
+                self._recorder.write(update_num + 1, statistics.describe())
+            if statistics.batches > 1:
+                self._warn_of_micro_batches()
+            statistics.commit()
+        self._report(left_out, skipped)
+
+    def reduce_metrics(self, logging_outputs, criterion):
+        """See fairseq; the loss of an update that was skipped enters no average."""
+        if self._gradient_is_finite:
+            super().reduce_metrics(logging_outputs, criterion)
+        else:
+            self._gradient_is_finite = True
+            metrics.log_scalar("loss", float("nan"), 0)
+
+    # ------------------------------------------------------------------ how it is done
+
+    def _take_over(self, model, update_num: int) -> None:
+        """Take the norms' statistics over; on a restart, go on with the record."""
+        sync, group = self.cfg.norm_sync, distributed_utils.get_data_parallel_group()
+        if sync == "exact" and dist.is_initialized() and dist.get_world_size(group) > 1:
+            drops = [module.p for module in model.modules() if isinstance(module, LayerDropModuleList)]
+            if any(p > 0 for p in drops):
+                raise ValueError(
+                    f"--norm-sync exact with layer drop {max(drops)}: the ranks drop different layers and would wait for "
+                    "each other for ever; must be step or off"
+                )
+        self._model, self._statistics = model, RunningStatistics(model, sync, group)
+        if self._recorder is not None:
+            if _rank() == 0:
+                self._recorder.drop_after(update_num)
+            self._statistics.switches.recording = True
+
+    def _follow(self, optimizer) -> None:
+        """Let the statistics gathered be thrown away with the gradients, and note whether these are finite."""
+        zero_grad, clip_grad_norm = optimizer.zero_grad, optimizer.clip_grad_norm
+        has_loss_scale = getattr(optimizer, "scaler", None) is not None
+
+        def zero_grad_and_statistics(*args, **kwargs):
+            self._forget()
+            return zero_grad(*args, **kwargs)
+
+        def clip_or_skip(*args, **kwargs):
+            norm = clip_grad_norm(*args, **kwargs)
+            self._gradient_is_finite = bool(torch.isfinite(norm).all())
+            if self._gradient_is_finite or has_loss_scale:
+                return norm
+            self._skipped_in_a_row += 1
+            return norm if self._skipped_in_a_row > MAX_SKIPPED_UPDATES else torch.zeros_like(norm)
+
+        optimizer.zero_grad, optimizer.clip_grad_norm = zero_grad_and_statistics, clip_or_skip
+        self._optimizer = optimizer
+
+    def _forget(self) -> None:
+        """The gradients are zeroed; what was gathered since the last step (an overflow, out of memory) goes with them."""
+        if self._statistics.batches:
+            # the backward pass overflows in the normal course of fp16 training: fairseq reports that by itself
+            left_out = self._statistics.left_out(("forward",))
+            self._statistics.discard()
+            self._report(left_out, skipped=False)
+
+    def _report(self, left_out: Dict[str, int], skipped: bool) -> None:
+        """Count what was not finite in the log, and warn once per log interval."""
+        if not left_out and not skipped:
+            return
+        meter = metrics.get_meter("train_inner", "norm_nonfinite")
+        silent = meter is None or not meter.sum
+        metrics.log_scalar_sum("norm_nonfinite", max(1, sum(left_out.values())), priority=1000)
+        if silent and _rank() == 0:
+            what = [f"statistics not finite and left out in {len(left_out)} norms, first {next(iter(left_out))}"] if left_out else []
+            what += ["gradient not finite, update skipped"] if skipped else []
+            logger.warning("; ".join(what))
+
+    def _warn_of_micro_batches(self) -> None:
+        """Once: exact statistics need the whole batch before the first norm is through with it."""
+        if self.cfg.norm_sync == "exact" and not self._warned and _rank() == 0:
+            logger.warning(
+                "--norm-sync exact: exact over ranks; each of the micro-batches of --update-freq is normalized by itself "
+                "where a norm divides by statistics of the batch (BN, PN-V, PN's variant reference)"
+            )
+        self._warned = True
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+class PowerNormTask(RunningStatisticsTask):
     """Mixin, before a task class of fairseq: what the tasks of this package have in common.
 
     Raises:
-        ValueError: the data directory is missing or holds no dictionaries
+        ValueError: the data directory is missing or holds no dictionaries, or an option of the statistics is invalid
     """
 
     @classmethod
     def setup_task(cls, cfg, **kwargs):
-        """Check the data directories, then set up fairseq's task."""
+        """Check options and data directories, then set up fairseq's task."""
+        check_statistics_options(cfg)
         for path in utils.split_paths(cfg.data or ""):
             if not os.path.isdir(path):
                 raise ValueError(f"data {path!r}: not a directory; must be one written by fairseq-preprocess")
         return super().setup_task(cfg, **kwargs)
 
-    def get_batch_iterator(self, dataset, *args, required_batch_size_multiple=1, **kwargs):
-        """As in fairseq, but outside training no sentence is left out.
+    def get_batch_iterator(self, dataset, *args, required_batch_size_multiple=1, epoch=1, **kwargs):
+        """As in fairseq, but outside training no sentence is left out, and a restart finds the batches it had.
 
         fairseq drops a last batch whose size is not a multiple of ``--required-batch-size-multiple`` (8 by
-        default), in validation and generation too.
+        default), in validation and generation too. Where it keeps the batches of the first epoch for all epochs, a
+        restart in a later epoch would make others.
         """
-        options = self.args if self.cfg is None else self.cfg  # fairseq's older tasks have the former
-        if dataset is not self.datasets.get(options.train_subset):
+        if dataset is not self.datasets.get(self.cfg.train_subset):
             required_batch_size_multiple = 1
-        return super().get_batch_iterator(
-            dataset, *args, required_batch_size_multiple=required_batch_size_multiple, **kwargs
+        kept = self.can_reuse_epoch_itr(dataset) and not (
+            kwargs.get("disable_iterator_cache")
+            or kwargs.get("update_epoch_batch_itr")
+            or getattr(self.cfg, "rebuild_batches", False)
         )
+        restarted = kept and epoch > 1 and dataset not in self.dataset_to_epoch_iter
+        iterator = super().get_batch_iterator(
+            dataset, *args, required_batch_size_multiple=required_batch_size_multiple,
+            epoch=1 if restarted else epoch, **kwargs,
+        )
+        if restarted:
+            iterator.epoch = epoch
+            dataset.set_epoch(epoch)
+        return iterator
 
 
-@register_task("translation_pn", dataclass=TranslationConfig)
+@dataclass
+class TranslationPNConfig(StatisticsOptions, TranslationConfig):
+    """Options of :class:`TranslationPNTask`."""
+
+
+@register_task("translation_pn", dataclass=TranslationPNConfig)
 class TranslationPNTask(PowerNormTask, TranslationTask):
     """Translation, BLEU during validation (``--eval-bleu``, by sacreBLEU) included."""
 
 
 @dataclass
-class LanguageModelingPNConfig(LanguageModelingConfig):
-    """fairseq's options, and which data set is the one for training."""
+class LanguageModelingPNConfig(StatisticsOptions, LanguageModelingConfig):
+    """Options of :class:`LanguageModelingPNTask`."""
 
     train_subset: str = II("dataset.train_subset")
 
@@ -53,6 +237,10 @@ class LanguageModelingPNConfig(LanguageModelingConfig):
 @register_task("language_modeling_pn", dataclass=LanguageModelingPNConfig)
 class LanguageModelingPNTask(PowerNormTask, LanguageModelingTask):
     """Language modelling on blocks of ``--tokens-per-sample`` tokens; sampling by ``fairseq-interactive``."""
+
+    def __init__(self, args, *more, **options):
+        super().__init__(args, *more, **options)
+        self.cfg = args  # where fairseq's newer tasks have their options
 
     def eval_lm_dataloader(self, dataset, *args, max_positions=None, **kwargs):
         """As in fairseq, which would leave out blocks that are longer than the model allows.
@@ -63,7 +251,7 @@ class LanguageModelingPNTask(PowerNormTask, LanguageModelingTask):
         longest = int(max(dataset.sizes))
         if max_positions is not None and longest > max_positions:
             raise ValueError(
-                f"--tokens-per-sample {self.args.tokens_per_sample}: a block of {longest} tokens is longer than the "
+                f"--tokens-per-sample {self.cfg.tokens_per_sample}: a block of {longest} tokens is longer than the "
                 f"{max_positions} that the model allows"
             )
         return super().eval_lm_dataloader(dataset, *args, max_positions=max_positions, **kwargs)

@@ -7,7 +7,7 @@ import pytest
 import toy
 from fairseq_powernorm.models.tensorized_lm_pn import TensorizedLMPNConfig
 from fairseq_powernorm.models.transformer_pn import TransformerPNConfig
-from fairseq_powernorm.options import NORM_FIELDS, NormOptions, flag
+from fairseq_powernorm.options import NORM_FIELDS, STATISTICS_FIELDS, NormOptions, StatisticsOptions, flag
 
 README = (toy.ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -48,15 +48,17 @@ def test_the_command_line_and_the_yaml_train_the_same_model(toy_data, tmp_path):
 
 
 def test_the_table_of_flags_is_complete():
-    """Every norm option of the models stands in the table with its default, and nothing else that looks like one."""
+    """Every norm option of models and tasks stands in the table with its default, and nothing else that looks like one."""
     in_table = set(re.findall(r"`(--(?:norm|encoder-norm|decoder-norm|post-norm|tensorized)[a-z-]*)`", README))
     tensorized = {flag(name) for name in TensorizedLMPNConfig.__dataclass_fields__ if name.startswith("tensorized")}
-    assert len(tensorized) == 4 and in_table == {flag(name) for name in NORM_FIELDS} | {"--post-norm"} | tensorized
+    norms = {flag(name) for name in NORM_FIELDS + STATISTICS_FIELDS}
+    assert len(tensorized) == 4 and in_table == norms | {"--post-norm"} | tensorized
     assert "post_norm" in TransformerPNConfig.__dataclass_fields__
-    defaults = NormOptions()
-    for name in ("norm_alpha_fwd", "norm_warmup_updates", "norm_variant", "norm_eps"):
+    defaults = {**vars(NormOptions()), **vars(StatisticsOptions())}
+    named = ("norm_alpha_fwd", "norm_warmup_updates", "norm_variant", "norm_eps", "norm_sync", "norm_record_interval")
+    for name in named:
         row = next(row for row in README.split("\n") if row.startswith("|") and flag(name) in row)
-        assert re.search(rf"\(`?{re.escape(str(getattr(defaults, name)).replace('1e-05', '1e-5'))}`?\)", row), row
+        assert re.search(rf"\(`?{re.escape(str(defaults[name]).replace('1e-05', '1e-5'))}`?\)", row), row
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\(((?!http)[^)#]+)\)", README))

@@ -19,6 +19,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """dtype in which sums of several batches are added up: float64, or float32 where the device has no float64."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
 def _by_group(x: Tensor, groups: int) -> Tensor:
     """View ``N x C`` as ``N x groups x C/groups``."""
     return x.view(x.size(0), groups, x.size(1) // groups)

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which there are, which of them are whole."""
+"""The checkpoints of a run: which there are, which of them are intact."""
 
 import re
 import zipfile
@@ -26,8 +26,8 @@ def kept(config):
                     "checkpoint.keep_interval_updates are both off; give --average N")
 
 
-def whole(path):
-    """Is the checkpoint complete? torch saves zip archives, of which a truncated one lacks its directory."""
+def intact(path):
+    """Is every byte of the checkpoint, a zip archive, what was written? Reads all of it and compares checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
@@ -46,24 +46,7 @@ def last(config, directory, number):
         raise UserError(f"{directory} has {len(paths)} of the {number} checkpoints to average "
                         f"({', '.join(path.name for path in paths) or 'none'}); --average N takes fewer")
     paths = paths[-number:]
-    damaged = [str(path) for path in paths if not whole(path)]
+    damaged = [str(path) for path in paths if not intact(path)]
     if damaged:
         raise UserError(f"truncated or damaged checkpoint: {', '.join(damaged)}")
     return paths
-
-
-def mend_last(directory):
-    """Makes checkpoint_last.pt whole before training goes on from it; gives what was done, or None.
-
-    fairseq copies that file without care, so a process killed at the wrong moment leaves part of it.
-    """
-    target = directory / "checkpoint_last.pt"
-    if not target.exists() or whole(target):
-        return None
-    for path in sorted(directory.glob("checkpoint*.pt"), key=lambda path: path.stat().st_mtime, reverse=True):
-        if path != target and "best" not in path.name and whole(path):
-            partial = directory / "last.partial"
-            partial.write_bytes(path.read_bytes())
-            partial.replace(target)
-            return f"{target.name} was truncated; going on from {path.name}"
-    raise UserError(f"{target} is truncated or damaged, and no other checkpoint there is whole; remove the run directory")

@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import checkpoints
 import compose
 import trainlog
 from settings import (CONFIGS, NORMS, PLACEMENTS, UserError, benchmarks, choose, cpus, load, locked, main, prepared,
@@ -95,9 +94,6 @@ def session(run, facts, command, config, lock):
     """Trains until the end, an error or a signal; shows progress in short and logs everything. Gives the exit status."""
     from omegaconf import OmegaConf
 
-    mended = checkpoints.mend_last(run / "checkpoints")
-    if mended:
-        print(mended, flush=True)
     run.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
         (run / "finished.json").unlink()

@@ -47,7 +47,8 @@ def brief(line, max_update):
     """A log line as shown to the user: progress in short, None for the lines that are in the log only."""
     found = parse_line(line)
     if found is None:
-        return line if "rror" in line or "stopping training" in line else None
+        shown = ("rror", "stopping training", "was truncated; going on from")
+        return line if any(part in line for part in shown) else None
     if "valid_loss" in found:
         return (f"  epoch {found['epoch']}: valid loss {found['valid_loss']}, perplexity {found.get('valid_ppl')} "
                 f"after {found['valid_num_updates']} updates")

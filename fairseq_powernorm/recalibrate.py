@@ -1,0 +1,130 @@
+"""Estimates the running statistics of a checkpoint anew, after averaging or fine-tuning: forward passes only.
+
+Averaged parameters have other statistics than the average of their statistics. This runs the model over training batches
+and replaces running moments by those of all these batches together. The model is in training mode, dropout included, and
+each norm divides by the moments of the batch in progress, so that the result does not depend on the statistics that the
+checkpoint had. Parameters, step counts and PN's nu (which evaluation does not use) stay as they are.
+
+``python -m fairseq_powernorm.recalibrate DATA-BIN --path CHECKPOINT.pt --output NEW.pt --batches 200``
+"""
+import argparse
+import os
+import sys
+from typing import Callable, Iterable, List, Optional
+
+import torch
+from torch import nn
+
+from . import checkpoint
+from .statistics import RunningStatistics, running_norms
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches: Iterable, forward: Callable) -> int:
+    """Replace the running statistics of a model's norms by those of the given batches.
+
+    Args:
+        model: put into training mode meanwhile
+        batches: at least one; micro-batches of the usual training size
+        forward: called as ``forward(model, batch)`` for each
+
+    Returns:
+        number of batches
+
+    Raises:
+        ValueError: the model has no running statistics, there is no batch, or a norm's statistics are not finite
+    """
+    training = model.training
+    statistics = RunningStatistics(model, "off")
+    if not statistics.kinds:
+        raise ValueError("no norm of the model has running statistics: there is nothing to estimate")
+    statistics.switches.batch_statistics = True
+    model.train()
+    try:
+        for batch in batches:
+            with statistics.batch():
+                forward(model, batch)
+        count, left_out = statistics.batches, statistics.left_out()
+        if not count:
+            raise ValueError("no batches to estimate statistics from")
+        if left_out:
+            raise ValueError(f"statistics of {next(iter(left_out))} are not finite")
+        statistics.replace()
+    finally:
+        statistics.release()
+        model.train(training)
+    return count
+
+
+def _load(options):
+    """Model, task and a shuffled list of batches for a checkpoint; raises ValueError."""
+    from fairseq import checkpoint_utils, utils
+
+    checkpoint.load(options.path)
+    if not os.path.isdir(options.data):
+        raise ValueError(f"data {options.data!r}: not a directory; must be one written by fairseq-preprocess")
+    models, _, task = checkpoint_utils.load_model_ensemble_and_task([options.path], {"data": options.data})
+    try:
+        task.load_dataset(options.subset)
+    except FileNotFoundError as error:
+        raise ValueError(f"--subset {options.subset!r}: {error}") from error
+    model = models[0]
+    iterator = task.get_batch_iterator(
+        task.dataset(options.subset),
+        max_tokens=options.max_tokens,
+        max_positions=utils.resolve_max_positions(task.max_positions(), model.max_positions()),
+        ignore_invalid_inputs=True,
+        seed=options.seed,
+    ).next_epoch_itr(shuffle=True)
+    return model, iterator
+
+
+def _first(iterator, number: int, device):
+    from fairseq import utils
+
+    for done, sample in enumerate(iterator, 1):
+        yield utils.move_to_cuda(sample) if device.type == "cuda" else sample
+        if done % 50 == 0 or done == number:
+            print(f"  {done} batches", flush=True)
+        if done == number:
+            return
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m fairseq_powernorm.recalibrate", description=__doc__.split("\n")[0])
+    parser.add_argument("data", metavar="DATA-BIN", help="binarized training data of the checkpoint's task")
+    parser.add_argument("--path", required=True, metavar="CHECKPOINT")
+    parser.add_argument("--output", required=True, metavar="FILE")
+    parser.add_argument("--batches", type=int, required=True, metavar="N", help="training batches to run over")
+    parser.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="of a batch (default: 4096)")
+    parser.add_argument("--subset", default="train", help="(default: train)")
+    parser.add_argument("--seed", type=int, default=1, help="of the choice of batches and of dropout (default: 1)")
+    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    parser.add_argument("--force", action="store_true", help="overwrite the output")
+    options = parser.parse_args(argv)
+    try:
+        for name in ("batches", "max_tokens"):
+            if getattr(options, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be 1 or more")
+        checkpoint.check_output(options.output, options.force)
+        torch.manual_seed(options.seed)
+        model, iterator = _load(options)
+        device = torch.device("cuda" if torch.cuda.is_available() and not options.cpu else "cpu")
+        model.to(device)
+        count = recalibrate(
+            model, _first(iterator, options.batches, device), lambda model, sample: model(**sample["net_input"])
+        )
+        state = checkpoint.load(options.path)
+        for prefix, norm in running_norms(model).items():
+            state["model"].update((f"{prefix}.{name}", buffer.cpu()) for name, buffer in norm.named_buffers())
+        checkpoint.save(state, options.output, overwrite=options.force)
+    except ValueError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {options.output}: statistics of {count} batches" + (f" (all there are)" if count < options.batches else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""Running statistics that take one step per optimizer step, however the batch is cut.
+
+The recursions of all norms are linear in sums over rows. So the sums of every micro-batch and every process are added up
+first and applied once: k processes, k micro-batches and one batch k times as large give the same statistics, and a
+training step that is thrown away leaves none. In a training loop of one's own:
+
+.. code-block:: python
+
+    statistics = RunningStatistics(model)       # after model.to(device)
+    for batches in data:                        # the micro-batches of one step
+        for batch in batches:
+            with statistics.batch(gradient_scale=scaler.get_scale()):
+                scaler.scale(loss(model, batch)).backward()
+        statistics.reduce()                     # one all-reduce for all norms
+        optimizer.step()
+        statistics.commit()                     # or statistics.discard()
+
+:mod:`fairseq_powernorm.tasks` does this for fairseq.
+"""
+import re
+from contextlib import contextmanager
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .kernels import kernel
+from .norms import RunningNorm, Stage, Sums, Switches
+
+#: how the statistics of several processes are combined, see :class:`RunningStatistics`
+SYNC = ("off", "step", "exact")
+PARTS = ("forward", "backward")
+#: what wrappers for data parallelism put into the names of modules
+_WRAPPERS = re.compile(r"^(module\.)+|_fsdp_wrapped_module\.|_fpw_module\.")
+
+
+class _Part(NamedTuple):
+    """The sums of one part (forward, backward) of n norms of one kind, a row for each: ``[sums, rows, calls]``."""
+
+    batch: Tensor  # of the batch in progress
+    step: Tensor  # of the batches of the step so far, those with non-finite sums left out
+    left_out: Tensor  # n x 1: how many were left out
+
+
+class _Kind(NamedTuple):
+    """Norms of the same class, size and settings: their statistics are applied together."""
+
+    names: List[str]
+    norms: List[RunningNorm]
+    parts: Dict[str, _Part]
+
+    def state(self) -> Dict[str, Tensor]:
+        """The buffers of all norms: name -> ``n x C`` (``iters``: ``n x 1``), in the precision of the sums."""
+        dtype = self.parts["forward"].step.dtype
+        return {
+            name: torch.stack([norm._buffers[name] for norm in self.norms]).view(len(self.norms), -1).to(dtype)
+            for name in self.norms[0]._buffers
+        }
+
+    def sums(self, part: str) -> Sums:
+        step, names, dim = self.parts[part].step, self.norms[0].SUMS[part], self.norms[0].dim
+        sums = [step[:, i * dim : (i + 1) * dim] for i in range(len(names))]
+        return Sums(sums, step[:, -2:-1])
+
+
+def running_norms(model: nn.Module) -> Dict[str, RunningNorm]:
+    """The norms of a model that have running statistics, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, RunningNorm)}
+
+
+class RunningStatistics:
+    """Takes over the running statistics of all norms of a model: gathers sums, applies them once per step.
+
+    Sums are kept in float64. A batch whose sums are not finite in a norm is left out of that norm's statistics.
+
+    Args:
+        model: on its device already; its norms apply nothing by themselves from now on
+        sync: ``off`` keeps the statistics of each process to itself; ``step`` adds up the sums of all processes, with
+            one all-reduce a step; ``exact`` does so in every forward pass, too, where a norm divides by statistics of
+            the batch in progress (and in the backward pass of PN-V and BN), with blocking reductions in each norm
+        group: process group of the processes that share a batch (default: all, if torch.distributed is in use)
+
+    Raises:
+        ValueError: ``sync`` is unknown
+    """
+
+    def __init__(self, model: nn.Module, sync: str = "step", group: Optional[dist.ProcessGroup] = None):
+        if sync not in SYNC:
+            raise ValueError(f"sync={sync!r}: must be one of {', '.join(SYNC)}")
+        self._group = group
+        self._calls: Optional[Dict[str, float]] = None  # of each norm in this step, known after reduce
+        #: counted micro-batches of the step so far
+        self.batches = 0
+        self.switches = Switches()
+        kinds: Dict[str, List[Tuple[str, RunningNorm]]] = {}
+        for name, norm in running_norms(model).items():
+            kinds.setdefault(f"{norm!r} {norm.iters.dtype}", []).append((_WRAPPERS.sub("", name), norm))
+        self.kinds = self._allocate([list(zip(*named)) for named in kinds.values()])
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+        self._shared = several and sync != "off" and len(kinds) > 0
+        if self._shared and sync == "exact":
+            self.switches.reduce = self._all_reduced
+
+    def _allocate(self, kinds) -> List[_Kind]:
+        """Lay out the sums of all norms in one vector, so that one all-reduce serves them all."""
+        sizes = [
+            (len(norms), len(norms[0].SUMS[part]) * norms[0].dim + 2) for _, norms in kinds for part in PARTS
+        ]
+        total = sum(n * (size + 1) for n, size in sizes)
+        first = kinds[0][1][0].iters if kinds else torch.zeros(())
+        dtype = kernel.sum_dtype(first)
+        self._batch, self._step = (torch.zeros(total, dtype=dtype, device=first.device) for _ in range(2))
+        allocated, start = [], 0
+        for names, norms in kinds:
+            parts = {}
+            for part in PARTS:
+                n, size = len(norms), len(norms[0].SUMS[part]) * norms[0].dim + 2
+                middle, end = start + n * size, start + n * (size + 1)
+                parts[part] = _Part(
+                    self._batch[start:middle].view(n, size),
+                    self._step[start:middle].view(n, size),
+                    self._step[middle:end].view(n, 1),
+                )
+                start = end
+            for i, norm in enumerate(norms):
+                norm.stage = Stage(self.switches, {part: parts[part].batch[i] for part in PARTS})
+            allocated.append(_Kind(list(names), list(norms), parts))
+        return allocated
+
+    def _all_reduced(self, vector: Tensor) -> Tensor:
+        total = vector.detach().clone()
+        dist.all_reduce(total, group=self._group)
+        return total
+
+    def release(self) -> None:
+        """Let the norms apply their statistics themselves again."""
+        for kind in self.kinds:
+            for norm in kind.norms:
+                norm.stage = None
+
+    @contextmanager
+    def batch(self, counts: bool = True, gradient_scale: Union[float, Tensor] = 1.0) -> Iterator[None]:
+        """Around forward and backward pass of one micro-batch.
+
+        Args:
+            counts: False for a batch whose gradient is thrown away: it leaves no statistics, and no norm adds a
+                gradient of its own to that which arrives
+            gradient_scale: factor of the loss that is differentiated (the loss scale of fp16 training)
+        """
+        switches = self.switches
+        switches.counting, switches.gradient_scale = counts, gradient_scale
+        self._calls = None
+        try:
+            yield
+            self._add_batch()
+            self.batches += counts
+        finally:
+            switches.counting, switches.gradient_scale = False, 1.0
+            self._batch.zero_()
+
+    @torch.no_grad()
+    def _add_batch(self) -> None:
+        for kind in self.kinds:
+            for part in kind.parts.values():
+                sums, calls = part.batch[:, :-1], part.batch[:, -1:]
+                finite = torch.isfinite(sums).all(1, keepdim=True)
+                part.step[:, :-1] += torch.where(finite, sums, 0.0)
+                part.step[:, -1:] += calls
+                part.left_out.add_(finite.logical_not())
+
+    def reduce(self) -> Dict[str, int]:
+        """Add up the sums of all processes, once per step and on every process; before :meth:`commit`.
+
+        Returns:
+            name of a norm -> number of forward and backward passes of the step (over all processes) that were left
+            out of its statistics because they were not finite; norms without any are not listed
+        """
+        if self._shared:
+            dist.all_reduce(self._step, group=self._group)
+        self._calls = self._read(lambda part: part.step[:, -1])["forward"]
+        return self.left_out()
+
+    def left_out(self, parts: Sequence[str] = PARTS) -> Dict[str, int]:
+        """As :meth:`reduce` returns it, of this process alone while :meth:`reduce` has not been called."""
+        counts = self._read(lambda part: part.left_out[:, 0])
+        total = {name: int(sum(counts[part][name] for part in parts)) for name in counts[PARTS[0]]}
+        return {name: count for name, count in total.items() if count}
+
+    def _read(self, column: Callable[[_Part], Tensor]) -> Dict[str, Dict[str, float]]:
+        """A number of each norm, by part and name, read from the device in one go."""
+        keys = [(part, name) for kind in self.kinds for part in PARTS for name in kind.names]
+        columns = [column(kind.parts[part]) for kind in self.kinds for part in PARTS]
+        found: Dict[str, Dict[str, float]] = {part: {} for part in PARTS}
+        for (part, name), value in zip(keys, torch.cat(columns).tolist() if columns else []):
+            found[part][name] = value
+        return found
+
+    def commit(self) -> None:
+        """Take one step of all running statistics with the sums gathered, and begin anew.
+
+        Calls :meth:`reduce` unless that was done. A norm through which no counted batch went takes no step.
+        """
+        if self._calls is None:
+            self.reduce()
+        for kind in self.kinds:
+            steps = [norm.steps() for norm in kind.norms]
+            for part in PARTS:
+                self._apply(kind, part, kind.norms[0].alpha_fwd)
+            for name, norm, before in zip(kind.names, kind.norms, steps):
+                norm.remember_steps(before + (self._calls[name] > 0))
+        self.discard()
+
+    def replace(self) -> None:
+        """Replace the running statistics of the forward pass by those of the sums gathered, and begin anew.
+
+        Step counts, nu, and norms without a counted row stay as they are.
+        """
+        self.reduce()
+        for kind in self.kinds:
+            self._apply(kind, "forward", 0.0, keep=("iters",))
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget the sums gathered: the step is not taken."""
+        self._step.zero_()
+        self._calls = None
+        self.batches = 0
+
+    @torch.no_grad()
+    def _apply(self, kind: _Kind, part: str, alpha_fwd: float, keep: Sequence[str] = ()) -> None:
+        called = kind.parts[part].step[:, -1:] > 0
+        old = kind.state()
+        for name, new in kind.norms[0].advance(part, old, kind.sums(part), alpha_fwd).items():
+            if name not in keep:
+                buffers = [norm._buffers[name] for norm in kind.norms]
+                new = new.to(buffers[0].dtype)  # may overflow
+                taken = called & torch.isfinite(new).all(1, keepdim=True)
+                new = torch.where(taken, new, old[name].to(new.dtype))
+                for buffer, value in zip(buffers, new.unbind(0)):
+                    buffer.copy_(value.view_as(buffer))
+
+    @torch.no_grad()
+    def describe(self) -> Dict[str, Dict[str, float]]:
+        """What :meth:`~.norms.RunningNorm.describe` says of each norm, by its name; between reduce and commit."""
+        found: Dict[str, Dict[str, float]] = {}
+        for kind in self.kinds:
+            values = kind.norms[0].describe(kind.state(), kind.sums("forward"), kind.sums("backward"))
+            table = torch.stack(list(values.values()), 1).tolist()
+            for name, row in zip(kind.names, table):
+                if self._calls[name] > 0:
+                    found[name] = dict(zip(values, row))
+        return found

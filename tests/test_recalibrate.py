@@ -1,0 +1,148 @@
+"""Estimating running statistics anew: the function and the command."""
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import test_cli
+import toy
+from fairseq_powernorm.norms import LayerNorm, MaskedBatchNorm, PowerNorm, PowerNormV
+from fairseq_powernorm.recalibrate import recalibrate
+
+C = 6
+KINDS = {
+    "batch": lambda: MaskedBatchNorm(C, groups=0),
+    "power-v": lambda: PowerNormV(C, groups=0),
+    "reference": lambda: PowerNorm(C, groups=0, warmup_updates=3),
+    "algorithm2": lambda: PowerNorm(C, groups=0, variant="algorithm2"),
+}
+
+
+def model_of(kind):
+    torch.manual_seed(0)
+    return nn.ModuleList([nn.Linear(C, C), KINDS[kind](), nn.Linear(C, C), KINDS[kind]()]).double()
+
+
+def forward(model, batch):
+    x, mask = batch
+    for module in model:
+        x = module(x) if isinstance(module, nn.Linear) else module(x, mask)
+    return x
+
+
+def batches(number=5):
+    generator = torch.Generator().manual_seed(1)
+    for index in range(number):
+        x = torch.randn(7, 3, C, generator=generator, dtype=torch.float64) * 3 + 1
+        yield x, torch.arange(7).unsqueeze(0) >= torch.tensor([7, 4, 1 + index]).unsqueeze(1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_statistics_are_those_of_all_batches(kind):
+    """The first norm's moments are those of the valid rows of all batches together; only they change."""
+    model = model_of(kind).eval()
+    norm = model[1]
+    norm.iters.fill_(17)
+    before = copy.deepcopy(model.state_dict())
+    assert recalibrate(model, batches(), forward) == 5
+    rows = torch.cat([model[0](x)[mask.t().logical_not()] for x, mask in batches()]).detach()
+    if kind == "batch":
+        torch.testing.assert_close(norm.running_mean, rows.mean(0))
+        torch.testing.assert_close(norm.running_var, rows.var(0))
+    else:
+        torch.testing.assert_close(norm.running_phi, rows.square().mean(0))
+    changed = {name.split(".")[1] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == ({"running_mean", "running_var"} if kind == "batch" else {"running_phi"})
+    assert not model.training and norm.stage is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_checkpoint_had_does_not_matter(kind):
+    """Statistics that are far off give, at every depth, the same estimate as those of a fresh model."""
+    fresh, spoilt = model_of(kind), model_of(kind)
+    for norm in (spoilt[1], spoilt[3]):
+        for name, buffer in norm.named_buffers():
+            buffer.fill_(1000.0)
+    for model in (fresh, spoilt):
+        recalibrate(model, batches(), forward)
+    for i in (1, 3):
+        for name, buffer in fresh[i].named_buffers():
+            if name not in ("iters", "ema_gz"):
+                torch.testing.assert_close(buffer, spoilt[i].get_buffer(name))
+
+
+def test_bad_calls_are_named_and_change_nothing():
+    """No norm with statistics, no batch, or batches that are not finite: ValueError, statistics as before."""
+    with pytest.raises(ValueError, match="no norm of the model has running statistics"):
+        recalibrate(nn.ModuleList([LayerNorm(C)]), batches(), forward)
+    model = model_of("algorithm2")
+    with pytest.raises(ValueError, match="no batches"):
+        recalibrate(model, [], forward)
+    with pytest.raises(ValueError, match="statistics of 1 are not finite"):
+        recalibrate(model, [(x * float("nan"), mask) for x, mask in batches()], forward)
+    assert torch.equal(model[1].running_phi, torch.ones(C, dtype=torch.float64)) and model[1].stage is None
+
+
+@pytest.fixture(scope="module")
+def spoilt(toy_data, tmp_path_factory):
+    """A trained checkpoint, and the same with running statistics that are off by far."""
+    folder = tmp_path_factory.mktemp("recalibrate")
+    test_cli.train(toy_data, folder, "--max-update", 60, "--disable-validation", "--dropout", 0)
+    state = torch.load(folder / "checkpoint_last.pt", weights_only=True)
+    for name, value in state["model"].items():
+        if name.endswith("running_phi"):
+            value.copy_(torch.linspace(1, 400, len(value)))
+    torch.save(state, folder / "spoilt.pt")
+    return folder
+
+
+def recalibrated(data, path, output, *arguments, **options):
+    return toy.command(
+        "python", "-m", "fairseq_powernorm.recalibrate", data, "--path", path, "--output", output, "--cpu", *arguments,
+        **options,
+    )
+
+
+def valid_loss(data, path):
+    done = toy.command(
+        "fairseq-validate", data, "--user-dir", "fairseq_powernorm", "--task", "translation_pn", "--cpu", "--path", path,
+        "--valid-subset", "valid", "--num-workers", 0, "--log-format", "json", "--max-tokens", 400,
+    )
+    return float(re.findall(r'"(?:valid_)?loss": "?([\d.]+)', done.stdout + done.stderr)[-1])
+
+
+def test_command_mends_a_checkpoint(toy_data, spoilt, tmp_path):
+    """With spoilt statistics the loss is far worse; the command brings back that of the run's own, and touches no parameter."""
+    done = recalibrated(toy_data, spoilt / "spoilt.pt", tmp_path / "new.pt", "--batches", 3, "--max-tokens", 400)
+    assert "statistics of 3 batches" in done.stdout
+    own, bad, new = (valid_loss(toy_data, p) for p in (spoilt / "checkpoint_last.pt", spoilt / "spoilt.pt", tmp_path / "new.pt"))
+    assert bad > own + 0.2 and abs(new - own) < 0.05, (own, bad, new)
+    before, after = (torch.load(p, weights_only=True) for p in (spoilt / "spoilt.pt", tmp_path / "new.pt"))
+    for name, value in before["model"].items():
+        assert value.dtype == after["model"][name].dtype and value.shape == after["model"][name].shape
+        assert name.endswith("running_phi") or torch.equal(value, after["model"][name])
+    assert before.keys() == after.keys()
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (("--batches", 0), "--batches 0: must be 1 or more"),
+        (("--batches", 2, "--subset", "nothing"), "--subset 'nothing'"),
+        (("--batches", 2, "--path", "nowhere.pt"), "'nowhere.pt': no such file"),
+    ],
+)
+def test_wrong_arguments_of_the_command(toy_data, spoilt, tmp_path, arguments, message):
+    """A message that names the argument, no traceback, no file."""
+    done = recalibrated(toy_data, spoilt / "spoilt.pt", tmp_path / "new.pt", *arguments, check=False)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_overwrites_nothing(toy_data, spoilt, tmp_path):
+    """An existing output is left alone without --force."""
+    (tmp_path / "new.pt").write_text("mine")
+    done = recalibrated(toy_data, spoilt / "spoilt.pt", tmp_path / "new.pt", "--batches", 1, check=False)
+    assert done.returncode == 1 and "exists" in done.stderr and (tmp_path / "new.pt").read_text() == "mine"

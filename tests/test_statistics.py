@@ -1,0 +1,515 @@
+"""The statistics engine at layer level, in float64: one step per training step, however the batch is cut."""
+import copy
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from torch import nn
+
+from fairseq_powernorm.norms import MaskedBatchNorm, PowerNorm, PowerNormV, build_norm
+from fairseq_powernorm.statistics import RunningStatistics, running_norms
+
+C = 8
+KINDS = {
+    "batch": lambda **o: MaskedBatchNorm(C, groups=2, **o),
+    "power-v": lambda **o: PowerNormV(C, groups=2, **o),
+    "reference": lambda **o: PowerNorm(C, groups=2, warmup_updates=4, **o),
+    "algorithm2": lambda **o: PowerNorm(C, groups=2, variant="algorithm2", **o),
+}
+EXACT = dict(rtol=1e-10, atol=1e-12)
+
+
+def stack(kind, layers=2):
+    """Two norms with a linear map between them, as float64, parameters and statistics away from their initial values."""
+    torch.manual_seed(0)
+    modules = []
+    for _ in range(layers):
+        norm = KINDS[kind]()
+        with torch.no_grad():
+            for name, tensor in norm.state_dict().items():
+                if name != "iters":
+                    tensor.copy_(torch.rand(C) + 0.5)
+        modules += [norm, nn.Linear(C, C)]
+    return nn.ModuleList(modules).double().train()
+
+
+def run(model, x, mask):
+    """The model's output for x (T x B x C) and mask (B x T); no gradient arrives at padding, as in a Transformer."""
+    for module in model:
+        x = module(x, mask) if not isinstance(module, nn.Linear) else module(x)
+    return (x * mask.t().logical_not().unsqueeze(-1)).pow(3).sum()
+
+
+def data(step, sentences=4, length=5, padding=True):
+    """x and mask of one large batch."""
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(length, sentences, C, generator=generator, dtype=torch.float64) * 2 + 0.3
+    lengths = torch.randint(1, length + 1, (sentences,), generator=generator) if padding else torch.full((sentences,), length)
+    return x, torch.arange(length).unsqueeze(0) >= lengths.unsqueeze(1)
+
+
+def train(model, cut, steps=8, statistics=None, scale=1.0, padding=True):
+    """Gradient descent in which each large batch is cut into ``cut`` micro-batches."""
+    for step in range(steps):
+        model.zero_grad()
+        x, mask = data(step, padding=padding)
+        for part, part_mask in zip(x.chunk(cut, dim=1), mask.chunk(cut)):
+            if statistics is None:
+                run(model, part, part_mask).backward()
+            else:
+                with statistics.batch(gradient_scale=scale):
+                    (run(model, part, part_mask) * scale).backward()
+        if statistics is not None:
+            statistics.commit()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 1e-5 * parameter.grad / scale
+    return model
+
+
+def assert_same(one, other, **tolerance):
+    """Parameters and buffers agree."""
+    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values()):
+        torch.testing.assert_close(a, b, **(tolerance or dict(rtol=0, atol=0)), msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_batch_per_step_is_what_the_norms_do_by_themselves(kind):
+    """A step of one batch: parameters, buffers and step counts are those of norms that apply their own statistics."""
+    alone = train(stack(kind), 1)
+    staged = stack(kind)
+    train(staged, 1, statistics=RunningStatistics(staged))
+    assert_same(alone, staged, **EXACT)
+    assert staged[0].iters == 8 and staged[0].steps() == 8
+
+
+@pytest.mark.parametrize("cut", [2, 4])
+def test_micro_batches_equal_one_large_batch(cut):
+    """PN of Algorithm 2: k micro-batches of unequal token counts give the gradients and statistics of one batch."""
+    models = [stack("algorithm2"), stack("algorithm2")]
+    for model, pieces in zip(models, (1, cut)):
+        train(model, pieces, statistics=RunningStatistics(model))
+    assert_same(*models, **EXACT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_statistics_of_micro_batches_are_pooled(kind):
+    """Any norm that receives the same rows in k micro-batches takes the step of one batch: psi^2, mean and variance."""
+    models = [stack(kind, layers=1), stack(kind, layers=1)]
+    for model, pieces in zip(models, (1, 4)):
+        train(model, pieces, steps=1, statistics=RunningStatistics(model))
+    for name in ("running_phi", "running_mean", "running_var", "iters"):
+        if hasattr(models[0][0], name):
+            torch.testing.assert_close(getattr(models[0][0], name), getattr(models[1][0], name), **EXACT)
+
+
+def test_without_the_engine_micro_batches_change_the_statistics():
+    """The engine makes the difference: norms that apply each batch by themselves take k steps."""
+    assert train(stack("algorithm2"), 4)[0].iters == 32
+
+
+@pytest.mark.parametrize("kind", ["reference", "algorithm2"])
+@pytest.mark.parametrize("scale", [2.0**15, 1000.0, torch.tensor(3.0)])
+def test_the_gradient_scale_is_taken_out_of_nu(kind, scale):
+    """A scaled loss gives the gradients, up to the scale, and the nu of the plain one; a number or a tensor."""
+    models = [stack(kind), stack(kind)]
+    for model, factor in zip(models, (1.0, scale)):
+        train(model, 1, statistics=RunningStatistics(model), scale=factor)
+    assert_same(*models, **EXACT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_that_does_not_count_leaves_nothing(kind):
+    """A dummy batch: no statistics, and zero gradient everywhere where the loss is multiplied by zero."""
+    model = stack(kind)
+    statistics = RunningStatistics(model)
+    train(model, 1, steps=2, statistics=statistics)
+    before = copy.deepcopy(model.state_dict())
+    model.zero_grad()
+    x, mask = data(9)
+    x.requires_grad_()
+    with statistics.batch(counts=False):
+        (run(model, x, mask) * 0).backward()
+    assert not x.grad.any() and not any(p.grad.any() for p in model.parameters())
+    assert statistics.batches == 0
+    statistics.commit()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_discarded_and_uncounted_passes_change_nothing(kind):
+    """A step thrown away, a pass outside of a step and evaluation leave every buffer bit-identical."""
+    model = stack(kind)
+    statistics = RunningStatistics(model)
+    train(model, 1, steps=3, statistics=statistics)
+    before = copy.deepcopy(model.state_dict())
+    with statistics.batch():
+        run(model, *data(5)).backward()
+    statistics.discard()
+    run(model, *data(6)).backward()
+    model.eval()
+    run(model, *data(7))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    statistics.commit()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exception_in_a_batch_leaves_nothing_of_it(kind):
+    """Out of memory in the middle of a micro-batch: what was gathered before it stays, of it nothing."""
+    models = [stack(kind), stack(kind)]
+    for model, fails in zip(models, (False, True)):
+        statistics = RunningStatistics(model)
+        with statistics.batch():
+            run(model, *data(0)).backward()
+        if fails:
+            with pytest.raises(RuntimeError, match="out of memory"), statistics.batch():
+                run(model, *data(1)).backward()
+                raise RuntimeError("out of memory")
+        statistics.commit()
+    assert_same(*models)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e200])
+def test_a_batch_that_is_not_finite_is_left_out_and_counted(kind, bad):
+    """One of two micro-batches is not finite (or its squares are not): the statistics are the other's, and it is named."""
+    models = [stack(kind, layers=1), stack(kind, layers=1)]
+    for model, with_bad in zip(models, (False, True)):
+        model[0].groups = 0
+        statistics = RunningStatistics(model)
+        with statistics.batch():
+            run(model, *data(0)).backward()
+        if with_bad:
+            x, mask = data(1)
+            x[0, 0, 3] = bad
+            with statistics.batch():
+                run(model, x, mask).backward()
+        left_out = statistics.reduce()
+        assert list(left_out) == (["0"] if with_bad else []) and all(left_out.values())
+        statistics.commit()
+        assert statistics.left_out() == {}
+    for name, buffer in models[0][0].named_buffers():
+        assert torch.isfinite(buffer).all()
+        torch.testing.assert_close(buffer, models[1][0].get_buffer(name), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputation_counts_once(kind, use_reentrant):
+    """Activation checkpointing, two micro-batches: bit-identical parameters and buffers."""
+    models = [stack(kind), stack(kind)]
+    for model, checkpointed in zip(models, (False, True)):
+        statistics = RunningStatistics(model)
+        for step in range(6):
+            model.zero_grad()
+            x, mask = data(step)
+            for part, part_mask in zip(x.chunk(2, dim=1), mask.chunk(2)):
+                part = part.clone().requires_grad_()
+                with statistics.batch():
+                    if checkpointed:
+                        loss = torch.utils.checkpoint.checkpoint(run, model, part, part_mask, use_reentrant=use_reentrant)
+                    else:
+                        loss = run(model, part, part_mask)
+                    loss.backward()
+            statistics.commit()
+    assert_same(*models)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_that_did_not_run_takes_no_step(kind):
+    """LayerDrop: the norm that was left out keeps its buffers and step count, the other takes its step."""
+    model = stack(kind)
+    statistics = RunningStatistics(model)
+    train(model, 1, steps=2, statistics=statistics)
+    before = copy.deepcopy(model[2].state_dict())
+    with statistics.batch():
+        run(model[:2], *data(3)).backward()
+    statistics.commit()
+    assert all(torch.equal(before[name], value) for name, value in model[2].state_dict().items())
+    assert [model[i].steps() for i in (0, 2)] == [3, 2] and model[0].iters == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_norm_used_twice_takes_one_step_of_both(kind):
+    """A shared norm: its step is that of one batch of both inputs' rows."""
+    model = stack(kind, layers=1)
+    other = copy.deepcopy(model)
+    x, mask = data(0)
+    together, apart = RunningStatistics(other), RunningStatistics(model)
+    with together.batch():
+        other[0](x, mask)
+    together.commit()
+    with apart.batch():
+        for part, part_mask in zip(x.chunk(2, dim=1), mask.chunk(2)):
+            model[0](part, part_mask)
+    apart.commit()
+    for name, buffer in other[0].named_buffers():
+        torch.testing.assert_close(model[0].get_buffer(name), buffer, **EXACT)
+
+
+def test_norms_of_several_kinds_and_sizes_in_one_model():
+    """Each norm takes the step that it would take alone, whatever stands beside it in the vector of sums."""
+    def build():
+        torch.manual_seed(0)
+        return nn.ModuleList(
+            build_norm(name, dim, groups=groups, variant=variant, warmup_updates=2)
+            for name, dim, groups, variant in [
+                ("power", 8, 1, "reference"), ("batch", 6, 0, "reference"), ("layer", 8, 1, "reference"),
+                ("power", 8, 1, "reference"), ("power", 4, 2, "algorithm2"), ("power-v", 6, 1, "reference"),
+            ]
+        ).double()
+    alone, staged = build(), build()
+    statistics = RunningStatistics(staged)
+    assert sorted(running_norms(staged)) == ["0", "1", "3", "4", "5"]
+    for step in range(4):
+        for model in (alone, staged):
+            generator = torch.Generator().manual_seed(step)
+            with statistics.batch():
+                for norm, dim in zip(model, (8, 6, 8, 8, 4, 6)):
+                    x = torch.randn(7, dim, dtype=torch.float64, generator=generator, requires_grad=True)
+                    norm(x).pow(3).sum().backward()
+        statistics.commit()
+    for (name, a), b in zip(alone.named_buffers(), staged.buffers()):
+        torch.testing.assert_close(a, b, **EXACT, msg=name)
+
+
+def test_buffers_keep_float32_and_sums_do_not_overflow():
+    """A half-precision model with the engine: float32 statistics equal to those of the float32 model's rounded input."""
+    def steps(dtype):
+        torch.manual_seed(0)
+        model = nn.ModuleList([PowerNorm(C, groups=0, variant="algorithm2")]).to(dtype)
+        statistics = RunningStatistics(model)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(5):
+            x = (torch.randn(5000, C, generator=generator) * 20).half()
+            g = torch.randn(5000, C, generator=generator).half()
+            with statistics.batch():
+                model[0](x.to(dtype).requires_grad_()).backward(g.to(dtype))
+            statistics.commit()
+        return model[0]
+    half, single = steps(torch.float16), steps(torch.float32)
+    assert half.running_phi.dtype == torch.float32
+    for name in ("running_phi", "ema_gz"):
+        torch.testing.assert_close(getattr(half, name), getattr(single, name), rtol=1e-3, atol=1e-4)
+
+
+def test_assigning_a_narrower_buffer_keeps_the_statistics():
+    """Sharding assigns half-precision copies of buffers: the norm keeps its own."""
+    norm = PowerNorm(C)
+    norm.running_phi.fill_(1.0001)
+    before = norm.running_phi.clone()
+    norm.running_phi = norm.running_phi.half()
+    assert norm.running_phi.dtype == torch.float32 and torch.equal(norm.running_phi, before)
+    norm.running_phi = before.double()
+    assert norm.running_phi.dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_is_on_its_own(kind):
+    """deepcopy (as moving averages of a model make it) while the engine is at work: the copy applies its statistics itself."""
+    model = stack(kind)
+    statistics = RunningStatistics(model)
+    other = copy.deepcopy(model)
+    assert other[0].stage is None and model[0].stage is not None
+    run(other, *data(0)).backward()
+    assert other[0].iters == 1 and model[0].iters == 0
+    statistics.release()
+    run(model, *data(0)).backward()
+    assert_same(model, other)
+
+
+def test_unknown_sync_is_named():
+    """ValueError naming the value and the choices."""
+    with pytest.raises(ValueError, match="sync='always': must be one of off, step, exact"):
+        RunningStatistics(stack("batch"), sync="always")
+
+
+# ---------------------------------------------------------------- what the recorder writes
+
+
+def through_statistics(norm, x, dy, parts):
+    """Terms of dL/du by autograd: the gradient through each of the batch's statistics, as a root mean square over rows."""
+    u = x.clone().requires_grad_()
+    statistics = {name: part(u.detach()).requires_grad_() for name, part in parts.items()}
+    (norm(u, statistics) * dy).sum().backward()
+    found = {}
+    for name, part in parts.items():
+        (grad_u,) = torch.autograd.grad(part(u), u, statistics[name].grad)
+        found[name] = grad_u.square().sum(1).mean().sqrt()
+    return found
+
+
+@pytest.mark.parametrize("scale", [1.0, 64.0])
+@pytest.mark.parametrize("kind", ["batch", "power-v"])
+def test_recorded_gradient_terms_are_those_of_autograd(kind, scale):
+    """gradient_mean, gradient_var, gradient_psi2: norms of the terms that autograd sends through each statistic."""
+    norm = {"batch": MaskedBatchNorm, "power-v": PowerNormV}[kind](C, groups=0).double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.rand(C) + 0.5)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, C, generator=generator, dtype=torch.float64) * 2 + 0.5
+    dy = torch.randn(50, C, generator=generator, dtype=torch.float64)
+    statistics = RunningStatistics(nn.ModuleList([norm]))
+    statistics.switches.recording = True
+    with statistics.batch(gradient_scale=scale):
+        norm(x.clone().requires_grad_()).backward(dy * scale)
+    statistics.reduce()
+    found = statistics.describe()["0"]
+    w, b, eps = norm.weight.detach(), norm.bias.detach(), norm.eps
+    if kind == "batch":
+        # the variance about a mean that is held fixed: at the batch mean its derivative in the mean is zero
+        mean = x.mean(0)
+        parts = {"mean": lambda u: u.mean(0), "var": lambda u: (u - mean).square().mean(0)}
+        expected = through_statistics(
+            lambda u, s: w * (u - s["mean"]) / (s["var"] + eps).sqrt() + b, x, dy, parts
+        )
+        assert found["distance_mean"] == pytest.approx(float((x.mean(0) - norm.running_mean).norm() / C))
+        assert found["distance_var"] == pytest.approx(float((x.var(0, unbiased=False) - norm.running_var).norm() / C))
+        assert found["size_var"] == pytest.approx(float(norm.running_var.norm() / C))
+    else:
+        parts = {"psi2": lambda u: u.square().mean(0)}
+        expected = through_statistics(lambda u, s: w * u / (s["psi2"] + eps).sqrt() + b, x, dy, parts)
+        assert found["distance_psi2"] == pytest.approx(float((x.square().mean(0) - norm.running_phi).norm() / C))
+    for name, value in expected.items():
+        assert found[f"gradient_{name}"] == pytest.approx(float(value), rel=1e-9)
+
+
+@pytest.mark.parametrize("variant", ["reference", "algorithm2"])
+def test_recorded_term_of_nu_is_that_of_the_gradient(variant):
+    """gradient_nu: the difference that nu makes to dL/dx, as a root mean square over rows (no layer scale)."""
+    norm = PowerNorm(C, groups=0, variant=variant, warmup_updates=0).double()
+    with torch.no_grad():
+        norm.running_phi.copy_(torch.rand(C) + 0.5)
+        norm.ema_gz.copy_(torch.rand(C))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, C, generator=generator, dtype=torch.float64)
+    dy = torch.randn(50, C, generator=generator, dtype=torch.float64)
+
+    def gradient(norm):
+        u = x.clone().requires_grad_()
+        norm(u).backward(dy)
+        return u.grad
+    without = copy.deepcopy(norm)
+    without.ema_gz.zero_()
+    expected = (gradient(copy.deepcopy(norm)) - gradient(without)).square().sum(1).mean().sqrt()
+    statistics = RunningStatistics(nn.ModuleList([norm]))
+    with statistics.batch():
+        gradient(norm)
+    statistics.reduce()
+    assert statistics.describe()["0"]["gradient_nu"] == pytest.approx(float(expected), rel=1e-9)
+
+
+# ---------------------------------------------------------------- two processes
+
+
+def two_ranks(body):
+    """Run Python code in two processes joined by gloo; ``rank`` and this module's names are defined. Returns the output."""
+    program = (
+        f"import sys; sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})\n"
+        "import os, torch.distributed as dist\n"
+        "from test_statistics import *\n"
+        "torch.set_num_threads(1)\n"
+        "dist.init_process_group('gloo'); rank = dist.get_rank()\n"
+        f"{body}\ndist.barrier(); dist.destroy_process_group()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python",
+         sys.executable, "-c", program],
+        capture_output=True, text=True, timeout=300, cwd=pathlib.Path(__file__).parent.parent,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return done.stdout
+
+
+TRAIN_ON_TWO_RANKS = """
+def train_rank(kind, sync, padding, dummy):
+    '''Each rank has half of the sentences of each batch; a dummy step gives rank 1 nothing.'''
+    model = stack(kind)
+    statistics = RunningStatistics(model, sync)
+    reduces = 0
+    for step in range(8):
+        model.zero_grad()
+        x, mask = data(step, padding=padding)
+        counts = not (dummy and rank == 1 and step % 3 == 2)
+        with statistics.batch(counts=counts):
+            (run(model, x.chunk(2, 1)[rank], mask.chunk(2)[rank]) * counts).backward()
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad)
+        statistics.commit()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 1e-5 * parameter.grad
+    return model
+
+def train_whole(kind, padding, dummy):
+    model = stack(kind)
+    statistics = RunningStatistics(model, 'off')
+    for step in range(8):
+        model.zero_grad()
+        x, mask = data(step, padding=padding)
+        if dummy and step % 3 == 2:
+            x, mask = x.chunk(2, 1)[0], mask.chunk(2)[0]
+        with statistics.batch():
+            run(model, x, mask).backward()
+        statistics.commit()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 1e-5 * parameter.grad
+    return model
+
+def difference(a, b):
+    return max(float((p - q).abs().max() / q.abs().max()) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+
+def equal_on_both(model):
+    whole = torch.cat([t.reshape(-1) for t in model.state_dict().values()])
+    both = [torch.empty_like(whole) for _ in range(2)]
+    dist.all_gather(both, whole)
+    return torch.equal(*both)
+"""
+
+
+def test_two_ranks_equal_one_batch():
+    """Two processes, each with half of every batch, one of them sometimes with a dummy batch: parameters and buffers of
+    one process to 1e-10, identical on both. All norms with ``exact`` from the first step (``reference``, which counts
+    padding in nu, without padding), Algorithm 2 with ``step``; and where that is not promised, they differ.
+    """
+    output = two_ranks(TRAIN_ON_TWO_RANKS + """
+for kind, sync, padding in [('batch', 'exact', True), ('power-v', 'exact', True), ('reference', 'exact', False),
+                            ('algorithm2', 'exact', True), ('algorithm2', 'step', True),
+                            ('batch', 'step', True), ('power-v', 'step', True), ('reference', 'step', False),
+                            ('algorithm2', 'off', True)]:
+    for dummy in (False, True):
+        model = train_rank(kind, sync, padding, dummy)
+        same = equal_on_both(model)
+        if rank == 0:
+            print(kind, sync, dummy, difference(model, train_whole(kind, padding, dummy)), same)
+""")
+    found = {tuple(words[:3]): (float(words[3]), words[4] == "True") for words in map(str.split, output.splitlines())}
+    assert len(found) == 18
+    for (kind, sync, dummy), (difference, same) in found.items():
+        assert same == (sync != "off"), (kind, sync, dummy)
+        if sync == "exact" or (kind, sync) == ("algorithm2", "step"):
+            assert difference < 1e-10, (kind, sync, dummy, difference)
+        else:
+            assert difference > 1e-6, (kind, sync, dummy, difference)
+
+
+def test_one_all_reduce_per_step():
+    """With ``step`` two micro-batches cost one all-reduce for all norms together, with ``off`` none."""
+    output = two_ranks("""
+calls = []
+all_reduce = dist.all_reduce
+dist.all_reduce = lambda *a, **k: (calls.append(1), all_reduce(*a, **k))
+for sync in ('off', 'step', 'exact'):
+    model = stack('reference')
+    calls.clear()
+    train(model, 2, steps=1, statistics=RunningStatistics(model, sync))
+    if rank == 0:
+        print(sync, len(calls))
+""")
+    # exact: two norms, two micro-batches, one reduction in each forward pass
+    assert output.split() == ["off", "0", "step", "1", "exact", "5"]
