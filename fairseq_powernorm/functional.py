@@ -5,6 +5,7 @@ non-differentiable outputs, those of the backward pass through the function ``co
 once per backward pass. A function ``reduce``, where one is given, turns the sums of this process into those of all
 processes that share a batch, forward and backward: statistics and gradients are then those of the whole batch.
 """
+import math
 from typing import Callable, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -40,6 +41,7 @@ class PowerNormSpec(NamedTuple):
         forward_batch: divide the output by the batch's own second moment instead of ``psi2``
         backward_batch: divide the gradient by the batch's own second moment instead of ``psi2``
         skip_padding: backward statistics over non-padding rows only, no gradient through padding
+        jump: channels whose second moment in this batch exceeds ``jump * (psi2 + eps)`` divide by the former
     """
 
     groups: int
@@ -49,6 +51,7 @@ class PowerNormSpec(NamedTuple):
     forward_batch: bool
     backward_batch: bool
     skip_padding: bool
+    jump: float = math.inf
 
 
 class _PowerNorm(torch.autograd.Function):
@@ -59,11 +62,13 @@ class _PowerNorm(torch.autograd.Function):
             r = kernel.layer_scale_rsqrt(wide, spec.groups)
             u = kernel.scale_rows(wide, r)
             moment, everything = kernel.second_moments(u, valid, all_rows=not spec.skip_padding)
-            inv_running = kernel.inverse_root(psi2.to(wide.dtype), spec.eps)
+            running = psi2.to(wide.dtype)
             inv_batch = None
-            if spec.forward_batch or spec.backward_batch:
-                whole = Moment(*_reduced(reduce, *moment))
-                inv_batch = kernel.inverse_root(whole.mean(otherwise=psi2), spec.eps)
+            if spec.forward_batch or spec.backward_batch or spec.jump < math.inf:
+                batch = Moment(*_reduced(reduce, *moment)).mean(otherwise=psi2)
+                running = torch.where(batch > spec.jump * (running + spec.eps), batch, running)
+                inv_batch = kernel.inverse_root(batch, spec.eps)
+            inv_running = kernel.inverse_root(running, spec.eps)
             inv_forward = inv_batch if spec.forward_batch else inv_running
             inv_backward = inv_batch if spec.backward_batch else inv_running
             y = kernel.affine(u, inv_forward, weight, bias, out=None if u is x else u).to(x.dtype)

@@ -10,6 +10,7 @@ step is (several batches, several processes, steps that are skipped), :class:`~.
 it gives each norm a :class:`Stage`, into which the norm adds its sums, and applies them once per step.
 """
 import inspect
+import math
 from typing import Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
 
 import torch
@@ -368,6 +369,19 @@ class PowerNorm(SecondMomentNorm):
     second moment at every step; (3) the forward statistics skip padding, the backward statistics and the
     gradients of ``weight`` and ``bias`` do not, and padded rows receive a gradient.
 
+    **Without layer scale** (``groups=0``) PN as published can die. After the warm-up nothing but psi(t-1) scales the output,
+    and psi^2 follows the activations at ``alpha_fwd`` per step only. When they grow faster, the output grows with
+    them, so the next residual block receives more, and the excess multiplies from norm to norm through the depth: in a
+    Transformer at a learning rate that is too high for it, second moments of 10^9 psi^2 in the third step. Then psi^2
+    has taken in the spike, the output is nearly zero for as long as it takes to forget it, nu (which decays only where
+    z^2 is not small) stays at the value of the spike, and gradients explode (NaN, or a model that learns no more). The
+    layer scale prevents this: it sets every row to the same size, so that no excess gets past the next norm. Two
+    bounds replace it; both are idle in a healthy run, whose arithmetic they leave as it is, bit for bit: (1) a
+    channel whose second moment in the batch exceeds ``JUMP / (1 - alpha_fwd)`` times psi^2(t-1), which takes a growth of more
+    than ``JUMP`` in one step, divides by the batch's own second moment, and enters psi^2 with the threshold only (not in the
+    first step, nor in the warm-up); (2) the factor of nu(t-1) is kept at or above -1, below which the recursion
+    diverges (``reference`` counts padding, which (1) does not see).
+
     Args:
         dim: number of channels C
         eps: added to psi^2 under the root; the layer scale's own eps is always 1e-5
@@ -392,6 +406,8 @@ class PowerNorm(SecondMomentNorm):
     """
 
     SUMS = {"forward": ("u^2",), "backward": ("weight * dy * z", "z^2")}
+    #: without layer scale: growth of a second moment in one step beyond which psi^2 is no measure of it
+    JUMP = 10.0
 
     def __init__(
         self,
@@ -423,6 +439,18 @@ class PowerNorm(SecondMomentNorm):
             f"warmup_updates={self.warmup_updates}, variant={self.variant}"
         )
 
+    @property
+    def _jump(self) -> float:
+        """Ratio of a batch's second moment and psi^2(t-1) that only a jump explains: the latter is >= (1 - alpha) S(t-1)."""
+        if self.groups > 0 or self.alpha_fwd == 1.0:
+            return math.inf
+        return self.JUMP / (1.0 - self.alpha_fwd)
+
+    @property
+    def _trusted_after(self) -> int:
+        """Steps after which psi^2 is an average of batches and divides."""
+        return max(1, self.warmup_updates if self.variant == "reference" else 0)
+
     @torch.compiler.disable
     def _train(self, rows: Tensor, valid: Optional[Tensor]) -> Tensor:
         reference = self.variant == "reference"
@@ -443,6 +471,7 @@ class PowerNorm(SecondMomentNorm):
             forward_batch=in_warmup or (switches is not None and switches.batch_statistics),
             backward_batch=reference,
             skip_padding=not reference,
+            jump=self._jump if steps >= self._trusted_after else math.inf,
         )
         y, moment = functional.power_norm(
             rows, self.weight, self.bias, valid, psi2, self.ema_gz, spec,
@@ -458,11 +487,16 @@ class PowerNorm(SecondMomentNorm):
         if part == "backward":
             nu = state["ema_gz"]
             grad_z, z_square = sums.means()
-            new = nu * (1.0 - (1.0 - self.alpha_bkw) * z_square) + grad_z
+            kept = 1.0 - (1.0 - self.alpha_bkw) * z_square
+            if self.groups == 0:
+                kept = kept.clamp(min=-1.0)
+            new = nu * kept + grad_z
             return {"ema_gz": torch.where(sums.rows > 0, _finite_or(new, nu), nu)}
         step = state["iters"] + 1
         old = state["running_phi"]
         (batch,) = sums.means()
+        if self._jump < math.inf:
+            batch = torch.where(step > self._trusted_after, torch.minimum(batch, self._jump * (old + self.eps)), batch)
         new = old
         if self.variant == "reference":
             cumulative = old * (step - 1) / step + batch / step

@@ -414,3 +414,33 @@ def test_the_authors_options_survive_the_conversion(oracle):
     for name, tensor in converted["model"].items():
         if name.endswith("running_phi"):
             assert tensor.shape == (32,) and original["model"][name].shape == (1, 32, 1, 1)
+
+
+def gradients_without_layer_scale(seed, variant, steps=40):
+    """Gradient norms of a 6+6-layer model with PN everywhere, trained by Adam at a learning rate far too high for it."""
+    size = dict(encoder_layers=6, decoder_layers=6, encoder_embed_dim=32, decoder_embed_dim=32, encoder_ffn_embed_dim=64,
+                decoder_ffn_embed_dim=64)
+    model = toy.build("transformer_pn_tiny", seed=seed, randomize=False, norm_groups=0, norm_variant=variant,
+                      norm_warmup_updates=0, **toy.ALL_POWER, **size).train()
+    optimizer = torch.optim.Adam(model.parameters(), 0.1, betas=(0.9, 0.98))
+    generator = torch.Generator().manual_seed(seed)
+    norms = []
+    for _ in range(steps):
+        words = torch.randint(4, 24, (32, 6), generator=generator)
+        previous = torch.cat([torch.full((32, 1), 2), words[:, :-1]], 1)
+        logits = model(words.flip(1), torch.full((32,), 6), previous)[0]
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits.view(-1, logits.size(-1)), words.view(-1)).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))))
+        optimizer.step()
+    return norms
+
+
+@pytest.mark.parametrize("variant", ["reference", "algorithm2"])
+def test_training_without_layer_scale_recovers_from_too_high_a_learning_rate(variant, monkeypatch):
+    """Gradients become small again within 40 steps; without the bound on a jump they stay a thousand times as large."""
+    bounded = gradients_without_layer_scale(2, variant)
+    monkeypatch.setattr(PowerNorm, "JUMP", float("inf"))
+    unbounded = gradients_without_layer_scale(2, variant)
+    assert max(bounded[-10:]) < 50, bounded
+    assert not max(unbounded[-10:]) < 1000 * max(bounded[-10:]), unbounded

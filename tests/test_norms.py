@@ -390,6 +390,67 @@ def test_non_finite_batch_never_enters_a_buffer(kind, bad):
         assert torch.equal(dict(norm.named_buffers())[name], value), name
 
 
+# ---------------------------------------------------------------- without layer scale
+
+
+class Unbounded(PowerNorm):
+    """PN without layer scale as released and as published: no bound on a jump."""
+
+    JUMP = float("inf")
+
+
+def spiked(kind, variant, spike, steps=160):
+    """Rows of unit size, but for one batch of the given size at step 20: largest |y|, |dL/dx| and |nu| of each step."""
+    norm = kind(8, groups=0, warmup_updates=5, variant=variant)
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for step in range(1, steps + 1):
+        x = (torch.randn(64, 8, generator=generator) * (spike if step == 20 else 1)).requires_grad_()
+        y = norm(x)
+        y.backward(torch.randn(64, 8, generator=generator) + y.detach().clamp(-1, 1))
+        found.append([float(t.detach().abs().max()) for t in (y, x.grad, norm.ema_gz)])
+    return torch.tensor(found), norm
+
+
+@pytest.mark.parametrize("variant", ["reference", "algorithm2"])
+def test_a_jump_of_the_second_moment_does_not_spread_without_layer_scale(variant):
+    """A batch 10^4 times as large: outputs, gradients and nu stay small in it and after it; unbounded, they explode."""
+    bounded, _ = spiked(PowerNorm, variant, 1e4)
+    unbounded, _ = spiked(Unbounded, variant, 1e4)
+    assert bounded.max() < 20 and bounded[-1, 0] > 1
+    assert unbounded[:, 0].max() > 1e4 and unbounded[:, 1:].max() > 1e3
+    assert unbounded[25:60, 0].max() < 0.1  # psi^2 is far too large for a long time
+
+
+@pytest.mark.parametrize("size", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("variant", ["reference", "algorithm2"])
+def test_the_bounds_leave_a_healthy_run_alone(variant, size):
+    """Rows of any size, growing twofold at one step: bit-identical to the unbounded arithmetic, buffers and gradients."""
+    generator = torch.Generator().manual_seed(0)
+    norms = [kind(8, groups=0, warmup_updates=5, variant=variant) for kind in (PowerNorm, Unbounded)]
+    for step in range(60):
+        x = torch.randn(64, 8, generator=generator) * size * (1 if step < 30 else 2)
+        g = torch.randn(64, 8, generator=generator)
+        grads = []
+        for norm in norms:
+            u = x.clone().requires_grad_()
+            norm(u).backward(g)
+            grads.append(u.grad)
+        assert torch.equal(*grads)
+    assert all(torch.equal(a, b) for a, b in zip(norms[0].state_dict().values(), norms[1].state_dict().values()))
+
+
+def test_large_padding_does_not_make_nu_diverge_without_layer_scale():
+    """`reference` counts padding in nu: with padded rows ten times as large its recursion would grow at every step."""
+    norm = PowerNorm(8, groups=0, warmup_updates=0)
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.arange(40).unsqueeze(0).expand(4, 40) >= 20
+    for _ in range(100):
+        x = torch.randn(40, 4, 8, generator=generator) * (1 + 9 * mask.t().unsqueeze(-1))
+        norm(x.requires_grad_(), mask).backward(torch.randn(40, 4, 8, generator=generator))
+    assert norm.ema_gz.abs().max() < 100
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
 def test_integer_masks_count_as_bool(dtype):
     """A mask of 0 and 1 in an integer dtype is the same as the bool mask."""
