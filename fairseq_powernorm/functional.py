@@ -310,7 +310,7 @@ class _MaskedBatchNorm(torch.autograd.Function):
 
 
 def moments_about_zero(mean: Tensor, var: Tensor, count: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    """Sums of x and x^2 over ``count`` rows of the given mean and biased variance, in float64 (they can be added up)."""
+    """Sums of x and x^2 over ``count`` rows of the given mean and biased variance, in float64: they can be added up."""
     mean, var, count = (each.to(kernel.sum_dtype(each)) for each in (mean, var, count))
     return mean * count, (var + mean.square()) * count, count
 

@@ -5,9 +5,9 @@ All are drop-in ``nn.Module``s called as ``norm(x, padding_mask=None)`` with ``x
 needs fairseq. Statistics are kept and computed in float32 (float64 for float64 input) whatever the dtype of
 the input and of the parameters.
 
-A norm with running statistics applies those of each training batch by itself. Where somebody else decides what a training
-step is (several batches, several processes, steps that are skipped), :class:`~.statistics.RunningStatistics` takes over:
-it gives each norm a :class:`Stage`, into which the norm adds its sums, and applies them once per step.
+A norm with running statistics applies those of each training batch by itself. Where somebody else decides what a
+training step is (several batches, several processes, steps that are skipped), :class:`~.statistics.RunningStatistics`
+takes over: it gives each norm a :class:`Stage`, into which the norm adds its sums, and applies them once per step.
 """
 import inspect
 import math
@@ -369,18 +369,20 @@ class PowerNorm(SecondMomentNorm):
     second moment at every step; (3) the forward statistics skip padding, the backward statistics and the
     gradients of ``weight`` and ``bias`` do not, and padded rows receive a gradient.
 
-    **Without layer scale** (``groups=0``) PN as published can die. After the warm-up nothing but psi(t-1) scales the output,
-    and psi^2 follows the activations at ``alpha_fwd`` per step only. When they grow faster, the output grows with
-    them, so the next residual block receives more, and the excess multiplies from norm to norm through the depth: in a
-    Transformer at a learning rate that is too high for it, second moments of 10^9 psi^2 in the third step. Then psi^2
-    has taken in the spike, the output is nearly zero for as long as it takes to forget it, nu (which decays only where
-    z^2 is not small) stays at the value of the spike, and gradients explode (NaN, or a model that learns no more). The
-    layer scale prevents this: it sets every row to the same size, so that no excess gets past the next norm. Two
-    bounds replace it; both are idle in a healthy run, whose arithmetic they leave as it is, bit for bit: (1) a
-    channel whose second moment in the batch exceeds ``JUMP / (1 - alpha_fwd)`` times psi^2(t-1), which takes a growth of more
-    than ``JUMP`` in one step, divides by the batch's own second moment, and enters psi^2 with the threshold only (not in the
-    first step, nor in the warm-up); (2) the factor of nu(t-1) is kept at or above -1, below which the recursion
-    diverges (``reference`` counts padding, which (1) does not see).
+    **Without layer scale** (``groups=0``) PN as published can die, in two ways. (1) After the warm-up nothing but
+    psi(t-1) scales the output, and psi^2 follows the activations at ``alpha_fwd`` per step. When they grow faster, the
+    output grows with them, the next residual block receives more, and the excess multiplies from norm to norm through
+    the depth: in a Transformer whose learning rate is too high for it, second moments of 10^9 psi^2 in the third step.
+    Then psi^2 has taken in the spike and the output is nearly zero until it is forgotten, while nu, which decays only
+    where z^2 is not small, stays at the value of the spike: gradients explode, and the model is dead or NaN. (2) The
+    recursion of nu is stable only while the mean of z^2 is below ``2 / (1 - alpha_bkw)``. It exceeds that where psi^2
+    lags, and in ``reference`` wherever padded rows, which count in z^2 and not in psi^2, are several times as large as
+    the others: nu then grows geometrically. The layer scale prevents both, as it sets every row to the same size: no
+    excess gets past the next norm. Two bounds replace it, idle in a healthy run, whose arithmetic they leave as it is,
+    bit for bit: (1) a channel whose second moment in the batch exceeds ``JUMP / (1 - alpha_fwd)`` times psi^2(t-1),
+    which takes a growth of more than ``JUMP`` in one step, divides by the batch's own second moment, and psi^2 takes in
+    the threshold instead of it (not in the first step, nor in the warm-up); (2) the factor of nu(t-1) is kept at or
+    above -1.
 
     Args:
         dim: number of channels C
@@ -441,7 +443,7 @@ class PowerNorm(SecondMomentNorm):
 
     @property
     def _jump(self) -> float:
-        """Ratio of a batch's second moment and psi^2(t-1) that only a jump explains: the latter is >= (1 - alpha) S(t-1)."""
+        """Ratio S(t) / psi^2(t-1) of second moments that only a jump explains, as psi^2(t-1) >= (1 - alpha) S(t-1)."""
         if self.groups > 0 or self.alpha_fwd == 1.0:
             return math.inf
         return self.JUMP / (1.0 - self.alpha_fwd)

@@ -41,29 +41,30 @@ class Recorder:
     Args:
         path: the file
         interval: updates between two entries, at least 1
-        new_run: nothing was trained yet, so the file must not hold anything
 
     Raises:
-        ValueError: the record cannot be written, or is that of another run
+        ValueError: the record cannot be written
     """
 
-    def __init__(self, path: str, interval: int, new_run: bool = True):
+    def __init__(self, path: str, interval: int):
         check_target(path, interval)
         self.path = path
         self.interval = interval
-        if os.path.exists(path) and os.path.getsize(path) > 0:
-            if new_run:
-                raise ValueError(f"--norm-record {path!r}: holds the record of another run; choose another name")
-            read(path)
 
-    def drop_after(self, update: int) -> None:
-        """Going on from a checkpoint: drop what the file holds of later updates, which will come again."""
-        if os.path.exists(self.path):
-            rows = [row for row in read(self.path) if row["update"] <= update]
-            temporary = f"{self.path}.{os.getpid()}.tmp"
-            with open(temporary, "w", encoding="utf-8") as stream:
-                stream.writelines(map(_line, rows))
-            os.replace(temporary, self.path)
+    def check(self, new_run: bool) -> List[Row]:
+        """What the file holds; raises ValueError if it is no record, or if the run is new and must not touch it."""
+        rows = read(self.path) if os.path.exists(self.path) else []
+        if rows and new_run:
+            raise ValueError(f"--norm-record {self.path!r}: holds the record of another run; choose another name")
+        return rows
+
+    def go_on(self, update: int) -> None:
+        """Going on after ``update`` updates: drop what the file holds of later ones, which will come again."""
+        rows = [row for row in self.check(new_run=update == 0) if row["update"] <= update]
+        temporary = f"{self.path}.{os.getpid()}.tmp"
+        with open(temporary, "w", encoding="utf-8") as stream:
+            stream.writelines(map(_line, rows))
+        os.replace(temporary, self.path)
 
     def due(self, update: int) -> bool:
         """Is this update to be recorded?"""
@@ -123,7 +124,8 @@ def plot(records: Mapping[str, List[Row]], output: str) -> None:
 
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(4.2 * columns, 3.2 * lines), squeeze=False, layout="constrained")
+    size = (4.2 * columns, 3.2 * lines)
+    figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     for axis, panel in zip(axes.flat, panels):
         for colour, (label, rows) in enumerate(records.items()):
             norms: Dict[str, List[Row]] = {}
@@ -133,7 +135,8 @@ def plot(records: Mapping[str, List[Row]], output: str) -> None:
                     norms.setdefault(row["norm"], []).append(row)
                     by_update.setdefault(row["update"], []).append(row[panel])
             for own in norms.values():
-                axis.plot([r["update"] for r in own], [r[panel] for r in own], color=f"C{colour}", alpha=0.2, linewidth=0.6)
+                updates, values = zip(*((row["update"], row[panel]) for row in own))
+                axis.plot(updates, values, color=f"C{colour}", alpha=0.2, linewidth=0.6)
             if by_update:
                 means = [sum(values) / len(values) for values in by_update.values()]
                 axis.plot(list(by_update), means, color=f"C{colour}", linewidth=1.8, label=label)

@@ -1,7 +1,7 @@
 """``translation_pn`` and ``language_modeling_pn``: fairseq's tasks, driving the running statistics of the norms.
 
-A training step is what fairseq's trainer makes of it: statistics are gathered in every forward and backward pass, thrown
-away with the gradients and applied when the optimizer takes its step.
+A training step is what fairseq's trainer makes of it: statistics are gathered in every forward and backward pass,
+thrown away with the gradients and applied when the optimizer takes its step.
 """
 import logging
 import os
@@ -53,6 +53,7 @@ class RunningStatisticsTask:
         self._model = self._optimizer = None
         self._recorder: Optional[Recorder] = None
         self._gradient_is_finite = True
+        self._loss_is_void = False
         self._skipped_in_a_row = 0
         self._warned = False
 
@@ -62,11 +63,11 @@ class RunningStatisticsTask:
         """Before any training: refuse what cannot work."""
         super().begin_epoch(epoch, model)
         if self.cfg.norm_record is not None and self._recorder is None:
-            norms = running_norms(model).values()
-            if not norms:
+            if not running_norms(model):
                 raise ValueError(f"--norm-record {self.cfg.norm_record!r}: no norm of the model has running statistics")
-            new_run = not any(norm.steps() for norm in norms)
-            self._recorder = Recorder(self.cfg.norm_record, self.cfg.norm_record_interval, new_run)
+            updates = metrics.get_meter("default", "num_updates")  # logged when a checkpoint is loaded to go on from
+            self._recorder = Recorder(self.cfg.norm_record, self.cfg.norm_record_interval)
+            self._recorder.check(new_run=updates is None or not updates.val)
 
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kwargs):
         """See fairseq. A dummy batch (``ignore_grad``) leaves no statistics and no gradient."""
@@ -81,45 +82,47 @@ class RunningStatisticsTask:
     def optimizer_step(self, optimizer, model, update_num):
         """Step of the optimizer and of the running statistics, or of neither."""
         statistics = self._statistics
-        skipped = not self._gradient_is_finite
         left_out = statistics.reduce()
-        if not skipped or isinstance(optimizer, AMPOptimizer):  # whose step only adapts the loss scale then
+        if self._gradient_is_finite:
             super().optimizer_step(optimizer, model, update_num)
-        if skipped:
-            statistics.discard()
-        else:
             self._skipped_in_a_row = 0
             if self._recorder is not None and self._recorder.due(update_num + 1) and _rank() == 0:
                 self._recorder.write(update_num + 1, statistics.describe())
             if statistics.batches > 1:
                 self._warn_of_micro_batches()
             statistics.commit()
-        self._report(left_out, skipped)
+            self._report(left_out)
+        elif isinstance(optimizer, AMPOptimizer):
+            super().optimizer_step(optimizer, model, update_num)  # which only adapts the loss scale
+            self._forget()
+        else:
+            statistics.discard()
+            self._report(left_out, skipped=True)
+            self._loss_is_void = True
 
     def reduce_metrics(self, logging_outputs, criterion):
         """See fairseq; the loss of an update that was skipped enters no average."""
-        if self._gradient_is_finite:
-            super().reduce_metrics(logging_outputs, criterion)
-        else:
-            self._gradient_is_finite = True
+        if self._loss_is_void:
+            self._loss_is_void = False
             metrics.log_scalar("loss", float("nan"), 0)
+        else:
+            super().reduce_metrics(logging_outputs, criterion)
 
     # ------------------------------------------------------------------ how it is done
 
     def _take_over(self, model, update_num: int) -> None:
         """Take the norms' statistics over; on a restart, go on with the record."""
         sync, group = self.cfg.norm_sync, distributed_utils.get_data_parallel_group()
-        if sync == "exact" and dist.is_initialized() and dist.get_world_size(group) > 1:
-            drops = [module.p for module in model.modules() if isinstance(module, LayerDropModuleList)]
-            if any(p > 0 for p in drops):
-                raise ValueError(
-                    f"--norm-sync exact with layer drop {max(drops)}: the ranks drop different layers and would wait for "
-                    "each other for ever; must be step or off"
-                )
         self._model, self._statistics = model, RunningStatistics(model, sync, group)
+        drop = max((module.p for module in model.modules() if isinstance(module, LayerDropModuleList)), default=0)
+        if self._statistics.switches.reduce is not None and drop > 0:
+            raise ValueError(
+                f"--norm-sync exact with layer drop {drop}: the ranks drop different layers and would wait for each "
+                "other for ever; must be step or off"
+            )
         if self._recorder is not None:
             if _rank() == 0:
-                self._recorder.drop_after(update_num)
+                self._recorder.go_on(update_num)
             self._statistics.switches.recording = True
 
     def _follow(self, optimizer) -> None:
@@ -143,14 +146,14 @@ class RunningStatisticsTask:
         self._optimizer = optimizer
 
     def _forget(self) -> None:
-        """The gradients are zeroed; what was gathered since the last step (an overflow, out of memory) goes with them."""
+        """The gradients are zeroed: what was gathered since the last step (overflow, out of memory) goes with them."""
         if self._statistics.batches:
             # the backward pass overflows in the normal course of fp16 training: fairseq reports that by itself
             left_out = self._statistics.left_out(("forward",))
             self._statistics.discard()
-            self._report(left_out, skipped=False)
+            self._report(left_out)
 
-    def _report(self, left_out: Dict[str, int], skipped: bool) -> None:
+    def _report(self, left_out: Dict[str, int], skipped: bool = False) -> None:
         """Count what was not finite in the log, and warn once per log interval."""
         if not left_out and not skipped:
             return
@@ -158,16 +161,17 @@ class RunningStatisticsTask:
         silent = meter is None or not meter.sum
         metrics.log_scalar_sum("norm_nonfinite", max(1, sum(left_out.values())), priority=1000)
         if silent and _rank() == 0:
-            what = [f"statistics not finite and left out in {len(left_out)} norms, first {next(iter(left_out))}"] if left_out else []
-            what += ["gradient not finite, update skipped"] if skipped else []
+            what = ["gradient not finite, update skipped"] if skipped else []
+            if left_out:
+                what.append(f"statistics not finite and left out in {len(left_out)} norms, first {next(iter(left_out))}")
             logger.warning("; ".join(what))
 
     def _warn_of_micro_batches(self) -> None:
         """Once: exact statistics need the whole batch before the first norm is through with it."""
         if self.cfg.norm_sync == "exact" and not self._warned and _rank() == 0:
             logger.warning(
-                "--norm-sync exact: exact over ranks; each of the micro-batches of --update-freq is normalized by itself "
-                "where a norm divides by statistics of the batch (BN, PN-V, PN's variant reference)"
+                "--norm-sync exact: exact over ranks; each of the micro-batches of --update-freq is normalized by "
+                "itself where a norm divides by statistics of the batch (BN, PN-V, PN's variant reference)"
             )
         self._warned = True
 
