@@ -35,6 +35,23 @@ def intact(path):
         return False
 
 
+def best(directory):
+    """The checkpoint with the lowest validation loss, in a list; refuses if there is none or it is damaged."""
+    path = directory / "checkpoint_best.pt"
+    if not path.is_file():
+        raise UserError(f"{directory} has no {path.name}, the checkpoint with the lowest validation loss; --average N takes "
+                        f"the last N")
+    return refuse_damaged([path])
+
+
+def refuse_damaged(paths):
+    """paths, if each of them is whole."""
+    damaged = [str(path) for path in paths if not intact(path)]
+    if damaged:
+        raise UserError(f"truncated or damaged checkpoint: {', '.join(damaged)}")
+    return paths
+
+
 def last(config, directory, number):
     """The run's last checkpoints to average, oldest first; refuses if there are too few or one is damaged."""
     if number is None:
@@ -45,8 +62,4 @@ def last(config, directory, number):
     if len(paths) < number:
         raise UserError(f"{directory} has {len(paths)} of the {number} checkpoints to average "
                         f"({', '.join(path.name for path in paths) or 'none'}); --average N takes fewer")
-    paths = paths[-number:]
-    damaged = [str(path) for path in paths if not intact(path)]
-    if damaged:
-        raise UserError(f"truncated or damaged checkpoint: {', '.join(damaged)}")
-    return paths
+    return refuse_damaged(paths[-number:])

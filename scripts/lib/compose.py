@@ -5,20 +5,31 @@ import io
 import logging
 import re
 
-from settings import CONFIGS, NORM_OPTIONS, PLACEMENTS, PLUGIN, UserError
+from settings import CONFIGS, NORM_OPTIONS, PLACEMENTS, PLUGIN, UserError, architectures, placements
 
 
-def norm_overrides(norm, placement):
-    """The hydra overrides that put NORM at a placement and LayerNorm elsewhere."""
-    return [f"model.{option}={norm if chosen else 'layer'}" for option, chosen in zip(NORM_OPTIONS, PLACEMENTS[placement])]
+def places(model, placement):
+    """option -> does NORM stand there?, for those of the four options that the model has."""
+    return {option: chosen for option, chosen in zip(NORM_OPTIONS, PLACEMENTS[placement]) if option in model}
+
+
+def norm_overrides(model, norm, placement):
+    """The hydra overrides that put NORM at a placement of a model, given by its configuration, and LayerNorm elsewhere."""
+    return [f"model.{option}={norm if chosen else 'layer'}" for option, chosen in places(model, placement).items()]
+
+
+def arch_overrides(benchmark, arch):
+    """The hydra override that lays configs/BENCH/ARCH.yaml over configs/BENCH.yaml; none for the default architecture."""
+    return [] if arch == architectures(benchmark)[0] else [f"+{benchmark}={arch}"]
 
 
 def norms_of(model):
     """(norm, placement) of a model's configuration, ("custom", "custom") if it is none of train.sh's."""
-    names = [model.get(option) for option in NORM_OPTIONS]
-    for placement, places in PLACEMENTS.items():
-        if names == [names[0] if chosen else "layer" for chosen in places]:
-            return names[0], placement
+    for placement in placements(model):
+        chosen = places(model, placement)
+        norm = model[next(iter(chosen))]
+        if all(model[option] == (norm if wanted else "layer") for option, wanted in chosen.items()):
+            return norm, placement
     return "custom", "custom"
 
 

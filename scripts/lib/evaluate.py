@@ -12,9 +12,10 @@ from pathlib import Path
 
 import checkpoints
 import compose
+import perplexity
 import trainlog
-from settings import (PLUGIN, ROOT, TOOLS, UserError, benchmarks, choose, data_root, locked, main, prepared, read_json,
-                      sha256, tool, versions, whole_directory, write_json)
+from settings import (PLUGIN, ROOT, TOOLS, UserError, benchmarks, call, choose, data_root, is_lm, locked, main, prepared,
+                      read_json, sha256, tool, versions, whole_directory, write_json)
 
 SCHEMA = 1
 SUBSETS = ("test", "valid")
@@ -53,7 +54,11 @@ def evaluate(arguments):
         raise UserError(f"--record {options.record} exists already; --force overwrites it")
     config = OmegaConf.load(run / "config.yaml")
     with locked(run) as lock:
-        inputs = checkpoints.last(config, run / "checkpoints", options.average)
+        if is_lm(config) and options.average is None:
+            inputs = checkpoints.best(run / "checkpoints")
+        else:
+            inputs = checkpoints.last(config, run / "checkpoints", options.average)
+        score = perplexity.evaluate if is_lm(config) else translate_and_score
         request = {"subset": options.subset, "checkpoints": {path.name: sha256(path) for path in inputs}}
         if target.exists() and not options.force:
             record = read_json(target / "record.json")
@@ -64,7 +69,7 @@ def evaluate(arguments):
             refuse_other_models(inputs, config)
             with whole_directory(target) as directory:
                 record = {"schema": SCHEMA, **about(run, facts, config), **request,
-                          **translate_and_score(directory, data, stamp, config, inputs, options.subset, lock),
+                          **score(directory, data, stamp, config, inputs, options.subset, lock),
                           "versions": {"python": platform.python_version(), **versions(TOOLS)}, "git_commit": commit()}
                 commands = [*(session["command"] for session in facts["sessions"]), *record.pop("evaluation_commands")]
                 record["commands"] = [anonymous(shlex.join(command).replace(str(directory), str(target)), run)
@@ -181,16 +186,6 @@ def translate_and_score(directory, data, stamp, config, inputs, subset, lock):
     }
 
 
-def call(command, lock):
-    """Runs a command, which holds the lock, too; gives its output, or shows it and refuses to go on."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-                          pass_fds=(lock.fileno(),))
-    if done.returncode:
-        raise UserError(f"{shlex.join(command)} failed with exit status {done.returncode}:\n{done.stdout[-3000:]}")
-    return done.stdout
-
-
 def hypotheses_of(output, sentences):
     """The best hypotheses in fairseq-generate's output, BPE undone, in the order of the text."""
     found = {int(number): text for number, text in re.findall(r"^H-(\d+)\t[^\t\n]*\t(.*)$", output, re.MULTILINE)}
@@ -258,6 +253,9 @@ def anonymous(text, run):
 
 
 def show(record):
+    if "perplexity" in record:
+        print(perplexity.describe(record))
+        return
     print(f"{record['benchmark']} {record['norm']} ({record['placement']}), {record['subset']}: "
           f"{record['bleu_tokenized']['text']}")
     print(f"sacreBLEU {record['sacrebleu']['score']:.2f} ({record['sacrebleu']['signature']}), "

@@ -26,7 +26,9 @@ def plot(arguments):
         points = record["curve"]["valid"]
         if not points:
             raise UserError(f"{path} has no validation curve")
-        label = f"{record['norm']} ({record['placement']}), seed {record['seed']}"
+        label = f"{record['norm']} ({record.get('arch', record['placement'])}), seed {record['seed']}"
+        if not record.get("causal", True):
+            label += ", not a language model"
         axes.plot([point["updates"] for point in points], [point["loss"] for point in points], marker=".", label=label)
     axes.set(xlabel="updates", ylabel="validation loss (bits per token)", title=", ".join(
         sorted({record["benchmark"] for record in records})))

@@ -4,14 +4,15 @@ import argparse
 import functools
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
 
 import corpora
-from settings import (BPE_TYPES, DATA_TOOLS, UserError, choose, cpus, data_root, load, locked, main, read_json, sha256,
-                      tool, versions, whole_directory, write_json)
+from settings import (BPE_TYPES, DATA_TOOLS, UserError, choose, cpus, data_root, is_lm, load, locked, main, read_json,
+                      sha256, tool, versions, whole_directory, write_json)
 
 SCHEMA = 1
 
@@ -21,6 +22,7 @@ def parse(arguments):
     parser.add_argument("benchmark")
     parser.add_argument("--bpe")
     parser.add_argument("--archive-dir", default=os.environ.get("DATA_ARCHIVES") or None)
+    parser.add_argument("--archive")
     parser.add_argument("--text-dir")
     parser.add_argument("--force", action="store_true")
     return parser.parse_args(arguments)
@@ -29,19 +31,24 @@ def parse(arguments):
 def prepare(arguments):
     options = parse(arguments)
     config = load(options.benchmark)
-    own = config.hydra.job.env_set
-    languages = [config.task.source_lang, config.task.target_lang]
-    settings = {
-        "languages": languages,
-        "bpe": choose("--bpe", options.bpe or own.PN_BPE, BPE_TYPES),
-        "bpe_size": int(own.PN_BPE_SIZE),
-        "lowercase": bool(own.PN_LOWERCASE),
-        "normalize_punctuation": bool(own.PN_NORMALIZE_PUNCTUATION),
-    }
+    if is_lm(config):
+        if options.bpe is not None:
+            raise UserError(f"--bpe {options.bpe!r}: the text of {options.benchmark} is used word by word, as it is")
+        languages, settings = ["txt"], {}
+    else:
+        own = config.hydra.job.env_set
+        languages = [config.task.source_lang, config.task.target_lang]
+        settings = {
+            "languages": languages,
+            "bpe": choose("--bpe", options.bpe or own.PN_BPE, BPE_TYPES),
+            "bpe_size": int(own.PN_BPE_SIZE),
+            "lowercase": bool(own.PN_LOWERCASE),
+            "normalize_punctuation": bool(own.PN_NORMALIZE_PUNCTUATION),
+        }
     root = data_root()
     target = root / options.benchmark
     source = corpora.source(options.benchmark, languages, text_dir=options.text_dir, archive_dir=options.archive_dir,
-                            download_dir=root / "downloads" / options.benchmark)
+                            archive=options.archive, download_dir=root / "downloads" / options.benchmark)
     request = {"schema": SCHEMA, "benchmark": options.benchmark, "settings": settings, "sources": source.identity()}
 
     # The workers are started first, so that they do not inherit the lock.
@@ -51,12 +58,18 @@ def prepare(arguments):
             print(f"{target} is prepared already; nothing to do (--force prepares it again)")
             return
         with whole_directory(target) as directory:
-            sentences = build(directory, source, settings, pool, lock)
+            if is_lm(config):
+                facts = build_lm(directory, source, options.benchmark, lock)
+                summary = {split: facts["counts"][split]["tokens"] for split in corpora.SPLITS}
+            else:
+                summary = build(directory, source, settings, pool, lock)
+                facts = {"sentences": summary}
             outputs = {str(path.relative_to(directory)): sha256(path)
                        for path in sorted(directory.rglob("*")) if path.is_file()}
             write_json(directory / "prepared.json",
-                       {**request, "sentences": sentences, "versions": versions(DATA_TOOLS), "outputs": outputs})
-    print(f"prepared {target}: " + ", ".join(f"{split} {count:,}" for split, count in sentences.items()))
+                       {**request, **facts, "versions": versions(DATA_TOOLS), "outputs": outputs})
+    print(f"prepared {target}: " + ", ".join(f"{split} {count:,}" for split, count in summary.items())
+          + (" tokens" if is_lm(config) else ""))
 
 
 def refuse_other(target, request):
@@ -97,8 +110,36 @@ def build(directory, source, settings, pool, lock):
         transform(tok / name, bpe / name, lambda lines: map(encode, lines))
 
     print("[4/4] binarization", flush=True)
-    binarize(directory, settings["languages"], lock)
+    binarize(directory, [tool("fairseq-preprocess"), "--source-lang", settings["languages"][0], "--target-lang",
+                         settings["languages"][1], "--joined-dictionary", "--workers", "1"],
+             {split: bpe / split for split in corpora.SPLITS}, lock)
     return sentences
+
+
+def build_lm(directory, source, benchmark, lock):
+    """raw/ -> data-bin/, the text as it is; gives what is in it."""
+    raw = directory / "raw"
+    texts = {split: raw / f"{split}.txt" for split in corpora.SPLITS}
+    print("[1/2] text", flush=True)
+    source.write(raw)
+    corpora.check_parallel(raw, [path.name for path in texts.values()])
+    facts = corpora.count_words(raw)
+    for split, count in facts["counts"].items():
+        print(f"  {split}: {count['words']:,} words + {count['lines']:,} line ends = {count['tokens']:,} tokens; "
+              f"{count['unknown']:,} are <unk>, {count['out_of_vocabulary']:,} more are not in the training text", flush=True)
+    print(f"  {facts['types']:,} types, <unk> and the line end among them", flush=True)
+    differing = corpora.differing_counts(benchmark, facts)
+    if differing:
+        print(f"  NOT the published {benchmark}, whose counts stand in parentheses: {', '.join(differing)}", flush=True)
+
+    print("[2/2] binarization", flush=True)
+    binarize(directory, [tool("fairseq-preprocess"), "--only-source", "--workers", str(cpus())], texts, lock)
+    log = (directory / "data-bin" / "preprocess.log").read_text(encoding="utf-8")
+    theirs = {split: int(found) for split, found in re.findall(r"raw/(\w+)\.txt: \d+ sents, (\d+) tokens", log)}
+    ours = {split: count["tokens"] for split, count in facts["counts"].items()}
+    if theirs != ours:
+        raise UserError(f"fairseq-preprocess counts other tokens, {theirs}, than stand in the text, {ours}")
+    return {**facts, "published": not differing}
 
 
 def end_with_parent():
@@ -187,16 +228,14 @@ def sentencepiece(train, directory, size):
     return lambda line: " ".join(processor.encode(line, out_type=str))
 
 
-def binarize(directory, languages, lock):
-    """data-bin/ with a joined dictionary, by fairseq-preprocess; its output goes to data-bin/preprocess.log.
+def binarize(directory, command, texts, lock):
+    """data-bin/ by a fairseq-preprocess command, given split -> its text; its output goes to data-bin/preprocess.log.
 
     It holds the lock, too: should this process be killed, the next one must not start while it still writes.
     """
-    bpe = directory / "bpe"
-    command = [tool("fairseq-preprocess"), "--source-lang", languages[0], "--target-lang", languages[1],
-               "--joined-dictionary", "--workers", "1", "--destdir", str(directory / "data-bin")]
-    for split in corpora.SPLITS:
-        command += [f"--{split}pref", str(bpe / split)]
+    command = [*command, "--destdir", str(directory / "data-bin")]
+    for split, text in texts.items():
+        command += [f"--{split}pref", str(text)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, pass_fds=(lock.fileno(),))
     if done.returncode:
         sys.stdout.write(done.stdout)

@@ -5,7 +5,9 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +16,8 @@ CONFIGS = ROOT / "configs"
 PLUGIN = ROOT / "fairseq_powernorm"
 NORMS = ("layer", "rms", "batch", "power-v", "power")
 BPE_TYPES = ("subword_nmt", "sentencepiece")
-# The four options that carry a norm's name, and the placements: placement -> does NORM stand there (else LayerNorm)?
+# The four options that carry a norm's name, and the placements: placement -> does NORM stand there (else LayerNorm)? A
+# language model has the decoder's two options and one placement.
 NORM_OPTIONS = ("encoder_norm_self", "encoder_norm_ff", "decoder_norm_self", "decoder_norm_ff")
 PLACEMENTS = {"encoder": (True, True, False, False), "all": (True, True, True, True)}
 
@@ -46,6 +49,21 @@ def choose(option, value, valid):
     if value not in valid:
         raise UserError(f"{option} {value!r} is unknown; valid: {', '.join(valid)}")
     return value
+
+
+def is_lm(config):
+    """Is this the configuration of a language model (else: of translation)?"""
+    return config.task._name == "language_modeling_pn"
+
+
+def placements(model):
+    """The placements that a model's configuration can have, the default first."""
+    return tuple(PLACEMENTS) if NORM_OPTIONS[0] in model else ("all",)
+
+
+def architectures(benchmark):
+    """The architectures with settings for a benchmark, the default first; the others' settings are configs/BENCH/ARCH.yaml."""
+    return (load(benchmark).model._name, *sorted(path.stem for path in (CONFIGS / benchmark).glob("*.yaml")))
 
 
 def benchmarks():
@@ -88,6 +106,17 @@ def prepared(benchmark):
     if not (directory / "prepared.json").is_file():
         raise UserError(f"{directory} is not prepared; run: scripts/prepare.sh {benchmark}")
     return directory, read_json(directory / "prepared.json")
+
+
+def call(command, lock):
+    """Runs a command, which holds the lock, too; gives its output, or shows it and refuses to go on."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+                   "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
+                          env=environment, pass_fds=(lock.fileno(),))
+    if done.returncode:
+        raise UserError(f"{shlex.join(command)} failed with exit status {done.returncode}:\n{done.stdout[-3000:]}")
+    return done.stdout
 
 
 def cpus():

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import compose
 import trainlog
-from settings import (CONFIGS, NORMS, PLACEMENTS, UserError, benchmarks, choose, cpus, load, locked, main, prepared,
-                      read_json, runs_root, sha256, tool, write_json)
+import perplexity
+from settings import (CONFIGS, NORMS, UserError, architectures, benchmarks, choose, cpus, is_lm, load, locked, main, placements,
+                      prepared, read_json, runs_root, sha256, tool, write_json)
 
 SCHEMA = 1
 # Given by train.sh itself; another value would take the run's files away from its directory.
@@ -26,31 +27,39 @@ def parse(arguments):
     parser = argparse.ArgumentParser(prog="scripts/train.sh", add_help=False, allow_abbrev=False)
     parser.add_argument("benchmark")
     parser.add_argument("norm")
-    parser.add_argument("--placement", default="encoder")
+    parser.add_argument("--arch")
+    parser.add_argument("--placement")
     parser.add_argument("--run-dir")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(arguments)
     choose("benchmark", options.benchmark, benchmarks())
     choose("norm", options.norm, NORMS)
-    choose("--placement", options.placement, tuple(PLACEMENTS))
+    valid = architectures(options.benchmark)
+    options.arch = choose(f"--arch of benchmark {options.benchmark!r},", options.arch or valid[0], valid)
+    config = load(options.benchmark)
+    valid = placements(config.model)
+    if is_lm(config) and options.placement == "encoder":
+        raise UserError(f"--placement 'encoder': {options.benchmark} trains a language model, which has no encoder; "
+                        f"valid: {', '.join(valid)}")
+    options.placement = choose("--placement", options.placement or valid[0], valid)
     for override in options.overrides:
         if "=" not in override and not override.startswith("~"):
             raise UserError(f"{override!r} is no hydra override; an override reads KEY=VALUE, such as common.seed=2")
     for key, instead in OURS.items():
         if key in compose.by_key(options.overrides):
             raise UserError(f"override {key} is train.sh's own; use {instead}")
-    return options
+    return options, config
 
 
 def train(arguments):
-    options = parse(arguments)
-    config = load(options.benchmark)
+    options, config = parse(arguments)
     data, _ = prepared(options.benchmark)
     run = run_directory(options, config)
     if run.exists() and not options.resume:
         raise UserError(f"{run} exists already; --resume goes on with it, --run-dir DIR chooses another")
-    facts = {"schema": SCHEMA, "benchmark": options.benchmark, "norm": options.norm, "placement": options.placement,
+    facts = {"schema": SCHEMA, "benchmark": options.benchmark, "arch": options.arch, "norm": options.norm,
+             "placement": options.placement,
              "prepared_sha256": sha256(data / "prepared.json"), "overrides": options.overrides, "sessions": []}
     with locked(run) as lock:
         if run.exists() and any(run.iterdir()):
@@ -60,20 +69,26 @@ def train(arguments):
                 print(f"{run} has finished ({read_json(finished)['updates']:,} updates); nothing to do")
                 return 0
         complete, resolved, facts["parameters"] = compose.resolved(
-            options.benchmark, [*compose.norm_overrides(options.norm, options.placement), *facts["overrides"]],
+            options.benchmark,
+            [*compose.arch_overrides(options.benchmark, options.arch),
+             *compose.norm_overrides(config.model, options.norm, options.placement), *facts["overrides"]],
             data / "data-bin", run / "checkpoints")
+        if is_lm(resolved):
+            perplexity.check(resolved)
         command = [tool("fairseq-hydra-train"), "--config-dir", str(CONFIGS), "--config-name", options.benchmark,
                    f"hydra.run.dir={compose.quote(run)}", "hydra.output_subdir=hydra", "hydra/job_logging=stdout", *complete]
         return session(run, facts, command, resolved, lock)
 
 
 def run_directory(options, config):
-    """RUN: --run-dir, or NORM[-all]-seedS under the runs' root."""
+    """RUN: --run-dir, or NORM[-PLACEMENT][-ARCH]-seedS under the runs' root; defaults are not named."""
     if options.run_dir:
         return Path(os.path.abspath(options.run_dir))
     seed = compose.by_key(options.overrides).get("common.seed", f"={config.common.seed}").split("=", 1)[1]
-    placement = "" if options.placement == "encoder" else f"-{options.placement}"
-    return runs_root() / options.benchmark / f"{options.norm}{placement}-seed{seed}"
+    chosen = [options.norm]
+    for value, default in ((options.placement, placements(config.model)[0]), (options.arch, architectures(options.benchmark)[0])):
+        chosen += [value] if value != default else []
+    return runs_root() / options.benchmark / f"{'-'.join(chosen)}-seed{seed}"
 
 
 def resumed(run, wanted):
@@ -81,7 +96,8 @@ def resumed(run, wanted):
     if not (run / "run.json").is_file():
         raise UserError(f"cannot go on with {run}: it was not made by scripts/train.sh (it has no run.json)")
     facts = read_json(run / "run.json")
-    for key in ("schema", "benchmark", "norm", "placement"):
+    facts.setdefault("arch", architectures(wanted["benchmark"])[0])  # older runs have the default
+    for key in ("schema", "benchmark", "arch", "norm", "placement"):
         if facts.get(key) != wanted[key]:
             raise UserError(f"cannot go on with {run}: it was started with {key} {facts.get(key)!r}, not {wanted[key]!r}")
     if facts["prepared_sha256"] != wanted["prepared_sha256"]:
@@ -105,6 +121,9 @@ def session(run, facts, command, config, lock):
     with open(run / "command.txt", "a", encoding="utf-8") as stream:
         stream.write(shlex.join(command) + "\n")
     max_update = config.optimization.max_update
+    remark = perplexity.remark(config.model) if is_lm(config) else ""
+    if remark:
+        print(f"these perplexities are {remark}", flush=True)
     print(f"training {run}: {facts['parameters']:,} parameters; everything is logged in {run / 'train.log'}", flush=True)
 
     begin, cpu = time.time(), children_cpu()
@@ -119,7 +138,7 @@ def session(run, facts, command, config, lock):
             log.write(line)
             log.flush()
             tail.append(line)
-            short = trainlog.brief(line.rstrip("\n"), max_update)
+            short = trainlog.brief(line.rstrip("\n"), max_update, remark)
             if short is not None:
                 print(short, flush=True)
     status = process.wait()

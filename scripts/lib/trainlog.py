@@ -43,15 +43,18 @@ def updates(curves):
     return max((entry["updates"] for entries in curves.values() for entry in entries), default=0)
 
 
-def brief(line, max_update):
-    """A log line as shown to the user: progress in short, None for the lines that are in the log only."""
+def brief(line, max_update, remark=""):
+    """A log line as shown to the user: progress in short, None for the lines that are in the log only.
+
+    remark: what is to be said of each perplexity
+    """
     found = parse_line(line)
     if found is None:
         shown = ("rror", "stopping training", "was truncated; going on from")
         return line if any(part in line for part in shown) else None
     if "valid_loss" in found:
         return (f"  epoch {found['epoch']}: valid loss {found['valid_loss']}, perplexity {found.get('valid_ppl')} "
-                f"after {found['valid_num_updates']} updates")
+                f"{f'({remark}) ' if remark else ''}after {found['valid_num_updates']} updates")
     if "num_updates" in found and "loss" in found:
         done = int(found["num_updates"])
         left = (max_update - done) / float(found["ups"]) if max_update and float(found.get("ups", 0)) else None
