@@ -8,7 +8,8 @@ import sys
 from settings import PLUGIN, UserError, call, tool
 
 NOT_LM = "NOT a language model's: each position sees the token that it is asked for"
-SCORES = re.compile(r"\| fairseq_cli\.eval_lm \| (\d+) (\S.* \[\S+\])$")
+# A line of fairseq-eval-lm --output-word-probs, in either format that fairseq's log can have: BLOCK WORD [SCORE]<tab>...
+SCORES = re.compile(r"fairseq_cli\.eval_lm(?: \| |:)(\d+) (\S.* \[\S+\])$")
 SCORE = re.compile(r"(\S+) \[(\S+)\]")
 
 
