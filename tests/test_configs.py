@@ -14,6 +14,7 @@ pytest.importorskip("fairseq")
 sys.path.insert(0, str(LIB))
 
 import compose  # noqa: E402
+import perplexity  # noqa: E402
 import settings  # noqa: E402
 
 
@@ -22,19 +23,58 @@ def data(tmp_path_factory):
     """A data directory with nothing but dictionaries, under every language that a benchmark names."""
     directory = tmp_path_factory.mktemp("data-bin")
     for path in CONFIGS:
-        task = settings.load(path.stem).task
-        for language in (task.source_lang, task.target_lang):
-            (directory / f"dict.{language}.txt").write_text("".join(f"w{i} 1\n" for i in range(60)))
+        config = settings.load(path.stem)
+        names = ["dict.txt"] if settings.is_lm(config) else [
+            f"dict.{language}.txt" for language in (config.task.source_lang, config.task.target_lang)]
+        for name in names:
+            (directory / name).write_text("".join(f"w{i} 1\n" for i in range(60)))
     return directory
+
+
+def benchmarks(lm):
+    return [path.stem for path in CONFIGS if settings.is_lm(settings.load(path.stem)) == lm]
+
+
+@pytest.mark.parametrize("norm", settings.NORMS)
+@pytest.mark.parametrize("benchmark, arch", [(name, arch) for name in benchmarks(lm=True) for arch in settings.architectures(name)])
+def test_language_models_build(benchmark, arch, norm, data, tmp_path):
+    """configs/BENCH.yaml + configs/BENCH/ARCH.yaml + train.sh's overrides = that architecture, with NORM in all positions."""
+    overrides = [f"common.user_dir={settings.PLUGIN}", f"task.data={data}", f"checkpoint.save_dir={tmp_path}",
+                 *compose.arch_overrides(benchmark, arch),
+                 *compose.norm_overrides(settings.load(benchmark).model, norm, "all")]
+    # Bands and sizes for a dictionary of 60 words: the real ones are of another test.
+    if "wiki103" in arch:
+        overrides += [f"+model.adaptive_{part}_cutoff='20,40'" for part in ("softmax", "input")]
+        overrides += ["+model.decoder_layers=1", "+model.decoder_ffn_embed_dim=64"]
+    config, task, model, criterion = compose.build(compose.compose(benchmark, overrides))
+    assert (config.model._name, type(task).__name__) == (arch, "LanguageModelingPNTask")
+    assert compose.norms_of(config.model) == (norm, "all")
+    layer = model.decoder.layers[0]
+    from fairseq_powernorm.norms import NORMS
+
+    assert type(layer.self_attn_layer_norm) is type(layer.final_layer_norm) is NORMS[norm]
+    assert config.model.norm_warmup_updates == config.lr_scheduler.warmup_updates, "the warm-up is one number"
+    assert type(criterion).__name__ == ("AdaptiveLoss" if model.decoder.adaptive_softmax else "CrossEntropyCriterion")
+    perplexity.check(config)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda path: path.stem)
+def test_files_of_architectures(path):
+    """configs/BENCH/ARCH.yaml begins as configs/BENCH.yaml does and chooses the architecture that it is named after."""
+    package, launch = path.read_text(encoding="utf-8").split("\n")[:2]
+    assert package == "# @package _global_"
+    assert launch.startswith(f"# bash scripts/train.sh {path.parent.name} ") and launch.endswith(f" --arch {path.stem}")
+    config = compose.compose(path.parent.name, compose.arch_overrides(path.parent.name, path.stem))
+    assert config.model._name == path.stem
 
 
 @pytest.mark.parametrize("placement", settings.PLACEMENTS)
 @pytest.mark.parametrize("norm", settings.NORMS)
-@pytest.mark.parametrize("benchmark", [path.stem for path in CONFIGS])
+@pytest.mark.parametrize("benchmark", benchmarks(lm=False))
 def test_builds(benchmark, norm, placement, data, tmp_path):
     """configs/BENCH.yaml + train.sh's overrides = task, model and criterion, with NORM where the placement says."""
     overrides = [f"common.user_dir={settings.PLUGIN}", f"task.data={data}", f"checkpoint.save_dir={tmp_path}",
-                 *compose.norm_overrides(norm, placement)]
+                 *compose.norm_overrides(settings.load(benchmark).model, norm, placement)]
     config, task, model, criterion = compose.build(compose.compose(benchmark, overrides))
     assert compose.norms_of(config.model) == (norm, "encoder" if norm == "layer" else placement)
     assert (type(task).__name__, type(criterion).__name__) == (

@@ -27,7 +27,8 @@ WIKITEXT = {
     "tensorized_lm_pn_wiki103": TENSORIZED,
     "transformer_lm_pn_wiki103": ["dataset.max_tokens=64", "optimization.update_freq=[1]", "optimization.lr=[0.1]",
                                   "+model.decoder_attention_heads=2", "+model.decoder_input_dim=8",
-                                  "+model.decoder_output_dim=8"],
+                                  "+model.decoder_output_dim=8", "+model.adaptive_input_factor=2",
+                                  "+model.adaptive_softmax_factor=2"],
 }
 ADAPTIVE = ["+model.adaptive_softmax_cutoff='8,14'", "+model.adaptive_input_cutoff='8,14'", "common.seed=2"]
 WORDS = "the a of <unk> to in N and 's for that $ is it on said café by as at".split()
@@ -451,7 +452,7 @@ def test_wikitext_real(corpora, tmp_path):
     output = mine.ok("prepare", "wikitext103", "--text-dir", folder)
     assert "train 217,646" in output and "test 245,569 tokens" in output
     run = tmp_path / "run"
-    mine.ok("train", "wikitext103", "power", "--run-dir", run, *SMALL, *"+model.tensorized_rank=3", "task.tokens_per_sample=64",
+    mine.ok("train", "wikitext103", "power", "--run-dir", run, *SMALL, "+model.tensorized_rank=3", "task.tokens_per_sample=64",
             "+model.tensorized_window=64", "optimization.max_update=2", "eval_lm.context_window=0",
             "eval_lm.softmax_batch=1024", "+model.adaptive_softmax_cutoff='1000,4000'", "+model.adaptive_input_cutoff='1000,4000'")
     mine.ok("evaluate", "wikitext103", run)
