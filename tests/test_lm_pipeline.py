@@ -28,7 +28,7 @@ WIKITEXT = {
     "transformer_lm_pn_wiki103": ["dataset.max_tokens=64", "optimization.update_freq=[1]", "optimization.lr=[0.1]",
                                   "+model.decoder_attention_heads=2", "+model.decoder_input_dim=8",
                                   "+model.decoder_output_dim=8", "+model.adaptive_input_factor=2",
-                                  "+model.adaptive_softmax_factor=2"],
+                                  "+model.adaptive_softmax_factor=2", "eval_lm.context_window=0"],
 }
 ADAPTIVE = ["+model.adaptive_softmax_cutoff='8,14'", "+model.adaptive_input_cutoff='8,14'", "common.seed=2"]
 WORDS = "the a of <unk> to in N and 's for that $ is it on said café by as at".split()
@@ -242,7 +242,7 @@ def test_train_refuses(scripts):
     for arguments, message in (
         (["--placement", "encoder"], "--placement 'encoder': ptb trains a language model, which has no encoder; valid: all"),
         (["--placement", "top"], "--placement 'top' is unknown; valid: all"),
-        (["--arch", "transformer_lm_pn_wiki103"], "'transformer_lm_pn_wiki103' is unknown; valid: tensorized_lm_pn_ptb, "
+        (["--arch", "transformer_lm_pn_wiki103"], "--arch 'transformer_lm_pn_wiki103' is unknown; valid: tensorized_lm_pn_ptb, "
                                                   "transformer_lm_pn_ptb"),
         (["task.tokens_per_sample=33"], "task.tokens_per_sample=33 does not fit the model's window; valid: 1 to 32"),
         (["eval_lm.context_window=32"], "eval_lm.context_window=32 leaves a block no tokens of its own; valid: 0 to 31"),
@@ -352,7 +352,8 @@ def test_table_of_both_kinds(trained, record):
 
 def test_the_other_architecture(scripts):
     """--arch: the other architecture's model and settings, in a directory that names it."""
-    scripts.ok("train", "ptb", "layer", "--arch", "transformer_lm_pn_ptb", *PTB, "+model.decoder_attention_heads=2")
+    scripts.ok("train", "ptb", "layer", "--arch", "transformer_lm_pn_ptb", *PTB, "+model.decoder_attention_heads=2",
+               "eval_lm.context_window=0")
     run = scripts.runs / "ptb" / "layer-transformer_lm_pn_ptb-seed1"
     assert "perplexity" in scripts.ok("evaluate", "ptb", run)
     record = record_of(run)
@@ -371,6 +372,31 @@ def test_wikitext103(scripts, arch):
     assert record["tokens"]["scored"] == counted(texts(True)["test"]) and record["arch"] == arch
     assert record["config"]["optimizer"]["_name"] == ("adam" if default else "nag")
     assert math.log2(record["perplexity"]["score"]) == pytest.approx(reported(run, "eval-lm.log"), abs=6e-5)
+
+
+def test_compare_ptb(scripts, tmp_path):
+    """compare_ptb.sh: one record a run, the shortened schedule in each, one table; again = nothing to do, the same table."""
+    arguments = ["compare_ptb", "--updates", "10", "--norms", "layer,power", "--archs", "tensorized_lm_pn_ptb", "--records",
+                 tmp_path, *SMALL[:2], *SMALL[6:], *TENSORIZED, "eval_lm.context_window=0"]
+    output = scripts.ok(*arguments)
+    names = [f"{norm}-tensorized_lm_pn_ptb-10-seed1" for norm in ("layer", "power")]
+    assert sorted(path.stem for path in tmp_path.iterdir()) == names
+    rows = output.split("== result\n")[1]
+    assert rows == table(*(tmp_path / f"{name}.json" for name in names)) and rows.count("\n") == 4
+    for name in names:
+        record = json.loads((tmp_path / f"{name}.json").read_text())
+        assert record["updates"] == 10 and record["config"]["lr_scheduler"]["warmup_updates"] == 1
+        assert record["perplexity_context"] is None
+    before = contents(scripts.runs)
+    again = scripts.ok(*arguments)
+    assert again.count("has finished (10 updates)") == again.count("is there already") == 2
+    assert again.split("== result\n")[1] == rows and contents(scripts.runs) == before
+    for wrong, message in ((["--norms", "layer,powr"], "--norms 'powr' is unknown; valid: layer"),
+                           (["--archs", "lstm"], "--archs 'lstm' is unknown; valid: tensorized_lm_pn_ptb"),
+                           (["--updates", "many"], "--updates 'many': must be a number"),
+                           (["--updates", "9"], "10 or more"), (["--update", "20"], "option --update is unknown; valid"),
+                           (["--seed"], "--seed needs a value")):
+        assert message in scripts.refuses("compare_ptb", *wrong)
 
 
 # ---- real text -----------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def parse(arguments):
     choose("benchmark", options.benchmark, benchmarks())
     choose("norm", options.norm, NORMS)
     valid = architectures(options.benchmark)
-    options.arch = choose(f"--arch of benchmark {options.benchmark!r},", options.arch or valid[0], valid)
+    options.arch = choose("--arch", options.arch or valid[0], valid)
     config = load(options.benchmark)
     valid = placements(config.model)
     if is_lm(config) and options.placement == "encoder":
