@@ -71,8 +71,8 @@ class EncoderLayer(transformer_layer.TransformerEncoderLayerBase):
 class DecoderLayer(transformer_layer.TransformerDecoderLayerBase):
     """Decoder layer with the norms of ``cfg.norms``; all of them see the decoder's own padding mask."""
 
-    #: position of ``self_attn_padding_mask`` after ``x`` in fairseq's signature
-    _MASK_POSITION = 6
+    #: position of ``self_attn_padding_mask`` after ``x`` and ``encoder_out`` in fairseq's signature
+    _MASK_POSITION = 5
 
     def __init__(self, cfg, no_encoder_attn=False, **kwargs):
         super().__init__(cfg, no_encoder_attn, **kwargs)
@@ -85,13 +85,17 @@ class DecoderLayer(transformer_layer.TransformerDecoderLayerBase):
         ):
             swap_norm(self, attribute, cfg.norms, "decoder", position, self.embed_dim, heads)
 
-    def forward(self, x: Tensor, *args, **kwargs):
+    def forward(self, x: Tensor, encoder_out: Optional[Tensor] = None, *args, **kwargs):
         """See fairseq; ``x`` is ``T x B x C``, ``self_attn_padding_mask`` ``B x T`` or None."""
+        if encoder_out is not None:
+            # the gradients of keys and values are added up in the layer first, as activation checkpointing does it:
+            # the same sum to the last bit with and without
+            encoder_out = encoder_out.view_as(encoder_out)
         if len(args) > self._MASK_POSITION:
             self.mask_slot.padding_mask = args[self._MASK_POSITION]
         else:
             self.mask_slot.padding_mask = kwargs.get("self_attn_padding_mask")
         try:
-            return super().forward(x, *args, **kwargs)
+            return super().forward(x, encoder_out, *args, **kwargs)
         finally:
             self.mask_slot.padding_mask = None

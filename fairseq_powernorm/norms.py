@@ -381,8 +381,8 @@ class PowerNorm(SecondMomentNorm):
     excess gets past the next norm. Two bounds replace it, idle in a healthy run, whose arithmetic they leave as it is,
     bit for bit: (1) a channel whose second moment in the batch exceeds ``JUMP / (1 - alpha_fwd)`` times psi^2(t-1),
     which takes a growth of more than ``JUMP`` in one step, divides by the batch's own second moment, and psi^2 takes in
-    the threshold instead of it (not in the first step, nor in the warm-up); (2) the factor of nu(t-1) is kept at or
-    above -1.
+    the threshold instead of it (not in the first step, nor in the warm-up; the batch is that of one process unless its
+    statistics are reduced in the forward pass); (2) the factor of nu(t-1) is kept at or above -1.
 
     Args:
         dim: number of channels C

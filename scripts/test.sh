@@ -3,11 +3,11 @@
 #
 #   scripts/test.sh [pytest arguments]
 #
-# Without arguments: all tests. Example: scripts/test.sh -k pipeline -x
+# Without arguments: all tests, a process per core. Example: scripts/test.sh -k pipeline -x -n 0 (one process)
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
 # -h is pytest's own for pytest's options; this script's is the first argument only.
 pn_help "${BASH_SOURCE[0]}" "${1:-}"
 . "$PN_ROOT/scripts/lib/environment.sh"
 cd "$PN_ROOT"
-exec "$PYTHON" -m pytest tests "$@"
+exec "$PYTHON" -m pytest tests -n auto --maxprocesses 8 --dist loadfile "$@"

@@ -5,6 +5,9 @@ import random
 
 import pytest
 
+# one thread each: several processes run at a time, and OpenMP's threads wait for each other busily
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import toy
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -1,6 +1,7 @@
 """``transformer_pn``: norm positions, masks, checkpointing, incremental decoding, options, golden traces."""
 import copy
 import json
+import time
 from argparse import Namespace
 
 import numpy as np
@@ -14,6 +15,8 @@ from packaging.version import Version
 import toy
 from fairseq_powernorm import checkpoint
 from fairseq_powernorm.norms import NORMS, LayerNorm, PowerNorm, RunningNorm
+from fairseq_powernorm.recorder import Recorder
+from fairseq_powernorm.statistics import RunningStatistics
 
 
 def norms_of(model):
@@ -444,3 +447,26 @@ def test_training_without_layer_scale_recovers_from_too_high_a_learning_rate(var
     unbounded = gradients_without_layer_scale(2, variant)
     assert max(bounded[-10:]) < 50, bounded
     assert not max(unbounded[-10:]) < 1000 * max(bounded[-10:]), unbounded
+
+
+def test_recording_costs_less_than_three_percent(tmp_path):
+    """The CPU time of describing all norms and writing them down, at every update, beside that of the updates."""
+    size = dict(encoder_layers=4, decoder_layers=4, encoder_embed_dim=128, decoder_embed_dim=128)
+    model = toy.build("transformer_pn_tiny", **size, **toy.ALL_POWER).train()
+    statistics, recorder = RunningStatistics(model), Recorder(str(tmp_path / "record"), 1)
+    statistics.switches.recording = True
+    words, lengths = torch.randint(4, 24, (64, 16)), torch.full((64,), 16)
+    total = recording = 0.0
+    for update in range(8):
+        begin = time.thread_time()
+        with statistics.batch():
+            model(words, lengths, words)[0].sum().backward()
+        statistics.reduce()
+        described = time.thread_time()
+        recorder.write(update, statistics.describe())
+        recorded = time.thread_time()
+        statistics.commit()
+        if update > 1:
+            total += time.thread_time() - begin
+            recording += recorded - described
+    assert 0 < recording < 0.03 * total, (recording, total)

@@ -42,6 +42,11 @@ class PowerNormEncoder(TransformerEncoderBase):
             self, "layer_norm", cfg.norms, "encoder", "final", embed_tokens.embedding_dim, cfg.encoder.attention_heads
         )
 
+    def upgrade_state_dict_named(self, state_dict, name):
+        """See fairseq, which takes a state without version for an old one and removes the final norm: --store-ema."""
+        state_dict.setdefault(f"{name}.version", self.version)
+        return super().upgrade_state_dict_named(state_dict, name)
+
     def build_encoder_layer(self, cfg):
         return wrap_layer(EncoderLayer(cfg, return_fc=self.return_fc), cfg)
 
@@ -61,6 +66,11 @@ class PowerNormDecoder(TransformerDecoderBase):
         super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn, output_projection)
         self.mask_slot = MaskSlot()
         swap_norm(self, "layer_norm", cfg.norms, "decoder", "final", self.embed_dim, cfg.decoder.attention_heads)
+
+    def upgrade_state_dict_named(self, state_dict, name):
+        """See fairseq, which takes a state without version for an old one and removes the final norm: --store-ema."""
+        state_dict.setdefault(f"{name}.version", self.version)
+        return super().upgrade_state_dict_named(state_dict, name)
 
     def build_decoder_layer(self, cfg, no_encoder_attn=False):
         return wrap_layer(DecoderLayer(cfg, no_encoder_attn), cfg)
