@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the WikiText-103 model of Baevski & Auli with PN, 247M parameters, with a vocabulary of the real size, takes one
-# training step of one block on the CPU through the whole pipeline, and states the time and the peak memory.
+# Builds the WikiText-103 model of Baevski & Auli with PN, 247M parameters, with a vocabulary of the real size, takes
+# one training step of one block on the CPU through the whole pipeline, and states the time and the peak memory.
 #
 #   scripts/check_wiki103.sh [TOKENS]      TOKENS: length of the block; default 512
 #
@@ -27,8 +27,9 @@ for split, number in (("train", len(lines)), ("valid", 20), ("test", 20)):
 PYTHON
 bash "$PN_ROOT/scripts/prepare.sh" wikitext103 --text-dir "$work/text"
 "$PYTHON" - bash "$PN_ROOT/scripts/train.sh" wikitext103 power --arch transformer_lm_pn_wiki103 common.cpu=true \
-    optimization.max_update=1 'optimization.update_freq=[1]' "task.tokens_per_sample=$tokens" "dataset.max_tokens=$tokens" \
-    eval_lm.context_window=0 dataset.disable_validation=true checkpoint.no_save=true common.log_interval=1 <<'PYTHON'
+    optimization.max_update=1 'optimization.update_freq=[1]' "task.tokens_per_sample=$tokens" \
+    "dataset.max_tokens=$tokens" eval_lm.context_window=0 dataset.disable_validation=true checkpoint.no_save=true \
+    common.log_interval=1 <<'PYTHON'
 import resource, subprocess, sys, time
 begin = time.time()
 status = subprocess.run(sys.argv[1:]).returncode

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains and evaluates LN, BN, PN-V and PN on Penn Treebank in the tensorized and in the plain Transformer, with the same
-# settings (configs/ptb.yaml) and the same number of updates for all, and prints the table.
+# Trains and evaluates LN, BN, PN-V and PN on Penn Treebank in the tensorized and in the plain Transformer, with the
+# same settings (configs/ptb.yaml) and the same number of updates for all, and prints the table.
 #
 #   scripts/compare_ptb.sh [options] [overrides]
 #
@@ -12,15 +12,14 @@
 #   --records DIR       where the records go; default: results/ptb
 #   overrides           hydra overrides for every run, such as common.cpu=true
 #
-# The runs lie in runs/ptb/ ($PN_RUNS_ROOT/ptb), the number of updates in their names. Run again, it goes on where it was
-# interrupted, run by run. Once the data is prepared it can be started twice, for instance with one of the archs each.
+# The runs lie in runs/ptb/ ($PN_RUNS_ROOT/ptb), the number of updates in their names. Run again, it goes on where it
+# was interrupted, run by run. Once the data is prepared it can be started twice, say with one of the archs each.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
 pn_help "${BASH_SOURCE[0]}" "$@"
 . "$PN_ROOT/scripts/lib/environment.sh"
 scripts=$PN_ROOT/scripts
-updates=$("$PYTHON" -c 'import sys; sys.path.insert(0, sys.argv[1]); import settings; print(settings.load("ptb").optimization.max_update)' \
-    "$scripts/lib")
+updates=$(PYTHONPATH=$scripts/lib "$PYTHON" -c 'import settings; print(settings.load("ptb").optimization.max_update)')
 seed=1 norms=layer,batch,power-v,power archs=tensorized_lm_pn_ptb,transformer_lm_pn_ptb results=$PN_ROOT/results/ptb
 overrides=()
 while [ $# -gt 0 ]; do
@@ -66,7 +65,8 @@ for arch in ${archs//,/ }; do
         record=$results/$norm-$arch-$updates-seed$seed.json
         echo "== $arch, $norm"
         bash "$scripts/train.sh" ptb "$norm" --arch "$arch" --run-dir "$run" --resume "common.seed=$seed" \
-            "optimization.max_update=$updates" "lr_scheduler.warmup_updates=$((updates / 10))" ${overrides[@]+"${overrides[@]}"}
+            "optimization.max_update=$updates" "lr_scheduler.warmup_updates=$((updates / 10))" \
+            ${overrides[@]+"${overrides[@]}"}
         bash "$scripts/evaluate.sh" ptb "$run" --record "$record"
         records+=("$record")
     done

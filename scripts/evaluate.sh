@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Averages a run's last checkpoints, translates a subset, scores it, and writes one JSON record. Of a language model it takes
-# the checkpoint with the best validation loss and gives the perplexity, word by word, of the whole subset: of each block by
-# itself, and with eval_lm.context_window tokens before each. Line ends count as tokens.
+# Averages a run's last checkpoints, translates a subset, scores it, and writes one JSON record. Of a language model it
+# takes the checkpoint with the best validation loss and gives the perplexity, word by word, of the whole subset: of each
+# block by itself, and with eval_lm.context_window tokens before each. Line ends count as tokens.
 #
 #   scripts/evaluate.sh BENCH RUN_DIR [options]
 #

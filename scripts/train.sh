@@ -5,11 +5,12 @@
 #
 #   BENCH               name of a file in configs/ (demo, multi30k, ptb, wikitext103), prepared by scripts/prepare.sh
 #   NORM                layer, rms, batch, power-v or power
-#   --arch ARCH         another architecture than that of configs/BENCH.yaml, with the settings of configs/BENCH/ARCH.yaml:
-#                       ptb has transformer_lm_pn_ptb, wikitext103 has transformer_lm_pn_wiki103
+#   --arch ARCH         another architecture than that of configs/BENCH.yaml, with the settings of
+#                       configs/BENCH/ARCH.yaml: ptb has transformer_lm_pn_ptb, wikitext103 has transformer_lm_pn_wiki103
 #   --placement WHERE   encoder (default: NORM in the encoder's layers, layer in the decoder's, as in the paper) or all;
 #                       language models have NORM in all positions
-#   --run-dir DIR       default: runs/BENCH/NORM[-all][-ARCH]-seedS ($PN_RUNS_ROOT/BENCH/...), ARCH if it is not the default
+#   --run-dir DIR       default: runs/BENCH/NORM[-all][-ARCH]-seedS ($PN_RUNS_ROOT/BENCH/...), ARCH if it is
+#                       not the default
 #   --resume            go on with the run in that directory, with the overrides it was started with and any new ones;
 #                       start it if there is none; do nothing if it has finished
 #   overrides           hydra overrides of configs/BENCH.yaml, such as optimization.max_update=4000 common.seed=2

@@ -36,9 +36,10 @@ def benchmarks(lm):
 
 
 @pytest.mark.parametrize("norm", settings.NORMS)
-@pytest.mark.parametrize("benchmark, arch", [(name, arch) for name in benchmarks(lm=True) for arch in settings.architectures(name)])
+@pytest.mark.parametrize("benchmark, arch", [
+    (name, arch) for name in benchmarks(lm=True) for arch in settings.architectures(name)])
 def test_language_models_build(benchmark, arch, norm, data, tmp_path):
-    """configs/BENCH.yaml + configs/BENCH/ARCH.yaml + train.sh's overrides = that architecture, with NORM in all positions."""
+    """configs/BENCH.yaml + configs/BENCH/ARCH.yaml + train.sh's overrides = that architecture, NORM everywhere."""
     overrides = [f"common.user_dir={settings.PLUGIN}", f"task.data={data}", f"checkpoint.save_dir={tmp_path}",
                  *compose.arch_overrides(benchmark, arch),
                  *compose.norm_overrides(settings.load(benchmark).model, norm, "all")]

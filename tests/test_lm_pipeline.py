@@ -1,4 +1,4 @@
-"""The language models' pipelines, driven through the scripts as a user drives them, and perplexities known beforehand."""
+"""The language models' pipelines, through the scripts as a user drives them, and perplexities known beforehand."""
 
 import collections
 import gzip
@@ -17,9 +17,11 @@ import torch
 from test_pipeline import LIB, Scripts, contents, described_keys
 
 # A mini run: 12 updates of a small model. They shrink what configs/BENCH.yaml says; the mechanics stay the same.
-SMALL = ["dataset.batch_size=24", "task.tokens_per_sample=8", "optimization.max_update=12", "lr_scheduler.warmup_updates=4",
-         "common.log_interval=2", "eval_lm.context_window=5", "eval_lm.softmax_batch=20", "checkpoint.keep_last_epochs=2",
-         "checkpoint.patience=-1", "+model.decoder_layers=1", "+model.decoder_embed_dim=8", "+model.decoder_ffn_embed_dim=8"]
+SIZES = ["dataset.batch_size=24", "task.tokens_per_sample=8", "+model.decoder_layers=1", "+model.decoder_embed_dim=8",
+         "+model.decoder_ffn_embed_dim=8", "eval_lm.softmax_batch=20", "checkpoint.keep_last_epochs=2",
+         "checkpoint.patience=-1"]
+SMALL = [*SIZES, "optimization.max_update=12", "lr_scheduler.warmup_updates=4", "common.log_interval=2",
+         "eval_lm.context_window=5"]
 PTB = [*SMALL, "optimization.lr=[0.01]"]
 TENSORIZED = ["+model.tensorized_window=8", "+model.tensorized_rank=3"]
 #: architecture of wikitext103 -> what makes it small
@@ -110,7 +112,7 @@ def table(*records):
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
-# ---- prepare -------------------------------------------------------------------------------------------------------------
+# ---- prepare ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("benchmark", ["ptb", "wikitext103"])
@@ -132,7 +134,7 @@ def test_the_text_is_used_as_it_is(scripts, benchmark):
 
 
 def test_prepare_again(scripts, tmp_path):
-    """prepare; prepare = prepare; unpacked files are text, too, under either name; other text is refused, --force replaces."""
+    """prepare; prepare = prepare; unpacked files are text, too, by either name; other text needs --force."""
     before = contents(scripts.data)
     assert "nothing to do" in scripts.ok("prepare", "ptb", "--archive", scripts.archives["ptb"])
     assert contents(scripts.data) == before
@@ -221,31 +223,35 @@ def test_other_archives_than_the_published(tmp_path):
 def test_prepare_refuses_bad_arguments(scripts, tmp_path):
     """Options that do not fit are refused, naming option, value and what is valid; without a network, all mirrors."""
     mine = Scripts(tmp_path)
-    assert "--bpe 'subword_nmt': the text of ptb is used word by word" in mine.refuses("prepare", "ptb", "--bpe", "subword_nmt")
+    assert "--bpe 'subword_nmt': the text of ptb is used word by word" in mine.refuses(
+        "prepare", "ptb", "--bpe", "subword_nmt")
     assert "--archive 'x.zip': demo does not come in one archive; valid with: ptb, wikitext103" in mine.refuses(
         "prepare", "demo", "--archive", "x.zip")
     assert "x.zip' is not a file; it must be laid out as wikitext-103-v1.zip" in mine.refuses(
         "prepare", "wikitext103", "--archive", "x.zip")
-    assert "exclude each other" in mine.refuses("prepare", "ptb", "--archive", scripts.archives["ptb"], "--text-dir", tmp_path)
+    assert "exclude each other" in mine.refuses(
+        "prepare", "ptb", "--archive", scripts.archives["ptb"], "--text-dir", tmp_path)
     nowhere = {name: "http://127.0.0.1:9" for name in ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY")}
     message = mine.refuses("prepare", "wikitext103", **nowhere, no_proxy="", NO_PROXY="")
     assert message.count("cannot download") == 2 and "--archive-dir" in message
     assert not (mine.data / "wikitext103").exists()
 
 
-# ---- train ---------------------------------------------------------------------------------------------------------------
+# ---- train -----------------------------------------------------------------------------------------------------------
 
 
 def test_train_refuses(scripts):
     """What a language model does not have, or cannot be evaluated, is refused before a run directory exists."""
     before = contents(scripts.runs)
     for arguments, message in (
-        (["--placement", "encoder"], "--placement 'encoder': ptb trains a language model, which has no encoder; valid: all"),
+        (["--placement", "encoder"],
+         "--placement 'encoder': ptb trains a language model, which has no encoder; valid: all"),
         (["--placement", "top"], "--placement 'top' is unknown; valid: all"),
-        (["--arch", "transformer_lm_pn_wiki103"], "--arch 'transformer_lm_pn_wiki103' is unknown; valid: tensorized_lm_pn_ptb, "
-                                                  "transformer_lm_pn_ptb"),
+        (["--arch", "transformer_lm_pn_wiki103"],
+         "--arch 'transformer_lm_pn_wiki103' is unknown; valid: tensorized_lm_pn_ptb, transformer_lm_pn_ptb"),
         (["task.tokens_per_sample=33"], "task.tokens_per_sample=33 does not fit the model's window; valid: 1 to 32"),
-        (["eval_lm.context_window=32"], "eval_lm.context_window=32 leaves a block no tokens of its own; valid: 0 to 31"),
+        (["eval_lm.context_window=32"],
+         "eval_lm.context_window=32 leaves a block no tokens of its own; valid: 0 to 31"),
         (["task.add_bos_token=true"], "task.add_bos_token=true"),
         (["+model.encoder_norm_self=power"], "encoder_norm_self"),
     ):
@@ -260,7 +266,8 @@ def test_train_and_resume(trained):
     (first, second) = (trained.run / "command.txt").read_text().splitlines()
     assert "model.decoder_norm_self=power model.decoder_norm_ff=power" in first and "encoder_norm" not in first
     assert "+ptb=" not in first and "optimization.max_update=12" in second
-    assert "update 4 of 5" in trained.first and "update 6 of 12" in trained.second and "update 2 of" not in trained.second
+    assert "update 4 of 5" in trained.first
+    assert "update 6 of 12" in trained.second and "update 2 of" not in trained.second
     assert "has finished (12 updates)" in trained.ok("train", "ptb", "power", "common.seed=2", "--resume")
     facts = json.loads((trained.run / "run.json").read_text())
     assert (facts["arch"], facts["placement"]) == ("tensorized_lm_pn_ptb", "all")
@@ -268,7 +275,7 @@ def test_train_and_resume(trained):
         "train", "ptb", "power", "--arch", "transformer_lm_pn_ptb", "--run-dir", trained.run, "--resume")
 
 
-# ---- evaluate ------------------------------------------------------------------------------------------------------------
+# ---- evaluate --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -282,15 +289,16 @@ def reported(run, log):
 
 
 def test_record(record, trained):
-    """The record has the documented keys; it counts the text's tokens, line ends included; its perplexities are those of
-    fairseq-eval-lm, of the checkpoint with the best validation loss; they are what the script prints."""
+    """The record has the documented keys; it counts the text's tokens, line ends included; its perplexities are those
+    of fairseq-eval-lm, of the checkpoint with the best validation loss; they are what the script prints."""
     assert set(record) == described_keys("Language models")
     content = texts()["test"]
     assert record["tokens"] == {
         "scored": counted(content), "words": counted(content) - 17, "line_ends": 17, "line_ends_counted": True,
         "unknown": content.count(b"<unk>"), "out_of_vocabulary": 0, "types": 21, "published_corpus": False}
     assert (record["arch"], record["causal"], record["placement"]) == ("tensorized_lm_pn_ptb", True, "all")
-    assert (list(record["checkpoints"]), record["averaged"], record["tokens_per_sample"]) == (["checkpoint_best.pt"], 1, 8)
+    assert list(record["checkpoints"]) == ["checkpoint_best.pt"]
+    assert (record["averaged"], record["tokens_per_sample"]) == (1, 8)
     for key, log, context in (("perplexity", "eval-lm.log", 0), ("perplexity_context", "eval-lm-context5.log", 5)):
         found = record[key]
         assert found["context_window"] == context
@@ -311,7 +319,8 @@ def test_evaluate_again_average_and_valid(trained, record):
     assert "other checkpoints; --force" in trained.refuses("evaluate", "ptb", trained.run, "--average", "2")
     trained.ok("evaluate", "ptb", trained.run, "--average", "2", "--subset", "valid")
     averaged = record_of(trained.run, "-valid")
-    assert averaged["averaged"] == 2 and all(re.fullmatch(r"checkpoint\d+\.pt", name) for name in averaged["checkpoints"])
+    assert averaged["averaged"] == 2
+    assert all(re.fullmatch(r"checkpoint\d+\.pt", name) for name in averaged["checkpoints"])
     assert averaged["tokens"]["scored"] == counted(texts()["valid"])
     row = table(trained.run / "evaluation-valid" / "record.json").splitlines()[2]
     assert f"| valid | {averaged['perplexity']['score']:.2f} | 5 |" in row
@@ -322,7 +331,8 @@ def test_no_best_checkpoint(trained, tmp_path):
     run = tmp_path / "run"
     trained.ok("train", "ptb", "layer", "--run-dir", run, *PTB, *TENSORIZED, "dataset.disable_validation=true",
                "optimization.max_update=2")
-    assert re.search("has no checkpoint_best.pt, .*; --average N takes the last N", trained.refuses("evaluate", "ptb", run))
+    message = trained.refuses("evaluate", "ptb", run)
+    assert re.search("has no checkpoint_best.pt, .*; --average N takes the last N", message)
 
 
 def test_noncausal_is_labelled(trained, tmp_path):
@@ -346,8 +356,8 @@ def test_table_of_both_kinds(trained, record):
     first, second = table(translation, trained.run / "evaluation" / "record.json").split("\n\n")
     assert "BLEU" in first and "perplexity" not in first and first.count("\n") == 2
     assert second.splitlines()[0].startswith("| benchmark | architecture | norm |") and "BLEU" not in second
-    assert f"| ptb | tensorized_lm_pn_ptb | power | reference | 2 | 12 | test | {record['perplexity']['score']:.2f} | 5 |" \
-        in second
+    score = f"{record['perplexity']['score']:.2f}"
+    assert f"| ptb | tensorized_lm_pn_ptb | power | reference | 2 | 12 | test | {score} | 5 |" in second
 
 
 def test_the_other_architecture(scripts):
@@ -375,9 +385,9 @@ def test_wikitext103(scripts, arch):
 
 
 def test_compare_ptb(scripts, tmp_path):
-    """compare_ptb.sh: one record a run, the shortened schedule in each, one table; again = nothing to do, the same table."""
-    arguments = ["compare_ptb", "--updates", "10", "--norms", "layer,power", "--archs", "tensorized_lm_pn_ptb", "--records",
-                 tmp_path, *SMALL[:2], *SMALL[6:], *TENSORIZED, "eval_lm.context_window=0"]
+    """compare_ptb.sh: one record a run, the shortened schedule in each, one table; again = nothing to do."""
+    arguments = ["compare_ptb", "--updates", "10", "--norms", "layer,power", "--archs", "tensorized_lm_pn_ptb",
+                 "--records", tmp_path, *SIZES, *TENSORIZED, "eval_lm.context_window=0"]
     output = scripts.ok(*arguments)
     names = [f"{norm}-tensorized_lm_pn_ptb-10-seed1" for norm in ("layer", "power")]
     assert sorted(path.stem for path in tmp_path.iterdir()) == names
@@ -394,20 +404,21 @@ def test_compare_ptb(scripts, tmp_path):
     for wrong, message in ((["--norms", "layer,powr"], "--norms 'powr' is unknown; valid: layer"),
                            (["--archs", "lstm"], "--archs 'lstm' is unknown; valid: tensorized_lm_pn_ptb"),
                            (["--updates", "many"], "--updates 'many': must be a number"),
-                           (["--updates", "9"], "10 or more"), (["--update", "20"], "option --update is unknown; valid"),
+                           (["--updates", "9"], "10 or more"),
+                           (["--update", "20"], "option --update is unknown; valid"),
                            (["--seed"], "--seed needs a value")):
         assert message in scripts.refuses("compare_ptb", *wrong)
 
 
-# ---- real text -----------------------------------------------------------------------------------------------------------
+# ---- real text -------------------------------------------------------------------------------------------------------
 
 
 def two_state_model(checkpoint, data):
-    """Gives a checkpoint the probabilities P(w | line end before) and P(w | a word before), counted in the training text
-    plus one for each word that the dictionary lists, and returns {state: {word: log-probability}}.
+    """Gives a checkpoint the probabilities P(w | line end before) and P(w | a word before), counted in the training
+    text plus one for each word that the dictionary lists, and returns {state: {word: log-probability}}.
 
-    The residual stream carries the embedding, (1, -1, 0, 0) for the line end and (0, 0, 1, -1) for words, unchanged to the
-    final PN: attention and feed-forward blocks give zero. The output projection holds the log-probabilities.
+    The residual stream carries the embedding, (1, -1, 0, 0) for the line end and (0, 0, 1, -1) for words, unchanged to
+    the final PN: attention and feed-forward blocks give zero. The output projection holds the log-probabilities.
     """
     words = [line.rpartition(" ")[0] for line in (data / "data-bin" / "dict.txt").read_text().splitlines()]
     symbols = ["<s>", "<pad>", "</s>", "<unk>", *words]
@@ -440,7 +451,7 @@ def two_state_model(checkpoint, data):
 
 
 def test_perplexity_of_a_known_model(corpora, tmp_path):
-    """PTB's test text, 82,430 tokens, under a model with two states whose probabilities are counts of the training text:
+    """PTB's test text, 82,430 tokens, under a model with two states whose probabilities are counts of training text:
     evaluate.sh gives the perplexity computed on paper, to 1e-5, block by block and with a context."""
     mine = Scripts(tmp_path)
     output = mine.ok("prepare", "ptb", DATA_ARCHIVES=str(corpora))
@@ -461,26 +472,29 @@ def test_perplexity_of_a_known_model(corpora, tmp_path):
             tokens, before = tokens + 1, word
     record = record_of(run)
     assert tokens == record["tokens"]["scored"] == 82430 and record["tokens"]["published_corpus"] is True
-    assert (record["tokens"]["words"], record["tokens"]["line_ends"], record["tokens"]["unknown"]) == (78669, 3761, 4794)
+    assert [record["tokens"][key] for key in ("words", "line_ends", "unknown")] == [78669, 3761, 4794]
     for key in ("perplexity", "perplexity_context"):
         assert record[key]["score"] == pytest.approx(math.exp(total / tokens), rel=1e-5)
         assert record[key]["nll"] == pytest.approx(total, rel=1e-6)
 
 
 def test_wikitext_real(corpora, tmp_path):
-    """The real test text, 245,569 tokens with line ends, headings and words that the dictionary lacks, is scored whole."""
+    """The real test text, 245,569 tokens, headings and words that the dictionary lacks included, is scored whole."""
     mine, folder = Scripts(tmp_path), tmp_path / "text"
     folder.mkdir()
     for split in ("valid", "test"):
-        (folder / f"{split}.txt").write_bytes(gzip.decompress((corpora / "wikitext" / f"wiki.{split}.txt.gz").read_bytes()))
+        packed = (corpora / "wikitext" / f"wiki.{split}.txt.gz").read_bytes()
+        (folder / f"{split}.txt").write_bytes(gzip.decompress(packed))
     (folder / "valid.txt").rename(folder / "train.txt")
     (folder / "valid.txt").write_text("".join((folder / "train.txt").open(encoding="utf-8").readlines()[:100]))
     output = mine.ok("prepare", "wikitext103", "--text-dir", folder)
     assert "train 217,646" in output and "test 245,569 tokens" in output
     run = tmp_path / "run"
-    mine.ok("train", "wikitext103", "power", "--run-dir", run, *SMALL, "+model.tensorized_rank=3", "task.tokens_per_sample=64",
+    mine.ok("train", "wikitext103", "power", "--run-dir", run, *SMALL, "+model.tensorized_rank=3",
+            "task.tokens_per_sample=64",
             "+model.tensorized_window=64", "optimization.max_update=2", "eval_lm.context_window=0",
-            "eval_lm.softmax_batch=1024", "+model.adaptive_softmax_cutoff='1000,4000'", "+model.adaptive_input_cutoff='1000,4000'")
+            "eval_lm.softmax_batch=1024", "+model.adaptive_softmax_cutoff='1000,4000'",
+            "+model.adaptive_input_cutoff='1000,4000'")
     mine.ok("evaluate", "wikitext103", run)
     record = record_of(run)
     assert record["tokens"]["scored"] == 245569 and record["tokens"]["line_ends"] == 4358

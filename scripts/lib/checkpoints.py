@@ -39,8 +39,8 @@ def best(directory):
     """The checkpoint with the lowest validation loss, in a list; refuses if there is none or it is damaged."""
     path = directory / "checkpoint_best.pt"
     if not path.is_file():
-        raise UserError(f"{directory} has no {path.name}, the checkpoint with the lowest validation loss; --average N takes "
-                        f"the last N")
+        raise UserError(f"{directory} has no {path.name}, the checkpoint with the lowest validation loss; "
+                        f"--average N takes the last N")
     return refuse_damaged([path])
 
 

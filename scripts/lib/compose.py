@@ -14,12 +14,12 @@ def places(model, placement):
 
 
 def norm_overrides(model, norm, placement):
-    """The hydra overrides that put NORM at a placement of a model, given by its configuration, and LayerNorm elsewhere."""
+    """The hydra overrides that put NORM at a placement of a model (its configuration), and LayerNorm elsewhere."""
     return [f"model.{option}={norm if chosen else 'layer'}" for option, chosen in places(model, placement).items()]
 
 
 def arch_overrides(benchmark, arch):
-    """The hydra override that lays configs/BENCH/ARCH.yaml over configs/BENCH.yaml; none for the default architecture."""
+    """The hydra override that lays configs/BENCH/ARCH.yaml over configs/BENCH.yaml; none for the default."""
     return [] if arch == architectures(benchmark)[0] else [f"+{benchmark}={arch}"]
 
 

@@ -19,9 +19,9 @@ SPLITS = ("train", "valid", "test")
 MULTI30K = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/"
 
 # benchmark -> urls, where each file lies (mirrors, tried in turn), and files: name -> (split.language, SHA-256 of the
-# uncompressed text). Language models, whose files are split.txt, also have an archive that holds the files, where it lies,
-# its SHA-256, and what the field counts in the text: tokens with line ends, types with <unk> and the line end. What is not
-# known for certain is None.
+# uncompressed text). Language models, whose files are split.txt, also have an archive that holds the files, where it
+# lies, its SHA-256, and what the field counts in the text: tokens with line ends, types with <unk> and the line end.
+# What is not known for certain is None.
 CORPORA = {
     "multi30k": {
         "urls": (MULTI30K,),
@@ -93,8 +93,8 @@ class Downloaded:
             return self._download(file, self.urls)
         found = self._local(file)
         if found is None:
-            raise UserError(f"archive directory (--archive-dir or DATA_ARCHIVES) {str(self.archive_dir)!r} lacks {file}; "
-                            f"looked for {' and '.join(str(folder / file) for folder in self._folders())}")
+            raise UserError(f"archive directory (--archive-dir or DATA_ARCHIVES) {str(self.archive_dir)!r} lacks "
+                            f"{file}; looked for {' and '.join(str(folder / file) for folder in self._folders())}")
         return found
 
     def _folders(self):
@@ -128,8 +128,8 @@ class Downloaded:
                     continue
             partial.replace(target)
             return target
-        raise UserError(f"{'; '.join(errors)}; without a network, fetch the files elsewhere and give their directory with "
-                        f"--archive-dir DIR or DATA_ARCHIVES=DIR")
+        raise UserError(f"{'; '.join(errors)}; without a network, fetch the files elsewhere and give their directory "
+                        f"with --archive-dir DIR or DATA_ARCHIVES=DIR")
 
     def _unpack(self, archive, target, expected):
         try:
@@ -212,7 +212,8 @@ class OneArchive:
 
     def identity(self):
         if not self.archive.is_file():
-            raise UserError(f"--archive {str(self.archive)!r} is not a file; it must be laid out as {self.entry['archive']}")
+            raise UserError(f"--archive {str(self.archive)!r} is not a file; it must be laid out as "
+                            f"{self.entry['archive']}")
         return {self.archive.name: sha256(self.archive)}
 
     def write(self, directory):
@@ -237,8 +238,8 @@ def copy_and_hash(source, target):
 def unpack(archive, folder, files, directory):
     """Writes folder + file of a zip or tar archive, for each of the files, to directory; gives name -> SHA-256.
 
-    Nothing else of the archive is written, and nothing at a place that the archive names. One with members outside of its own
-    directory is refused.
+    Nothing else of the archive is written, and nothing at a place that the archive names. One with members outside of
+    its own directory is refused.
     """
     wanted = {folder + file: name for file, (name, _) in files.items()}
     digests = {}
@@ -345,7 +346,7 @@ def check_parallel(directory, names):
 
 
 def count_words(directory):
-    """What a language model's text holds: {"counts": {split: {...}}, "types": int}; words are what stands between blanks.
+    """What a language model's text holds: {"counts": {split: {...}}, "types": int}; words stand between blanks.
 
     Raises:
         UserError: a word is fairseq's padding symbol, which would not be counted

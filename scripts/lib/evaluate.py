@@ -14,8 +14,8 @@ import checkpoints
 import compose
 import perplexity
 import trainlog
-from settings import (PLUGIN, ROOT, TOOLS, UserError, benchmarks, call, choose, data_root, is_lm, locked, main, prepared,
-                      read_json, sha256, tool, versions, whole_directory, write_json)
+from settings import (PLUGIN, ROOT, TOOLS, UserError, benchmarks, call, choose, data_root, is_lm, locked, main,
+                      prepared, read_json, sha256, tool, versions, whole_directory, write_json)
 
 SCHEMA = 1
 SUBSETS = ("test", "valid")

@@ -1,4 +1,4 @@
-"""The word-level perplexity of a language model: what a configuration must fulfil, fairseq-eval-lm, and its exact sum."""
+"""The word-level perplexity of a language model: conditions on the configuration, fairseq-eval-lm, the exact sum."""
 
 import collections
 import math
@@ -8,7 +8,7 @@ import sys
 from settings import PLUGIN, UserError, call, tool
 
 NOT_LM = "NOT a language model's: each position sees the token that it is asked for"
-# A line of fairseq-eval-lm --output-word-probs, in either format that fairseq's log can have: BLOCK WORD [SCORE]<tab>...
+# A line of fairseq-eval-lm --output-word-probs, in both formats of fairseq's log: BLOCK WORD [SCORE]<tab>...
 SCORES = re.compile(r"fairseq_cli\.eval_lm(?: \| |:)(\d+) (\S.* \[\S+\])$")
 SCORE = re.compile(r"(\S+) \[(\S+)\]")
 
@@ -25,19 +25,20 @@ def remark(model):
 
 def check(config):
     """Refuses a resolved configuration that would train what cannot be evaluated."""
-    length, context, window = config.task.tokens_per_sample, config.eval_lm.context_window, config.model.get("tensorized_window")
+    length, context = config.task.tokens_per_sample, config.eval_lm.context_window
+    window = config.model.get("tensorized_window")
     if window is not None and not 1 <= length <= window:
         raise UserError(f"task.tokens_per_sample={length} does not fit the model's window; valid: 1 to {window} "
                         f"(model.tensorized_window)")
     if not 0 <= context < length:
-        raise UserError(f"eval_lm.context_window={context} leaves a block no tokens of its own; valid: 0 to {length - 1} "
-                        f"(less than task.tokens_per_sample)")
+        raise UserError(f"eval_lm.context_window={context} leaves a block no tokens of its own; valid: 0 to "
+                        f"{length - 1} (less than task.tokens_per_sample)")
     if config.task.add_bos_token:
-        raise UserError("task.add_bos_token=true changes what is counted; valid: false (a block follows the text before it)")
+        raise UserError("task.add_bos_token=true changes what is counted; valid: false")
 
 
 def evaluate(directory, data, stamp, config, inputs, subset, lock):
-    """What a language model's record says of its scores; leaves eval-lm*.log and, of several checkpoints, averaged.pt."""
+    """What a language model's record says of its scores; leaves eval-lm*.log and, if it averages, averaged.pt."""
     path, commands = inputs[0], []
     if len(inputs) > 1:
         path = directory / "averaged.pt"
@@ -49,7 +50,7 @@ def evaluate(directory, data, stamp, config, inputs, subset, lock):
     found = []
     for context in dict.fromkeys((0, config.eval_lm.context_window)):
         command = eval_lm(data, config, path, subset, context)
-        print(f"scoring {subset}, {f'at least {context} tokens of context' if context else 'block by block'}", flush=True)
+        print(f"scoring {subset}, {f'with {context} tokens of context' if context else 'block by block'}", flush=True)
         output = call(command, lock)
         (directory / f"eval-lm{f'-context{context}' if context else ''}.log").write_text(output, encoding="utf-8")
         commands.append(command)
@@ -60,8 +61,8 @@ def evaluate(directory, data, stamp, config, inputs, subset, lock):
         "arch": config.model._name, "causal": causal(config.model),
         "perplexity": found[0], "perplexity_context": found[1] if found[1:] else None,
         "tokens": {"scored": len(text), "words": len(text) - kinds["</s>"], "line_ends": kinds["</s>"],
-                   "line_ends_counted": True, "unknown": kinds["<unk>"], "out_of_vocabulary": oov, "types": stamp["types"],
-                   "published_corpus": stamp["published"]},
+                   "line_ends_counted": True, "unknown": kinds["<unk>"], "out_of_vocabulary": oov,
+                   "types": stamp["types"], "published_corpus": stamp["published"]},
         "tokens_per_sample": config.task.tokens_per_sample, "averaged": len(inputs), "evaluation_commands": commands,
     }
 
@@ -96,8 +97,8 @@ def targets(data, subset):
 def negative_log_likelihood(output, text):
     """The sum over all tokens of the text, in nats, from fairseq-eval-lm's score of each (six decimals).
 
-    fairseq's own figure is the average of a float32 sum, rounded to two decimals, of whatever was scored. Here the words
-    that were scored must be the text.
+    fairseq's own figure is the average of a float32 sum, rounded to two decimals, of whatever was scored. Here the
+    words that were scored must be the text.
     """
     blocks = {}
     for line in output.split("\n"):
@@ -107,10 +108,11 @@ def negative_log_likelihood(output, text):
     scored = [item for number in sorted(blocks) for item in blocks[number]]
     if [word for word, _ in scored] != text:
         raise UserError(f"fairseq-eval-lm scored {len(scored):,} tokens that are not the {len(text):,} of the text; a "
-                        f"perplexity of other tokens would be compared with that of the text. Its last lines:\n{output[-1000:]}")
+                        f"perplexity of other tokens would be compared with that of the text. Its last lines:\n"
+                        f"{output[-1000:]}")
     total = -math.fsum(float(score) for _, score in scored)
     if not math.isfinite(total) or total / len(text) > 700:
-        raise UserError(f"the negative log-likelihood of the {len(text):,} tokens is {total} nats: training has diverged")
+        raise UserError(f"the negative log-likelihood of {len(text):,} tokens is {total} nats: training has diverged")
     return total
 
 

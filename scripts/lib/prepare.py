@@ -126,7 +126,8 @@ def build_lm(directory, source, benchmark, lock):
     facts = corpora.count_words(raw)
     for split, count in facts["counts"].items():
         print(f"  {split}: {count['words']:,} words + {count['lines']:,} line ends = {count['tokens']:,} tokens; "
-              f"{count['unknown']:,} are <unk>, {count['out_of_vocabulary']:,} more are not in the training text", flush=True)
+              f"{count['unknown']:,} are <unk>, {count['out_of_vocabulary']:,} more are not in the training text",
+              flush=True)
     print(f"  {facts['types']:,} types, <unk> and the line end among them", flush=True)
     differing = corpora.differing_counts(benchmark, facts)
     if differing:

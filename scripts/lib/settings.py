@@ -62,7 +62,7 @@ def placements(model):
 
 
 def architectures(benchmark):
-    """The architectures with settings for a benchmark, the default first; the others' settings are configs/BENCH/ARCH.yaml."""
+    """The architectures with settings for a benchmark, the default first; the others have configs/BENCH/ARCH.yaml."""
     return (load(benchmark).model._name, *sorted(path.stem for path in (CONFIGS / benchmark).glob("*.yaml")))
 
 

@@ -1,4 +1,4 @@
-"""Prints a Markdown table of records, one for translation and one for language models: python scripts/lib/table.py RECORD..."""
+"""Prints Markdown tables of records, of translation and of language models: python scripts/lib/table.py RECORD..."""
 
 import argparse
 import sys
@@ -48,9 +48,11 @@ def table(arguments):
     records = [read_json(path) for path in parser.parse_args(arguments).records]
     tables = []
     for columns, is_lm in ((COLUMNS, False), (LM_COLUMNS, True)):
-        rows = [[str(value(record)) for value in columns.values()] for record in records if ("perplexity" in record) == is_lm]
+        rows = [[str(value(record)) for value in columns.values()]
+                for record in records if ("perplexity" in record) == is_lm]
         if rows:
-            tables.append("".join("| " + " | ".join(row) + " |\n" for row in [list(columns), ["---"] * len(columns), *rows]))
+            rows = [list(columns), ["---"] * len(columns), *rows]
+            tables.append("".join("| " + " | ".join(row) + " |\n" for row in rows))
     print("\n".join(tables), end="")
 
 

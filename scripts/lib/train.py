@@ -15,8 +15,8 @@ from pathlib import Path
 import compose
 import trainlog
 import perplexity
-from settings import (CONFIGS, NORMS, UserError, architectures, benchmarks, choose, cpus, is_lm, load, locked, main, placements,
-                      prepared, read_json, runs_root, sha256, tool, write_json)
+from settings import (CONFIGS, NORMS, UserError, architectures, benchmarks, choose, cpus, is_lm, load, locked, main,
+                      placements, prepared, read_json, runs_root, sha256, tool, write_json)
 
 SCHEMA = 1
 # Given by train.sh itself; another value would take the run's files away from its directory.
@@ -86,7 +86,8 @@ def run_directory(options, config):
         return Path(os.path.abspath(options.run_dir))
     seed = compose.by_key(options.overrides).get("common.seed", f"={config.common.seed}").split("=", 1)[1]
     chosen = [options.norm]
-    for value, default in ((options.placement, placements(config.model)[0]), (options.arch, architectures(options.benchmark)[0])):
+    for value, default in ((options.placement, placements(config.model)[0]),
+                           (options.arch, architectures(options.benchmark)[0])):
         chosen += [value] if value != default else []
     return runs_root() / options.benchmark / f"{'-'.join(chosen)}-seed{seed}"
 
