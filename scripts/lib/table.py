@@ -6,7 +6,6 @@ import sys
 from settings import main, read_json
 
 
-
 def perplexity(record, key):
     """A perplexity of a record as text; what is not a language model's says so."""
     if record[key] is None:
