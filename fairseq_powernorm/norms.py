@@ -497,7 +497,7 @@ class PowerNorm(SecondMomentNorm):
         step = state["iters"] + 1
         old = state["running_phi"]
         (batch,) = sums.means()
-        if self._jump < math.inf:
+        if self._jump < math.inf and alpha_fwd > 0.0:
             batch = torch.where(step > self._trusted_after, torch.minimum(batch, self._jump * (old + self.eps)), batch)
         new = old
         if self.variant == "reference":
