@@ -410,11 +410,15 @@ def two_ranks(body):
     """Run Python code in two processes joined by gloo; ``rank`` and this module's names are defined. Returns the output."""
     program = (
         f"import sys; sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})\n"
-        "import os, torch.distributed as dist\n"
+        "import datetime, os, time, torch.distributed as dist\n"
         "from test_statistics import *\n"
         "torch.set_num_threads(1)\n"
-        "dist.init_process_group('gloo'); rank = dist.get_rank()\n"
-        f"{body}\ndist.barrier(); dist.destroy_process_group()\n"
+        "dist.init_process_group('gloo', timeout=datetime.timedelta(seconds=120)); rank = dist.get_rank()\n"
+        f"{body}\n"
+        # leave together and without gloo's shutdown, in which a rank can wait for ever for one that is gone
+        "store = dist.distributed_c10d._get_default_store(); store.add('left', 1); sys.stdout.flush()\n"
+        "while store.add('left', 0) < 2: time.sleep(0.05)\n"
+        "os._exit(0)\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python",
