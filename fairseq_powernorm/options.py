@@ -98,8 +98,9 @@ class StatisticsOptions(FairseqDataclass):
     norm_sync: SyncName = field(
         default="step",
         metadata={
-            "help": "running statistics of several ranks: each its own (off), one all-reduce per update (step), or also "
-            "blocking ones wherever a norm divides by statistics of the batch (exact)"
+            "help": "running statistics of several ranks: each its own (off), one all-reduce per update (step), or "
+            "also blocking ones wherever a norm divides by statistics of the batch (exact over ranks, not over the "
+            "micro-batches of --update-freq)"
         },
     )
     norm_record: Optional[str] = field(
