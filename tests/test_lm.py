@@ -6,6 +6,7 @@ import re
 import shlex
 from argparse import Namespace
 
+import fairseq
 import pytest
 import torch
 from fairseq import checkpoint_utils, models, options, tasks
@@ -263,7 +264,8 @@ def test_the_same_model_from_every_kind_of_options(arch):
         model = models.build_model(changed, toy.task())
         state = model.state_dict()
         assert list(state) == list(reference)
-        assert all(torch.equal(state[name], reference[name]) for name in state)
+        # fairseq 0.12.2 keeps a buffer of uninitialized memory
+        assert all(torch.equal(state[k], reference[k]) for k in state if not k.endswith("_float_tensor"))
     if arch.startswith("transformer"):
         assert model.max_positions() == 8
 
@@ -497,7 +499,7 @@ def test_yaml_route(lm_data, trained, tmp_path):
     (tmp_path / "lm.yaml").write_text("# @package _global_\n" + OmegaConf.to_yaml(OmegaConf.create(config)))
     done = toy.command(
         "fairseq-hydra-train", "--config-dir", tmp_path, "--config-name", "lm", f"hydra.run.dir={tmp_path / 'hydra'}",
-        "hydra.job.chdir=False", "hydra/job_logging=stdout",
+        "hydra/job_logging=stdout",
     )
     assert toy.losses(done.stdout + done.stderr) == trained[arch][1]
     saved = torch.load(tmp_path / "run" / "checkpoint_last.pt", weights_only=True)
@@ -520,7 +522,7 @@ def test_the_noncausal_flag_stands_in_the_configuration(lm_data):
 
 
 def test_validation_covers_everything(lm_data):
-    """language_modeling_pn batches all blocks of valid, where fairseq's task drops the last; training is as there."""
+    """language_modeling_pn batches all blocks of valid, where fairseq 0.12.3's task drops the last; training is as there."""
     covered = {}
     for name in ("language_modeling", "language_modeling_pn"):
         config = parsed(lm_data, "--task", name, "--arch", "tensorized_lm_pn_ptb", "--tokens-per-sample", 8)
@@ -531,7 +533,8 @@ def test_validation_covers_everything(lm_data):
             covered[name, split] = sorted(map(len, batches.frozen_batches))
     blocks = len(task.dataset("valid"))
     assert blocks % 8 and sum(covered["language_modeling_pn", "valid"]) == blocks
-    assert sum(covered["language_modeling", "valid"]) < blocks
+    if not fairseq.__version__.startswith("0.12.2"):
+        assert sum(covered["language_modeling", "valid"]) < blocks
     assert covered["language_modeling_pn", "train"] == covered["language_modeling", "train"]
 
 
