@@ -14,14 +14,20 @@ import torch
 import toy
 from fairseq_powernorm.tasks import MAX_SKIPPED_UPDATES
 
-RUN = (
+TRANSLATION = (
     "--arch", "transformer_pn_iwslt_de_en", "--share-all-embeddings", "--task", "translation_pn",
-    "--encoder-layers", 2, "--decoder-layers", 2, "--encoder-embed-dim", 32, "--decoder-embed-dim", 32,
-    "--encoder-ffn-embed-dim", 64, "--decoder-ffn-embed-dim", 64,
-    "--dropout", 0, "--attention-dropout", 0, "--activation-dropout", 0,
+    "--encoder-layers", 2, "--encoder-embed-dim", 32, "--encoder-ffn-embed-dim", 64, "--attention-dropout", 0,
+    "--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0.1,
+)  # fmt: skip
+LANGUAGE_MODEL = (
+    "--arch", "tensorized_lm_pn_ptb", "--task", "language_modeling_pn", "--tokens-per-sample", 8,
+    "--tensorized-window", 8, "--tensorized-rank", 8, "--criterion", "cross_entropy",
+)  # fmt: skip
+RUN = (
+    "--decoder-layers", 2, "--decoder-embed-dim", 32, "--decoder-ffn-embed-dim", 64,
+    "--dropout", 0, "--activation-dropout", 0,
     # SGD: Adam divides the gradient of a bias of keys, which is rounding noise, by its own size
     "--optimizer", "sgd", "--lr", 0.5, "--lr-scheduler", "fixed",
-    "--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0.1,
     "--log-format", "json", "--log-interval", 1, "--no-progress-bar",
     "--cpu", "--num-workers", 0, "--data-buffer-size", 0, "--no-epoch-checkpoints", "--seed", 1,
     # no shuffling: the same sentences make an update, however they are cut into batches
@@ -46,9 +52,9 @@ BUFFERS = ("iters", "running_phi", "ema_gz", "running_mean", "running_var")
 class Run:
     """A run of fairseq-train: exit status, output, checkpoints and what ``instrumented`` saw on each rank."""
 
-    def __init__(self, folder, data, *arguments, ranks=1, check=True, validate=False, **environment):
+    def __init__(self, folder, data, *arguments, model=TRANSLATION, ranks=1, check=True, validate=False, **environment):
         self.folder = folder
-        words = ["fairseq-train", data, "--user-dir", "tests/instrumented", "--save-dir", folder / "save", *RUN]
+        words = ["fairseq-train", data, "--user-dir", "tests/instrumented", "--save-dir", folder / "save", *model, *RUN]
         words += [*arguments, *(() if validate else ("--disable-validation",))]
         if ranks > 1:
             words[0] = os.path.join(os.path.dirname(sys.executable), "fairseq-train")
@@ -178,6 +184,27 @@ def test_cutting_the_batch(cut, way):
     errors = [error(one, other) for one, other in zip(whole.states(), parts.states())]
     assert len(errors) == 20 and max(errors) < 1e-5, errors
     assert steps(parts.states()[-1]) == {20}
+
+
+def test_language_model_on_two_ranks(run, tmp_path):
+    """A language model on two ranks = one process with all their blocks in a batch, within 1e-5 after each update, and
+    in the update in which one rank has none."""
+    draw = random.Random(3)
+    lines = (" ".join(f"w{draw.randrange(20)}" for _ in range(draw.randrange(3, 12))) + "\n" for _ in range(150))
+    (tmp_path / "train.txt").write_text("".join(lines))
+    toy.command(
+        "fairseq-preprocess", "--only-source", "--destdir", tmp_path / "bin", "--trainpref", tmp_path / "train.txt"
+    )
+    arguments = (tmp_path / "bin", "--decoder-norm-self", "power", "--norm-variant", "algorithm2", "--max-update", 16)
+    whole, ranks = together(
+        lambda: run(*arguments, *WHOLE, model=LANGUAGE_MODEL),
+        lambda: run(*arguments, *HALF, model=LANGUAGE_MODEL, ranks=2),
+    )
+    assert sentences(whole) == sentences(ranks) and len(sentences(whole)) == 16
+    assert any(step["sentences"] == [] for step in ranks.steps[1])
+    errors = [error(one, other) for one, other in zip(whole.states(), ranks.states())]
+    assert max(errors) < 1e-5, errors
+    assert steps(ranks.states()[-1]) == {16} and whole.losses == ranks.losses
 
 
 def test_exact_from_the_start(mixed):

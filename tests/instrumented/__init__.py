@@ -59,7 +59,7 @@ class Watch:
             if self.due("INJECT_INF") and output[0].requires_grad:
                 output[0].register_hook(lambda grad: torch.full_like(grad, float("inf")))
 
-        model.encoder.embed_tokens.register_forward_hook(lose)
+        getattr(model, "encoder", model.decoder).embed_tokens.register_forward_hook(lose)
         model.decoder.register_forward_hook(strike)
 
     def train_step(self, trainer, samples, *arguments, **options):
