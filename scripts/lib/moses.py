@@ -1,12 +1,13 @@
 """The steps from raw to tokenized text, in Python (sacremoses) or, with $MOSES, by Moses' own Perl scripts.
 
-Where the two differ (with the Perl scripts of 2021):
-- A full stop at the end of a line that follows a single capital, an abbreviation or a word with a full stop in it ("von A.",
-  "usw.", "U.S.") stays with its word; Perl splits it off. 17 of the 58,000 training lines of Multi30k.
-- Perl's `normalize` makes a double quotation mark of ’ and keeps spaces at the guillemets « »; it also moves the full stops
-  at the end of a German line behind a quotation mark that follows them. `normalize_train` does as Perl does, `normalize`
-  as sacremoses does.
-- Letters that Perl lower-cases by themselves: a Greek sigma at the end of a word stays σ in Perl.
+Where the two differ, seen on Multi30k and on odd lines:
+- tokenize: a full stop that ends the line after a single capital, an abbreviation or a word with a full stop in it ("Linie
+  A.", "usw.", "U.S.") stays with its word; the Perl script splits it off. 17 of the 58,000 training lines of Multi30k.
+  The control characters 1C to 1F become spaces; the Perl script drops them. Signs of Indic scripts stay with their letters.
+- normalize: ’ becomes ', with the Perl script ". At the end of a German line the Perl script puts the full stops
+  behind a quotation mark that follows them. `normalize_train` does both as the Perl script does. Some versions of that
+  script make " of ‘ and ‚, too.
+- lowercase: a capital sigma that ends a word becomes ς, with the Perl script σ.
 """
 
 import functools
