@@ -40,6 +40,7 @@ def learn_subword_nmt(train, directory, size):
         os.environ.setdefault("TQDM_DISABLE", "1")  # its progress bar fills a log file
     from subword_nmt.learn_bpe import learn_bpe
 
+    print("  counting words", flush=True)
     with open(directory / "codes", "w", encoding="utf-8") as write:
         learn_bpe(lines_of(train), Counted(write, size), size)
 

@@ -406,7 +406,7 @@ def report(counts, every):
         raise UserError("no sentence pair of the training text is left: each has a side that is empty, too long, or much "
                         "longer than the other")
     if counts.get("valid") == 0:
-        raise UserError(f"too few training pairs, {counts['train']}, to take every {every}th for validation")
+        raise UserError(f"too few training pairs, {counts['train']}, to take one in {every} for validation")
 
 
 def binarize(directory, data_bin, command, texts, lock):
