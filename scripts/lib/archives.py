@@ -17,7 +17,8 @@ from settings import UserError
 
 BLOCK = 1 << 20
 # What reading a damaged archive raises.
-DAMAGE = (EOFError, RuntimeError, tarfile.TarError, zipfile.BadZipFile, zlib.error, gzip.BadGzipFile, NotImplementedError)
+DAMAGE = (EOFError, RuntimeError, tarfile.TarError, zipfile.BadZipFile, zlib.error, gzip.BadGzipFile,
+          NotImplementedError)
 
 
 class Unreachable(Exception):
@@ -25,8 +26,8 @@ class Unreachable(Exception):
 
 
 def download(file, urls, directory, size=None):
-    """The path of a file in directory, downloaded from the first address that has it; a part that an earlier attempt left
-    is gone on with. $DATA_MIRROR, an address of the user's, is tried first.
+    """The path of a file in directory, downloaded from the first address that has it; a part that an earlier attempt
+    left is gone on with. $DATA_MIRROR, an address of the user's, is tried first.
 
     Raises:
         UserError: no address gives the file, or what they give has not the known size

@@ -46,7 +46,7 @@ def learn_subword_nmt(train, directory, size):
 
 
 def learn_sentencepiece(train, directory, size):
-    """directory/sentencepiece.model: a BPE model with `size` pieces, from every line, or from every second, third, ..."""
+    """directory/sentencepiece.model: a BPE model with `size` pieces, from every line, or every second, third, ..."""
     import sentencepiece as spm
 
     step = -(-sum(1 for _ in lines_of(train)) // SENTENCES)

@@ -17,8 +17,8 @@ MULTI30K = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1
 # uncompressed text). Language models, whose files are split.txt, also have an archive that holds the files, where it
 # lies, its SHA-256, and what the field counts in the text: tokens with line ends, types with <unk> and the line end.
 # Or archives: name -> where it lies, its size in bytes and its SHA-256; parts: split -> what it is made of, in order:
-# (archive, member, which lines of the member are text: a key of KINDS); nested: another archive -> the path in it of the
-# archive; and sentences: how many a split of the published corpus has.
+# (archive, member, which lines of the member are text: a key of KINDS); nested: another archive -> the path in it of
+# the archive; and sentences: how many a split of the published corpus has.
 # {name} in archives and parts is a setting, {language} and {side} are those of the text (side: src or ref).
 # What is not known for certain is None.
 CORPORA = {
@@ -240,8 +240,8 @@ def in_archive(entry):
 
 
 class Archives:
-    """A published parallel corpus, put together from members of archives: downloaded, in an archive directory, or, if it
-    is one archive, a file of the user's. The user's archives are held to the layout, not to the published SHA-256."""
+    """A published parallel corpus, put together from members of archives: downloaded, in an archive directory, or, if
+    it is one archive, a file of the user's. The user's archives are held to the layout, not to the published SHA-256."""
 
     def __init__(self, benchmark, settings, *, archive_dir, archive, download_dir):
         self.benchmark, self.entry, self.download_dir = benchmark, CORPORA[benchmark], download_dir
@@ -272,7 +272,8 @@ class Archives:
         found = {}
         for name in self.names:
             wanted = [name, *self.entry.get("nested", {})]
-            found[name] = next((folder / file for folder in folders for file in wanted if (folder / file).is_file()), None)
+            paths = (folder / file for folder in folders for file in wanted)
+            found[name] = next((path for path in paths if path.is_file()), None)
             if found[name] is None:
                 raise UserError(f"archive directory (--archive-dir or DATA_ARCHIVES) {str(self.archive_dir)!r} lacks "
                                 f"{' or '.join(wanted)}; looked in {' and '.join(map(str, folders))}")
@@ -308,7 +309,8 @@ class Archives:
         """Verifies and unpacks an archive; a damaged download is removed, so that the next run fetches it anew."""
         published, digest = self.entry["archives"][name][2], sha256(path)
         is_download = path.parent == self.download_dir
-        wanted = {member: flat(member) for parts in self.parts.values() for archive, member, _ in parts if archive == name}
+        wanted = {member: flat(member) for parts in self.parts.values() for archive, member, _ in parts
+                  if archive == name}
         try:
             if published not in (None, digest):
                 if is_download:
@@ -332,7 +334,7 @@ def all_lines(lines):
 
 
 def tagged_lines(lines):
-    """The sentences of IWSLT's train.tags: lines about the talk are left out, the tags of titles and descriptions removed."""
+    """The sentences of IWSLT's train.tags: lines about the talk are left out, tags of titles removed."""
     for line in all_lines(lines):
         if not any(tag in line for tag in (b"<url>", b"<talkid>", b"<keywords>")):
             yield re.sub(rb"</?(?:title|description)>", b"", line)

@@ -1,9 +1,10 @@
 """The steps from raw to tokenized text, in Python (sacremoses) or, with $MOSES, by Moses' own Perl scripts.
 
 Where the two differ, seen on Multi30k and on odd lines:
-- tokenize: a full stop that ends the line after a single capital, an abbreviation or a word with a full stop in it ("Linie
-  A.", "usw.", "U.S.") stays with its word; the Perl script splits it off. 17 of the 58,000 training lines of Multi30k.
-  The control characters 1C to 1F become spaces; the Perl script drops them. Signs of Indic scripts stay with their letters.
+- tokenize: a full stop that ends the line after a single capital, an abbreviation or a word with a full stop in it
+  ("Linie A.", "usw.", "U.S.") stays with its word; the Perl script splits it off. 17 of the 58,000 training lines of
+  Multi30k. The control characters 1C to 1F become spaces; the Perl script drops them. Signs of Indic scripts stay with
+  their letters.
 - normalize: ’ becomes ', with the Perl script ". At the end of a German line the Perl script puts the full stops
   behind a quotation mark that follows them. `normalize_train` does both as the Perl script does. Some versions of that
   script make " of ‘ and ‚, too.
@@ -104,7 +105,7 @@ class Perl:
     def __init__(self, directory, settings):
         self.perl, self.directory = shutil.which("perl"), Path(directory) / "scripts" / "tokenizer"
         if self.perl is None:
-            raise UserError(f"MOSES={directory}: its scripts need perl, which is not installed; unset MOSES to do without")
+            raise UserError(f"MOSES={directory}: its scripts need perl, which is not installed; unset MOSES")
         names = {SCRIPTS[step](language)[0] for split in ("train", "test") for step in steps(settings, split)
                  for language in settings["languages"] if SCRIPTS[step]}
         self.files = [self.directory / name for name in sorted(names)]
@@ -113,8 +114,8 @@ class Perl:
             raise UserError(f"MOSES={directory} lacks {', '.join(missing)}; valid is the directory of a checkout of "
                             f"mosesdecoder")
         prefixes = Path(directory) / "scripts" / "share" / "nonbreaking_prefixes"
-        self.files += [path for path in (prefixes / f"nonbreaking_prefix.{language}" for language in settings["languages"])
-                       if path.is_file()]
+        found = [prefixes / f"nonbreaking_prefix.{language}" for language in settings["languages"]]
+        self.files += [path for path in found if path.is_file()]
 
     def digests(self):
         """script -> SHA-256, of all that the result depends on."""
@@ -174,7 +175,7 @@ class Perl:
                     said = " ".join(errors.read()[-500:].decode("utf-8", "replace").split())
                     raise UserError(f"{' '.join(command[1:])} failed with exit status {status}: {said}")
             if taken != given:
-                raise UserError(f"the scripts of MOSES={self.directory.parent.parent} made {taken:,} lines of {given:,}")
+                raise UserError(f"the scripts in {self.directory} (MOSES) made {taken:,} lines of {given:,}")
 
 
 def perl(settings):

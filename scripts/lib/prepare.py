@@ -30,7 +30,7 @@ OPTIONAL = {
     "normalize_train": bool,  # the training text: normalize punctuation, spaces for what is no printable character
     "map_apostrophes": bool,  # validation and test text: U+2019 becomes '
     "split_dashes": bool,     # aggressive dash splitting: a-b becomes a @-@ b
-    "clean_ratio": float,     # training pairs with more than so many tokens on one side for one on the other are dropped
+    "clean_ratio": float,     # training pairs with more than so many tokens on a side for one on the other are dropped
     "clean_max": int,         # and those with more tokens on a side
     "clean_pieces": bool,     # they are counted after BPE, not before it
     "valid_every": int,       # every such training pair that is left is one of the validation text
@@ -79,8 +79,8 @@ def settings_of(config, options):
         if f"PN_{name.upper()}" in own:
             settings[name] = kind(own[f"PN_{name.upper()}"])
     if "news_commentary" in settings:
-        settings["news_commentary"] = choose("--news-commentary", options.news_commentary or settings["news_commentary"],
-                                             corpora.NEWS_COMMENTARY)
+        settings["news_commentary"] = choose(
+            "--news-commentary", options.news_commentary or settings["news_commentary"], corpora.NEWS_COMMENTARY)
     return settings
 
 
@@ -146,7 +146,8 @@ def run(stages, directory):
 
     A function is given the paths of the directories that it fills; they get their names when it has ended well.
     """
-    whole = [number for number, (_, names, _) in enumerate(stages, 1) if all((directory / name).is_dir() for name in names)]
+    whole = [number for number, (_, names, _) in enumerate(stages, 1)
+             if all((directory / name).is_dir() for name in names)]
     for number, (title, names, function) in enumerate(stages, 1):
         heading = f"[{number}/{len(stages)}] {title}"
         if whole and number <= whole[-1]:
@@ -215,8 +216,9 @@ class Translation:
                 shutil.copyfile(corpus / name, raw / name)
                 shutil.copyfile(tokens / name, tok / name)
         limits = None if self.settings.get("clean_pieces") else self.settings
-        report(select([folder / f"train.{language}" for folder in (tokens, corpus) for language in self.languages],
-                      [(folder, language) for folder in (tok, raw) for language in self.languages], limits, every), every)
+        counts = select([folder / f"train.{language}" for folder in (tokens, corpus) for language in self.languages],
+                        [(folder, language) for folder in (tok, raw) for language in self.languages], limits, every)
+        report(counts, every)
 
     def learn(self, codes):
         bpe.LEARN[self.settings["bpe"]]([self.directory / "tok" / f"train.{language}" for language in self.languages],
@@ -365,13 +367,14 @@ def select(sources, targets, limits, every):
     Args:
         sources: the paths of the two sides, and of other texts that are line for line the same
         targets: for each of them, (folder, language): what is kept becomes folder/train.language
-        limits: the settings `clean_ratio` and `clean_max`; a pair with an empty side is never within them. None: all are
+        limits: the settings `clean_ratio` and `clean_max`, within which a pair with an empty side never is; None: none
         every: each `every`-th pair that is kept becomes one of folder/valid.language; None: none does
     """
     counts = {"train": 0, "dropped": 0, **({"valid": 0} if every else {})}
     with contextlib.ExitStack() as stack:
         reads = [stack.enter_context(open(path, "rb")) for path in sources]
-        writes = {split: [stack.enter_context(open(folder / f"{split}.{language}", "wb")) for folder, language in targets]
+        writes = {split: [stack.enter_context(open(folder / f"{split}.{language}", "wb"))
+                          for folder, language in targets]
                   for split in counts if split != "dropped"}
         for lines in zip(*reads):
             if limits is not None and not within(lines[:2], limits):
@@ -403,8 +406,8 @@ def report(counts, every):
         print(f"  dropped {counts['dropped']:,} training pairs with an empty side, too long, or of unequal lengths",
               flush=True)
     if counts["train"] == 0:
-        raise UserError("no sentence pair of the training text is left: each has a side that is empty, too long, or much "
-                        "longer than the other")
+        raise UserError("no sentence pair of the training text is left: each has a side that is empty, too long, or "
+                        "much longer than the other")
     if counts.get("valid") == 0:
         raise UserError(f"too few training pairs, {counts['train']}, to take one in {every} for validation")
 
@@ -432,8 +435,8 @@ def prepare_or_refuse(arguments):
     try:
         prepare(arguments)
     except OSError as error:
-        raise UserError(f"{f'{error.filename}: ' if error.filename else 'cannot write: '}{error.strerror or error}; stages "
-                        f"that are whole are kept, and the next run goes on after them") from None
+        raise UserError(f"{error.filename or 'cannot write'}: {error.strerror or error}; stages that are whole are kept, "
+                        f"and the next run goes on after them") from None
     except KeyboardInterrupt:
         raise UserError("interrupted; stages that are whole are kept, and the next run goes on after them") from None
 

@@ -182,8 +182,8 @@ def replace(target, partial):
 def resumable_directory(target, request):
     """As whole_directory, but what an earlier process left after the same request is kept, to be gone on with.
 
-    The request stands in prepared.json from the beginning; the block adds to it. When the block fails, the sibling stays
-    if it holds a directory that is whole, that is, whose name begins with no dot.
+    The request stands in prepared.json from the beginning; the block adds to it. When the block fails, the sibling
+    stays if it holds a directory that is whole, that is, whose name begins with no dot.
     """
     partial = put_back(target)
     stamp = partial / "prepared.json"
