@@ -3,7 +3,8 @@
 #
 #   scripts/train.sh BENCH NORM [options] [overrides]
 #
-#   BENCH               name of a file in configs/ (demo, multi30k, ptb, wikitext103), prepared by scripts/prepare.sh
+#   BENCH               name of a file in configs/ (demo, iwslt14, multi30k, ptb, wikitext103, wmt14), prepared by
+#                       scripts/prepare.sh
 #   NORM                layer, rms, batch, power-v or power
 #   --arch ARCH         another architecture than that of configs/BENCH.yaml, with the settings of
 #                       configs/BENCH/ARCH.yaml: ptb has transformer_lm_pn_ptb, wikitext103 has transformer_lm_pn_wiki103

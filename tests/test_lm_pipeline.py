@@ -5,7 +5,9 @@ import gzip
 import io
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -150,6 +152,23 @@ def test_prepare_again(scripts, tmp_path):
     assert "other source text" in mine.refuses("prepare", "ptb", "--archive", other)
     mine.ok("prepare", "ptb", "--archive", other, "--force")
     assert json.loads((mine.data / "ptb" / "prepared.json").read_text())["counts"]["test"]["tokens"] == 3
+
+
+def test_prepare_killed(scripts, tmp_path):
+    """prepare, killed while it binarizes, then prepare = prepare: it goes on with the text, to the same bytes."""
+    mine = Scripts(tmp_path)
+    process = mine.start("prepare", "ptb", "--archive", scripts.archives["ptb"])
+    for line in process.stdout:
+        if line.startswith("[2/2]"):
+            break
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not (mine.data / "ptb").exists()
+    output = mine.ok("prepare", "ptb", "--archive", scripts.archives["ptb"])
+    assert "[1/2] text: done already" in output and "NOT the published ptb" in output
+    assert contents(mine.data / "ptb") == contents(scripts.data / "ptb")
+    assert [path.name for path in mine.data.iterdir() if path.is_dir()] == ["ptb"]
 
 
 def evil(folder, kind):

@@ -203,13 +203,14 @@ def test_prepare_killed(scripts, tmp_path):
     mine = Scripts(tmp_path)
     process = mine.start("prepare", "demo", "--text-dir", scripts.text)
     for line in process.stdout:
-        if line.startswith("[4/4]"):
+        if line.startswith("[6/6]"):
             break
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     process.stdout.close()
     assert not (mine.data / "demo").exists() and (mine.data / ".demo.partial" / "bpe" / "codes").exists()
-    mine.ok("prepare", "demo", "--text-dir", scripts.text)
+    again = mine.ok("prepare", "demo", "--text-dir", scripts.text)
+    assert again.count("done already") == 5 and "[6/6] binarization\n" in again
     assert contents(mine.data) == contents(scripts.data)
 
 

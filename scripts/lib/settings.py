@@ -147,24 +147,70 @@ def whole_directory(target):
     What an earlier process left when it was killed is removed, and a target that it had set aside is put back. The caller
     holds a lock.
     """
-    partial = target.with_name(f".{target.name}.partial")
-    aside = target.with_name(f".{target.name}.old")
+    partial = put_back(target)
     shutil.rmtree(partial, ignore_errors=True)
-    if aside.exists():
-        if target.exists():
-            shutil.rmtree(aside)
-        else:
-            aside.rename(target)
     partial.mkdir(parents=True)
     try:
         yield partial
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    replace(target, partial)
+
+
+def put_back(target):
+    """Puts back a target that a killed process had set aside; gives the path of its temporary sibling."""
+    aside = target.with_name(f".{target.name}.old")
+    if aside.exists():
+        if target.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(target)
+    return target.with_name(f".{target.name}.partial")
+
+
+def replace(target, partial):
+    """The temporary sibling takes the place of target."""
+    aside = target.with_name(f".{target.name}.old")
     if target.exists():
         target.rename(aside)
     partial.rename(target)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def resumable_directory(target, request):
+    """As whole_directory, but what an earlier process left after the same request is kept, to be gone on with.
+
+    The request stands in prepared.json from the beginning; the block adds to it. When the block fails, the sibling
+    stays if it holds a directory that is whole, that is, whose name begins with no dot.
+    """
+    partial = put_back(target)
+    stamp = partial / "prepared.json"
+    if partial.exists():
+        there = read_json(stamp) if stamp.is_file() and stamp.stat().st_size else {}
+        if same({key: there.get(key) for key in request}, request) and there:
+            print(f"going on with what an interrupted run left in {partial}", flush=True)
+        else:
+            print(f"removing {partial}, which an interrupted run with other settings left", flush=True)
+            shutil.rmtree(partial)
+    if not partial.exists():
+        partial.mkdir(parents=True)
+        write_json(stamp, request)
+    try:
+        yield partial
+    except BaseException:
+        if not any(path.is_dir() and not path.name.startswith(".") for path in partial.iterdir()):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    replace(target, partial)
+
+
+def same(one, other):
+    """Are two requests the same? A value of None is not known yet, and the same as any other."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    return one == other or one is None or other is None
 
 
 def tool(name):
