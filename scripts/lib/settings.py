@@ -70,12 +70,23 @@ def benchmarks():
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
-def load(benchmark):
-    """configs/BENCH.yaml as it stands in the file (interpolations resolve on access)."""
+def load(benchmark, arch=None):
+    """configs/BENCH.yaml, configs/BENCH/ARCH.yaml over it, as they stand there (interpolations resolve on access)."""
     from omegaconf import OmegaConf
 
     choose("benchmark", benchmark, benchmarks())
-    return OmegaConf.load(CONFIGS / f"{benchmark}.yaml")
+    config = OmegaConf.load(CONFIGS / f"{benchmark}.yaml")
+    if arch not in (None, config.model._name):
+        config = OmegaConf.merge(config, OmegaConf.load(CONFIGS / benchmark / f"{arch}.yaml"))
+    return config
+
+
+def script_setting(config, key, default):
+    """A setting of the scripts for which fairseq has no key: hydra.job.env_set.KEY of what load gives."""
+    from omegaconf import OmegaConf
+
+    value = OmegaConf.select(config, f"hydra.job.env_set.{key}")
+    return default if value is None else value
 
 
 def sha256(path):
