@@ -39,6 +39,9 @@ PARAMETERS = {
 UPDATE_S = 0.05
 OPERATIONS_PER_S = 20e12
 
+#: The rows that the figures compare, by default and in the report of a table.
+FIGURE_ROWS = ("layer", "batch", "power-v", "power")
+
 #: settings in updates, which --updates scales with the length of training
 SCALED = ("lr_scheduler.warmup_updates", "lr_scheduler.lr_period_updates", "dataset.validate_interval_updates",
           "checkpoint.save_interval_updates")
@@ -196,5 +199,10 @@ def identity(overrides):
 
 def plan_line(run, results):
     """The commands of a run, to be pasted into a shell, with its estimated cost."""
-    return (f"{shlex.join(run.train_command())}    # about {run.gpu_hours:,.1f} GPU hours\n"
+    return (f"{shlex.join(run.train_command())}    # about {hours(run.gpu_hours)} GPU hours\n"
             f"{shlex.join(run.evaluate_command(results))}")
+
+
+def hours(number):
+    """An estimate as text, two digits where it is small."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"

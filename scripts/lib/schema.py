@@ -56,7 +56,8 @@ LANGUAGE_MODEL = {
 }
 SIGNIFICANCE = {
     "schema": {1}, "kind": {"significance"},
-    "tests": Mapping({"against": str, "baseline": NUMBER, "score": NUMBER, "p_value": NUMBER, "signature": str}),
+    "tests": Mapping({"against": str, "baseline": NUMBER, "score": NUMBER, "p_value": Optional(NUMBER),
+                      "signature": str}),
 }
 FIGURES = {
     "schema": {1}, "kind": {"figures"},

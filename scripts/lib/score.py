@@ -73,7 +73,8 @@ def sacrebleu_scores(hypotheses, references, lowercase):
 def paired_bootstrap(baseline, systems, references, lowercase):
     """Significance of each system's difference from the baseline, by sacreBLEU's paired bootstrap test of BLEU.
 
-    systems: name -> hypotheses. Returns name -> {"baseline", "score", "p_value", "signature"}; needs a minute at most.
+    systems: name -> hypotheses. Returns name -> {"baseline", "score", "p_value", "signature"}. The p-value is None where the
+    two scores are equal, for which sacreBLEU's arithmetic gives the smallest one there is.
     """
     from sacrebleu.metrics import BLEU
     from sacrebleu.significance import PairedTest
@@ -83,10 +84,10 @@ def paired_bootstrap(baseline, systems, references, lowercase):
     test = PairedTest([("", baseline), *systems.items()], {"BLEU": BLEU(lowercase=lowercase, references=[references])},
                       references=None, test_type="bs")
     signatures, scores = test()
-    theirs = dict(zip(systems, scores["BLEU"][1:]))
-    return {name: {"baseline": float(scores["BLEU"][0].score), "score": float(found.score),
-                   "p_value": float(found.p_value), "signature": str(signatures["BLEU"])}
-            for name, found in theirs.items()}
+    own = float(scores["BLEU"][0].score)
+    return {name: {"baseline": own, "score": float(found.score), "signature": str(signatures["BLEU"]),
+                   "p_value": None if found.score == own else float(found.p_value)}
+            for name, found in zip(systems, scores["BLEU"][1:])}
 
 
 def score(arguments):

@@ -97,10 +97,10 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def write_json(path, content):
+def write_json(path, content, indent=2):
     """Writes JSON so that a reader sees the old file or the new one, never a part."""
     partial = Path(f"{path}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -136,8 +136,8 @@ def cpus():
 
 
 @contextlib.contextmanager
-def locked(directory):
-    """Holds the lock of a directory that need not exist yet; refuses if another process holds it.
+def locked(directory, wait=False):
+    """Holds the lock of a directory that need not exist yet; refuses, or waits, if another process holds it.
 
     The lock is a file beside the directory. It opens when the process ends, however it ends, and the children that were
     given the file have ended, too.
@@ -145,7 +145,7 @@ def locked(directory):
     directory.parent.mkdir(parents=True, exist_ok=True)
     with open(directory.with_name(f".{directory.name}.lock"), "a") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             raise UserError(f"another process is at work in {directory} (it holds {stream.name})") from None
         yield stream
