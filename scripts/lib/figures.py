@@ -130,12 +130,12 @@ def of_statistics(labelled, quantities):
 
     labelled: label -> statistics
     """
-    package()
-    from fairseq_powernorm.recorder import PANELS
-
     there = [name for name in quantities if any(name in found["quantities"] for found in labelled.values())]
     if not there:
         return None
+    package()
+    from fairseq_powernorm.recorder import PANELS
+
     figure, axes = panels(len(there))
     for axis, quantity in zip(axes, there):
         for colour, (label, found) in enumerate(labelled.items()):

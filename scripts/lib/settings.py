@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -61,6 +62,7 @@ def placements(model):
     return tuple(PLACEMENTS) if NORM_OPTIONS[0] in model else ("all",)
 
 
+@functools.lru_cache(maxsize=None)
 def architectures(benchmark):
     """The architectures with settings for a benchmark, the default first; the others have configs/BENCH/ARCH.yaml."""
     return (load(benchmark).model._name, *sorted(path.stem for path in (CONFIGS / benchmark).glob("*.yaml")))
