@@ -384,6 +384,23 @@ def test_wikitext103(scripts, arch):
     assert math.log2(record["perplexity"]["score"]) == pytest.approx(reported(run, "eval-lm.log"), abs=6e-5)
 
 
+def test_reproduce(scripts, tmp_path):
+    """reproduce_figures.sh of a language model: the run that the tables have, its record, and the figures."""
+    arguments = ["reproduce_figures", "--benchmark", "ptb", "--rows", "power", "--updates", "10", "--results", tmp_path,
+                 *SIZES, *TENSORIZED, "eval_lm.context_window=0"]
+    output = scripts.ok(*arguments)
+    name = "power-tensorized_lm_pn_ptb-10-seed1"
+    record = json.loads((tmp_path / "ptb" / f"{name}.json").read_text())
+    assert record["updates"] == 10 and record["config"]["lr_scheduler"]["warmup_updates"] == 1
+    data = json.loads((tmp_path / "figures-ptb-10.figures.json").read_text())
+    assert data["statistics"][f"ptb/{name}"]["updates"] == list(range(1, 11))
+    assert data["singular_values"][f"ptb/{name}"]["checkpoint"] == "checkpoint_best.pt"
+    assert len(data["singular_values"][f"ptb/{name}"]["values"]) == 8, "the channels of the embedding"
+    pictures = {f"figures-ptb-10.ptb-tensorized_lm_pn_ptb.figure{i}.png" for i in (1, 2, 3, 4)}
+    assert {path.name for path in tmp_path.glob("*.*")} == {*pictures, "figures-ptb-10.figures.json"}
+    assert all(name in output for name in pictures)
+
+
 # ---- real text -------------------------------------------------------------------------------------------------------
 
 

@@ -1,9 +1,12 @@
 """The paper's figures: their data, taken from run directories, and the pictures, drawn from data and records."""
 
+import importlib
 import io
+import logging
 import math
 import sys
 
+import compose
 import matrix
 from settings import ROOT
 
@@ -12,10 +15,12 @@ DISTANCES = ("distance_mean", "distance_var", "distance_psi2")
 GRADIENTS = ("gradient_mean", "gradient_var", "gradient_psi2", "gradient_nu")
 
 
-def package():
-    """Makes fairseq_powernorm importable."""
+def package(module):
+    """A module of fairseq_powernorm; fairseq, which it imports, turns logging on."""
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
+    with compose.quiet():
+        return importlib.import_module(f"fairseq_powernorm.{module}")
 
 
 def statistics(path):
@@ -23,10 +28,7 @@ def statistics(path):
 
     None where a value was not finite.
     """
-    package()
-    from fairseq_powernorm.recorder import read
-
-    rows = read(str(path))
+    rows = package("recorder").read(str(path))
     updates = sorted({row["update"] for row in rows})
     found = {}
     for quantity in (*DISTANCES, *GRADIENTS):
@@ -49,10 +51,7 @@ def singular_values(path):
     """
     import torch
 
-    package()
-    from fairseq_powernorm.checkpoint import load
-
-    model = load(str(path))["model"]
+    model = package("checkpoint").load(str(path))["model"]
     side = "encoder" if any(key.startswith("encoder.") for key in model) else "decoder"
     whole = model.get(f"{side}.embed_tokens.weight")
     bands = [whole] if whole is not None else []
@@ -70,7 +69,7 @@ def data_of(runs, earlier):
     """The figures' data: of the run directories that there are, else what an earlier file says.
 
     Args:
-        runs: those of FIGURE_ROWS
+        runs: the runs to picture
         earlier: content of the file, or None
     """
     data = {"schema": 1, "kind": "figures", "statistics": {}, "singular_values": {}}
@@ -97,6 +96,7 @@ def pyplot():
     import matplotlib
 
     matplotlib.use("Agg")
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     from matplotlib import pyplot as module
 
     return module
@@ -125,38 +125,37 @@ def finished(axis, **settings):
     axis.legend(fontsize="small")
 
 
-def of_statistics(labelled, quantities):
+def of_statistics(labelled, quantities, colours):
     """Figures 1 and 2: quantities against updates, the mean over norms and the range of all; None without data.
 
-    labelled: label -> statistics
+    labelled: label -> statistics; colours: label -> colour
     """
     there = [name for name in quantities if any(name in found["quantities"] for found in labelled.values())]
     if not there:
         return None
-    package()
-    from fairseq_powernorm.recorder import PANELS
-
+    titles = package("recorder").PANELS
     figure, axes = panels(len(there))
     for axis, quantity in zip(axes, there):
-        for colour, (label, found) in enumerate(labelled.items()):
+        for label, found in labelled.items():
             series = found["quantities"].get(quantity)
             if series:
                 mean, low, high = ([math.nan if v is None else v for v in series[key]]
                                    for key in ("mean", "smallest", "largest"))
-                axis.plot(found["updates"], mean, color=f"C{colour}", label=label)
-                axis.fill_between(found["updates"], low, high, color=f"C{colour}", alpha=0.15, linewidth=0)
-        finished(axis, title=PANELS[quantity], xlabel="updates", yscale="log")
+                axis.plot(found["updates"], mean, color=colours[label], label=label)
+                axis.fill_between(found["updates"], low, high, color=colours[label], alpha=0.15, linewidth=0)
+        finished(axis, title=titles[quantity], xlabel="updates", yscale="log")
     return png(figure)
 
 
-def of_singular_values(labelled):
-    """Figure 3: singular values, divided by the largest; None without data."""
+def of_singular_values(labelled, colours):
+    """Figure 3: singular values, divided by the largest, of label -> values; None without data."""
     if not labelled:
         return None
     figure, (axis,) = panels(1)
     for label, found in labelled.items():
         largest = max(found["values"]) or 1.0
-        axis.plot(range(1, len(found["values"]) + 1), [value / largest for value in found["values"]], label=label)
+        relative = [value / largest for value in found["values"]]
+        axis.plot(range(1, len(relative) + 1), relative, color=colours[label], label=label)
     finished(axis, title="singular values of the embedding", xlabel="index", ylabel="relative to the largest", yscale="log")
     return png(figure)
 

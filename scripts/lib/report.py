@@ -56,8 +56,11 @@ def write(subject, path, runs, missing, results):
     results.mkdir(parents=True, exist_ok=True)
     records = {f"{run.benchmark}/{run.name}": schema.read_record(run.record(results)) for run in runs}
     with locked(runs_root() / f"report-{path.name}", wait=True):
-        pictured = [run for run in runs if run.row_name in FIGURE_ROWS and run.seed == min(other.seed for other in runs)]
-        data = figures.data_of(pictured, earlier(f"{path}.figures.json"))
+        pictured = {}  # the first seed of each row
+        for run in runs:
+            if subject not in TITLES or run.row_name in FIGURE_ROWS:
+                pictured.setdefault((run.benchmark, run.arch, run.row), run)
+        data = figures.data_of(pictured.values(), earlier(f"{path}.figures.json"))
         write_json(f"{path}.figures.json", data, indent=None)
         found = [section(group, records, data) for group in grouped(runs)]
         written = [f"{path}.figures.json"]
@@ -114,10 +117,11 @@ def section(runs, records, data):
     def labelled(key):
         return {labels[name]: found for name, found in data[key].items() if name in labels}
 
+    colours = {label: f"C{i}" for i, label in enumerate(dict.fromkeys(labels.values()))}
     pictures = enumerate((
-        figures.of_statistics(labelled("statistics"), figures.DISTANCES),
-        figures.of_statistics(labelled("statistics"), figures.GRADIENTS),
-        figures.of_singular_values(labelled("singular_values")),
+        figures.of_statistics(labelled("statistics"), figures.DISTANCES, colours),
+        figures.of_statistics(labelled("statistics"), figures.GRADIENTS, colours),
+        figures.of_singular_values(labelled("singular_values"), colours),
         figures.of_curves(baselines, {norm: found for norm, found in norms.items() if found}),
     ))
     return {"name": f"{benchmark}-{arch}", "benchmark": benchmark, "arch": arch, "lines": table,

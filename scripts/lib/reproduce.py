@@ -209,7 +209,11 @@ def interruptible(state):
 def prepare(state, wanted):
     """Prepares the benchmarks that are not; the runs of one that cannot be prepared fail."""
     for benchmark in sorted(wanted):
-        if (data_root() / benchmark / "prepared.json").is_file():
+        directory = data_root() / benchmark
+        if not (directory / "prepared.json").is_file():
+            with locked(directory, wait=True):
+                pass  # another invocation may be at work on it
+        if (directory / "prepared.json").is_file():
             continue
         print(f"== data: {benchmark}", flush=True)
         problem = call(state, ["bash", "scripts/prepare.sh", benchmark], dict(os.environ), "")
