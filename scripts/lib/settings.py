@@ -29,6 +29,8 @@ class UserError(Exception):
 
 def main(function, *arguments):
     """Runs a script's main function; a refusal is one line on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal need not know every character
     try:
         sys.exit(function(*arguments))
     except UserError as error:
