@@ -5,7 +5,7 @@
 #
 #   scripts/evaluate.sh BENCH RUN_DIR [options]
 #
-#   BENCH               the benchmark of the run, name of a file in configs/
+#   BENCH               the benchmark of the run (demo, iwslt14, multi30k, ptb, wikitext103, wmt14)
 #   RUN_DIR             a run directory made by scripts/train.sh
 #   --subset NAME       test (default) or valid
 #   --average N         checkpoints to average; default: as many as checkpoint.keep_last_epochs (or

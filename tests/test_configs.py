@@ -77,7 +77,7 @@ def test_builds(benchmark, norm, placement, data, tmp_path):
     overrides = [f"common.user_dir={settings.PLUGIN}", f"task.data={data}", f"checkpoint.save_dir={tmp_path}",
                  *compose.norm_overrides(settings.load(benchmark).model, norm, placement)]
     if settings.load(benchmark).model._name.endswith("_big"):
-        overrides += ["+model.encoder_layers=1", "+model.decoder_layers=1"]  # 176M parameters take their time
+        overrides += ["+model.encoder_layers=1", "+model.decoder_layers=1"]
     config, task, model, criterion = compose.build(compose.compose(benchmark, overrides))
     assert compose.norms_of(config.model) == (norm, "encoder" if norm == "layer" else placement)
     assert (type(task).__name__, type(criterion).__name__) == (
