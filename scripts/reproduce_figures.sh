@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Draws the paper's figures: 1, the distance of batch and running statistics along training; 2, the gradient through the
-# statistics; 3, the singular values of the embedding matrix; 4, the learning curves. It trains and evaluates the runs they
-# need, LN, BN, PN-V and PN, which are those of the tables.
+# Draws the paper's figures: 1, the distance of batch and running statistics along training; 2, the gradient through
+# the statistics; 3, the singular values of the embedding matrix; 4, the learning curves. It trains and evaluates the
+# runs they need, LN, BN, PN-V and PN, which are those of the tables.
 #
 #   scripts/reproduce_figures.sh [options] [overrides]
 #

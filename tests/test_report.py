@@ -54,7 +54,8 @@ def texts(tmp_path_factory):
     def worse(line, rate):
         return " ".join(word if draw.random() > rate else draw.choice(words) for word in line.split())
 
-    found = {"ref": reference, "first": [worse(line, 0.2) for line in reference], "second": [worse(line, 0.3) for line in reference]}
+    found = {"ref": reference, "first": [worse(line, 0.2) for line in reference],
+             "second": [worse(line, 0.3) for line in reference]}
     found["first"][7] = found["first"][-1] = ""
     for name, lines in found.items():
         (folder / name).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
@@ -69,7 +70,7 @@ def ours(capsys, *arguments):
 
 @pytest.mark.parametrize("option", [[], ["--split-compounds"]])
 def test_tokenized_bleu_is_fairseqs(texts, option, tmp_path, capsys, monkeypatch):
-    """score.py HYP REF = fairseq-score; --split-compounds = fairseq-score on texts split by sed, as fairseq's script does."""
+    """score.py HYP REF = fairseq-score; --split-compounds = fairseq-score on texts that sed has split."""
     from fairseq_cli.score import cli_main
 
     folder, _ = texts
@@ -95,7 +96,8 @@ def test_detokenized_scores_are_sacrebleus(texts, option, lowercase, capsys):
     found = ours(capsys, folder / "first", folder / "ref", "--detokenized", *lowercase)
     for name, metric in (("sacrebleu", "bleu"), ("chrf", "chrf")):
         extra = option if metric == "bleu" else ["--chrf-lowercase"] if option else []
-        theirs = json.loads(run(BIN / "sacrebleu", folder / "ref", "-i", folder / "first", "-m", metric, *extra, "-w", 12))
+        command = [BIN / "sacrebleu", folder / "ref", "-i", folder / "first", "-m", metric, *extra, "-w", 12]
+        theirs = json.loads(run(*command))
         assert theirs["score"] == round(found[name]["score"], 12)
         assert set(theirs["signature"].split("|")) == set(found[name]["signature"].split("|"))
 
@@ -105,7 +107,8 @@ def test_significance_is_sacrebleus(texts):
     folder, found = texts
     theirs = json.loads(run(BIN / "sacrebleu", folder / "ref", "-i", folder / "first", folder / "second", "-m", "bleu",
                             "--paired-bs", "-w", 9, "-f", "json"))
-    tests = score.paired_bootstrap(found["first"], {"second": found["second"], "same": found["first"]}, found["ref"], False)
+    systems = {"second": found["second"], "same": found["first"]}
+    tests = score.paired_bootstrap(found["first"], systems, found["ref"], False)
     assert theirs[1]["BLEU"]["p_value"] == pytest.approx(tests["second"]["p_value"], abs=1e-9)
     assert round(tests["second"]["score"], 6) == pytest.approx(theirs[1]["BLEU"]["score"], abs=1e-6)
     assert tests["same"]["p_value"] is None and tests["second"]["p_value"] < 0.05
@@ -120,7 +123,7 @@ def test_score_refuses(texts, tmp_path):
         ([tmp_path / "short", folder / "ref"], "1 hypotheses for 60 references"),
         ([tmp_path / "none", folder / "ref"], "cannot read"),
         ([tmp_path / "empty", folder / "ref"], "is empty"),
-        ([folder / "first", folder / "ref", "--detokenized", "--split-compounds"], "valid with --detokenized: --lowercase"),
+        ([folder / "first", folder / "ref", "--detokenized", "--split-compounds"], "is for tokenized text"),
     ):
         with pytest.raises(settings.UserError, match=re.escape(message)):
             score.score(list(map(str, arguments)))
@@ -131,9 +134,11 @@ def test_iwslt14_reference_against_itself(corpora, tmp_path, capsys):
     text = gzip.decompress((corpora / "iwslt14" / "test.en.gz").read_bytes()).decode()
     (tmp_path / "ref").write_text(text.replace("@@ ", ""), encoding="utf-8")
     found = ours(capsys, tmp_path / "ref", tmp_path / "ref")
-    assert found["sentences"] == 6750 and found["bleu_tokenized"]["text"].startswith("BLEU4 = 100.00, 100.0/100.0/100.0/100.0")
+    assert found["sentences"] == 6750
+    assert found["bleu_tokenized"]["text"].startswith("BLEU4 = 100.00, 100.0/100.0/100.0/100.0 ")
     lines = score.lines_of(tmp_path / "ref")
-    assert [found["score"] for found in score.sacrebleu_scores(lines, lines, True).values()] == pytest.approx([100, 100])
+    others = score.sacrebleu_scores(lines, lines, True)
+    assert [each["score"] for each in others.values()] == pytest.approx([100, 100])
 
 
 def test_checkpoints_of_short_runs(tmp_path):
@@ -200,7 +205,7 @@ def test_committed_records(path):
     (lambda r: r.update(kind=[]), "kind is not a key"),
 ])
 def test_schema_refuses(change, message):
-    """A missing key, an unknown one at any depth, a value of another type, a number that is not finite: each is named."""
+    """A missing key, an unknown one at any depth, a value of another type, no finite number: each is named."""
     record = copy.deepcopy(RECORD)
     change(record)
     with pytest.raises(settings.UserError) as error:
@@ -274,8 +279,8 @@ def written(tmp_path_factory):
     (results / "multi30k").mkdir()
     for number, each in enumerate(runs[:-1]):
         each.record(results).write_text(json.dumps(record_of(each, number)))
-    command = ["bash", ROOT / "scripts" / "reproduce_table1.sh", "--benchmark", "multi30k", "--updates", "4000", "--seeds", "1,2",
-               "--rows", ",".join(ROWS), "--results", results, "--report-only"]
+    command = ["bash", ROOT / "scripts" / "reproduce_table1.sh", "--benchmark", "multi30k", "--updates", "4000",
+               "--seeds", "1,2", "--rows", ",".join(ROWS), "--results", results, "--report-only"]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True,
                           env={**os.environ, "PYTHON": sys.executable, "PN_RUNS_ROOT": str(results / "none")})
     assert done.returncode == 1 and "multi30k/power-all-algorithm2-4000-seed2: no record" in done.stderr, done.stderr
@@ -310,7 +315,7 @@ class Page(html.parser.HTMLParser):
 
 
 def test_page(written):
-    """The page is well-formed, asks for nothing outside of itself, and each link leads to a record or to commands in it."""
+    """The page is well-formed and asks for nothing outside of itself; a link leads to a record or to commands in it."""
     results, _ = written
     text = (results / "table1-multi30k-4000.html").read_text(encoding="utf-8")
     page = Page(text)
@@ -384,9 +389,11 @@ def lm_record(run, number, causal=True):
 
 
 def test_language_models_table():
-    """Perplexities with the paper's beside them; a model that is none says so in its cell, and stands in its own line."""
-    runs = [run for run in matrix.runs("ptb", "tensorized_lm_pn_ptb", [1], None, []) if run.row_name in ("layer", "power")]
-    records = {f"{run.name}{causal}": lm_record(run, i, causal) for causal in (True, False) for i, run in enumerate(runs)}
+    """Perplexities with the paper's beside them; a model that is none says so in its cell, in a line of its own."""
+    runs = list(matrix.runs("ptb", "tensorized_lm_pn_ptb", [1], None, []))
+    runs = [run for run in runs if run.row_name in ("layer", "power")]
+    records = {f"{run.name}{causal}": lm_record(run, i, causal) for causal in (True, False)
+               for i, run in enumerate(runs)}
     part = paper_section("ptb", "tensorized_lm_pn_ptb", records)
     headings, rows = report.plain_rows(part)
     assert sorted(row[headings.index("perplexity")] for row in rows) == [
@@ -396,11 +403,12 @@ def test_language_models_table():
 
 
 def test_significance_belongs_to_its_records(texts, tmp_path, monkeypatch):
-    """p-values come from the translations of a record's run, are kept as long as its score is the record's, and no longer;
-    translations that are not those of the record give none."""
+    """p-values come from the translations of a record's run; they are kept as long as the scores are the records',
+    and no longer; translations that are not those of the record give none."""
     folder, found = texts
     monkeypatch.setenv("PN_RUNS_ROOT", str(tmp_path))
-    runs = [run for run in matrix.runs("multi30k", "transformer_pn_tiny", [1], 4000, []) if run.row_name in ("layer", "power")]
+    runs = list(matrix.runs("multi30k", "transformer_pn_tiny", [1], 4000, []))
+    runs = [run for run in runs if run.row_name in ("layer", "power")]
     names = [f"{run.benchmark}/{run.name}" for run in runs]
     records = {name: record_of(run, 0) for name, run in zip(names, runs)}
     for name, each, text in zip(names, runs, ("first", "second")):

@@ -28,9 +28,9 @@ import train  # noqa: E402
 SMALL = ["dataset.max_tokens=400", "generation.max_len_b=20", "generation.beam=2", "+model.encoder_layers=1",
          "+model.decoder_layers=1", "common.cpu=true"]
 DEMO = ["--benchmark", "demo", "--updates", "12", "--seeds", "1", "--rows", "layer,power"]
-TRANSLATION = """layer batch batch-groups0 batch-all batch-all-groups0 power-v power-v-groups0 power-v-all power-v-all-groups0
-    power power-groups0 power-all power-all-groups0 power-algorithm2 power-algorithm2-groups0 power-all-algorithm2
-    power-all-algorithm2-groups0""".split()
+TRANSLATION = """layer batch batch-groups0 batch-all batch-all-groups0 power-v power-v-groups0 power-v-all
+    power-v-all-groups0 power power-groups0 power-all power-all-groups0 power-algorithm2 power-algorithm2-groups0
+    power-all-algorithm2 power-all-algorithm2-groups0""".split()
 LM = """layer batch batch-groups0 power-v power-v-groups0 power power-groups0 power-algorithm2
     power-algorithm2-groups0""".split()
 
@@ -72,7 +72,7 @@ def test_a_row_is_what_its_name_says(here):
 
 
 def test_names_and_overrides_of_earlier_ptb_runs(here):
-    """The runs and records of Penn Treebank that were made with NORM-ARCH-UPDATES-seedS and these overrides stay valid."""
+    """Runs and records of Penn Treebank that were made as NORM-ARCH-UPDATES-seedS with these overrides stay valid."""
     given = ["common.cpu=true", "optimization.lr=[0.001]"]
     earlier = ["common.seed=1", "optimization.max_update=500", "lr_scheduler.warmup_updates=50", *given]
     for arch in settings.architectures("ptb"):
@@ -83,7 +83,7 @@ def test_names_and_overrides_of_earlier_ptb_runs(here):
 
 
 def test_updates_scale_the_schedule(here):
-    """--updates N: every setting in updates shrinks in proportion, in the YAML file of the architecture too; N = all: none."""
+    """--updates N: all that is counted in updates shrinks in proportion, also in the architecture's file; N = all: none."""
     overrides = compose.by_key(of("wikitext103", "transformer_lm_pn_wiki103", 2860)[0].overrides)
     assert overrides["lr_scheduler.warmup_updates"].endswith("=160")
     assert overrides["lr_scheduler.lr_period_updates"].endswith("=2700")
@@ -95,7 +95,7 @@ def test_updates_scale_the_schedule(here):
 
 
 def test_one_gpu_gathers_the_batches_of_several(here):
-    """A YAML file written for 8 GPUs: a run on one gathers 8 times as many batches; the estimate counts the same tokens."""
+    """A YAML file for 8 GPUs: a run on one gathers 8 times as many batches; the estimate counts the same tokens."""
     run = of("wikitext103", "transformer_lm_pn_wiki103")[0]
     assert "optimization.update_freq=[24]" in run.overrides and run.tokens == 3072 * 24
     assert run.gpu_hours == pytest.approx(286000 * (0.05 + 6 * 247e6 * 3072 * 24 / 20e12) / 3600)
@@ -126,7 +126,7 @@ def test_parameters_of_the_estimates(here):
 
 @pytest.mark.parametrize("subject", matrix.SUBJECTS)
 def test_dry_run_of_the_whole(subject, here, capsys):
-    """--dry-run of a table's benchmarks prints each command, which the scripts take, with its GPU hours and their sum."""
+    """--dry-run of a whole table prints each command, which the scripts take, with its GPU hours, and their sum."""
     wanted = matrix.SUBJECTS[subject][0]
     there = [name for name in wanted if name in settings.benchmarks()] or ["demo"]
     reproduce.reproduce([subject, "--dry-run", "--benchmark", ",".join(there)])
@@ -161,9 +161,10 @@ def test_the_lines_of_the_readme(line, here, capsys):
     (["table1", "--benchmark", "dmeo"], "--benchmark 'dmeo' is unknown; valid: "),
     (["table1", "--benchmark", "ptb"], "--benchmark 'ptb' is unknown; valid: iwslt14, wmt14, multi30k, demo"),
     (["table1", "--benchmark", "demo,demo"], "names something twice"),
-    (["table1", "--benchmark", "demo", "--norms", "powr"], "--norms 'powr' is unknown; valid: layer, batch, power-v, power"),
-    (["table1", "--benchmark", "demo", "--rows", "layer-groups0"], "--rows 'layer-groups0' is unknown; valid: layer, batch"),
-    (["table1", "--benchmark", "demo", "--rows", "power", "--norms", "layer"], "no row is of --norms layer and of --rows power"),
+    (["table1", "--benchmark", "demo", "--norms", "powr"], "--norms 'powr' is unknown; valid: layer, batch, power-v"),
+    (["table1", "--benchmark", "demo", "--rows", "layer-groups0"], "--rows 'layer-groups0' is unknown; valid: layer,"),
+    (["table1", "--benchmark", "demo", "--rows", "power", "--norms", "layer"],
+     "no row is of --norms layer and of --rows power"),
     (["table1", "--benchmark", "demo", "--seeds", "1,x"], "--seeds 'x': must be a number, 0 or more"),
     (["table1", "--benchmark", "demo", "--seeds", "1,1"], "--seeds '1,1' names something twice"),
     (["table1", "--benchmark", "demo", "--updates", "9"], "--updates '9': must be a number, 10 or more"),
@@ -172,13 +173,15 @@ def test_the_lines_of_the_readme(line, here, capsys):
     (["table1", "--benchmark", "demo", "--jobs", "2", "--gpus", "0"], "--gpus and --jobs exclude each other"),
     (["table1", "--benchmark", "demo", "--jobs", "100000"], "--jobs 100000: this machine has "),
     (["table1", "--benchmark", "demo", "--gpus", "99"], "--gpus '99': this machine has "),
-    (["table1", "--benchmark", "demo", "--slurm"], "--slurm: this checkout cannot submit 51 runs: scripts/slurm/submit.sh"),
+    (["table1", "--benchmark", "demo", "--slurm"], "cannot submit 51 runs: scripts/slurm/submit.sh"),
     (["table1", "--benchmark", "demo", "fast"], "'fast' is no hydra override"),
     (["table1", "--benchmark", "demo", "common.seed=2"], "override common.seed is this script's own; use --seeds"),
-    (["table1", "--benchmark", "demo", "+model.norm_groups=2"], "override model.norm_groups is this script's own; use --rows"),
+    (["table1", "--benchmark", "demo", "+model.norm_groups=2"],
+     "override model.norm_groups is this script's own; use --rows"),
     (["table1", "--benchmark", "demo", "optimization.max_updtae=3"], "optimization.max_updtae"),
     (["table1", "--benchmark", "demo", "--archs", "lstm"], "--archs 'lstm' is unknown; valid: transformer_pn_tiny"),
-    (["table2", "--archs", "tensorized_lm_pn_ptb"], "--archs 'tensorized_lm_pn_ptb' names no architecture of wikitext103"),
+    (["table2", "--archs", "tensorized_lm_pn_ptb"],
+     "--archs 'tensorized_lm_pn_ptb' names no architecture of wikitext103"),
 ])
 def test_wrong_options(arguments, message, here):
     """Wrong options are refused with what is valid, before anything is prepared or made."""
@@ -208,8 +211,8 @@ def test_jobs_have_a_thread_each(here, monkeypatch):
 
 
 def test_going_on_with_a_run(here, monkeypatch):
-    """A run that was killed is gone on with as it was begun. Its record of statistics goes if no checkpoint is whole, since
-    training then begins anew; a run with other settings is refused, and is left as it is."""
+    """A run that was killed is gone on with as it was begun. Its record of statistics goes if no checkpoint is whole,
+    since training then begins anew; a run with other settings is refused, and is left as it is."""
     run = next(run for run in of("demo", "transformer_pn_tiny", 12, SMALL) if run.row_name == "power")
     commands = []
     monkeypatch.setattr(reproduce, "call", lambda state, command, *_: commands.append(command))
@@ -233,7 +236,7 @@ def test_going_on_with_a_run(here, monkeypatch):
     assert [command[1] for command in commands] == ["scripts/train.sh", "scripts/evaluate.sh"]
     assert commands[0][-1] == "--resume", "with the overrides that it was begun with"
     settings.write_json(run.directory / "run.json", {"overrides": [*run.overrides, "optimization.lr=[0.1]"]})
-    with pytest.raises(settings.UserError, match=r"was made with other overrides \(optimization.lr=\[0.1\], asked for none"):
+    with pytest.raises(settings.UserError, match=r"with other overrides \(optimization.lr=\[0.1\], asked for none"):
         carry_out()
     assert statistics.exists()
 
@@ -265,7 +268,7 @@ def test_a_row_that_another_process_has(here, monkeypatch):
 
 @pytest.fixture(scope="module")
 def reproduced(tmp_path_factory):
-    """Two rows on the demo: killed without warning while the first trains, then made by two invocations at the same time."""
+    """Two rows on the demo: killed without warning while the first trains, then made by two invocations at once."""
     home = tmp_path_factory.mktemp("reproduce")
     scripts = Scripts(home)
     scripts.results = home / "results"
@@ -285,7 +288,7 @@ def reproduced(tmp_path_factory):
 
 
 def test_killed_and_shared(reproduced):
-    """Killed and run again by two at once: no row is lost, none is trained or evaluated twice, both end with the table."""
+    """Killed, then run by two at once: no row is lost, none is trained or evaluated twice, both end with the table."""
     sessions = {name: json.loads((reproduced.runs / "demo" / f"{name}-12-seed1" / "run.json").read_text())["sessions"]
                 for name in ("layer", "power")}
     assert [each["exit_status"] for each in sessions["layer"]] == [None, 0]
@@ -313,7 +316,8 @@ def test_report_of_real_runs(reproduced):
     data = json.loads((reproduced.results / f"{stem}.figures.json").read_text())
     assert set(data["singular_values"]) == {"demo/layer-12-seed1", "demo/power-12-seed1"}
     statistics = data["statistics"]["demo/power-12-seed1"]
-    assert statistics["updates"] == list(range(1, 13)) and set(statistics["quantities"]) == {"distance_psi2", "gradient_nu"}
+    assert statistics["updates"] == list(range(1, 13))
+    assert set(statistics["quantities"]) == {"distance_psi2", "gradient_nu"}
     for path in reproduced.results.rglob("*.*"):
         if path.suffix != ".png":
             assert str(reproduced.runs.parent) not in path.read_text() and str(ROOT) not in path.read_text(), path
@@ -321,8 +325,8 @@ def test_report_of_real_runs(reproduced):
 
 
 def test_again_without_runs_and_with_other_settings(reproduced, monkeypatch, capsys, tmp_path):
-    """Again: nothing to do, and the same bytes; without the run directories the records are taken as done and the report is
-    made of them and of its own data; with other settings both rows are refused by name, and nothing is changed."""
+    """Again: nothing to do, and the same bytes; without the run directories the records are taken as done and the
+    report is made of them and of its own data; with other settings both rows are refused by name, and nothing is changed."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PN_DATA_ROOT", str(reproduced.data))
     monkeypatch.setenv("PN_RUNS_ROOT", str(reproduced.runs))

@@ -76,7 +76,8 @@ def data_of(runs, earlier):
     for run in runs:
         name = f"{run.benchmark}/{run.name}"
         record = run.directory / matrix.NORM_RECORD
-        averaged, best = run.directory / "evaluation" / "averaged.pt", run.directory / "checkpoints" / "checkpoint_best.pt"
+        averaged = run.directory / "evaluation" / "averaged.pt"
+        best = run.directory / "checkpoints" / "checkpoint_best.pt"
         if record.is_file():
             data["statistics"][name] = statistics(record)
         if (run.directory / "evaluation").is_dir():
@@ -113,7 +114,8 @@ def png(figure):
 def panels(number, columns=3):
     rows = -(-number // columns)
     columns = min(number, columns)
-    figure, axes = pyplot().subplots(rows, columns, figsize=(4.3 * columns, 3.3 * rows), squeeze=False, layout="constrained")
+    size = (4.3 * columns, 3.3 * rows)
+    figure, axes = pyplot().subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in list(axes.flat)[number:]:
         axis.remove()
     return figure, list(axes.flat)[:number]
@@ -156,7 +158,8 @@ def of_singular_values(labelled, colours):
         largest = max(found["values"]) or 1.0
         relative = [value / largest for value in found["values"]]
         axis.plot(range(1, len(relative) + 1), relative, color=colours[label], label=label)
-    finished(axis, title="singular values of the embedding", xlabel="index", ylabel="relative to the largest", yscale="log")
+    finished(axis, title="singular values of the embedding", xlabel="index", ylabel="relative to the largest",
+             yscale="log")
     return png(figure)
 
 

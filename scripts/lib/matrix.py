@@ -8,7 +8,7 @@ from typing import Optional, Tuple
 import compose
 from settings import ROOT, UserError, architectures, is_lm, load, placements, runs_root, script_setting
 
-#: what is reproduced -> (its benchmarks: the paper's, which are the default, then others of the same kind; default seeds)
+#: what is reproduced -> (the paper's benchmarks, which are the default; others of the same kind; default seeds)
 SUBJECTS = {
     "table1": (("iwslt14", "wmt14"), ("multi30k", "demo"), (1, 2, 3)),
     "table2": (("ptb", "wikitext103"), (), (1, 2, 3)),
@@ -148,8 +148,8 @@ def length(benchmark, config, updates):
 
     full = OmegaConf.select(config, "optimization.max_update") or 0
     if full <= 0:
-        raise UserError(f"configs/{benchmark}.yaml has no optimization.max_update, by which runs are named and --updates "
-                        f"shortens them")
+        raise UserError(f"configs/{benchmark}.yaml has no optimization.max_update, by which runs are named and which "
+                        f"--updates replaces")
     if updates in (None, full):
         return full, []
     overrides = [f"optimization.max_update={updates}"]

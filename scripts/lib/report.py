@@ -2,8 +2,8 @@
 
 python scripts/lib/report.py --readme [--check]
 
-writes the tables of README.md: between <!-- records: PATTERN... --> and <!-- end of records --> the table of the records
-that the patterns name. With --check it changes nothing and fails if a table is not that of its records.
+writes the tables of README.md: between <!-- records: PATTERN... --> and <!-- end of records --> the table of the
+records that the patterns name. With --check it changes nothing and fails if a table is not that of its records.
 """
 
 import argparse
@@ -20,19 +20,20 @@ import schema
 import score
 from matrix import BASELINE, FIGURE_ROWS, NORMS, PAPER, relative
 from settings import PLACEMENTS, ROOT, UserError, locked, main, read_json, runs_root, write_json
-from table import (LM_METRICS, METRICS, OF_THE_LINE, arch_of, cell, cells, is_lm_record, lines, markdown, mean, settings_of,
+from table import (LM_METRICS, METRICS, OF_THE_LINE, cell, cells, is_lm_record, lines, markdown, mean, settings_of,
                    spread, tables)
 
 TITLES = {"table1": "Table 1: machine translation", "table2": "Table 2: language modelling"}
 CAPTIONS = (
-    "Figure 1. Distance of the batch's statistics from the running ones along training, of the layers' norms: mean (line) "
-    "and range (area).",
-    "Figure 2. Size of the gradient through the statistics along training, of the layers' norms: mean (line) and range (area).",
+    "Figure 1. Distance of the batch's statistics from the running ones along training: mean over the model's norms "
+    "(line) and their range (area).",
+    "Figure 2. Size of the gradient through the statistics along training: mean over the model's norms (line) and "
+    "their range (area).",
     "Figure 3. Singular values of the embedding matrix of the evaluated model.",
     "Figure 4. Training and validation loss; dashed: LN.",
 )
-CAUSALITY = ("The paper's perplexities come from code whose attention sees the words that it has to predict; those here do "
-             "not, unless they say so.")
+CAUSALITY = ("The paper's perplexities come from code whose attention sees the words that it has to predict; those "
+             "here do not, unless they say so.")
 
 
 def stem(subject, benchmarks, updates, results):
@@ -140,8 +141,8 @@ def differing(table):
 
 
 def significance(runs, records, before):
-    """name -> paired bootstrap test of a run against LN of the same seed; of the translations that are still there, else
-    from an earlier report, as long as the scores are those of the records."""
+    """name -> paired bootstrap test of a run against LN of the same seed: what an earlier report says, as long as the
+    scores are those of the records, else from the translations, if they are there."""
     tests = {}
     known = (before or {"tests": {}})["tests"]
     baselines = {(run.benchmark, run.arch, run.seed): run for run in runs if run.row.norm == BASELINE}
@@ -164,7 +165,7 @@ def significance(runs, records, before):
         if not systems or not texts[against] or not reference:
             continue
         lowercase = "case:lc" in records[against]["sacrebleu"]["signature"]
-        print(f"testing {len(systems)} runs of {baseline.benchmark} against {baseline.name} (paired bootstrap)", flush=True)
+        print(f"testing {len(systems)} runs against {against} (paired bootstrap)", flush=True)
         for name, test in score.paired_bootstrap(texts[against], systems, reference, lowercase).items():
             test = {"against": against, **test}
             if current(name, test):  # else the translations are not those of the record
@@ -190,7 +191,7 @@ def reference_of(run):
 
 
 def add_table(part, records, tests):
-    """Adds to a section its rows: the cells of table.py, the difference from LN, its significance, the paper's value."""
+    """Adds to a section its rows: cells as in table.py, the difference from LN and its significance, the paper's."""
     lm = is_lm_record(part["lines"][0].first)
     metrics = LM_METRICS if lm else METRICS
     heading = next(iter(metrics))
@@ -202,16 +203,18 @@ def add_table(part, records, tests):
     for line in part["lines"]:
         own = {record["seed"]: value(record) for record in line.records}
         common = [seed for seed in own if seed in of_baseline]
-        difference = mean([own[seed] - of_baseline[seed] for seed in common]) if common and line is not baseline else None
+        differences = [own[seed] - of_baseline[seed] for seed in common]
         published = line.row.published("all" if lm else next(iter(PLACEMENTS)))
         part["rows"].append({
             "line": line, "cells": {key: text for key, text in cells(line).items() if key not in
                                     ("benchmark", "architecture", "seeds", "subset", *metrics)},
             "numbers": {name: cell(line, name, metrics) for name in metrics},
-            "difference": difference, "p_values": [tests.get(name, {}).get("p_value") for name in line.names],
+            "difference": mean(differences) if common and line is not baseline else None,
+            "p_values": [tests.get(name, {}).get("p_value") for name in line.names],
             "paper": PAPER.get((part["benchmark"], part["arch"]), {}).get(line.row.norm) if published else None,
-            "seeds": [{"seed": record["seed"], "score": f"{value(record):.2f}", "name": name, "anchor": name.replace("/", "-"),
-                       "record": f"{name}.json"} for record, name in zip(line.records, line.names)],
+            "seeds": [{"seed": record["seed"], "score": f"{value(record):.2f}", "name": name,
+                       "anchor": name.replace("/", "-"), "record": f"{name}.json"}
+                      for record, name in zip(line.records, line.names)],
         })
     part["has_paper"] = any(row["paper"] is not None for row in part["rows"])
 
@@ -233,9 +236,9 @@ def notes(part):
     if several:
         found.append("Mean ± standard deviation over the seeds.")
     if part["tested"]:
-        found.append("p: paired bootstrap test of sacreBLEU (1,000 samples) against LN of the same seed, one for each seed.")
+        found.append("p: sacreBLEU's paired bootstrap test (1,000 samples) against LN of the same seed, for each seed.")
     elif not part["lm"]:
-        found.append("No significance: it needs the translations, which lie in the run directories, of LN and of another norm.")
+        found.append("No significance: it needs the translations of LN and of another norm, in the run directories.")
     if part["lm"] and part["has_paper"]:
         found.append(CAUSALITY)
     for key, values in part["differing"].items():
@@ -296,13 +299,14 @@ def as_csv(parts):
 def as_html(subject, parts, missing, records):
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(loader=FileSystemLoader(str(Path(__file__).parent)), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(loader=FileSystemLoader(str(Path(__file__).parent)), autoescape=True,
+                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     for part in parts:
         part["images"] = [{"caption": CAPTIONS[i], "data": base64.b64encode(picture).decode()}
                           for i, picture in part["pictures"]]
     return environment.get_template("report.html.j2").render(
-        title=TITLES[subject], parts=parts, missing=missing, records=records, notes=notes, signed=signed, p_values=p_values)
+        title=TITLES[subject], parts=parts, missing=missing, records=records, notes=notes, signed=signed,
+        p_values=p_values)
 
 
 # ---- README.md -------------------------------------------------------------------------------------------------------

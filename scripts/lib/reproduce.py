@@ -30,7 +30,8 @@ def parse(arguments):
     subject = arguments[0]
     paper, others, default_seeds = matrix.SUBJECTS[subject]
     parser = argparse.ArgumentParser(prog=f"scripts/reproduce_{subject}.sh", add_help=False, allow_abbrev=False)
-    for option in ("--benchmark", "--norms", "--rows", "--archs", "--seeds", "--updates", "--jobs", "--gpus", "--results"):
+    for option in ("--benchmark", "--norms", "--rows", "--archs", "--seeds", "--updates", "--jobs", "--gpus",
+                   "--results"):
         parser.add_argument(option)
     for option in ("--slurm", "--dry-run", "--report-only"):
         parser.add_argument(option, action="store_true")
@@ -40,7 +41,8 @@ def parse(arguments):
     options.benchmarks = listed("--benchmark", options.benchmark, (*paper, *others), paper)
     for benchmark in options.benchmarks:
         choose("--benchmark", benchmark, benchmarks())  # those that have a YAML file
-    options.seeds = [number("--seeds", word, 0) for word in listed("--seeds", options.seeds, None, map(str, default_seeds))]
+    seeds = listed("--seeds", options.seeds, None, map(str, default_seeds))
+    options.seeds = [number("--seeds", seed, 0) for seed in seeds]
     options.updates = None if options.updates is None else number("--updates", options.updates, 10)
     options.results = Path(os.path.abspath(options.results or ROOT / "results"))
     exclusive = [name for name in ("gpus", "jobs", "slurm") if getattr(options, name)]
@@ -224,7 +226,7 @@ def prepare(state, wanted):
 
 
 def work(state, environment, several):
-    """Takes runs until none is left. Those that another process is at work on are put back, and looked at again later."""
+    """Takes runs until none is left. One that another process is at work on is put back, to be looked at again."""
     told = set()
     while not state.stopped:
         with state.lock:
@@ -306,8 +308,9 @@ def refuse_others(overrides, run, what):
     there, wanted = matrix.identity(overrides), matrix.identity(run.overrides)
     differing = [key for key in {**there, **wanted} if there.get(key) != wanted.get(key)]
     if differing:
-        raise UserError(f"{what} was made with other overrides ({there.get(differing[0], 'no ' + differing[0])}, asked for "
-                        f"{wanted.get(differing[0], 'none')}); PN_RUNS_ROOT=DIR and --results DIR keep them apart")
+        key = differing[0]
+        raise UserError(f"{what} was made with other overrides ({there.get(key, 'no ' + key)}, asked for "
+                        f"{wanted.get(key, 'none')}); PN_RUNS_ROOT=DIR and --results DIR keep them apart")
 
 
 def call(state, command, environment, prefix, lock=None):

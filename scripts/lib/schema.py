@@ -32,8 +32,8 @@ SCORE = {"score": NUMBER, "signature": str}
 PERPLEXITY = {"score": NUMBER, "nll": NUMBER, "context_window": int}
 SERIES = [Optional(NUMBER)]
 
-# A kind is a type or several, {key: kind} with exactly these keys ("key?" may be missing), [kind] for a list of any length,
-# or a set of valid values.
+# A kind is a type or several, {key: kind} with exactly these keys ("key?" may be missing), [kind] for a list of any
+# length, or a set of valid values.
 RUN = {
     "schema": {1}, "benchmark": str, "norm": {*NORMS, "custom"}, "placement": {"encoder", "all", "custom"},
     "variant": Optional({"reference", "algorithm2"}), "seed": int, "parameters": int, "updates": int, "finished": bool,
@@ -90,9 +90,10 @@ def problems(value, kind, where=""):
         if isinstance(kind, Mapping):
             return [text for key in value for text in problems(value[key], kind.kind, f"{where}[{key!r}]")]
         keys = {key.rstrip("?"): inner for key, inner in kind.items()}
-        found = [f"{where}{'.' if where else ''}{key} is missing" for key in kind if key not in value and key[-1] != "?"]
+        prefix = f"{where}." if where else ""
+        found = [f"{prefix}{key} is missing" for key in kind if key not in value and key[-1] != "?"]
         for key in value:
-            path = f"{where}{'.' if where else ''}{key}"
+            path = f"{prefix}{key}"
             found += problems(value[key], keys[key], path) if key in keys else [f"{path} is not a key of the schema"]
         return found
     if isinstance(kind, list):

@@ -26,8 +26,8 @@ def lines_of(path):
 
 def check_equal_length(hypotheses, references):
     if len(hypotheses) != len(references):
-        raise UserError(f"{len(hypotheses):,} hypotheses for {len(references):,} references; a score of a part of the text "
-                        f"would be compared with scores of the whole")
+        raise UserError(f"{len(hypotheses):,} hypotheses for {len(references):,} references; a score of a part of the "
+                        f"text would be compared with scores of the whole")
 
 
 def split_compounds(line):
@@ -52,7 +52,8 @@ def tokenized_bleu(hypotheses, references, compounds=False):
         # Hypothesis first, as there: the dictionary grows along the way.
         encoded = dictionary.encode_line(hypothesis)
         scorer.add(dictionary.encode_line(reference), encoded)
-    return {"score": scorer.score() if scorer.stat.predlen else 0.0, "precisions": [100 * p for p in scorer.precision()],
+    return {"score": scorer.score() if scorer.stat.predlen else 0.0,
+            "precisions": [100 * precision for precision in scorer.precision()],
             "brevity_penalty": scorer.brevity(), "ratio": scorer.stat.predlen / scorer.stat.reflen,
             "hypothesis_length": scorer.stat.predlen, "reference_length": scorer.stat.reflen,
             "text": scorer.result_string(), **({"split_compounds": True} if compounds else {})}
@@ -73,8 +74,8 @@ def sacrebleu_scores(hypotheses, references, lowercase):
 def paired_bootstrap(baseline, systems, references, lowercase):
     """Significance of each system's difference from the baseline, by sacreBLEU's paired bootstrap test of BLEU.
 
-    systems: name -> hypotheses. Returns name -> {"baseline", "score", "p_value", "signature"}. The p-value is None where the
-    two scores are equal, for which sacreBLEU's arithmetic gives the smallest one there is.
+    systems: name -> hypotheses. Returns name -> {"baseline", "score", "p_value", "signature"}. The p-value is None
+    where the two scores are equal, for which sacreBLEU's arithmetic gives the smallest one there is.
     """
     from sacrebleu.metrics import BLEU
     from sacrebleu.significance import PairedTest

@@ -13,11 +13,12 @@ import schema
 from matrix import BASELINE, NORMS, VARIANTS, Row
 from settings import PLACEMENTS, UserError, main
 
-# Settings in which runs of a table may differ: those that name its lines, and those that change nothing in the training.
-OF_THE_LINE = {f"model.{key}" for key in ("encoder_norm_self", "encoder_norm_ff", "encoder_norm_final", "decoder_norm_self",
-                                          "decoder_norm_ff", "decoder_norm_final", "norm_groups", "norm_variant")}
-IRRELEVANT = {"common.seed", "task.seed", "common.cpu", "common.user_dir", "common.log_interval", "task.data", "checkpoint.save_dir",
-              "task.norm_record", "task.norm_record_interval"}
+# Settings in which runs of a table may differ: those that name its lines, those that change nothing in the training.
+OF_THE_LINE = {f"model.{key}" for key in (
+    "encoder_norm_self", "encoder_norm_ff", "encoder_norm_final", "decoder_norm_self", "decoder_norm_ff",
+    "decoder_norm_final", "norm_groups", "norm_variant")}
+IRRELEVANT = {"common.seed", "task.seed", "common.cpu", "common.user_dir", "common.log_interval", "task.data",
+              "checkpoint.save_dir", "task.norm_record", "task.norm_record_interval"}
 
 
 def is_lm_record(record):
@@ -92,7 +93,7 @@ def lines(records):
         line = found.setdefault(key, Line(row_of(record), [], []))
         double = seeds.setdefault((key, record["seed"]), name)
         if double != name:
-            raise UserError(f"{double} and {name} are records of equal runs: settings and seed {record['seed']} are the same")
+            raise UserError(f"{double} and {name} are records of equal runs: the same settings, seed {record['seed']}")
         line.records.append(record)
         line.names.append(name)
     for line in found.values():
@@ -130,7 +131,7 @@ METRICS = {
 }
 LM_METRICS = {
     "perplexity": (lambda record: record["perplexity"]["score"], 2),
-    "perplexity with context": (lambda record: record["perplexity_context"] and record["perplexity_context"]["score"], 2),
+    "perplexity with context": (lambda record: (record["perplexity_context"] or {}).get("score"), 2),
 }
 
 
@@ -164,7 +165,8 @@ def cells(line):
     return {
         "benchmark": line.first["benchmark"], **({"architecture": line.first["arch"]} if lm else {}),
         "norm": line.row.norm, **({} if lm else {"placement": line.row.placement or line.first["placement"]}),
-        "layer scale": layer_scale(line), "variant": line.row.variant or "", "updates": updates(line), "seeds": seeds(line),
+        "layer scale": layer_scale(line), "variant": line.row.variant or "", "updates": updates(line),
+        "seeds": seeds(line),
         **({"subset": line.first["subset"]} if lm else {}),
         **({"context": context["context_window"] if context else ""} if lm else {}),
         **{heading: cell(line, heading, metrics) for heading in metrics},
