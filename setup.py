@@ -35,7 +35,7 @@ setup(
     ],
     extras_require={
         "data": ["sacremoses>=0.1", "subword-nmt>=0.3.8", "sentencepiece>=0.2"],
-        "plots": ["matplotlib", "tensorboard"],
+        "plots": ["jinja2", "matplotlib", "tensorboard"],
         "slurm": ["submitit>=1.5", "hydra-submitit-launcher>=1.2"],
         "test": ["pytest>=7", "pytest-xdist>=3"],
     },

@@ -1,6 +1,7 @@
 """What the README says is true: its examples run, its tables match the code and the records."""
 import re
 import shlex
+import shutil
 
 import pytest
 
@@ -67,11 +68,19 @@ def test_links_lead_somewhere(target):
     assert (toy.ROOT / target).exists()
 
 
-def test_the_results_are_those_of_the_records():
-    """The table of results is what scripts/lib/table.py prints for the records in results/."""
-    command = re.search(r"`(python scripts/lib/table\.py [^`]+)`", README)[1]
-    words = shlex.split(command)
-    records = sorted(str(p.relative_to(toy.ROOT)) for pattern in words[2:] for p in toy.ROOT.glob(pattern))
-    assert records
-    table = toy.command("python", words[1], *records).stdout.strip()
-    assert table in README
+def test_the_results_are_those_of_the_records(tmp_path):
+    """The tables of results are what the command that the README names writes; it fails if a record says otherwise."""
+    command = re.search(r"`(python scripts/lib/report\.py --readme)`", README)[1].split()
+    assert toy.command(*command, "--check").stdout == "README.md is that of its records\n"
+    for name in ("scripts", "configs", "results"):
+        shutil.copytree(toy.ROOT / name, tmp_path / name)
+    record = tmp_path / "results" / "multi30k" / "power-seed1.json"
+    record.write_text(record.read_text().replace('"score": 40.25092547103771', '"score": 41.25092547103771'))
+    (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    assert toy.command(*command, "--check", cwd=tmp_path, check=False).returncode == 1
+    toy.command(*command, cwd=tmp_path)
+    written = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert written == README.replace("| 40.25 | 40.25 |", "| 41.25 | 40.25 |") != README
+    record.write_text("{}")
+    assert "is not a valid record" in toy.command(*command, cwd=tmp_path, check=False).stderr
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == written

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -28,6 +29,8 @@ class UserError(Exception):
 
 def main(function, *arguments):
     """Runs a script's main function; a refusal is one line on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal need not know every character
     try:
         sys.exit(function(*arguments))
     except UserError as error:
@@ -61,6 +64,7 @@ def placements(model):
     return tuple(PLACEMENTS) if NORM_OPTIONS[0] in model else ("all",)
 
 
+@functools.lru_cache(maxsize=None)
 def architectures(benchmark):
     """The architectures with settings for a benchmark, the default first; the others have configs/BENCH/ARCH.yaml."""
     return (load(benchmark).model._name, *sorted(path.stem for path in (CONFIGS / benchmark).glob("*.yaml")))
@@ -70,12 +74,23 @@ def benchmarks():
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
-def load(benchmark):
-    """configs/BENCH.yaml as it stands in the file (interpolations resolve on access)."""
+def load(benchmark, arch=None):
+    """configs/BENCH.yaml, configs/BENCH/ARCH.yaml over it, as they stand there (interpolations resolve on access)."""
     from omegaconf import OmegaConf
 
     choose("benchmark", benchmark, benchmarks())
-    return OmegaConf.load(CONFIGS / f"{benchmark}.yaml")
+    config = OmegaConf.load(CONFIGS / f"{benchmark}.yaml")
+    if arch not in (None, config.model._name):
+        config = OmegaConf.merge(config, OmegaConf.load(CONFIGS / benchmark / f"{arch}.yaml"))
+    return config
+
+
+def script_setting(config, key, default):
+    """A setting of the scripts for which fairseq has no key: hydra.job.env_set.KEY of what load gives."""
+    from omegaconf import OmegaConf
+
+    value = OmegaConf.select(config, f"hydra.job.env_set.{key}")
+    return default if value is None else value
 
 
 def sha256(path):
@@ -86,10 +101,10 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def write_json(path, content):
+def write_json(path, content, indent=2):
     """Writes JSON so that a reader sees the old file or the new one, never a part."""
     partial = Path(f"{path}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -125,8 +140,8 @@ def cpus():
 
 
 @contextlib.contextmanager
-def locked(directory):
-    """Holds the lock of a directory that need not exist yet; refuses if another process holds it.
+def locked(directory, wait=False):
+    """Holds the lock of a directory that need not exist yet; refuses, or waits, if another process holds it.
 
     The lock is a file beside the directory. It opens when the process ends, however it ends, and the children that were
     given the file have ended, too.
@@ -134,7 +149,7 @@ def locked(directory):
     directory.parent.mkdir(parents=True, exist_ok=True)
     with open(directory.with_name(f".{directory.name}.lock"), "a") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             raise UserError(f"another process is at work in {directory} (it holds {stream.name})") from None
         yield stream
