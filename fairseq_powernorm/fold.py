@@ -35,6 +35,7 @@ class FoldedNorm(nn.Module):
     """What is left of a norm: ``y = scale * u + shift``, where u is x divided by its root mean square per group.
 
     Args:
+        dim: number of channels C
         groups: channel groups of the layer scale, 0 for none
         scale, shift: ``C``, or None where linear maps have taken them over
 
@@ -42,8 +43,9 @@ class FoldedNorm(nn.Module):
         - input and output: ``... x C``. A padding mask is accepted and not needed.
     """
 
-    def __init__(self, groups: int, scale: Optional[Tensor] = None, shift: Optional[Tensor] = None):
+    def __init__(self, dim: int, groups: int, scale: Optional[Tensor] = None, shift: Optional[Tensor] = None):
         super().__init__()
+        self.dim = dim
         self.groups = groups
         self.eps = kernel.LAYER_SCALE_EPS
         self.register_buffer("scale", scale)
@@ -51,7 +53,7 @@ class FoldedNorm(nn.Module):
         self.eval()
 
     def extra_repr(self) -> str:
-        return f"groups={self.groups}, affine={self.scale is not None}"
+        return f"{self.dim}, groups={self.groups}, affine={self.scale is not None}"
 
     def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
         if not torch.jit.is_scripting():
@@ -59,8 +61,8 @@ class FoldedNorm(nn.Module):
                 return evaluate(x, self.groups, self.scale, self.shift)
         dtype = x.dtype
         if self.groups > 0:
-            grouped = x.unflatten(-1, [self.groups, x.size(-1) // self.groups])
-            x = F.rms_norm(grouped, [grouped.size(-1)], None, self.eps).flatten(-2)
+            shape, size = list(x.size()), self.dim // self.groups  # as sizes, which ONNX keeps open
+            x = F.rms_norm(x.reshape(shape[:-1] + [self.groups, size]), [size], None, self.eps).reshape(shape)
         scale, shift = self.scale, self.shift
         if scale is not None and shift is not None:
             x = torch.addcmul(shift, x, scale).to(dtype)
@@ -120,7 +122,7 @@ def fold_norms(model: nn.Module) -> nn.Module:
         for name, readers in (owner.norm_readers() if hasattr(owner, "norm_readers") else {}).items():
             norm = owner.get_submodule(name)
             if isinstance(norm, RunningNorm) and _fold_into(readers, norm, times_used):
-                _replace(owner, name, FoldedNorm(norm.groups))
+                _replace(owner, name, FoldedNorm(norm.dim, norm.groups))
     folded: Dict[RunningNorm, FoldedNorm] = {}
     for owner in list(model.modules()):
         for name, child in list(owner.named_children()):
@@ -136,7 +138,7 @@ def fold_norms(model: nn.Module) -> nn.Module:
 def _folded(norm: RunningNorm) -> FoldedNorm:
     """What stands in for a norm whose output is read by others than linear maps."""
     dtype = torch.promote_types(norm.iters.dtype, torch.float32)
-    return FoldedNorm(norm.groups, *(each.to(dtype) for each in norm.scale_and_shift()))
+    return FoldedNorm(norm.dim, norm.groups, *(each.to(dtype) for each in norm.scale_and_shift()))
 
 
 def _replace(owner: nn.Module, name: str, module: nn.Module) -> None:

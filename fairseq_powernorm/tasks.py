@@ -22,7 +22,7 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import II
 
 from .fold import fold_norms
-from .options import InferenceOptions, StatisticsOptions, check_statistics_options
+from .options import InferenceOptions, StatisticsOptions, check_statistics_options, given_flags
 from .recorder import Recorder
 from .statistics import RunningStatistics, running_norms
 
@@ -213,9 +213,11 @@ class PowerNormTask(RunningStatisticsTask):
 
     def valid_step(self, sample, model, criterion):
         """See fairseq; folds the norms of a model that is evaluated and not trained."""
-        if model in self._loaded and not self.cfg.no_fold_norms:
-            fold_norms(model)
-        self._loaded.discard(model)
+        if model in self._loaded:
+            self._loaded.discard(model)
+            # fairseq-validate drops an option that the checkpoint does not know
+            if not (self.cfg.no_fold_norms or "no_fold_norms" in given_flags()):
+                fold_norms(model)
         return super().valid_step(sample, model, criterion)
 
     @classmethod

@@ -157,7 +157,7 @@ class PowerNormModel:
 
     def prepare_for_inference_(self, cfg):
         """Called by fairseq-generate, -interactive and -eval-lm: folds the norms, unless the task's options say no."""
-        self.folds = not getattr(cfg.task, "no_fold_norms", False)
+        self.folds = not getattr(getattr(cfg, "task", None), "no_fold_norms", False)
         super().prepare_for_inference_(cfg)
 
     def make_generation_fast_(self, **kwargs):
