@@ -20,9 +20,9 @@ from .norms import RunningNorm
 REFUSAL = "this model was folded for inference (--no-fold-norms turns that off) and cannot"
 
 
-def refuse_training(mode: bool) -> None:
-    """Raise RuntimeError if a folded model is asked to train."""
-    if mode:
+def refuse_training(mode=True) -> None:
+    """Raise RuntimeError if a folded model is asked to train; the hook of its parameters, too, for any gradient."""
+    if mode is not False:
         raise RuntimeError(f"{REFUSAL} be trained: its norms have no statistics any more; load the checkpoint again")
 
 
@@ -109,8 +109,8 @@ def fold_norms(model: nn.Module) -> nn.Module:
         model: a model of this package, or any module that contains norms of this package
 
     Returns:
-        ``model`` itself in evaluation mode, with parameters that need no gradient (what stands in for it if it is a
-        norm). It refuses to train and to load a state_dict.
+        ``model`` itself in evaluation mode (what stands in for it if it is a norm). It refuses to train, be it by
+        ``train()`` or by a backward pass that reaches a parameter, and to load a state_dict.
     """
     if isinstance(model, RunningNorm):
         return _folded(model)
@@ -132,7 +132,10 @@ def fold_norms(model: nn.Module) -> nn.Module:
         _make_stock(module)
         if hasattr(type(module), "folded"):
             module.folded = True
-    return model.requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # and goes on so: torch chooses the faster matrix products for such weights
+            parameter.register_hook(refuse_training)
+    return model
 
 
 def _folded(norm: RunningNorm) -> FoldedNorm:
