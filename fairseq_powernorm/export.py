@@ -5,8 +5,9 @@
 
 A TorchScript file is read by ``torch.jit.load``: the scripted model, called as fairseq calls it, with ``encoder`` and
 ``decoder`` (of a language model ``decoder``) and their incremental decoding. An ONNX file computes log-probabilities
-(``B x T x V``) of the next token from ``prev_output_tokens`` (``B x T``) and, in translation, ``src_tokens`` (``B x S``), all
-of any size up to the model's limits. The exported model is run, and its output compared, before the file is written.
+(``B x T x V``) of the next token from ``prev_output_tokens`` (``B x T``) and, in translation, ``src_tokens``
+(``B x S``), of any size up to the model's limits. The exported model is run, and its output compared, before the file is
+there.
 """
 import argparse
 import copy
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from . import checkpoint
 from .fold import fold_norms
 
-#: largest difference between log-probabilities of the exported model and the checkpoint's, relative to the largest logit
+#: largest difference between log-probabilities of file and model, relative to the largest of them (at least 1)
 TOLERANCE = 1e-4
 #: what torch's exporter without data-dependent control flow supports
 OPSET = 17
@@ -82,8 +83,8 @@ def check_model(model: nn.Module) -> None:
             raise ValueError("the checkpoint's model has adaptive inputs or softmax: such models cannot be exported")
     if not hasattr(decoder, "buffered_future_mask") or hasattr(decoder, "window"):
         raise ValueError(
-            f"the checkpoint's model is {type(model).__name__}: must be one of transformer_pn, transformer_lm_pn, or of "
-            "fairseq's own that these are made from"
+            f"the checkpoint's model is {type(model).__name__}: must be one of transformer_pn, transformer_lm_pn, or "
+            "of fairseq's own that these are made from"
         )
 
 
@@ -99,7 +100,8 @@ def examples(model: nn.Module) -> List[Inputs]:
             if part is None:
                 continue
             length = min(length, part.max_positions())
-            tokens = torch.randint(part.padding_idx + 1, part.embed_tokens.num_embeddings, (batch, length), generator=draw)
+            words = part.padding_idx + 1, part.embed_tokens.num_embeddings
+            tokens = torch.randint(*words, (batch, length), generator=draw)
             if padding and length > padding:
                 tokens[0, -padding:] = part.padding_idx
             inputs[name] = tokens
@@ -226,7 +228,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("--format", required=True, choices=list(FORMATS))
     parser.add_argument("--output", required=True, metavar="FILE")
-    parser.add_argument("--data", metavar="DATA-BIN", help="directory of the dictionaries (default: that of the training)")
+    parser.add_argument("--data", metavar="DATA-BIN", help="directory of the dictionaries (default: the training's)")
     parser.add_argument("--force", action="store_true", help="overwrite the output")
     options = parser.parse_args(argv)
     try:

@@ -4,9 +4,9 @@ In evaluation PN, PN-V and BN are affine maps of the layer-scaled input u (u = x
 
 .. math:: y = s \odot u + t, \qquad s = \gamma / \sqrt{\psi^2 + \epsilon}, \qquad t = \beta - s \odot \mu
 
-(mu is BN's running mean, 0 in PN and PN-V). Where nothing but linear maps reads y, as in a pre-norm layer, s and t go into
-their weights and biases, W y + c = (W s) u + (c + W t): without layer scale nothing is left of the norm, with it a root
-mean square norm without parameters. Elsewhere (post-norm, a projection tied to the embedding) s and t stay.
+(mu is BN's running mean, 0 in PN and PN-V). Where nothing but linear maps reads y, as in a pre-norm layer, s and t go
+into their weights and biases, W y + c = (W s) u + (c + W t): without layer scale nothing is left of the norm, with it a
+root mean square norm without parameters. Elsewhere (post-norm, a projection tied to the embedding) s and t stay.
 """
 from typing import Dict, Optional, Sequence
 

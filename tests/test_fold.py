@@ -18,7 +18,8 @@ from fairseq_powernorm.fold import FoldedNorm, fold_norms
 from fairseq_powernorm.models import base
 from fairseq_powernorm.norms import MaskedBatchNorm, PowerNorm, RunningNorm
 
-LM = dict(tokens_per_sample=32, max_target_positions=32, sizes={k: v for k, v in toy.SIZES.items() if "encoder" not in k})
+DECODER = {name: value for name, value in toy.SIZES.items() if "encoder" not in name}
+LM = dict(tokens_per_sample=32, max_target_positions=32, sizes=DECODER)
 TENSORIZED = dict(
     sizes=dict(decoder_embed_dim=16, decoder_ffn_embed_dim=32), tensorized_window=32, tensorized_rank=4,
     tokens_per_sample=32,
@@ -189,16 +190,18 @@ def test_without_layer_scale_no_norm_is_left(name):
     counts = operations(nothing)
     assert sum(operations(model).values()) > sum(counts.values())
     found = operations(fold_norms(model))
-    arithmetic = {"mul", "add", "addcmul", "div", "rsqrt", "sqrt", "pow", "mean", "linalg_vector_norm", "native_layer_norm"}
-    arithmetic |= {"addmm", "mm", "bmm", "_to_copy", "rms_norm", "_fused_rms_norm", "native_batch_norm"}
+    arithmetic = {"mul", "add", "addcmul", "div", "rsqrt", "sqrt", "pow", "mean", "linalg_vector_norm", "_to_copy"}
+    arithmetic |= {"addmm", "mm", "bmm", "native_layer_norm", "rms_norm", "_fused_rms_norm", "native_batch_norm"}
     assert {k: v for k, v in found.items() if k in arithmetic} == {k: v for k, v in counts.items() if k in arithmetic}
 
 
 def test_with_layer_scale_one_parameter_free_norm_is_left():
     """In a pre-norm model linear maps take scale and shift; tied to the embedding, or in post-norm, they stay."""
-    left = lambda **settings: {  # noqa: E731
-        str(m) for m in fold_norms(build(norm_groups=4, **toy.ALL_POWER, **settings)).modules() if isinstance(m, FoldedNorm)
-    }
+
+    def left(**settings):
+        model = fold_norms(build(norm_groups=4, **toy.ALL_POWER, **settings))
+        return {str(module) for module in model.modules() if isinstance(module, FoldedNorm)}
+
     bare, affine = "FoldedNorm(16, groups=4, affine=False)", "FoldedNorm(16, groups=4, affine=True)"
     assert left() == {bare}
     assert left(share_all_embeddings=True) == {bare, affine}
@@ -235,7 +238,7 @@ def test_folding_twice_is_folding_once():
 
 
 def test_models_without_our_norms_stay_as_they_are():
-    """fairseq's own model is left alone, and may train; one of this package with LN only gives the same, bit for bit."""
+    """fairseq's own model is left alone, and may train; one of this package with LN gives the same, bit for bit."""
     plain = models.build_model(toy.Namespace(_name="transformer", arch="transformer", **toy.SIZES), toy.task())
     assert fold_norms(plain) is plain and plain.training
     layer = build(**all_norms("layer")).requires_grad_(False)
@@ -257,7 +260,7 @@ def test_modules_outside_of_fairseq_fold_too():
 
 
 def test_a_folded_model_refuses_to_train_and_to_load():
-    """train(), in parts too, a backward pass and load_state_dict say why; eval(), train(False), copies and conversions work."""
+    """train(), in parts too, a backward pass and load_state_dict say why; eval(), copies and conversions work."""
     model = build(**toy.ALL_POWER)
     state = model.state_dict()
     folded = fold_norms(model)
@@ -320,7 +323,8 @@ def save(path, command, seed=3):
     torch.nn.init.normal_(model.decoder.output_projection.weight, std=0.3)
     history = {"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}, "num_updates": 7}
     state = dict(
-        args=None, cfg=OmegaConf.to_container(cfg), model=model.state_dict(), extra_state={}, optimizer_history=[history]
+        args=None, cfg=OmegaConf.to_container(cfg), model=model.state_dict(), extra_state={},
+        optimizer_history=[history],
     )
     torch.save(state, path)
     return path
@@ -368,7 +372,8 @@ def run(monkeypatch, capsys, main, *command):
     calls = []
     for module in (base, sys.modules["fairseq_powernorm.tasks"]):
         monkeypatch.setattr(module, "fold_norms", lambda model: calls.append(model) or fold_norms(model))
-    monkeypatch.setattr(sys, "argv", [main.__name__, *command, "--user-dir", str(toy.ROOT / "fairseq_powernorm"), "--cpu"])
+    command = [main.__name__, *command, "--user-dir", str(toy.ROOT / "fairseq_powernorm"), "--cpu"]
+    monkeypatch.setattr(sys, "argv", command)
     capsys.readouterr()
     main()
     return capsys.readouterr().out.splitlines(), len(calls)
@@ -417,9 +422,8 @@ def test_validate_folds_unless_told_not_to(translation, monkeypatch, capsys, cap
     for path in (path, tmp_path / "old.pt"):
         for flags, expected in (((), 1), (("--no-fold-norms",), 0)):
             caplog.clear()
-            lines, calls = run(
-                monkeypatch, capsys, validate.cli_main, *words(data, task="translation_pn", path=path, batch_size=8), *flags
-            )
+            command = words(data, task="translation_pn", path=path, batch_size=8)
+            lines, calls = run(monkeypatch, capsys, validate.cli_main, *command, *flags)
             assert calls == expected
             line = [text for text in (*lines, *caplog.messages) if "| loss " in text][-1]
             losses.append(line[line.index("| loss ") :])
@@ -427,7 +431,7 @@ def test_validate_folds_unless_told_not_to(translation, monkeypatch, capsys, cap
 
 
 def test_eval_lm_folds_unless_told_not_to(language, monkeypatch, capsys, caplog):
-    """fairseq-eval-lm: same loss and perplexity; fairseq-interactive continues lines with the same words."""
+    """fairseq-eval-lm: same loss and perplexity with and without the flag."""
     data, path = language
     caplog.set_level("INFO")
     shared = words(data, task="language_modeling_pn", path=path)
@@ -467,7 +471,7 @@ def test_validation_during_training_never_folds(translation):
 
 @pytest.mark.parametrize("case", ["power-0-all", "power-4-shared", "batch-1-post", "lm"])
 def test_scripted_generation_finds_the_same_beams(case):
-    """torch.jit.script(SequenceGenerator) of the folded model, or it with a scripted LM = generation of the unfolded one."""
+    """torch.jit.script(SequenceGenerator) of the folded model (with a scripted LM) finds what the unfolded one does."""
     model = build(**CASES[case])
     expected = beams(model)
     assert_same_beams(beams(model, scripted=True), expected)
