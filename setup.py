@@ -37,6 +37,7 @@ setup(
         "data": ["sacremoses>=0.1", "subword-nmt>=0.3.8", "sentencepiece>=0.2"],
         "plots": ["jinja2", "matplotlib", "tensorboard"],
         "slurm": ["submitit>=1.5", "hydra-submitit-launcher>=1.2"],
-        "test": ["pytest>=7", "pytest-xdist>=3"],
+        "export": ["onnx>=1.15", "onnxruntime>=1.17"],
+        "test": ["pytest>=7", "pytest-xdist>=3", "onnx>=1.15", "onnxruntime>=1.17"],
     },
 )

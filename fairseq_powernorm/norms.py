@@ -14,6 +14,7 @@ import math
 from typing import Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
@@ -104,7 +105,7 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(dim, eps=eps, elementwise_affine=affine)
 
     def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
-        return super().forward(x)
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -114,7 +115,7 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(dim, eps=eps, elementwise_affine=affine)
 
     def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
-        return super().forward(x)
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
 def _narrower(value: Tensor, buffer: Tensor) -> bool:
@@ -271,6 +272,17 @@ class RunningNorm(nn.Module):
         """Normalize ``x`` (any leading shape) by the running statistics."""
         raise NotImplementedError
 
+    def scale_and_shift(self) -> Tuple[Tensor, Tensor]:
+        """The evaluation as an affine map ``scale * u + shift`` of the layer-scaled input: ``C`` each, in float64."""
+        raise NotImplementedError
+
+    def _scale_and_shift(self, moment: Tensor, mean: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
+        moment = moment.detach().to(functional.kernel.sum_dtype(moment))
+        scale, shift = functional.kernel.inverse_root(moment, self.eps), torch.zeros_like(moment)
+        if self.weight is not None:
+            scale, shift = scale * self.weight.detach(), shift + self.bias.detach()
+        return scale, shift if mean is None else shift - scale * mean.detach()
+
     def _train(self, rows: Tensor, valid: Optional[Tensor]) -> Tensor:
         """Normalize ``rows`` (``N x C``) as in training and take in their statistics."""
         raise NotImplementedError
@@ -338,6 +350,9 @@ class SecondMomentNorm(RunningNorm):
 
     def _evaluate(self, x: Tensor) -> Tensor:
         return functional.running_norm(x, self.weight, self.bias, self.running_phi, self.groups, self.eps)
+
+    def scale_and_shift(self) -> Tuple[Tensor, Tensor]:
+        return self._scale_and_shift(self.running_phi)
 
     def _describe_psi2(self, state: State, forward: Sums) -> Dict[str, Tensor]:
         (batch,) = forward.means()
@@ -601,6 +616,9 @@ class MaskedBatchNorm(RunningNorm):
         return functional.running_norm(
             x, self.weight, self.bias, self.running_var, self.groups, self.eps, self.running_mean
         )
+
+    def scale_and_shift(self) -> Tuple[Tensor, Tensor]:
+        return self._scale_and_shift(self.running_var, self.running_mean)
 
     @torch.compiler.disable
     def _train(self, rows: Tensor, valid: Optional[Tensor]) -> Tensor:

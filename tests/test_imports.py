@@ -15,11 +15,13 @@ ALLOWED = {
     "recorder": (set(), False),
     "checkpoint": (set(), False),
     "resume": (set(), False),
+    "fold": ({"norms", "functional"}, False),
+    "export": ({"fold", "checkpoint"}, True),
     "recalibrate": ({"statistics", "checkpoint"}, True),
     "compat": ({"resume"}, True),
     "options": ({"norms", "statistics", "recorder"}, True),
     "layers": ({"norms", "options"}, True),
-    "models.base": ({"options", "checkpoint"}, True),
+    "models.base": ({"options", "checkpoint", "fold"}, True),
     "models.transformer_pn": ({"norms", "options", "layers", "models.base"}, True),
     "models.transformer_lm_pn": ({"options", "models.base", "models.transformer_pn"}, True),
     "models.tensorized_attention": (set(), False),
@@ -31,7 +33,7 @@ ALLOWED = {
         True,
     ),
     "models": ({"models.transformer_pn", "models.transformer_lm_pn", "models.tensorized_lm_pn"}, True),
-    "tasks": ({"options", "statistics", "recorder"}, True),
+    "tasks": ({"options", "statistics", "recorder", "fold"}, True),
     "": ({"version", "compat", "models", "tasks"}, False),
 }
 
