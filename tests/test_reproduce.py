@@ -107,8 +107,6 @@ def test_one_gpu_gathers_the_batches_of_several(here):
 
 def test_wmt14_settings_of_the_scripts(here):
     """WMT14 is scored with compounds split, and one GPU gathers the batches of the paper's 128."""
-    if "wmt14" not in settings.benchmarks():
-        pytest.skip("there is no configs/wmt14.yaml")
     assert settings.script_setting(settings.load("wmt14"), "PN_SPLIT_COMPOUNDS", False) is True
     run = of("wmt14", "transformer_pn_wmt_en_de_big")[0]
     assert run.tokens == 128 * 4096 and "optimization.update_freq=[128]" in run.overrides
