@@ -16,7 +16,7 @@ from typing import Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Tupl
 import torch
 from torch import Tensor, nn
 
-from . import functional
+from . import functional, kernels
 
 VARIANTS = ("reference", "algorithm2")
 
@@ -60,13 +60,10 @@ class Stage:
         self.switches = switches
         self.parts = parts
 
-    def add(self, part: str, sums: Sequence[Tensor], rows: Tensor) -> None:
-        """Add the sums over ``rows`` rows of one pass, if the batch counts."""
+    def add(self, part: str, tally: Tensor) -> None:
+        """Add the tally of one pass, ``[sums, rows, 1]``, if the batch counts."""
         if self.switches.counting:
-            vector = self.parts[part]
-            dtype = vector.dtype
-            one = rows.new_ones(1, dtype=dtype)
-            vector.add_(torch.cat([*(each.to(dtype) for each in sums), rows.reshape(1).to(dtype), one]))
+            self.parts[part].add_(tally)
 
 
 class Sums(NamedTuple):
@@ -77,6 +74,11 @@ class Sums(NamedTuple):
 
     sums: Sequence[Tensor]
     rows: Tensor
+
+    @classmethod
+    def of(cls, tally: Tensor, dim: int) -> "Sums":
+        """Take ``[sums (C = dim each), rows, 1]`` (last dimension) apart."""
+        return cls(tally[..., :-2].split(dim, dim=-1), tally[..., -2:-1])
 
     def means(self) -> Sequence[Tensor]:
         """Means over rows; 0 where there are none."""
@@ -159,6 +161,7 @@ class RunningNorm(nn.Module):
         if not eps >= 0.0:
             raise ValueError(f"eps={eps!r}: must be zero or positive")
         _check_interval("alpha_fwd", alpha_fwd)
+        kernels.requested()  # a wrong request is refused here, not in the first forward pass
         if groups < 0 or (groups > 0 and dim % groups):
             divisors = [g for g in range(1, dim + 1) if dim % g == 0]
             raise ValueError(
@@ -262,17 +265,16 @@ class RunningNorm(nn.Module):
         if not self.training:
             return self._evaluate(x)
         valid = None if padding_mask is None else padding_mask.t().reshape(-1).logical_not()
-        rows = x.reshape(-1, self.dim)
         if not self._counting:
-            valid = torch.zeros(rows.size(0), dtype=torch.bool, device=x.device)
-        return self._train(rows, valid).view(x.shape)
+            valid = torch.zeros(x.numel() // self.dim, dtype=torch.bool, device=x.device)
+        return self._train(x, valid)
 
     def _evaluate(self, x: Tensor) -> Tensor:
         """Normalize ``x`` (any leading shape) by the running statistics."""
         raise NotImplementedError
 
-    def _train(self, rows: Tensor, valid: Optional[Tensor]) -> Tensor:
-        """Normalize ``rows`` (``N x C``) as in training and take in their statistics."""
+    def _train(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
+        """Normalize ``x`` as in training and take in its statistics; ``valid``: one bool for each row, in the order of ``x``."""
         raise NotImplementedError
 
     @property
@@ -284,19 +286,27 @@ class RunningNorm(nn.Module):
         return None if self.stage is None else self.stage.switches.reduce
 
     @torch.no_grad()
-    def _take(self, part: str, sums: Sequence[Tensor], rows: Tensor) -> None:
-        """Take in the sums of one pass: into the stage, or as one step of the running statistics."""
+    def _take(self, part: str, tally: Tensor) -> None:
+        """Take in the tally of one pass: into the stage, or as one step of the running statistics."""
         if self.stage is not None:
-            self.stage.add(part, sums, rows)
+            self.stage.add(part, tally)
             return
-        for name, value in self.advance(part, self._buffers, Sums(sums, rows), self.alpha_fwd).items():
-            self._buffers[name].copy_(value)
+        sums = Sums.of(tally.to(self.iters.dtype), self.dim)
+        for name, value in self.advance(part, self._buffers, sums, self.alpha_fwd).items():
+            self._buffers[name].copy_(value.view_as(self._buffers[name]))
 
-    def _take_backward_if_recorded(self) -> Optional[functional.Collect]:
-        """For the norms whose backward pass changes no statistics: collect its sums only where they are recorded."""
-        if self.stage is None or not self.stage.switches.recording:
-            return None
-        return lambda sums, rows: self._take("backward", [s / self.stage.switches.gradient_scale for s in sums], rows)
+    def _collect_exact(self, recomputed: bool) -> functional.Collect:
+        """For the norms with an exact gradient: their backward pass changes no statistics, it is only recorded."""
+
+        def collect(part: str, tally: Tensor) -> None:
+            if part == "forward":
+                if not recomputed:
+                    self._take(part, tally)
+            elif self.stage is not None and self.stage.switches.recording:
+                tally[:-2] /= self.stage.switches.gradient_scale
+                self._take(part, tally)
+
+        return collect
 
     def advance(self, part: str, state: State, sums: Sums, alpha_fwd: float) -> Dict[str, Tensor]:
         """What the buffers become by one step with the sums of one part.
@@ -454,7 +464,7 @@ class PowerNorm(SecondMomentNorm):
         return max(1, self.warmup_updates if self.variant == "reference" else 0)
 
     @torch.compiler.disable
-    def _train(self, rows: Tensor, valid: Optional[Tensor]) -> Tensor:
+    def _train(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
         reference = self.variant == "reference"
         recomputed = inside_backward() and self._last_forward is not None
         steps = self.steps()
@@ -475,14 +485,16 @@ class PowerNorm(SecondMomentNorm):
             skip_padding=not reference,
             jump=self._jump if steps >= self._trusted_after else math.inf,
         )
-        y, moment = functional.power_norm(
-            rows, self.weight, self.bias, valid, psi2, self.ema_gz, spec,
-            lambda sums, rows: self._take("backward", sums, rows), self._reduce,
+
+        def collect(part: str, tally: Tensor) -> None:
+            if part == "backward" or not recomputed:
+                self._take(part, tally)
+
+        y = functional.power_norm(
+            x, self.weight, self.bias, valid, psi2, self.ema_gz, spec, collect, self._reduce
         )
-        if not recomputed:
-            self._take("forward", (moment.total,), moment.count)
-            if self.stage is None:
-                self.remember_steps(steps + 1)
+        if not recomputed and self.stage is None:
+            self.remember_steps(steps + 1)
         return y
 
     def advance(self, part: str, state: State, sums: Sums, alpha_fwd: float) -> Dict[str, Tensor]:
@@ -543,14 +555,11 @@ class PowerNormV(SecondMomentNorm):
         super().__init__(dim, eps, alpha_fwd, groups, affine)
 
     @torch.compiler.disable
-    def _train(self, rows: Tensor, valid: Optional[Tensor]) -> Tensor:
-        y, moment = functional.batch_power_norm(
-            rows, self.weight, self.bias, valid, self.running_phi.clone(), self.groups, self.eps,
-            self._take_backward_if_recorded(), self._reduce,
-        )
-        if not inside_backward():
-            self._take("forward", (moment.total,), moment.count)
-        return y
+    def _train(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
+        return functional.batch_power_norm(
+            x.reshape(-1, self.dim), self.weight, self.bias, valid, self.running_phi.clone(), self.groups, self.eps,
+            self._collect_exact(inside_backward()), self._reduce,
+        ).view(x.shape)
 
     def advance(self, part: str, state: State, sums: Sums, alpha_fwd: float) -> Dict[str, Tensor]:
         if part == "backward":
@@ -603,15 +612,11 @@ class MaskedBatchNorm(RunningNorm):
         )
 
     @torch.compiler.disable
-    def _train(self, rows: Tensor, valid: Optional[Tensor]) -> Tensor:
-        y, mean, var, count = functional.masked_batch_norm(
-            rows, self.weight, self.bias, valid, self.running_mean.clone(), self.running_var.clone(),
-            self.groups, self.eps, self._take_backward_if_recorded(), self._reduce,
-        )
-        if not inside_backward():
-            first, second, rows = functional.moments_about_zero(mean, var, count)
-            self._take("forward", (first, second), rows)
-        return y
+    def _train(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
+        return functional.masked_batch_norm(
+            x.reshape(-1, self.dim), self.weight, self.bias, valid, self.running_mean.clone(), self.running_var.clone(),
+            self.groups, self.eps, self._collect_exact(inside_backward()), self._reduce,
+        ).view(x.shape)
 
     def advance(self, part: str, state: State, sums: Sums, alpha_fwd: float) -> Dict[str, Tensor]:
         if part == "backward":
