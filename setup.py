@@ -9,7 +9,10 @@ from setuptools.command.build_py import build_py
 try:
     from setuptools.command.bdist_wheel import bdist_wheel
 except ImportError:  # setuptools < 70.1
-    from wheel.bdist_wheel import bdist_wheel
+    try:
+        from wheel.bdist_wheel import bdist_wheel
+    except ImportError:
+        bdist_wheel = None
 
 ROOT = pathlib.Path(__file__).parent
 KERNELS = pathlib.Path("fairseq_powernorm") / "kernels"
@@ -37,19 +40,23 @@ class Build(build_py):
             print(f"the C kernel is not built, the torch kernel will serve: {error}")
 
 
-class Wheel(bdist_wheel):
-    """The compiled library is plain C: one wheel for every version of Python and torch on a platform."""
-
-    def get_tag(self):
-        return ("py3", "none", super().get_tag()[2])
-
-
 class Compiled(Distribution):
     """A distribution with a compiled part."""
 
     def has_ext_modules(self):
         return True
 
+
+commands = {"build_py": Build}
+if bdist_wheel is not None:
+
+    class Wheel(bdist_wheel):
+        """The compiled library is plain C: one wheel for every version of Python and torch on a platform."""
+
+        def get_tag(self):
+            return ("py3", "none", super().get_tag()[2])
+
+    commands["bdist_wheel"] = Wheel
 
 setup(
     name="fairseq_powernorm",
@@ -60,7 +67,7 @@ setup(
     license="MIT",
     packages=find_packages(include=["fairseq_powernorm", "fairseq_powernorm.*"]),
     package_data={"fairseq_powernorm.kernels": ["csrc/*"]},
-    cmdclass={"build_py": Build, "bdist_wheel": Wheel},
+    cmdclass=commands,
     distclass=Compiled,
     python_requires=">=3.8",
     install_requires=[

@@ -6,7 +6,7 @@ turns the sums of this process into those of all processes that share a batch, f
 gradients are then those of the whole batch.
 """
 import math
-from typing import Callable, Optional, Sequence, Tuple
+from typing import Callable, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -32,9 +32,21 @@ def _reduced(reduce: Optional[Reduce], *sums: Tensor) -> Sequence[Tensor]:
     return [part.view_as(each) for part, each in zip(total.split([each.numel() for each in sums]), sums)]
 
 
+class _Call(NamedTuple):
+    """What :func:`power_norm` passes through autograd unseen."""
+
+    valid: Optional[Tensor]
+    psi2: Tensor
+    nu: Tensor
+    spec: PowerNormSpec
+    collect: Collect
+    reduce: Optional[Reduce]
+
+
 class _PowerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, valid, psi2, nu, spec, collect, reduce):
+    def forward(ctx, x, weight, bias, call):
+        valid, psi2, _, spec, collect, reduce = call
         chosen = choose(x, weight, bias)
         batch = None
         if reduce is not None and (spec.forward_batch or spec.backward_batch or spec.jump < math.inf):
@@ -42,8 +54,7 @@ class _PowerNorm(torch.autograd.Function):
         y, r, saved, tally = chosen.power_forward(x, weight, bias, valid, psi2, spec, batch)
         collect("forward", tally)
         ctx.save_for_backward(x, r, weight, saved, valid if spec.skip_padding else None)
-        # nu is read when the backward pass runs, by the method's definition: not a saved tensor
-        ctx.nu, ctx.spec, ctx.collect, ctx.kernel = nu, spec, collect, chosen
+        ctx.call, ctx.kernel = call, chosen
         ctx.dtypes = None if weight is None else weight.dtype, None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
         return y
@@ -52,16 +63,17 @@ class _PowerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_y):
         if grad_y is None:
-            return (None,) * 9
+            return None, None, None, None
         x, r, weight, saved, valid = ctx.saved_tensors
+        # nu is read when the backward pass runs, by the method's definition: it is not a saved tensor
         grad_x, grad_weight, grad_bias, tally = ctx.kernel.power_backward(
-            grad_y, x, r, weight, valid, saved, ctx.nu, ctx.spec, ctx.needs_input_grad[0]
+            grad_y, x, r, weight, valid, saved, ctx.call.nu, ctx.call.spec, ctx.needs_input_grad[0]
         )
-        ctx.collect("backward", tally)
+        ctx.call.collect("backward", tally)
         weight_dtype, bias_dtype = ctx.dtypes
         grad_weight = None if weight_dtype is None else grad_weight.to(weight_dtype)
         grad_bias = None if bias_dtype is None else grad_bias.to(bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None, None, None, None
+        return grad_x, grad_weight, grad_bias, None
 
 
 def power_norm(
@@ -91,7 +103,7 @@ def power_norm(
     Returns:
         shape and dtype of ``x``
     """
-    return _PowerNorm.apply(x, weight, bias, valid, psi2, nu, spec, collect, reduce)
+    return _PowerNorm.apply(x, weight, bias, _Call(valid, psi2, nu, spec, collect, reduce))
 
 
 class _BatchPowerNorm(torch.autograd.Function):

@@ -11,6 +11,7 @@ takes over: it gives each norm a :class:`Stage`, into which the norm adds its su
 """
 import inspect
 import math
+from contextlib import nullcontext
 from typing import Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
 
 import torch
@@ -220,13 +221,15 @@ class RunningNorm(nn.Module):
 
     def steps(self) -> int:
         """Training steps taken: ``iters`` on the host, read from the device only after a change from outside."""
-        if self._steps is None or self._steps[0] is not self.iters or self._steps[1] != self.iters._version:
-            self.remember_steps(int(self.iters.item()))
+        iters, known = self._buffers["iters"], self._steps
+        if known is None or known[0] is not iters or known[1] != iters._version:
+            self.remember_steps(int(iters.item()))
         return self._steps[2]
 
     def remember_steps(self, steps: int) -> None:
         """Say what ``iters`` has become, so that it need not be read from the device."""
-        self._steps = (self.iters, self.iters._version, steps)
+        iters = self._buffers["iters"]
+        self.__dict__["_steps"] = iters, iters._version, steps  # Module.__setattr__ is slow
 
     def _padding_mask(self, x: Tensor, padding_mask: Optional[Tensor]) -> Optional[Tensor]:
         """Check the input; return its mask, the slot's if the call gave none."""
@@ -267,6 +270,11 @@ class RunningNorm(nn.Module):
         valid = None if padding_mask is None else padding_mask.t().reshape(-1).logical_not()
         if not self._counting:
             valid = torch.zeros(x.numel() // self.dim, dtype=torch.bool, device=x.device)
+        return (self._train_uncompiled if torch.compiler.is_compiling() else self._train)(x, valid)
+
+    @torch.compiler.disable
+    def _train_uncompiled(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
+        """Buffers that change inside a compiled region give wrong gradients: training stays outside of it."""
         return self._train(x, valid)
 
     def _evaluate(self, x: Tensor) -> Tensor:
@@ -285,12 +293,16 @@ class RunningNorm(nn.Module):
     def _reduce(self) -> Optional[Callable[[Tensor], Tensor]]:
         return None if self.stage is None else self.stage.switches.reduce
 
-    @torch.no_grad()
     def _take(self, part: str, tally: Tensor) -> None:
         """Take in the tally of one pass: into the stage, or as one step of the running statistics."""
-        if self.stage is not None:
-            self.stage.add(part, tally)
-            return
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+            if self.stage is not None:
+                self.stage.add(part, tally)
+            else:
+                self._step(part, tally)
+
+    def _step(self, part: str, tally: Tensor) -> None:
+        """One step of the running statistics."""
         sums = Sums.of(tally.to(self.iters.dtype), self.dim)
         for name, value in self.advance(part, self._buffers, sums, self.alpha_fwd).items():
             self._buffers[name].copy_(value.view_as(self._buffers[name]))
@@ -463,18 +475,19 @@ class PowerNorm(SecondMomentNorm):
         """Steps after which psi^2 is an average of batches and divides."""
         return max(1, self.warmup_updates if self.variant == "reference" else 0)
 
-    @torch.compiler.disable
     def _train(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
-        reference = self.variant == "reference"
-        recomputed = inside_backward() and self._last_forward is not None
+        reference, stage = self.variant == "reference", self.stage
+        psi2, nu = self._buffers["running_phi"], self._buffers["ema_gz"]
+        recomputed = self._last_forward is not None and inside_backward()
         steps = self.steps()
         if not recomputed:
             in_warmup = reference and steps < self.warmup_updates
             # a stage leaves the buffers alone until the step is over; without one, this very pass changes them
-            psi2 = self.running_phi.clone() if self.stage is None else self.running_phi
-            self._last_forward = (psi2, in_warmup)
+            if stage is None:
+                psi2 = psi2.clone()
+            self.__dict__["_last_forward"] = psi2, in_warmup
         psi2, in_warmup = self._last_forward
-        switches = None if self.stage is None else self.stage.switches
+        switches = None if stage is None else stage.switches
         spec = functional.PowerNormSpec(
             groups=self.groups,
             eps=self.eps,
@@ -490,12 +503,24 @@ class PowerNorm(SecondMomentNorm):
             if part == "backward" or not recomputed:
                 self._take(part, tally)
 
-        y = functional.power_norm(
-            x, self.weight, self.bias, valid, psi2, self.ema_gz, spec, collect, self._reduce
-        )
-        if not recomputed and self.stage is None:
+        y = functional.power_norm(x, self.weight, self.bias, valid, psi2, nu, spec, collect, self._reduce)
+        if not recomputed and stage is None:
             self.remember_steps(steps + 1)
         return y
+
+    def _step(self, part: str, tally: Tensor) -> None:
+        """As ``advance`` has it; where it can, in one call instead of a dozen small operations."""
+        buffers = self._buffers
+        nu, psi2, iters = buffers["ema_gz"], buffers["running_phi"], buffers["iters"]
+        kernel = kernels.choose(psi2, nu, iters)
+        if kernel is not kernels.c or not kernel.steps(nu, psi2, iters):
+            super()._step(part, tally)
+        elif part == "backward":
+            kernel.step_nu(tally, nu, 1.0 - self.alpha_bkw, -1.0 if self.groups == 0 else -math.inf)
+        else:
+            jump = self._jump if self.alpha_fwd > 0.0 else math.inf
+            warmup = self.warmup_updates if self.variant == "reference" else 0
+            kernel.step_psi2(tally, psi2, iters, self.eps, self.alpha_fwd, jump, self._trusted_after, warmup)
 
     def advance(self, part: str, state: State, sums: Sums, alpha_fwd: float) -> Dict[str, Tensor]:
         if part == "backward":
@@ -554,7 +579,6 @@ class PowerNormV(SecondMomentNorm):
     ):
         super().__init__(dim, eps, alpha_fwd, groups, affine)
 
-    @torch.compiler.disable
     def _train(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
         return functional.batch_power_norm(
             x.reshape(-1, self.dim), self.weight, self.bias, valid, self.running_phi.clone(), self.groups, self.eps,
@@ -611,7 +635,6 @@ class MaskedBatchNorm(RunningNorm):
             x, self.weight, self.bias, self.running_var, self.groups, self.eps, self.running_mean
         )
 
-    @torch.compiler.disable
     def _train(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
         return functional.masked_batch_norm(
             x.reshape(-1, self.dim), self.weight, self.bias, valid, self.running_mean.clone(), self.running_var.clone(),

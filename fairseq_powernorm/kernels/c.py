@@ -11,6 +11,7 @@ from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import build
 from .reference import Backward, Forward, PowerNormSpec
@@ -39,6 +40,8 @@ def _load(library) -> ctypes.CDLL:
     loaded.pn_backward.argtypes = [
         *shape, *rows, *rows, pointer, pointer, pointer, pointer, pointer, real, real, pointer, pointer, pointer, pointer
     ]
+    loaded.pn_step_psi2.argtypes, loaded.pn_step_psi2.restype = [size, pointer, pointer, pointer, *[real] * 5], None
+    loaded.pn_step_nu.argtypes, loaded.pn_step_nu.restype = [size, pointer, pointer, real, real], None
     loaded.pn_use_instructions.argtypes, loaded.pn_use_instructions.restype = [number], ctypes.c_char_p
     loaded.pn_stream_from.argtypes, loaded.pn_stream_from.restype = [size], None
     loaded.pn_use_threads.argtypes, loaded.pn_use_threads.restype = [pointer, pointer, pointer], None
@@ -122,6 +125,11 @@ def _floats(vector: Optional[Tensor], channels: int) -> Optional[Tensor]:
     return vector if vector.is_contiguous() else vector.contiguous()
 
 
+def _like(x: Tensor) -> Tensor:
+    """Contiguous memory for the values of ``x``."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _at(tensor: Optional[Tensor]) -> Optional[int]:
     return None if tensor is None else tensor.data_ptr()
 
@@ -160,9 +168,10 @@ def power_forward(
     """See :func:`.reference.power_forward`."""
     shape = _shape(x, spec.groups)
     rows, channels = shape[1:3]
-    weight, bias, psi2, batch = (_floats(each, channels) for each in (weight, bias, psi2, batch))
+    weight, bias = _floats(weight, channels), _floats(bias, channels)
+    psi2, batch = _floats(psi2, channels), _floats(batch, channels)
     valid = _mask(valid, rows)
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = _like(x)
     r = torch.empty(rows, spec.groups) if spec.groups else None
     saved, tally = torch.empty(3, channels), torch.empty(channels + 2, dtype=torch.float64)
     flags = (
@@ -192,7 +201,7 @@ def power_backward(
     rows, channels = shape[1:3]
     weight, nu = _floats(weight, channels), _floats(nu, channels)
     valid = _mask(valid, rows) if spec.skip_padding else None
-    grad_x = torch.empty(x.shape, dtype=x.dtype) if want_x else None
+    grad_x = _like(x) if want_x else None
     grad_weight, grad_bias = torch.empty(channels), torch.empty(channels)
     tally = torch.empty(2 * channels + 2, dtype=torch.float64)
     scale = float(spec.gradient_scale)
@@ -211,10 +220,48 @@ def evaluate(
 ) -> Tensor:
     """See :func:`.reference.evaluate`, but without gradient."""
     shape = _shape(x, groups)
-    weight, bias, psi2 = (_floats(each, shape[2]) for each in (weight, bias, psi2))
-    y = torch.empty(x.shape, dtype=x.dtype)
+    weight, bias, psi2 = _floats(weight, shape[2]), _floats(bias, shape[2]), _floats(psi2, shape[2])
+    y = _like(x)
     x, *strides = _rows(x)
     _check(_library.pn_evaluate(
         *shape, x.data_ptr(), *strides, _at(weight), _at(bias), _at(psi2), eps, y.data_ptr()
     ))
     return y
+
+
+def steps(*buffers: Tensor) -> bool:
+    """Can :func:`step_psi2` and :func:`step_nu` change these buffers?"""
+    return all(each.dtype is torch.float32 and each.is_cpu and each.is_contiguous() for each in buffers)
+
+
+def step_psi2(
+    tally: Tensor, psi2: Tensor, iters: Tensor, eps: float, alpha: float, jump: float, trusted_after: int, warmup: int
+) -> None:
+    """One step of psi^2 and the step count by the tally of a forward pass, in place: as ``PowerNorm.advance`` has it.
+
+    Args:
+        tally: of the forward pass (``C + 2``)
+        psi2, iters: ``C`` and a scalar, float32
+        eps: of the norm
+        alpha: weight of the old value
+        jump: after ``trusted_after`` steps, ``jump * (psi2 + eps)`` bounds what is taken in
+        warmup: the cumulative average is taken before this step
+    """
+    _library.pn_step_psi2(
+        psi2.numel(), tally.data_ptr(), psi2.data_ptr(), iters.data_ptr(), eps, alpha, jump, trusted_after, warmup
+    )
+    increment_version(psi2)
+    increment_version(iters)
+
+
+def step_nu(tally: Tensor, nu: Tensor, scale: float, lowest: float) -> None:
+    """One step of nu by the tally of a backward pass, in place: as ``PowerNorm.advance`` has it.
+
+    Args:
+        tally: of the backward pass (``2 C + 2``)
+        nu: ``C``, float32
+        scale: ``1 - alpha_bkw``
+        lowest: bound of the factor of the old value
+    """
+    _library.pn_step_nu(nu.numel(), tally.data_ptr(), nu.data_ptr(), scale, lowest)
+    increment_version(nu)

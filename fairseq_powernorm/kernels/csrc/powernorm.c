@@ -373,22 +373,45 @@ static int streams(int dtype, int64_t rows, int64_t channels, int64_t width, con
 
 /*
  * The sweeps keep per-channel values of bfloat16 rows in an order of their own: in each whole pair of vectors of a group, the
- * even channels come first, then the odd ones. index: C, the position of each channel.
+ * even channels come first, then the odd ones.
  */
-static void positions(int dtype, int64_t channels, int64_t width, int32_t *index)
+struct order {
+    int64_t channels, width, lanes; /* lanes: 0 if it is the channels' own order */
+};
+
+static struct order order_of(int dtype, int64_t channels, int64_t width)
 {
-    const int64_t lanes = instructions()->lanes;
-    for (int64_t group = 0; group < channels; group += width) {
-        int64_t c = group;
-        if (dtype == BFLOAT16)
-            for (; c + 2 * lanes <= group + width; c += 2 * lanes)
-                for (int64_t i = 0; i < lanes; i++) {
-                    index[c + 2 * i] = (int32_t)(c + i);
-                    index[c + 2 * i + 1] = (int32_t)(c + i + lanes);
-                }
-        for (; c < group + width; c++)
-            index[c] = (int32_t)c;
-    }
+    return (struct order){channels, width, dtype == BFLOAT16 ? instructions()->lanes : 0};
+}
+
+/* Put n values in the order of the sweeps, through spare. */
+static void to_sweeps(const struct order *order, float *values, float *spare)
+{
+    const int64_t lanes = order->lanes;
+    if (!lanes)
+        return;
+    memcpy(spare, values, (size_t)order->channels * sizeof(float));
+    for (int64_t group = 0; group < order->channels; group += order->width)
+        for (int64_t c = group; c + 2 * lanes <= group + order->width; c += 2 * lanes)
+            for (int64_t i = 0; i < lanes; i++) {
+                values[c + i] = spare[c + 2 * i];
+                values[c + i + lanes] = spare[c + 2 * i + 1];
+            }
+}
+
+/* Sums in the channels' own order again. */
+static void from_sweeps(const struct order *order, double *values, double *spare)
+{
+    const int64_t lanes = order->lanes;
+    if (!lanes)
+        return;
+    memcpy(spare, values, (size_t)order->channels * sizeof(double));
+    for (int64_t group = 0; group < order->channels; group += order->width)
+        for (int64_t c = group; c + 2 * lanes <= group + order->width; c += 2 * lanes)
+            for (int64_t i = 0; i < lanes; i++) {
+                values[c + 2 * i] = spare[c + i];
+                values[c + 2 * i + 1] = spare[c + i + lanes];
+            }
 }
 
 /* NaN in its standard form, whose low half is zero: the rounding to bfloat16 relies on it. */
@@ -402,11 +425,19 @@ INLINE float inverse_root(float second_moment, float eps)
     return 1.0f / sqrtf(second_moment + eps);
 }
 
-/* scale = inv * weight (weight may be NULL), where the sweeps expect it. */
-static void set_scale(int64_t channels, const int32_t *index, const float *inv, const float *weight, float *scale)
+/* scale = inv * weight (weight may be NULL), as the sweeps expect it. */
+static void set_scale(const struct order *order, const float *inv, const float *weight, float *scale, float *spare)
 {
-    for (int64_t c = 0; c < channels; c++)
-        scale[index[c]] = channel_value(weight ? inv[c] * weight[c] : inv[c]);
+    for (int64_t c = 0; c < order->channels; c++)
+        scale[c] = channel_value(weight ? inv[c] * weight[c] : inv[c]);
+    to_sweeps(order, scale, spare);
+}
+
+static void set_shift(const struct order *order, const float *bias, float *shift, float *spare)
+{
+    for (int64_t c = 0; c < order->channels; c++)
+        shift[c] = bias ? channel_value(bias[c]) : 0.0f;
+    to_sweeps(order, shift, spare);
 }
 
 static int sweep(
@@ -441,17 +472,15 @@ EXPORT int pn_evaluate(
     const struct input in = {x, inner, outer_stride, inner_stride};
     double *const totals[2] = {NULL, NULL};
     int64_t counted;
-    float *inv = malloc(((size_t)C + 1) * 4 * sizeof(float));
+    const struct order order = order_of(dtype, C, groups > 0 ? C / groups : C);
+    float *inv = malloc(((size_t)C * 4 + 1) * sizeof(float));
     if (!inv)
         return NO_MEMORY;
-    float *scale = inv + C, *shift = inv + 2 * C;
-    int32_t *index = (int32_t *)(inv + 3 * C);
-    positions(dtype, C, groups > 0 ? C / groups : C, index);
-    for (int64_t c = 0; c < C; c++) {
+    float *scale = inv + C, *shift = inv + 2 * C, *spare = inv + 3 * C;
+    for (int64_t c = 0; c < C; c++)
         inv[c] = psi2 ? inverse_root(psi2[c], (float)eps) : 1.0f;
-        shift[index[c]] = bias ? channel_value(bias[c]) : 0.0f;
-    }
-    set_scale(C, index, inv, weight, scale);
+    set_scale(&order, inv, weight, scale, spare);
+    set_shift(&order, bias, shift, spare);
     int status = sweep(dtype, rows, C, groups, threads, &in, NULL, scale, shift, y, NULL, totals, &counted);
     free(inv);
     return status;
@@ -495,38 +524,42 @@ EXPORT int pn_forward(
     const int64_t C = channels;
     const struct input in = {x, inner, outer_stride, inner_stride};
     float *inv_forward = saved, *inv_backward = saved + C, *z_square = saved + 2 * C;
-    double *sums = calloc((size_t)C + 1, 2 * sizeof(double) + 3 * sizeof(float) + sizeof(int32_t));
+    const struct order order = order_of(dtype, C, groups > 0 ? C / groups : C);
+    double *sums = calloc((size_t)C * 5 + 1, sizeof(double));
     if (!sums)
         return NO_MEMORY;
-    double *others = sums + C;
-    float *scale = (float *)(sums + 2 * C), *shift = scale + C, *own_batch = scale + 2 * C;
-    int32_t *index = (int32_t *)(scale + 3 * C);
+    double *others = sums + C, *spare = sums + 2 * C;
+    float *scale = (float *)(sums + 3 * C), *shift = scale + C, *own_batch = scale + 2 * C;
     double *const totals[2] = {sums, valid && !(flags & SKIP_PADDING) ? others : NULL}, *const none[2] = {NULL, NULL};
     int64_t counted, ignored;
-    positions(dtype, C, groups > 0 ? C / groups : C, index);
-    for (int64_t c = 0; c < C; c++)
-        shift[index[c]] = bias ? channel_value(bias[c]) : 0.0f;
+    set_shift(&order, bias, shift, (float *)spare);
     if (batch)
         set_roots(C, batch, psi2, (float)eps, (float)jump, flags, inv_forward, inv_backward);
     else
         for (int64_t c = 0; c < C; c++)
             inv_forward[c] = inverse_root(psi2[c], (float)eps);
-    set_scale(C, index, inv_forward, weight, scale);
+    set_scale(&order, inv_forward, weight, scale, (float *)spare);
     const int later = !batch && flags & FORWARD_BATCH;
     int status = sweep(dtype, rows, C, groups, threads, &in, valid, scale, shift, later ? NULL : y, r, totals, &counted);
-    for (int64_t c = 0; c < C; c++) {
-        tally[c] = sums[index[c]];
-        own_batch[c] = counted ? (float)(tally[c] / (double)counted) : psi2[c];
-    }
+    from_sweeps(&order, sums, spare);
+    if (totals[1])
+        from_sweeps(&order, others, spare);
+    memcpy(tally, sums, (size_t)C * sizeof(double));
     tally[C] = (double)counted;
     tally[C + 1] = 1.0;
-    if (!batch && set_roots(C, own_batch, psi2, (float)eps, (float)jump, flags, inv_forward, inv_backward) && y
-        && status == OK) {
-        set_scale(C, index, inv_forward, weight, scale);
-        status = sweep(dtype, rows, C, groups, threads, &in, NULL, scale, shift, y, NULL, none, &ignored);
+    if (!batch && !(flags & (FORWARD_BATCH | BACKWARD_BATCH)) && isinf(jump)) {
+        memcpy(inv_backward, inv_forward, (size_t)C * sizeof(float));
+    } else if (!batch) {
+        const double one_row = counted ? 1.0 / (double)counted : 0.0;
+        for (int64_t c = 0; c < C; c++)
+            own_batch[c] = counted ? (float)(sums[c] * one_row) : psi2[c];
+        if (set_roots(C, own_batch, psi2, (float)eps, (float)jump, flags, inv_forward, inv_backward) && y && status == OK) {
+            set_scale(&order, inv_forward, weight, scale, (float *)spare);
+            status = sweep(dtype, rows, C, groups, threads, &in, NULL, scale, shift, y, NULL, none, &ignored);
+        }
     }
     for (int64_t c = 0; c < C; c++)
-        z_square[c] = (float)((tally[c] + others[index[c]]) * inv_forward[c] * inv_forward[c]);
+        z_square[c] = (float)((sums[c] + others[c]) * inv_forward[c] * inv_forward[c]);
     free(sums);
     return status;
 }
@@ -546,17 +579,18 @@ EXPORT int pn_backward(
 {
     const int64_t C = channels, blocks = groups > 0 ? groups : 1, width = C / blocks;
     const float *inv_forward = saved, *inv_backward = saved + C, *z_square = saved + 2 * C;
-    double *sums = calloc((size_t)C * 2 + 1, sizeof(double) + sizeof(float) + sizeof(int32_t));
+    const struct order order = order_of(dtype, C, width);
+    double *sums = calloc((size_t)C * 4 + 1, sizeof(double));
     if (!sums)
         return NO_MEMORY;
-    float *a = (float *)(sums + 2 * C), *b = a + C;
-    int32_t *index = (int32_t *)(b + C);
+    double *spare = sums + 2 * C;
+    float *a = (float *)(sums + 3 * C), *b = a + C;
     double *const totals[2] = {sums, sums + C};
     int64_t counted;
-    positions(dtype, C, width, index);
-    set_scale(C, index, inv_backward, weight, a);
+    set_scale(&order, inv_backward, weight, a, (float *)spare);
     for (int64_t c = 0; c < C; c++)
-        b[index[c]] = channel_value((float)(nu[c] * nu_factor) * inv_forward[c] * inv_backward[c]);
+        b[c] = channel_value((float)(nu[c] * nu_factor) * inv_forward[c] * inv_backward[c]);
+    to_sweeps(&order, b, (float *)spare);
     const struct backward job = {
         .x = {x, inner, outer_stride, inner_stride}, .dy = {dy, dy_inner, dy_outer_stride, dy_inner_stride},
         .channels = C, .blocks = blocks, .width = width, .stream = streams(dtype, rows, C, width, dx),
@@ -567,15 +601,64 @@ EXPORT int pn_backward(
         .groups = blocks, .element_size = element_size(dtype),
     };
     const int status = run(&work, threads, totals, &counted);
+    from_sweeps(&order, sums, spare);
+    from_sweeps(&order, sums + C, spare);
+    const double unscale = 1.0 / gradient_scale;
     for (int64_t c = 0; c < C; c++) {
-        const double grad_z = sums[C + index[c]] * inv_forward[c];
-        grad_bias[c] = (float)sums[index[c]];
+        const double grad_z = sums[C + c] * inv_forward[c];
+        grad_bias[c] = (float)sums[c];
         grad_weight[c] = (float)grad_z;
-        tally[c] = grad_z * (weight ? weight[c] : 1.0f) / gradient_scale;
+        tally[c] = grad_z * (weight ? weight[c] : 1.0f) * unscale;
         tally[C + c] = z_square[c];
     }
     tally[2 * C] = (double)counted;
     tally[2 * C + 1] = 1.0;
     free(sums);
     return status;
+}
+
+/* psi^2 by one step, see PowerNorm.advance. warmup: steps of the cumulative average; the jump counts after trusted_after. */
+INLINE float next_psi2(
+    double old, double sum, double rows, double step, double eps, double alpha, double jump, double trusted_after,
+    double warmup)
+{
+    double batch = sum / rows, new = old;
+    if (step > trusted_after && batch > jump * (old + eps))
+        batch = jump * (old + eps);
+    if (step < warmup)
+        new = old * (step - 1.0) / step + batch / step;
+    return (float)(alpha * new + (1.0 - alpha) * batch);
+}
+
+INLINE float next_nu(double old, double grad_z, double z_square, double rows, double scale, double lowest)
+{
+    double kept = 1.0 - scale * z_square / rows;
+    if (kept < lowest)
+        kept = lowest;
+    return (float)(old * kept + grad_z / rows);
+}
+
+/* One step of psi2 (C) and iters (1) by the tally of a forward pass; psi2 stays where no row counts or a result is not finite. */
+EXPORT void pn_step_psi2(
+    int64_t channels, const double *tally, float *psi2, float *iters, double eps, double alpha, double jump,
+    double trusted_after, double warmup)
+{
+    const double rows = tally[channels], step = iters[0] + 1.0;
+    int finite = rows > 0.0;
+    for (int64_t c = 0; c < channels && finite; c++)
+        finite = isfinite(next_psi2(psi2[c], tally[c], rows, step, eps, alpha, jump, trusted_after, warmup));
+    for (int64_t c = 0; c < channels && finite; c++)
+        psi2[c] = next_psi2(psi2[c], tally[c], rows, step, eps, alpha, jump, trusted_after, warmup);
+    iters[0] = (float)step;
+}
+
+/* One step of nu (C) by the tally of a backward pass; scale: 1 - alpha_bkw; lowest: bound of the factor of the old value. */
+EXPORT void pn_step_nu(int64_t channels, const double *tally, float *nu, double scale, double lowest)
+{
+    const double rows = tally[2 * channels];
+    int finite = rows > 0.0;
+    for (int64_t c = 0; c < channels && finite; c++)
+        finite = isfinite(next_nu(nu[c], tally[c], tally[channels + c], rows, scale, lowest));
+    for (int64_t c = 0; c < channels && finite; c++)
+        nu[c] = next_nu(nu[c], tally[c], tally[channels + c], rows, scale, lowest);
 }
