@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from .kernels import choose, reference as kernel, wants_gradient
 
 Moment = kernel.Moment
+OwnStep = kernel.OwnStep
 PowerNormSpec = kernel.PowerNormSpec
 layer_scale = kernel.layer_scale
 
@@ -41,18 +42,22 @@ class _Call(NamedTuple):
     spec: PowerNormSpec
     collect: Collect
     reduce: Optional[Reduce]
+    step: Optional[OwnStep]
 
 
 class _PowerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, call):
-        valid, psi2, _, spec, collect, reduce = call
+        valid, psi2, _, spec, collect, reduce, step = call
         chosen = choose(x, weight, bias)
         batch = None
         if reduce is not None and (spec.forward_batch or spec.backward_batch or spec.jump < math.inf):
             batch = kernel.mean_of(reduce(chosen.second_moment(x, valid, spec.groups)), psi2)
-        y, r, saved, tally = chosen.power_forward(x, weight, bias, valid, psi2, spec, batch)
-        collect("forward", tally)
+        if step is not None and chosen.TAKES_STEPS:
+            y, r, saved, _ = chosen.power_forward(x, weight, bias, valid, psi2, spec, batch, step)
+        else:
+            y, r, saved, tally = chosen.power_forward(x, weight, bias, valid, psi2, spec, batch)
+            collect("forward", tally)
         ctx.save_for_backward(x, r, weight, saved, valid if spec.skip_padding else None)
         ctx.call, ctx.kernel = call, chosen
         ctx.dtypes = None if weight is None else weight.dtype, None if bias is None else bias.dtype
@@ -60,20 +65,34 @@ class _PowerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y):
-        if grad_y is None:
-            return None, None, None, None
-        x, r, weight, saved, valid = ctx.saved_tensors
-        # nu is read when the backward pass runs, by the method's definition: it is not a saved tensor
-        grad_x, grad_weight, grad_bias, tally = ctx.kernel.power_backward(
-            grad_y, x, r, weight, valid, saved, ctx.call.nu, ctx.call.spec, ctx.needs_input_grad[0]
+        # the wrapper, which makes a second derivative an error, costs as much as a small kernel
+        return _power_norm_backward_once(ctx, grad_y) if torch.is_grad_enabled() else _power_norm_backward(ctx, grad_y)
+
+
+def _power_norm_backward(ctx, grad_y):
+    if grad_y is None:
+        return None, None, None, None
+    x, r, weight, saved, valid = ctx.saved_tensors
+    _, _, nu, spec, collect, _, step = ctx.call
+    want_x = ctx.needs_input_grad[0]
+    # nu is read when the backward pass runs, by the method's definition: it is not a saved tensor
+    if step is not None and ctx.kernel.TAKES_STEPS:
+        grad_x, grad_weight, grad_bias, _ = ctx.kernel.power_backward(
+            grad_y, x, r, weight, valid, saved, nu, spec, want_x, step
         )
-        ctx.call.collect("backward", tally)
-        weight_dtype, bias_dtype = ctx.dtypes
-        grad_weight = None if weight_dtype is None else grad_weight.to(weight_dtype)
-        grad_bias = None if bias_dtype is None else grad_bias.to(bias_dtype)
-        return grad_x, grad_weight, grad_bias, None
+    else:
+        grad_x, grad_weight, grad_bias, tally = ctx.kernel.power_backward(
+            grad_y, x, r, weight, valid, saved, nu, spec, want_x
+        )
+        collect("backward", tally)
+    weight_dtype, bias_dtype = ctx.dtypes
+    grad_weight = None if weight_dtype is None else grad_weight.to(weight_dtype)
+    grad_bias = None if bias_dtype is None else grad_bias.to(bias_dtype)
+    return grad_x, grad_weight, grad_bias, None
+
+
+_power_norm_backward_once = once_differentiable(_power_norm_backward)
 
 
 def power_norm(
@@ -86,6 +105,7 @@ def power_norm(
     spec: PowerNormSpec,
     collect: Collect,
     reduce: Optional[Reduce] = None,
+    step: Optional[OwnStep] = None,
 ) -> Tensor:
     """Layer scale and Power Normalization of rows, with the method's approximate gradient (Algorithm 2).
 
@@ -99,11 +119,12 @@ def power_norm(
         collect: called in the forward pass with the sums of u^2 over this process's non-padding rows, and in the
             backward pass with those of ``weight * dy * z`` (gradient scale taken out) and ``z^2``
         reduce: makes the batch's second moment that of all processes, where ``spec`` divides by it
+        step: the step of the running statistics; a kernel that takes it does so instead of ``collect``
 
     Returns:
         shape and dtype of ``x``
     """
-    return _PowerNorm.apply(x, weight, bias, _Call(valid, psi2, nu, spec, collect, reduce))
+    return _PowerNorm.apply(x, weight, bias, _Call(valid, psi2, nu, spec, collect, reduce, step))
 
 
 class _BatchPowerNorm(torch.autograd.Function):

@@ -503,24 +503,29 @@ class PowerNorm(SecondMomentNorm):
             if part == "backward" or not recomputed:
                 self._take(part, tally)
 
-        y = functional.power_norm(x, self.weight, self.bias, valid, psi2, nu, spec, collect, self._reduce)
+        own = self._own_step(steps) if stage is None and not recomputed else None
+        y = functional.power_norm(x, self.weight, self.bias, valid, psi2, nu, spec, collect, self._reduce, own)
         if not recomputed and stage is None:
             self.remember_steps(steps + 1)
         return y
 
-    def _step(self, part: str, tally: Tensor) -> None:
-        """As ``advance`` has it; where it can, in one call instead of a dozen small operations."""
-        buffers = self._buffers
-        nu, psi2, iters = buffers["ema_gz"], buffers["running_phi"], buffers["iters"]
-        kernel = kernels.choose(psi2, nu, iters)
-        if kernel is not kernels.c or not kernel.steps(nu, psi2, iters):
-            super()._step(part, tally)
-        elif part == "backward":
-            kernel.step_nu(tally, nu, 1.0 - self.alpha_bkw, -1.0 if self.groups == 0 else -math.inf)
-        else:
-            jump = self._jump if self.alpha_fwd > 0.0 else math.inf
-            warmup = self.warmup_updates if self.variant == "reference" else 0
-            kernel.step_psi2(tally, psi2, iters, self.eps, self.alpha_fwd, jump, self._trusted_after, warmup)
+    def _own_step(self, steps: int) -> Optional[functional.OwnStep]:
+        """The step that follows ``steps`` steps, as ``advance`` takes it; None where statistics are not float32."""
+        psi2, nu, iters = (self._buffers[name] for name in ("running_phi", "ema_gz", "iters"))
+        if not psi2.dtype == nu.dtype == iters.dtype == torch.float32:
+            return None
+        warmup = self.warmup_updates if self.variant == "reference" else 0
+        limited = steps >= self._trusted_after and self.alpha_fwd > 0.0
+        return functional.OwnStep(
+            psi2,
+            nu,
+            iters,
+            alpha=self.alpha_fwd,
+            limit=self._jump if limited else math.inf,
+            share=1.0 / (steps + 1) if steps + 1 < warmup else 0.0,
+            nu_scale=1.0 - self.alpha_bkw,
+            nu_lowest=-1.0 if self.groups == 0 else -math.inf,
+        )
 
     def advance(self, part: str, state: State, sums: Sums, alpha_fwd: float) -> Dict[str, Tensor]:
         if part == "backward":

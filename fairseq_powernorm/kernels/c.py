@@ -14,10 +14,13 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import build
-from .reference import Backward, Forward, PowerNormSpec
+from .reference import Backward, Forward, OwnStep, PowerNormSpec
 
 #: number of an element type in the C code
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+#: a norm with float32 statistics may leave their step to this kernel
+TAKES_STEPS = True
+_NO_STEP = (None, None, 0.0, 0.0, 0.0)
 _FORWARD_BATCH, _BACKWARD_BATCH, _SKIP_PADDING = 1, 2, 4
 
 _LIBRARY = build.HERE / build.NAME
@@ -35,13 +38,11 @@ def _load(library) -> ctypes.CDLL:
     shape = [number, size, size, size, number]
     loaded.pn_evaluate.argtypes = [*shape, *rows, pointer, pointer, pointer, real, pointer]
     loaded.pn_forward.argtypes = [
-        *shape, *rows, pointer, pointer, pointer, pointer, pointer, real, real, number, pointer, pointer, pointer, pointer
+        *shape, *rows, *[pointer] * 5, real, real, number, *[pointer] * 6, real, real, real
     ]
     loaded.pn_backward.argtypes = [
-        *shape, *rows, *rows, pointer, pointer, pointer, pointer, pointer, real, real, pointer, pointer, pointer, pointer
+        *shape, *rows, *rows, *[pointer] * 5, real, real, *[pointer] * 5, real, real
     ]
-    loaded.pn_step_psi2.argtypes, loaded.pn_step_psi2.restype = [size, pointer, pointer, pointer, *[real] * 5], None
-    loaded.pn_step_nu.argtypes, loaded.pn_step_nu.restype = [size, pointer, pointer, real, real], None
     loaded.pn_use_instructions.argtypes, loaded.pn_use_instructions.restype = [number], ctypes.c_char_p
     loaded.pn_stream_from.argtypes, loaded.pn_stream_from.restype = [size], None
     loaded.pn_use_threads.argtypes, loaded.pn_use_threads.restype = [pointer, pointer, pointer], None
@@ -151,7 +152,7 @@ def second_moment(x: Tensor, valid: Optional[Tensor], groups: int) -> Tensor:
     saved, tally = torch.empty(3, shape[2]), torch.empty(shape[2] + 2, dtype=torch.float64)
     _check(_library.pn_forward(
         *shape, _at(x), *strides, _at(valid), None, None, _at(ones), None, 0.0, float("inf"), _SKIP_PADDING, None, None,
-        _at(saved), _at(tally),
+        _at(saved), _at(tally), *_NO_STEP,
     ))
     return tally
 
@@ -164,8 +165,9 @@ def power_forward(
     psi2: Tensor,
     spec: PowerNormSpec,
     batch: Optional[Tensor] = None,
+    step: Optional[OwnStep] = None,
 ) -> Forward:
-    """See :func:`.reference.power_forward`."""
+    """See :func:`.reference.power_forward`; takes the step ``step``, if there is one, and gives no tally then."""
     shape = _shape(x, spec.groups)
     rows, channels = shape[1:3]
     weight, bias = _floats(weight, channels), _floats(bias, channels)
@@ -173,15 +175,22 @@ def power_forward(
     valid = _mask(valid, rows)
     y = _like(x)
     r = torch.empty(rows, spec.groups) if spec.groups else None
-    saved, tally = torch.empty(3, channels), torch.empty(channels + 2, dtype=torch.float64)
+    saved = torch.empty(3, channels)
+    if step is None:
+        tally, stepping = torch.empty(channels + 2, dtype=torch.float64), _NO_STEP
+    else:
+        tally, stepping = None, (step.psi2.data_ptr(), step.iters.data_ptr(), step.alpha, step.limit, step.share)
     flags = (
         _FORWARD_BATCH * spec.forward_batch + _BACKWARD_BATCH * spec.backward_batch + _SKIP_PADDING * spec.skip_padding
     )
     x, *strides = _rows(x)
     _check(_library.pn_forward(
         *shape, x.data_ptr(), *strides, _at(valid), _at(weight), _at(bias), psi2.data_ptr(), _at(batch), spec.eps, spec.jump,
-        flags, y.data_ptr(), _at(r), saved.data_ptr(), tally.data_ptr(),
+        flags, y.data_ptr(), _at(r), saved.data_ptr(), _at(tally), *stepping,
     ))
+    if step is not None:
+        increment_version(step.psi2)
+        increment_version(step.iters)
     return Forward(y, r, saved, tally)
 
 
@@ -195,23 +204,29 @@ def power_backward(
     nu: Tensor,
     spec: PowerNormSpec,
     want_x: bool = True,
+    step: Optional[OwnStep] = None,
 ) -> Backward:
-    """See :func:`.reference.power_backward`."""
+    """See :func:`.reference.power_backward`; takes the step ``step``, if there is one, and gives no tally then."""
     shape = _shape(x, spec.groups)
     rows, channels = shape[1:3]
     weight, nu = _floats(weight, channels), _floats(nu, channels)
     valid = _mask(valid, rows) if spec.skip_padding else None
     grad_x = _like(x) if want_x else None
     grad_weight, grad_bias = torch.empty(channels), torch.empty(channels)
-    tally = torch.empty(2 * channels + 2, dtype=torch.float64)
+    if step is None:
+        tally, stepping = torch.empty(2 * channels + 2, dtype=torch.float64), (None, 0.0, 0.0)
+    else:
+        tally, stepping = None, (step.nu.data_ptr(), step.nu_scale, step.nu_lowest)
     scale = float(spec.gradient_scale)
     x, *strides = _rows(x)
     grad_y, *grad_strides = _rows(grad_y)
     _check(_library.pn_backward(
         *shape, x.data_ptr(), *strides, grad_y.data_ptr(), *grad_strides, _at(r), _at(valid), _at(weight),
         saved.data_ptr(), nu.data_ptr(), scale * spec.nu_scale, scale, _at(grad_x), grad_weight.data_ptr(),
-        grad_bias.data_ptr(), tally.data_ptr(),
+        grad_bias.data_ptr(), _at(tally), *stepping,
     ))
+    if step is not None:
+        increment_version(step.nu)
     return Backward(grad_x, grad_weight, grad_bias, tally)
 
 
@@ -227,41 +242,3 @@ def evaluate(
         *shape, x.data_ptr(), *strides, _at(weight), _at(bias), _at(psi2), eps, y.data_ptr()
     ))
     return y
-
-
-def steps(*buffers: Tensor) -> bool:
-    """Can :func:`step_psi2` and :func:`step_nu` change these buffers?"""
-    return all(each.dtype is torch.float32 and each.is_cpu and each.is_contiguous() for each in buffers)
-
-
-def step_psi2(
-    tally: Tensor, psi2: Tensor, iters: Tensor, eps: float, alpha: float, jump: float, trusted_after: int, warmup: int
-) -> None:
-    """One step of psi^2 and the step count by the tally of a forward pass, in place: as ``PowerNorm.advance`` has it.
-
-    Args:
-        tally: of the forward pass (``C + 2``)
-        psi2, iters: ``C`` and a scalar, float32
-        eps: of the norm
-        alpha: weight of the old value
-        jump: after ``trusted_after`` steps, ``jump * (psi2 + eps)`` bounds what is taken in
-        warmup: the cumulative average is taken before this step
-    """
-    _library.pn_step_psi2(
-        psi2.numel(), tally.data_ptr(), psi2.data_ptr(), iters.data_ptr(), eps, alpha, jump, trusted_after, warmup
-    )
-    increment_version(psi2)
-    increment_version(iters)
-
-
-def step_nu(tally: Tensor, nu: Tensor, scale: float, lowest: float) -> None:
-    """One step of nu by the tally of a backward pass, in place: as ``PowerNorm.advance`` has it.
-
-    Args:
-        tally: of the backward pass (``2 C + 2``)
-        nu: ``C``, float32
-        scale: ``1 - alpha_bkw``
-        lowest: bound of the factor of the old value
-    """
-    _library.pn_step_nu(nu.numel(), tally.data_ptr(), nu.data_ptr(), scale, lowest)
-    increment_version(nu)

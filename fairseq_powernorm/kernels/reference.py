@@ -11,6 +11,8 @@ from typing import Callable, Iterator, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
+#: does this kernel take an :class:`OwnStep`?
+TAKES_STEPS = False
 #: eps of the layer scale; a constant of the method, independent of the norm's own eps
 LAYER_SCALE_EPS = 1e-5
 
@@ -179,6 +181,29 @@ class PowerNormSpec(NamedTuple):
     jump: float = math.inf
 
 
+class OwnStep(NamedTuple):
+    """The step of its own running statistics that a norm leaves to a kernel with ``TAKES_STEPS``: ``PowerNorm.advance``.
+
+    Attributes:
+        psi2, nu: ``C``, float32, changed in place
+        iters: scalar, float32, counted up
+        alpha: weight of the old psi^2
+        limit: at most ``limit * (psi2 + eps)`` is taken in
+        share: weight of the batch in the cumulative average that comes first
+        nu_scale: ``1 - alpha_bkw``
+        nu_lowest: bound of the factor of the old nu
+    """
+
+    psi2: Tensor
+    nu: Tensor
+    iters: Tensor
+    alpha: float
+    limit: float
+    share: float
+    nu_scale: float
+    nu_lowest: float
+
+
 class Forward(NamedTuple):
     """What a forward pass gives.
 
@@ -187,13 +212,14 @@ class Forward(NamedTuple):
         r: reciprocal root of the layer scale, ``N x groups``; None for ``groups == 0``
         saved: ``3 x C``, for the backward pass: ``1 / sqrt(psi^2 + eps)`` of the output, that of the gradient, and the
             sum of z^2 over the rows that count in the backward statistics
-        tally: ``C + 2``, sums of u^2 over the rows that count, their number, 1 (see :func:`tally`)
+        tally: ``C + 2``, sums of u^2 over the rows that count, their number, 1 (see :func:`tally`); None if the
+            kernel has taken the step itself
     """
 
     y: Tensor
     r: Optional[Tensor]
     saved: Tensor
-    tally: Tensor
+    tally: Optional[Tensor]
 
 
 class Backward(NamedTuple):
@@ -202,13 +228,14 @@ class Backward(NamedTuple):
     Attributes:
         x: gradient of ``x``, or None if it is not wanted
         weight, bias: gradients (``C``)
-        tally: ``2 C + 2``, sums of ``weight * dy * z`` (gradient scale taken out) and of z^2, number of rows, 1
+        tally: ``2 C + 2``, sums of ``weight * dy * z`` (gradient scale taken out) and of z^2, number of rows, 1; None if
+            the kernel has taken the step itself
     """
 
     x: Optional[Tensor]
     weight: Tensor
     bias: Tensor
-    tally: Tensor
+    tally: Optional[Tensor]
 
 
 def tally(*sums: Tensor, rows: Tensor) -> Tensor:

@@ -486,6 +486,16 @@ EXPORT int pn_evaluate(
     return status;
 }
 
+/* Put new values (n) in place of the old ones if all of them are finite. */
+static void replace_if_finite(int64_t n, const float *new, float *old)
+{
+    float zero = 0.0f;
+    for (int64_t i = 0; i < n; i++)
+        zero += new[i] * 0.0f; /* NaN as soon as one value is not finite */
+    if (zero == 0.0f)
+        memcpy(old, new, (size_t)n * sizeof(float));
+}
+
 /*
  * 1 / sqrt(psi^2 + eps) of the output and of the gradient, given the batch's second moment; see PowerNormSpec for jump.
  * Returns whether that of the output is another than 1 / sqrt(psi2 + eps).
@@ -511,7 +521,11 @@ static int set_roots(
  * valid: rows bytes, 0 at padding, or NULL. psi2: C. batch: C, the batch's second moment if it is known already, or NULL: that
  * of these rows. jump: see PowerNormSpec. y: rows x C, or NULL (sums only). r: rows x groups, or NULL. saved: 3 x C, for the
  * backward pass: 1 / sqrt(psi^2 + eps) of the output, that of the gradient, sum of z^2. tally: C + 2: sums of u^2 over valid
- * rows, their number, 1.
+ * rows, their number, 1; or NULL.
+ *
+ * step_psi2 (C), step_iters (1): running statistics that take their step here, or NULL: psi^2 becomes
+ * alpha * ((1 - share) * psi^2 + share * S) + (1 - alpha) * S, where S is the second moment of these rows, limit * (psi^2 + eps)
+ * at most, if a row counts and all is finite.
  *
  * One sweep, and another one for y only where y needs the sums: FORWARD_BATCH without batch, or a channel that jumps.
  */
@@ -519,7 +533,7 @@ EXPORT int pn_forward(
     int dtype, int64_t rows, int64_t channels, int64_t groups, int threads, const void *x, int64_t inner,
     int64_t outer_stride, int64_t inner_stride, const uint8_t *valid, const float *weight, const float *bias,
     const float *psi2, const float *batch, double eps, double jump, int flags, void *y, float *r, float *saved,
-    double *tally)
+    double *tally, float *step_psi2, float *step_iters, double alpha, double limit, double share)
 {
     const int64_t C = channels;
     const struct input in = {x, inner, outer_stride, inner_stride};
@@ -544,9 +558,11 @@ EXPORT int pn_forward(
     from_sweeps(&order, sums, spare);
     if (totals[1])
         from_sweeps(&order, others, spare);
-    memcpy(tally, sums, (size_t)C * sizeof(double));
-    tally[C] = (double)counted;
-    tally[C + 1] = 1.0;
+    if (tally) {
+        memcpy(tally, sums, (size_t)C * sizeof(double));
+        tally[C] = (double)counted;
+        tally[C + 1] = 1.0;
+    }
     if (!batch && !(flags & (FORWARD_BATCH | BACKWARD_BATCH)) && isinf(jump)) {
         memcpy(inv_backward, inv_forward, (size_t)C * sizeof(float));
     } else if (!batch) {
@@ -560,6 +576,18 @@ EXPORT int pn_forward(
     }
     for (int64_t c = 0; c < C; c++)
         z_square[c] = (float)((sums[c] + others[c]) * inv_forward[c] * inv_forward[c]);
+    if (step_psi2 && status == OK) {
+        step_iters[0] += 1.0f;
+        if (counted) {
+            const double mean = 1.0 / (double)counted;
+            for (int64_t c = 0; c < C; c++) {
+                const double old = step_psi2[c], most = limit * (old + eps), moment = sums[c] * mean;
+                const double taken = moment > most ? most : moment;
+                own_batch[c] = (float)(alpha * (old * (1.0 - share) + taken * share) + (1.0 - alpha) * taken);
+            }
+            replace_if_finite(C, own_batch, step_psi2);
+        }
+    }
     free(sums);
     return status;
 }
@@ -569,13 +597,17 @@ EXPORT int pn_forward(
  *
  * valid: rows bytes, 0 at rows that do not count and receive no gradient, or NULL. nu: C, nu_factor: its factor in the
  * gradient. dx: rows x C or NULL. grad_weight, grad_bias: C. tally: 2 C + 2: sums of weight * dy * z / gradient_scale and of
- * z^2, number of rows, 1.
+ * z^2, number of rows, 1; or NULL.
+ *
+ * step_nu (C): running statistic that takes its step here, or NULL: nu becomes nu * (1 - step_scale * mean of z^2) plus the mean
+ * of weight * dy * z, if a row counts and all is finite; the factor is kept at or above lowest.
  */
 EXPORT int pn_backward(
     int dtype, int64_t rows, int64_t channels, int64_t groups, int threads, const void *x, int64_t inner,
     int64_t outer_stride, int64_t inner_stride, const void *dy, int64_t dy_inner, int64_t dy_outer_stride,
     int64_t dy_inner_stride, const float *r, const uint8_t *valid, const float *weight, const float *saved,
-    const float *nu, double nu_factor, double gradient_scale, void *dx, float *grad_weight, float *grad_bias, double *tally)
+    const float *nu, double nu_factor, double gradient_scale, void *dx, float *grad_weight, float *grad_bias, double *tally,
+    float *step_nu, double step_scale, double lowest)
 {
     const int64_t C = channels, blocks = groups > 0 ? groups : 1, width = C / blocks;
     const float *inv_forward = saved, *inv_backward = saved + C, *z_square = saved + 2 * C;
@@ -608,57 +640,23 @@ EXPORT int pn_backward(
         const double grad_z = sums[C + c] * inv_forward[c];
         grad_bias[c] = (float)sums[c];
         grad_weight[c] = (float)grad_z;
-        tally[c] = grad_z * (weight ? weight[c] : 1.0f) * unscale;
-        tally[C + c] = z_square[c];
+        sums[c] = grad_z * (weight ? weight[c] : 1.0f) * unscale;
     }
-    tally[2 * C] = (double)counted;
-    tally[2 * C + 1] = 1.0;
+    if (tally) {
+        memcpy(tally, sums, (size_t)C * sizeof(double));
+        for (int64_t c = 0; c < C; c++)
+            tally[C + c] = z_square[c];
+        tally[2 * C] = (double)counted;
+        tally[2 * C + 1] = 1.0;
+    }
+    if (step_nu && status == OK && counted) {
+        const double mean = 1.0 / (double)counted;
+        for (int64_t c = 0; c < C; c++) {
+            const double kept = 1.0 - step_scale * z_square[c] * mean;
+            a[c] = (float)(step_nu[c] * (kept < lowest ? lowest : kept) + sums[c] * mean);
+        }
+        replace_if_finite(C, a, step_nu);
+    }
     free(sums);
     return status;
-}
-
-/* psi^2 by one step, see PowerNorm.advance. warmup: steps of the cumulative average; the jump counts after trusted_after. */
-INLINE float next_psi2(
-    double old, double sum, double rows, double step, double eps, double alpha, double jump, double trusted_after,
-    double warmup)
-{
-    double batch = sum / rows, new = old;
-    if (step > trusted_after && batch > jump * (old + eps))
-        batch = jump * (old + eps);
-    if (step < warmup)
-        new = old * (step - 1.0) / step + batch / step;
-    return (float)(alpha * new + (1.0 - alpha) * batch);
-}
-
-INLINE float next_nu(double old, double grad_z, double z_square, double rows, double scale, double lowest)
-{
-    double kept = 1.0 - scale * z_square / rows;
-    if (kept < lowest)
-        kept = lowest;
-    return (float)(old * kept + grad_z / rows);
-}
-
-/* One step of psi2 (C) and iters (1) by the tally of a forward pass; psi2 stays where no row counts or a result is not finite. */
-EXPORT void pn_step_psi2(
-    int64_t channels, const double *tally, float *psi2, float *iters, double eps, double alpha, double jump,
-    double trusted_after, double warmup)
-{
-    const double rows = tally[channels], step = iters[0] + 1.0;
-    int finite = rows > 0.0;
-    for (int64_t c = 0; c < channels && finite; c++)
-        finite = isfinite(next_psi2(psi2[c], tally[c], rows, step, eps, alpha, jump, trusted_after, warmup));
-    for (int64_t c = 0; c < channels && finite; c++)
-        psi2[c] = next_psi2(psi2[c], tally[c], rows, step, eps, alpha, jump, trusted_after, warmup);
-    iters[0] = (float)step;
-}
-
-/* One step of nu (C) by the tally of a backward pass; scale: 1 - alpha_bkw; lowest: bound of the factor of the old value. */
-EXPORT void pn_step_nu(int64_t channels, const double *tally, float *nu, double scale, double lowest)
-{
-    const double rows = tally[2 * channels];
-    int finite = rows > 0.0;
-    for (int64_t c = 0; c < channels && finite; c++)
-        finite = isfinite(next_nu(nu[c], tally[c], tally[channels + c], rows, scale, lowest));
-    for (int64_t c = 0; c < channels && finite; c++)
-        nu[c] = next_nu(nu[c], tally[c], tally[channels + c], rows, scale, lowest);
 }
