@@ -6,15 +6,16 @@ whether it is ``unavailable`` on this machine. ``python -m fairseq_powernorm.ker
 """
 import logging
 import os
+from contextlib import contextmanager
 from types import ModuleType
-from typing import Dict, List, Optional, Set, Tuple
+from typing import Dict, Iterator, List, Optional, Set, Tuple
 
 import torch
 from torch import Tensor
 
 from . import c, reference
 
-__all__ = ["KERNELS", "choose", "evaluate", "explain", "reference", "requested", "wants_gradient"]
+__all__ = ["KERNELS", "choose", "evaluate", "explain", "only", "reference", "requested", "wants_gradient"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,28 @@ def _find(key: Tuple[str, torch.dtype]) -> ModuleType:
         _logged.add(message)
         logger.info(message)
     return kernel
+
+
+@contextmanager
+def only(name: str) -> Iterator[None]:
+    """Inside, the kernel called ``name`` is used where it serves, else ``torch``; for tests and measurements.
+
+    Raises:
+        ValueError, RuntimeError: it is unknown, or cannot be used on this machine
+    """
+    global _chosen
+    before, variable = _chosen, os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = name
+    try:
+        requested()
+        _chosen = {}
+        yield
+    finally:
+        _chosen = before
+        if variable is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = variable
 
 
 def choose(x: Tensor, *others: Optional[Tensor]) -> ModuleType:
