@@ -130,6 +130,14 @@ INLINE float NAME(lanes_sum)(vec v)
     return v[0] + v[1];
 }
 
+/* Ask for the elements of a pair before they are needed. */
+INLINE void NAME(prefetch)(const element *p)
+{
+    __builtin_prefetch(p, 0, 3);
+    if (2 * LANES * sizeof(element) > 64)
+        __builtin_prefetch((const char *)p + 64, 0, 3);
+}
+
 /* Number of channels, of the `left` that remain, that the next vector takes where they are no pair of vectors. */
 INLINE int64_t NAME(next)(int64_t left)
 {
@@ -182,18 +190,19 @@ INLINE double NAME(products)(
 }
 
 /*
- * R rows forward: r (if the layer scale is on), y = u * scale + shift (if write), acc += u^2 (if acc).
- * R, write and stream are constants after inlining.
+ * R rows forward: r (if the layer scale is on), y = u * scale + shift (if write), acc += u^2 (if acc). Meanwhile the memory of
+ * the rows that stand `ahead` in the list is asked for. R, write and stream are constants after inlining.
  */
 INLINE void NAME(forward_rows)(
-    const int R, const int write, const int stream, const struct forward *job, const int64_t *rows, float *acc,
+    const int R, const int write, const int stream, const struct forward *job, const int64_t *rows, int64_t ahead, float *acc,
     float *scratch)
 {
     const int64_t width = job->width;
-    const element *x[4];
+    const element *x[4], *next[4];
     element *y[4];
     for (int k = 0; k < R; k++) {
         x[k] = (const element *)job->x.data + offset(&job->x, rows[k]);
+        next[k] = (const element *)job->x.data + offset(&job->x, rows[k + ahead]);
         y[k] = write ? (element *)job->y + rows[k] * job->channels : 0;
     }
     if (job->scaled)
@@ -218,6 +227,8 @@ INLINE void NAME(forward_rows)(
 #pragma GCC unroll 4
             for (int k = 0; k < R; k++) {
                 pair u = NAME(load)(x[k] + c);
+                if (R > 1)
+                    NAME(prefetch)(next[k] + c);
                 u.v[0] *= r[k];
                 u.v[1] *= r[k];
                 sum0 += u.v[0] * u.v[0];
@@ -252,15 +263,17 @@ INLINE void NAME(forward_rows)(
  * R rows backward: du = dy * a - u * b, dx = r * (du - u * mean(du * u)) (if write), acc_g += dy, acc_gu += dy * u.
  */
 INLINE void NAME(backward_rows)(
-    const int R, const int write, const int stream, const struct backward *job, const int64_t *rows, float *acc_g,
-    float *acc_gu, float *scratch)
+    const int R, const int write, const int stream, const struct backward *job, const int64_t *rows, int64_t ahead,
+    float *acc_g, float *acc_gu, float *scratch)
 {
     const int64_t width = job->width;
-    const element *x[4], *dy[4];
+    const element *x[4], *dy[4], *next_x[4], *next_dy[4];
     element *dx[4];
     for (int k = 0; k < R; k++) {
         x[k] = (const element *)job->x.data + offset(&job->x, rows[k]);
         dy[k] = (const element *)job->dy.data + offset(&job->dy, rows[k]);
+        next_x[k] = (const element *)job->x.data + offset(&job->x, rows[k + ahead]);
+        next_dy[k] = (const element *)job->dy.data + offset(&job->dy, rows[k + ahead]);
         dx[k] = write ? (element *)job->dx + rows[k] * job->channels : 0;
     }
     if (job->r && write)
@@ -287,6 +300,10 @@ INLINE void NAME(backward_rows)(
 #pragma GCC unroll 4
             for (int k = 0; k < R; k++) {
                 pair u = NAME(load)(x[k] + c), g = NAME(load)(dy[k] + c);
+                if (R > 1) {
+                    NAME(prefetch)(next_x[k] + c);
+                    NAME(prefetch)(next_dy[k] + c);
+                }
                 u.v[0] *= r[k];
                 u.v[1] *= r[k];
                 g0 += g.v[0];
@@ -320,43 +337,55 @@ INLINE void NAME(backward_rows)(
     }
 }
 
-/* n rows of one kind, four at a time. */
+/* n rows of one kind, four at a time, or two if four would not fit the first cache beside those that come next. */
 static void NAME(forward_list)(const struct forward *job, const int64_t *rows, int64_t n, float *acc, float *scratch)
 {
+    const int64_t few = job->channels * (int64_t)sizeof(element) >= LONG_ROW ? 2 : 4;
     int64_t i = 0;
-    for (; i + 4 <= n; i += 4) {
+    for (; i + few <= n; i += few) {
+        const int64_t ahead = i + 2 * few <= n ? few : 0;
         if (!job->y)
-            NAME(forward_rows)(4, 0, 0, job, rows + i, acc, scratch);
+            NAME(forward_rows)(few == 2 ? 2 : 4, 0, 0, job, rows + i, ahead, acc, scratch);
+        else if (few == 2 && job->stream)
+            NAME(forward_rows)(2, 1, 1, job, rows + i, ahead, acc, scratch);
+        else if (few == 2)
+            NAME(forward_rows)(2, 1, 0, job, rows + i, ahead, acc, scratch);
         else if (job->stream)
-            NAME(forward_rows)(4, 1, 1, job, rows + i, acc, scratch);
+            NAME(forward_rows)(4, 1, 1, job, rows + i, ahead, acc, scratch);
         else
-            NAME(forward_rows)(4, 1, 0, job, rows + i, acc, scratch);
+            NAME(forward_rows)(4, 1, 0, job, rows + i, ahead, acc, scratch);
     }
     for (; i < n; i++) {
         if (job->y)
-            NAME(forward_rows)(1, 1, 0, job, rows + i, acc, scratch);
+            NAME(forward_rows)(1, 1, 0, job, rows + i, 0, acc, scratch);
         else
-            NAME(forward_rows)(1, 0, 0, job, rows + i, acc, scratch);
+            NAME(forward_rows)(1, 0, 0, job, rows + i, 0, acc, scratch);
     }
 }
 
 static void NAME(backward_list)(
     const struct backward *job, const int64_t *rows, int64_t n, float *acc_g, float *acc_gu, float *scratch)
 {
+    const int64_t few = job->channels * (int64_t)sizeof(element) >= LONG_ROW ? 2 : 4;
     int64_t i = 0;
-    for (; i + 4 <= n; i += 4) {
+    for (; i + few <= n; i += few) {
+        const int64_t ahead = i + 2 * few <= n ? few : 0;
         if (!job->dx)
-            NAME(backward_rows)(4, 0, 0, job, rows + i, acc_g, acc_gu, scratch);
+            NAME(backward_rows)(few == 2 ? 2 : 4, 0, 0, job, rows + i, ahead, acc_g, acc_gu, scratch);
+        else if (few == 2 && job->stream)
+            NAME(backward_rows)(2, 1, 1, job, rows + i, ahead, acc_g, acc_gu, scratch);
+        else if (few == 2)
+            NAME(backward_rows)(2, 1, 0, job, rows + i, ahead, acc_g, acc_gu, scratch);
         else if (job->stream)
-            NAME(backward_rows)(4, 1, 1, job, rows + i, acc_g, acc_gu, scratch);
+            NAME(backward_rows)(4, 1, 1, job, rows + i, ahead, acc_g, acc_gu, scratch);
         else
-            NAME(backward_rows)(4, 1, 0, job, rows + i, acc_g, acc_gu, scratch);
+            NAME(backward_rows)(4, 1, 0, job, rows + i, ahead, acc_g, acc_gu, scratch);
     }
     for (; i < n; i++) {
         if (job->dx)
-            NAME(backward_rows)(1, 1, 0, job, rows + i, acc_g, acc_gu, scratch);
+            NAME(backward_rows)(1, 1, 0, job, rows + i, 0, acc_g, acc_gu, scratch);
         else
-            NAME(backward_rows)(1, 0, 0, job, rows + i, acc_g, acc_gu, scratch);
+            NAME(backward_rows)(1, 0, 0, job, rows + i, 0, acc_g, acc_gu, scratch);
     }
 }
 
