@@ -134,7 +134,7 @@ class _BatchPowerNorm(torch.autograd.Function):
             wide = x.to(kernel.compute_dtype(x))
             r = kernel.layer_scale_rsqrt(wide, groups)
             u = kernel.scale_rows(wide, r)
-            moment, _ = kernel.second_moments(u, valid, all_rows=False)
+            moment = Moment(kernel.masked_column_sum(u * u, valid), kernel.row_count(u, valid))
             whole = Moment(*_reduced(reduce, *moment))
             inv = kernel.inverse_root(whole.mean(otherwise=psi2), eps)
             y = kernel.affine(u, inv, weight, bias, out=None if u is x else u).to(x.dtype)

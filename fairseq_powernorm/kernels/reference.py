@@ -91,6 +91,20 @@ def column_sum(q: Tensor) -> Tensor:
     return q.sum(0)
 
 
+def masked_column_sum(q: Tensor, valid: Optional[Tensor]) -> Tensor:
+    """Sum over the rows where ``valid`` (``N``, bool; None: all) is True, whatever stands in the others."""
+    if valid is None:
+        return column_sum(q)
+    if q.device.type == "cpu":
+        weights = valid.to(q.dtype)
+        total = torch.mv(q.t(), weights)
+        if torch.isfinite(total).all():
+            return total
+        # 0 * inf is NaN; the same product with zeros there has the same bits as with finite values
+        return torch.mv(q.masked_fill(valid.logical_not().unsqueeze(1), 0).t(), weights)
+    return column_sum(q.masked_fill(valid.logical_not().unsqueeze(1), 0))
+
+
 def mask_rows_(q: Tensor, valid: Optional[Tensor]) -> Tensor:
     """Zero the rows of ``q`` (in place) where ``valid`` (``N``, bool) is False, whatever stood there."""
     return q if valid is None else q.masked_fill_(valid.logical_not().unsqueeze(1), 0)
@@ -115,19 +129,6 @@ class Moment(NamedTuple):
         return torch.where(self.count > 0, mean, otherwise.to(mean.dtype))
 
 
-def second_moments(u: Tensor, valid: Optional[Tensor], all_rows: bool) -> Tuple[Moment, Moment]:
-    """``sum of u^2`` with the number of rows: over the rows where ``valid`` is True, and over all rows.
-
-    The second is the first where ``valid`` is None or ``all_rows`` is False (it is then not needed).
-    """
-    squares = u * u
-    everything = Moment(column_sum(squares), row_count(u, None)) if all_rows or valid is None else None
-    if valid is None:
-        return everything, everything
-    moment = Moment(column_sum(mask_rows_(squares, valid)), row_count(u, valid))
-    return moment, everything or moment
-
-
 def inverse_root(second_moment: Tensor, eps: float) -> Tensor:
     """``1 / sqrt(psi^2 + eps)`` per channel."""
     return torch.rsqrt(second_moment + eps)
@@ -150,8 +151,7 @@ def affine(
 
 def grad_sums(grad: Tensor, u: Tensor, valid: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
     """Per-channel ``sum of dy`` and ``sum of dy * u``, over the rows where ``valid`` is True (all rows if None)."""
-    products = mask_rows_(grad * u, valid)
-    return column_sum(mask_rows_(grad.clone(), valid) if valid is not None else grad), column_sum(products)
+    return masked_column_sum(grad, valid), masked_column_sum(grad * u, valid)
 
 
 # ---------------------------------------------------------------- Power Normalization: what each kernel offers
@@ -251,7 +251,7 @@ def mean_of(tally: Tensor, otherwise: Tensor) -> Tensor:
 
 
 #: elements of a block of rows in float32: its temporaries stay in a core's cache
-BLOCK = 1 << 16
+BLOCK = 1 << 18
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:
@@ -273,7 +273,7 @@ def second_moment(x: Tensor, valid: Optional[Tensor], groups: int) -> Tensor:
         for block in _blocks(rows):
             wide = rows[block].to(total.dtype)
             u = scale_rows(wide, layer_scale_rsqrt(wide, groups))
-            total += column_sum(mask_rows_(u * u, _part(valid, block)))
+            total += masked_column_sum(u * u, _part(valid, block))
     return tally(total, rows=row_count(total, valid) if valid is not None else total.new_full((), rows.size(0)))
 
 
@@ -306,7 +306,7 @@ def power_forward(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     flat = y.view(rows.shape)
     r = None if spec.groups == 0 else rows.new_empty(rows.size(0), spec.groups, dtype=dtype)
-    total, others = rows.new_zeros(2, rows.size(1), dtype=dtype)
+    total, everything = rows.new_zeros(2, rows.size(1), dtype=dtype)
     with torch.autocast(x.device.type, enabled=False):
         inv = inverse_root(batch if spec.forward_batch else running, spec.eps)
         scale = inv if weight is None else inv * weight.to(dtype)
@@ -318,12 +318,9 @@ def power_forward(
                 r[block] = root
             u = scale_rows(wide, root)
             squares = u * u
-            if valid is None:
-                total += column_sum(squares)
-            else:
-                if not spec.skip_padding:
-                    others += column_sum(mask_rows_(squares.clone(), ~valid[block]))
-                total += column_sum(mask_rows_(squares, valid[block]))
+            if valid is not None and not spec.skip_padding:
+                everything += column_sum(squares)
+            total += masked_column_sum(squares, _part(valid, block))
             if dtype == x.dtype:
                 _affine(u, scale, shift, out=flat[block])
             else:
@@ -333,7 +330,8 @@ def power_forward(
     if batch is None and spec.backward_batch:
         batch = mean_of(own, running)
     inv_backward = inverse_root(batch if spec.backward_batch else running, spec.eps)
-    saved = torch.stack([inv, inv_backward, (total + others) * inv.square()])
+    squares = total if valid is None or spec.skip_padding else everything
+    saved = torch.stack([inv, inv_backward, squares * inv.square()])
     return Forward(y, r, saved, own)
 
 
@@ -378,8 +376,11 @@ def power_backward(
             grad_sum += sums[0]
             grad_u_sum += sums[1]
             if want_x:
-                grad_u = (grad * scale).addcmul_(u, through)
-                grad_x.view(rows.shape)[block] = mask_rows_(scale_rows_backward(grad_u, u, root), part)
+                target = grad_x.view(rows.shape)[block]
+                grad_u = torch.mul(grad, scale, out=target if dtype == x.dtype else None).addcmul_(u, through)
+                found = mask_rows_(scale_rows_backward(grad_u, u, root), part)
+                if dtype != x.dtype:
+                    target.copy_(found)
     grad_z_sum = grad_u_sum * inv_forward
     # Lambda and Gamma of Algorithm 2, as sums: dL/dz * z and z^2
     weighted = grad_z_sum if weight is None else grad_z_sum * wide_weight

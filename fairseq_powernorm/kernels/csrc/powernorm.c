@@ -25,8 +25,6 @@
 #endif
 
 enum { BLOCK = 64, SPAN = 4096 };
-/* bytes: rows of which two are worked on at a time */
-enum { LONG_ROW = 4096 };
 /* elements for which it pays to wake another thread */
 enum { GRAIN = 16384 };
 static const double LAYER_SCALE_EPS = 1e-5;

@@ -337,19 +337,14 @@ INLINE void NAME(backward_rows)(
     }
 }
 
-/* n rows of one kind, four at a time, or two if four would not fit the first cache beside those that come next. */
+/* n rows of one kind, four at a time. */
 static void NAME(forward_list)(const struct forward *job, const int64_t *rows, int64_t n, float *acc, float *scratch)
 {
-    const int64_t few = job->channels * (int64_t)sizeof(element) >= LONG_ROW ? 2 : 4;
     int64_t i = 0;
-    for (; i + few <= n; i += few) {
-        const int64_t ahead = i + 2 * few <= n ? few : 0;
+    for (; i + 4 <= n; i += 4) {
+        const int64_t ahead = i + 8 <= n ? 4 : 0;
         if (!job->y)
-            NAME(forward_rows)(few == 2 ? 2 : 4, 0, 0, job, rows + i, ahead, acc, scratch);
-        else if (few == 2 && job->stream)
-            NAME(forward_rows)(2, 1, 1, job, rows + i, ahead, acc, scratch);
-        else if (few == 2)
-            NAME(forward_rows)(2, 1, 0, job, rows + i, ahead, acc, scratch);
+            NAME(forward_rows)(4, 0, 0, job, rows + i, ahead, acc, scratch);
         else if (job->stream)
             NAME(forward_rows)(4, 1, 1, job, rows + i, ahead, acc, scratch);
         else
@@ -366,16 +361,11 @@ static void NAME(forward_list)(const struct forward *job, const int64_t *rows, i
 static void NAME(backward_list)(
     const struct backward *job, const int64_t *rows, int64_t n, float *acc_g, float *acc_gu, float *scratch)
 {
-    const int64_t few = job->channels * (int64_t)sizeof(element) >= LONG_ROW ? 2 : 4;
     int64_t i = 0;
-    for (; i + few <= n; i += few) {
-        const int64_t ahead = i + 2 * few <= n ? few : 0;
+    for (; i + 4 <= n; i += 4) {
+        const int64_t ahead = i + 8 <= n ? 4 : 0;
         if (!job->dx)
-            NAME(backward_rows)(few == 2 ? 2 : 4, 0, 0, job, rows + i, ahead, acc_g, acc_gu, scratch);
-        else if (few == 2 && job->stream)
-            NAME(backward_rows)(2, 1, 1, job, rows + i, ahead, acc_g, acc_gu, scratch);
-        else if (few == 2)
-            NAME(backward_rows)(2, 1, 0, job, rows + i, ahead, acc_g, acc_gu, scratch);
+            NAME(backward_rows)(4, 0, 0, job, rows + i, ahead, acc_g, acc_gu, scratch);
         else if (job->stream)
             NAME(backward_rows)(4, 1, 1, job, rows + i, ahead, acc_g, acc_gu, scratch);
         else
