@@ -511,7 +511,8 @@ class PowerNorm(SecondMomentNorm):
 
     def _own_step(self, steps: int) -> Optional[functional.OwnStep]:
         """The step that follows ``steps`` steps, as ``advance`` takes it; None where statistics are not float32."""
-        psi2, nu, iters = (self._buffers[name] for name in ("running_phi", "ema_gz", "iters"))
+        buffers = self._buffers
+        psi2, nu, iters = buffers["running_phi"], buffers["ema_gz"], buffers["iters"]
         if not psi2.dtype == nu.dtype == iters.dtype == torch.float32:
             return None
         warmup = self.warmup_updates if self.variant == "reference" else 0

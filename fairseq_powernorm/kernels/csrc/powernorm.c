@@ -12,8 +12,11 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(PN_GENERIC) /* PN_GENERIC: as on any other processor */
+#define X86 1
 #include <immintrin.h>
+#else
+#define X86 0
 #endif
 
 #define EXPORT __attribute__((visibility("default")))
@@ -71,9 +74,9 @@ EXPORT const char pn_source[] = "powernorm sources " PN_SOURCE;
 
 /* ---------------------------------------------------------------- instruction sets */
 
-#define STREAM(p, v) (*(p) = (v)[0]) /* never reached: can_stream is 0 */
+#define STREAM(p, v) ((void)(p)) /* never reached: can_stream is 0 */
 
-#if defined(__x86_64__)
+#if X86
 #undef STREAM
 
 #define BF16 0
@@ -170,7 +173,7 @@ struct instructions {
      {backward_list_f32_##name, backward_list_bf16_##name}}
 
 static const struct instructions sets[] = {
-#if defined(__x86_64__)
+#if X86
     SET(base, "sse2", 4, 1),
     SET(avx2, "avx2", 8, 1),
     SET(avx512, "avx512", 16, 1),
@@ -182,7 +185,7 @@ static int chosen = -1;
 
 static int best_set(void)
 {
-#if defined(__x86_64__)
+#if X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
         && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
@@ -296,7 +299,7 @@ static void work_on(struct work *work, int64_t number)
         for (int i = 0; i < wanted; i++)
             flush(part->sums[i], acc[i], C);
     }
-#if defined(__x86_64__)
+#if X86
     _mm_sfence();
 #endif
 }
