@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import kernel
+from . import kernels
 from .norms import RunningNorm
 
 REFUSAL = "this model was folded for inference (--no-fold-norms turns that off) and cannot"
@@ -47,7 +47,7 @@ class FoldedNorm(nn.Module):
         super().__init__()
         self.dim = dim
         self.groups = groups
-        self.eps = kernel.LAYER_SCALE_EPS
+        self.eps = kernels.reference.LAYER_SCALE_EPS
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
         self.eval()
@@ -57,8 +57,9 @@ class FoldedNorm(nn.Module):
 
     def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
         if not torch.jit.is_scripting():
-            if not torch.jit.is_tracing() and x.device.type == "cpu":
-                return evaluate(x, self.groups, self.scale, self.shift)
+            unchanged = self.groups == 0 and self.scale is None
+            if not torch.jit.is_tracing() and x.device.type == "cpu" and not unchanged:
+                return kernels.evaluate(x, self.scale, self.shift, groups=self.groups)
         dtype = x.dtype
         if self.groups > 0:
             shape, size = list(x.size()), self.dim // self.groups  # as sizes, which ONNX keeps open
@@ -75,26 +76,6 @@ class FoldedNorm(nn.Module):
 
     def _load_from_state_dict(self, *args, **kwargs):
         refuse_loading()
-
-
-def evaluate(x: Tensor, groups: int, scale: Optional[Tensor], shift: Optional[Tensor]) -> Tensor:
-    """``scale * u + shift`` on a CPU, where torch's RMSNorm is slower than this: the place for a kernel in C.
-
-    Args:
-        x: ``... x C``
-        groups: channel groups of the layer scale, 0 for none
-        scale, shift: ``C``, or None for both
-    """
-    u = x
-    if groups > 0:
-        u = x.to(kernel.compute_dtype(x))
-        rows = u.reshape(-1, groups, x.size(-1) // groups)
-        square = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square()
-        u = (rows * torch.rsqrt(square / rows.size(-1) + kernel.LAYER_SCALE_EPS)).view_as(x)
-    if scale is not None:
-        out = u if u is not x and not u.requires_grad and u.dtype == scale.dtype else None
-        u = torch.addcmul(shift, u, scale, out=out)
-    return u.to(x.dtype)
 
 
 def fold_norms(model: nn.Module) -> nn.Module:

@@ -102,3 +102,5 @@ pn_environment() {
 }
 
 pn_environment
+# The C kernel, if its sources have changed or nobody built it; without a compiler the log says that torch's serves.
+"$PYTHON" "$PN_ROOT/fairseq_powernorm/kernels/build.py" >/dev/null 2>&1 || true
