@@ -6,6 +6,7 @@ fairseq or turns a safety check off.
 import argparse
 import codecs
 import collections
+import logging
 import os
 import types
 import typing
@@ -16,6 +17,8 @@ import torch
 from packaging.version import Version
 
 from . import ranks, resume
+
+logger = logging.getLogger(__name__)
 
 #: warnings that every fairseq command prints and that its user can do nothing about: beginnings of their messages
 KNOWN_WARNINGS = (
@@ -139,7 +142,8 @@ def resume_from_whole_checkpoints() -> None:
     """Let training that goes on in its directory do so from a whole checkpoint: see :func:`resume.choose`.
 
     The first rank chooses for all. Another file given by ``--restore-file`` or ``--finetune-from-model`` is loaded as
-    it is.
+    it is. From a checkpoint of the last update of all, written just before the process was killed, fairseq would train
+    one update more; here it ends.
     """
     from fairseq.distributed import utils
     from fairseq.file_io import PathManager
@@ -187,7 +191,13 @@ def resume_from_whole_checkpoints() -> None:
                     check_common(self, filename)
             if self.should_save_checkpoint_on_current_rank and not cfg.no_save:
                 resume.remove_temporaries(cfg.save_dir, suffix)
-        return load(self, filename, *args, **kwargs)
+        extra_state = load(self, filename, *args, **kwargs)
+        limit = self.cfg.optimization.max_update
+        if extra_state is not None and 0 < limit <= self.get_num_updates():
+            # fairseq looks at the limit after an update, and at this one before
+            logger.info(f"{filename} has {self.get_num_updates()} updates, all of --max-update {limit}: nothing to train")
+            self.cfg.optimization.stop_min_lr = float("inf")
+        return extra_state
 
     load_checkpoint.from_whole = True
     Trainer.load_checkpoint = load_checkpoint
