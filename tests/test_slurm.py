@@ -80,7 +80,6 @@ def test_submit_refuses(scripts, with_slurm, tmp_path):
     (tmp_path / "site.sh").write_text("PN_CPUS_PER_TASK=many\n")
     assert "PN_CPUS_PER_TASK 'many': must be a number" in refused(*demo, "--site", str(tmp_path / "site.sh"))
     (tmp_path / "file").write_text("")
-    assert "log directory" not in refused(*demo, "--log-dir", f"{tmp_path}/file/logs")
     assert f"--log-dir {tmp_path}/file/logs: {tmp_path}/file is not a directory" in refused(
         *demo, "--log-dir", f"{tmp_path}/file/logs")
     assert "--log-dir /proc/logs cannot be written: /proc: " in refused(*demo, "--log-dir", "/proc/logs")
@@ -128,9 +127,10 @@ def test_submit_queues_both_jobs_or_none(scripts, with_slurm, tmp_path):
     status = scripts.ok("status", QUEUE=f"{submission.name}|2|77_2|PENDING|Priority\n", **with_slurm)
     assert re.search(r"layer-seed4 +queued \(job 77_2: Priority\)", status) and re.search(r"power-seed4 +not started", status)
 
+
     program(tmp_path / "bin", "sbatch", '[[ $* != *afterok* ]] || { echo "no such qos" >&2; exit 1; }; echo 78')
     (tmp_path / "calls").unlink()
-    message = scripts.refuses("slurm/submit", "demo", "rms", *SMALL, **with_slurm)
+    message = scripts.refuses("slurm/submit", "demo", "rms", *SMALL, **with_slurm)  # in squeue's eyes, all are gone
     assert "no such qos" in message and (tmp_path / "calls").read_text() == "scancel 78\n"
     assert len(list((tmp_path / "runs" / "slurm").iterdir())) == 1
 
@@ -190,6 +190,7 @@ class Job:
 
     def end(self):
         output, _ = self.process.communicate(timeout=60)
+        assert (self.folder / "calls").exists(), output
         return self.process.returncode, output, (self.folder / "calls").read_text()
 
     def kill(self):
@@ -198,7 +199,7 @@ class Job:
 
 
 #: an srun that trains until it is stopped
-TRAINS = "echo $$ >{folder}/srun.pid; trap 'exit 143' TERM; sleep 50 & wait"
+TRAINS = "echo $$ >{folder}/srun.pid; trap 'exit {status}' TERM; for i in {{1..300}}; do sleep 0.1; done"
 
 
 def test_job_that_ends(tmp_path):
@@ -217,7 +218,7 @@ def test_job_that_fails_by_its_own_error(tmp_path):
 
 def test_job_that_is_warned(tmp_path):
     """USR1 ends the ranks and requeues this task of the array, once; the script does not leave before SLURM ends it."""
-    job = Job(tmp_path, TRAINS.format(folder=tmp_path))
+    job = Job(tmp_path, TRAINS.format(folder=tmp_path, status=143))
     job.wait_for("launch.sh")
     os.kill(job.process.pid, signal.SIGUSR1)
     job.wait_for("scontrol requeue 100_1\n")
@@ -230,7 +231,7 @@ def test_job_that_is_warned(tmp_path):
 
 def test_job_that_cannot_be_requeued(tmp_path):
     """It ends with a status other than 0 and the reason."""
-    job = Job(tmp_path, TRAINS.format(folder=tmp_path), requeue="echo 'slurm_requeue error: denied'; exit 1")
+    job = Job(tmp_path, TRAINS.format(folder=tmp_path, status=143), requeue="echo 'slurm_requeue error: denied'; exit 1")
     job.wait_for("launch.sh")
     os.kill(job.process.pid, signal.SIGUSR1)
     status, output, _ = job.end()
@@ -239,7 +240,7 @@ def test_job_that_cannot_be_requeued(tmp_path):
 
 def test_job_warned_when_it_has_finished(tmp_path):
     """USR1 in the moment in which training ends well: the job has ended well."""
-    job = Job(tmp_path, f"echo $$ >{tmp_path}/srun.pid; trap 'exit 0' TERM; sleep 50 & wait")
+    job = Job(tmp_path, TRAINS.format(folder=tmp_path, status=0))
     job.wait_for("launch.sh")
     os.kill(job.process.pid, signal.SIGUSR1)
     status, _, calls = job.end()

@@ -80,7 +80,7 @@ class Check:
     def prepare(self):
         text = self.home / "text"
         text.mkdir()
-        for split, number in (("train", 80), ("valid", 15), ("test", 16)):
+        for split, number in (("train", 240), ("valid", 15), ("test", 16)):
             for language, word in (("de", "d"), ("en", "e")):
                 (text / f"{split}.{language}").write_text("".join(
                     " ".join(f"{word}{i * 7 % 11}{word * (1 + (i + k) % 3)}" for k in range(3 + i % 4)) + ".\n"

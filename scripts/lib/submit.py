@@ -126,9 +126,6 @@ def submit(arguments):
         raise UserError(f"two runs of this submission have the directory {twice[0]}; each norm and each seed only once")
     site = Site(options)
     data, _ = prepared(options.benchmark)
-    if not options.dry_run:
-        slurm.check_installed()
-    check_runs(options, runs, data)
     submission = runs_root() / "slurm" / f"{options.benchmark}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     logs = Path(os.path.abspath(options.log_dir)) if options.log_dir else submission / "logs"
     check_writable("--log-dir" if options.log_dir else "the log directory", logs)
@@ -140,6 +137,10 @@ def submit(arguments):
             raise UserError(f"--records {options.records}: {run.directory.name}.json is there already; choose another directory")
     if records:
         check_writable("--records", Path(records))
+    if not options.dry_run:
+        slurm.check_installed()
+    check_runs(options, runs)
+    check_settings(options, runs, data)
 
     ranks = options.gpus // options.nodes
     files = {
@@ -166,12 +167,11 @@ def submit(arguments):
     queue(submission, logs, runs, files, array, evaluation)
 
 
-def check_runs(options, runs, data):
-    """Refuses runs that are there, in use or queued, and settings that build no model."""
+def check_runs(options, runs):
+    """Refuses runs that are there, in use or queued."""
     queued = {}
     with contextlib.suppress(*((UserError,) if options.dry_run else ())):
         queued = slurm.tasks()
-    built = set()
     for run in runs:
         if train.begun(run.directory) and not options.resume:
             raise UserError(f"{run.directory} exists already; --resume goes on with it")
@@ -181,6 +181,12 @@ def check_runs(options, runs, data):
         state = claim and queued.get((claim["submission"], claim["task"]))
         if state:
             raise UserError(f"{run.directory} belongs to job {state.job}, which is {state.state}; scancel {state.job} ends it")
+
+
+def check_settings(options, runs, data):
+    """Refuses settings that build no model, and runs that were started with others; says what an update takes."""
+    built = set()
+    for run in runs:
         facts = train.started(run.options, data, run.directory)
         if run.options.norm not in built:  # seeds make no difference
             built.add(run.options.norm)
