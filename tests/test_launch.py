@@ -18,7 +18,8 @@ from slurm_cluster import free_ports  # noqa: E402
 #: SGD and unshuffled sentences, as tests/test_distributed.py explains; the batch is given in sentences
 EXACT = [*SMALL, "common.cpu=true", "dataset.max_tokens=null", "dataset.curriculum=99", "optimization.max_update=8",
          "checkpoint.save_interval_updates=4", "model.dropout=0", "+model.norm_variant=algorithm2",
-         "optimizer._name=sgd", "~optimizer.adam_betas", "optimization.lr=[0.1]"]
+         "optimizer._name=sgd", "~optimizer.adam_betas", "optimization.lr=[0.1]", "+optimizer.lr=[0.1]",
+         "+optimizer.momentum=0.0", "+optimizer.weight_decay=0.0"]
 
 
 @pytest.fixture(scope="module")

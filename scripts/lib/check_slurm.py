@@ -25,16 +25,17 @@ SMALL = ["common.cpu=true", "dataset.max_tokens=200", "optimization.max_update=3
          "lr_scheduler.warmup_updates=10", "generation.max_len_b=20", "generation.beam=2", "+model.encoder_layers=1",
          "+model.decoder_layers=1"]
 UPDATES = 30
-# While the file $PN_SLOW exists, every copy of checkpoint_last.pt takes four seconds: a run that can be caught at any moment,
-# that of saving included, and that needs no processor meanwhile.
+# While the file $PN_SLOW exists, copying checkpoint_last.pt takes twenty seconds, half of it written: a run that is caught in
+# the middle of saving, and that needs no processor meanwhile.
 SLOW = """
 import os, shutil, time
 def copyfile(source, target, _copyfile=shutil.copyfile, **options):
-    if os.path.basename(target).startswith("checkpoint_last.pt") and os.path.exists(os.environ.get("PN_SLOW", "")):
+    slow, end = os.environ.get("PN_SLOW", ""), time.time() + 20
+    if os.path.basename(target).startswith("checkpoint_last.pt") and os.path.exists(slow):
         with open(source, "rb") as read, open(target, "wb") as written:
             written.write(read.read(os.path.getsize(source) // 2))
-            written.flush()
-            time.sleep(4)
+        while os.path.exists(slow) and time.time() < end:
+            time.sleep(0.1)
     return _copyfile(source, target, **options)
 shutil.copyfile = copyfile
 """
@@ -109,9 +110,9 @@ class Check:
     def wait_training(self, array, task, run, sessions):
         """Until a job is in its so many-th session and has made a checkpoint in it."""
         def training():
-            if len(self.sessions(run)) < sessions or self.job(array, task)[0] != "RUNNING":
-                return False
-            return self.saved(run) > before
+            state = self.job(array, task)[0]
+            assert state is not None, f"the job of {run.name} has ended"
+            return len(self.sessions(run)) >= sessions and state == "RUNNING" and self.saved(run) > before
         before = self.saved(run)
         self.wait(training, f"session {sessions} of {run.name} to save a checkpoint")
 
@@ -174,6 +175,14 @@ def disturbed_array(check):
     assert len(list((check.runs / "slurm").iterdir())) == 1
     check.done("the same runs a second time: refused, nothing queued")
 
+    # meanwhile the same runs, undisturbed
+    alone = {}
+    for norm in ("power", "layer"):
+        run = check.runs / f"undisturbed-{norm}"
+        alone[run] = subprocess.Popen(
+            ["bash", str(ROOT / "scripts" / "train.sh"), "demo", norm, "--run-dir", str(run), "common.seed=1", *SMALL],
+            env={**check.environment, "PN_SLOW": ""}, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+
     def preempt():
         _, node = check.job(array, 0)
         urgent = client("sbatch", "--parsable", "-p", "high", "--gres=gpu:1", "--time=1", f"--nodelist={node}",
@@ -181,18 +190,15 @@ def disturbed_array(check):
         check.wait(lambda: check.job(array, 0)[0] == "PENDING", "the preempted job to be requeued", 60)
         check.wait(lambda: not client("squeue", "-h", "-j", urgent, check=False).strip(), "the urgent job to end", 60)
 
-    check.wait_training(array, 0, first, 1)
-    preempt()
-    last = first / "checkpoints" / "checkpoint_last.pt"
-    truncated = check.job(array, 0)[0] == "PENDING" and last.exists()
-    if truncated:
-        os.truncate(last, last.stat().st_size // 2)
-    check.done(f"{first.name} preempted and requeued" + ("; its last checkpoint cut short" if truncated else ""))
-    check.wait_training(array, 0, first, 2)
-    if truncated:
-        assert "was truncated; going on from checkpoint_" in (first / "train.log").read_text()
-    preempt()
-    check.done(f"{first.name} preempted a second time")
+    for session, time_ in ((1, "for the first time"), (2, "a second time")):
+        check.wait_training(array, 0, first, session)
+        preempt()
+        check.done(f"{first.name} preempted {time_} and requeued")
+    check.wait_training(array, 0, first, 3)
+    log = (first / "train.log").read_text()
+    whole = re.search(r"checkpoint_last\.pt(?:\.tmp)? was truncated; going on from (checkpoint_\d+_\d+\.pt)", log)
+    assert whole, log
+    check.done(f"it was writing its last checkpoint; it went on from a whole one, {whole[1]}")
 
     check.wait_training(array, 1, second, 1)
     # the limit is brought near, in whole minutes: SLURM warns 10 to 40 s before
@@ -233,11 +239,8 @@ def disturbed_array(check):
     check.done(f"evaluation, job {evaluation}, ran after both; table:\n{table.rstrip()}")
     again = check.script("slurm/submit.sh", *command, "--resume", "--dry-run")
     assert "afterok" in again
-    tensors = 0
-    for run, norm in ((first, "power"), (second, "layer")):
-        alone = check.runs / f"undisturbed-{norm}"
-        check.script("train.sh", "demo", norm, "--run-dir", alone, "common.seed=1", *SMALL)
-        tensors += check_same(run, alone)
+    assert [process.wait(300) for process in alone.values()] == [0, 0]
+    tensors = sum(check_same(run, other) for run, other in zip((first, second), alone))
     check.done(f"parameters, statistics and optimizer state are those of undisturbed runs, bit for bit ({tensors} tensors)")
 
 
@@ -261,6 +264,7 @@ def ranks_on_nodes(check):
     """Two nodes with two ranks each and SGD = one process with batches four times as large."""
     words = ["demo", "power", *SMALL, "common.seed=5", "optimization.max_update=12", "dataset.curriculum=99",
              "model.dropout=0", "+model.norm_variant=algorithm2", "optimizer._name=sgd", "~optimizer.adam_betas",
+             "optimization.lr=[0.1]", "+optimizer.lr=[0.1]", "+optimizer.momentum=0.0", "+optimizer.weight_decay=0.0",
              "dataset.max_tokens=null"]
     output = check.script("slurm/submit.sh", *words, "dataset.batch_size=4", "--nodes", "2", "--gpus", "4", "--site", check.home / "no-gpus.sh")
     _, _, (run,) = submitted(output)
