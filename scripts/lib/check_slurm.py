@@ -25,12 +25,12 @@ SMALL = ["common.cpu=true", "dataset.max_tokens=200", "optimization.max_update=3
          "lr_scheduler.warmup_updates=10", "generation.max_len_b=20", "generation.beam=2", "+model.encoder_layers=1",
          "+model.decoder_layers=1"]
 UPDATES = 30
-# While the file $PN_SLOW exists, copying checkpoint_last.pt takes twenty seconds, half of it written: a run that is caught in
+# While the file $PN_SLOW exists, copying checkpoint_last.pt takes a minute, half of it written: a run that is caught in
 # the middle of saving, and that needs no processor meanwhile.
 SLOW = """
 import os, shutil, time
 def copyfile(source, target, _copyfile=shutil.copyfile, **options):
-    slow, end = os.environ.get("PN_SLOW", ""), time.time() + 20
+    slow, end = os.environ.get("PN_SLOW", ""), time.time() + 60
     if os.path.basename(target).startswith("checkpoint_last.pt") and os.path.exists(slow):
         with open(source, "rb") as read, open(target, "wb") as written:
             written.write(read.read(os.path.getsize(source) // 2))
@@ -104,7 +104,7 @@ class Check:
         names = (path.stem.split("_") for path in (run / "checkpoints").glob("checkpoint_*_*.pt"))
         return max((int(name[2]) for name in names), default=0)
 
-    def wait(self, condition, what, seconds=300):
+    def wait(self, condition, what, seconds=600):
         return self.cluster.wait(condition, seconds, what)
 
     def wait_training(self, array, task, run, sessions):
@@ -187,8 +187,8 @@ def disturbed_array(check):
         _, node = check.job(array, 0)
         urgent = client("sbatch", "--parsable", "-p", "high", "--gres=gpu:1", "--time=1", f"--nodelist={node}",
                         f"--output={check.home}/urgent.log", "--wrap=sleep 1").strip()
-        check.wait(lambda: check.job(array, 0)[0] == "PENDING", "the preempted job to be requeued", 60)
-        check.wait(lambda: not client("squeue", "-h", "-j", urgent, check=False).strip(), "the urgent job to end", 60)
+        check.wait(lambda: check.job(array, 0)[0] == "PENDING", "the preempted job to be requeued", 120)
+        check.wait(lambda: not client("squeue", "-h", "-j", urgent, check=False).strip(), "the urgent job to end", 120)
 
     for session, time_ in ((1, "for the first time"), (2, "a second time")):
         check.wait_training(array, 0, first, session)
@@ -204,9 +204,9 @@ def disturbed_array(check):
     # the limit is brought near, in whole minutes: SLURM warns 10 to 40 s before
     elapsed = client("squeue", "-h", "-r", "-j", f"{array}_1", "-o", "%M").strip().split(":")
     client("scontrol", "update", f"JobId={array}_1", f"TimeLimit={int(elapsed[-2]) + 1}")
-    check.wait(lambda: check.job(array, 1)[0] == "PENDING", f"{second.name} to reach its time limit", 150)
+    check.wait(lambda: check.job(array, 1)[0] == "PENDING", f"{second.name} to reach its time limit", 400)
     client("scontrol", "update", f"JobId={array}_1", "TimeLimit=30")
-    check.wait(lambda: len(check.sessions(second)) > 1, f"{second.name} to go on", 150)
+    check.wait(lambda: len(check.sessions(second)) > 1, f"{second.name} to go on", 400)
     log = (submission / "logs" / f"{array}_1.log").read_text()
     assert "requeueing job" in log and "time limit" in log, log
     check.done(f"{second.name} reached its time limit and was requeued")
@@ -218,14 +218,14 @@ def disturbed_array(check):
     sessions = len(check.sessions(second))
     cluster.kill_node(node, everything=True)
     cluster.start_node(node)
-    check.wait(lambda: len(check.sessions(second)) > sessions, "the job of the lost node to run again", 150)
+    check.wait(lambda: len(check.sessions(second)) > sessions, "the job of the lost node to run again", 400)
     check.done(f"{node} went down with {second.name} on it and came back; the job was requeued")
     cluster.kill_node(node)
     cluster.start_node(node)
     check.done(f"the daemon of {node} killed and started again")
 
     check.slow.unlink()
-    check.wait(lambda: (submission / "table.md").exists() or not client("squeue", "-h", check=False).strip(), "the table", 300)
+    check.wait(lambda: (submission / "table.md").exists() or not client("squeue", "-h", check=False).strip(), "the table", 900)
     for run in (first, second):
         assert read_json(run / "finished.json")["updates"] == UPDATES, run
         ended = [session["exit_status"] for session in check.sessions(run)]
@@ -247,7 +247,7 @@ def disturbed_array(check):
 def failing_jobs(check):
     """A job that fails by its own error is not requeued; a requeued job finds no other job in its run."""
     output = check.script("slurm/submit.sh", "demo", "rms", "--gpus", "1", *SMALL, "optimization.lr=[1e30]",
-                          "optimization.clip_norm=1", "+task.norm_record=/proc/no/record")
+                          "optimization.clip_norm=1", "++task.norm_record=/proc/no/record")
     array, evaluation, (run,) = submitted(output)
     check.wait(lambda: not check.cluster.client("squeue", "-h", check=False).strip(), "the failing job to end", 120)
     assert len(check.sessions(run)) == 1 and check.sessions(run)[0]["exit_status"] == 1
@@ -271,14 +271,14 @@ def ranks_on_nodes(check):
     assert "at most 16 sentences" in output
     alone = check.runs / "one-process"
     check.script("train.sh", *words, "dataset.batch_size=16", "--run-dir", alone)
-    check.wait(lambda: (run / "finished.json").exists() or not check.cluster.client("squeue", "-h", check=False).strip(), "ranks", 200)
+    check.wait(lambda: (run / "finished.json").exists() or not check.cluster.client("squeue", "-h", check=False).strip(), "ranks", 600)
     (updates, one), (expected, two) = parameters(run), parameters(alone)
     assert updates == expected == 12
     error = max(float((one[name] - two[name]).abs().max() / two[name].abs().max().clamp(min=1e-30)) for name in two
                 if two[name].is_floating_point())
     assert error < 1e-5, error
     check.done(f"two nodes x two ranks = one process with batches four times as large (largest relative difference {error:.1e})")
-    check.wait(lambda: not check.cluster.client("squeue", "-h", check=False).strip(), "the evaluation", 200)
+    check.wait(lambda: not check.cluster.client("squeue", "-h", check=False).strip(), "the evaluation", 600)
 
 
 def hydra_launcher(check):
