@@ -49,8 +49,8 @@ PN_WARNING=10
 class Check:
     """A prepared toy corpus, a cluster, and the scripts of the repository in their environment."""
 
-    def __init__(self, home, **cluster):
-        self.home, self.steps, self.begin = home, [], time.time()
+    def __init__(self, home, lean, **cluster):
+        self.home, self.lean, self.steps, self.begin = home, lean, [], time.time()
         self.slow, self.runs = home / "slow", home / "runs"
         for name in ("python", "cluster"):
             (home / name).mkdir()
@@ -217,7 +217,11 @@ def disturbed_array(check):
     _, node = check.job(array, 1)
     sessions = len(check.sessions(second))
     cluster.kill_node(node, everything=True)
+    if check.lean:  # what SLURM itself would find out within a minute or two
+        client("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
     cluster.start_node(node)
+    if check.lean:
+        client("scontrol", "update", f"NodeName={node}", "State=RESUME")
     check.wait(lambda: len(check.sessions(second)) > sessions, "the job of the lost node to run again", 400)
     check.done(f"{node} went down with {second.name} on it and came back; the job was requeued")
     cluster.kill_node(node)
@@ -309,7 +313,7 @@ def check(arguments):
         raise UserError(f"SLURM is not installed on this machine: {', '.join(missing)} missing; as root, --install installs it")
     home = Path(tempfile.mkdtemp(prefix="pn-slurm-"))
     try:
-        run = Check(home, nodes=2, gpus=1)
+        run = Check(home, options.lean, nodes=2, gpus=1)
         run.prepare()
         try:
             with run.cluster:

@@ -71,6 +71,20 @@ def free_ports(number):
         return [one.getsockname()[1] for one in sockets]
 
 
+def parent(pid):
+    """The process that started another; 0 if that has ended."""
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def comm(pid):
+    """A process's name; empty if it has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
+
+
 class Cluster:
     """A context: the daemons run inside it; ``environment`` is for the clients. home: a directory that exists."""
 
@@ -122,7 +136,9 @@ class Cluster:
         daemon.kill()
         daemon.wait()
         if everything:
-            for pid in self.processes(node=name):
+            jobs = list(self.processes(node=name))
+            # their supervisors first, or these would report the end of the jobs
+            for pid in [*{parent(pid) for pid in jobs if comm(parent(pid)) == "slurmstepd"}, *jobs]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 

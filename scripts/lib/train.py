@@ -94,7 +94,8 @@ def train(arguments, launcher=None):
             perplexity.check(resolved)
         command = [tool("fairseq-hydra-train"), "--config-dir", str(CONFIGS), "--config-name", options.benchmark,
                    f"hydra.run.dir={compose.quote(run)}", "hydra.output_subdir=hydra", "hydra/job_logging=stdout", *complete]
-        print(f"{options.benchmark}, {world} rank{'s' * (world > 1)}: {batch(resolved, world)}", flush=True)
+        if leads:
+            print(f"{options.benchmark}, {world} rank{'s' * (world > 1)}: {batch(resolved, world)}", flush=True)
         return session(run, facts, command, resolved, lock, launcher)
 
 
