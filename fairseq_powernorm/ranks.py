@@ -1,4 +1,4 @@
-"""Ranks that would train apart, each a model of its own or all of them a mixture, are refused before the first update."""
+"""Ranks that would train apart, each a model of its own or all a mixture, are refused before the first update."""
 import os
 from typing import Any, Dict, Mapping
 
@@ -22,7 +22,8 @@ def check_number(world_size: int, model_parallel_size: int = 1, environment: Map
         raise ValueError(
             f"{started} processes were started (WORLD_SIZE) but fairseq has {world_size} of them as ranks: the others "
             "would train models of their own. On a CPU add --distributed-world-size, --distributed-rank, "
-            "--distributed-init-method env://, --distributed-no-spawn and --distributed-backend gloo, or use scripts/launch.sh"
+            "--distributed-init-method env://, --distributed-no-spawn and --distributed-backend gloo, or use "
+            "scripts/launch.sh"
         )
 
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Proves on a real SLURM, started on this machine for the purpose, that runs submitted by scripts/slurm/submit.sh survive
-# preemption, time limits and the loss of a node: each ends with the parameters, bit for bit, of a run that nobody disturbed.
+# Proves on a real SLURM, started on this machine for the purpose, that runs submitted by scripts/slurm/submit.sh
+# survive preemption, time limits and the loss of a node: each ends with the parameters, bit for bit, of a run that
+# nobody disturbed.
 #
 #   scripts/check_slurm.sh [options]
 #
-#   --lean              the array with its disturbances and what is refused, without the other checks: ranks on two nodes, jobs
-#                       that fail, hydra's launcher
+#   --lean              the array with its disturbances only, without the other checks: ranks on two nodes, jobs that
+#                       fail, hydra's launcher
 #   --install           install Debian's packages slurmctld, slurmd and slurm-client first, if they are missing (as root)
 #   --record FILE       write what was done and seen to FILE
 #   --keep              leave the temporary directory, with all logs
@@ -17,7 +18,7 @@ set -euo pipefail
 pn_help "${BASH_SOURCE[0]}" "$@"
 packages="slurmctld slurmd slurm-client"
 if [[ " $* " == *" --install "* ]] && ! PATH=$PATH:/usr/sbin command -v slurmctld >/dev/null; then
-    [ "$(id -u)" -eq 0 ] || pn_die "--install needs root; install with: sudo apt-get install --no-install-recommends $packages"
+    [ "$(id -u)" -eq 0 ] || pn_die "--install needs root; or: sudo apt-get install --no-install-recommends $packages"
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -q
     # shellcheck disable=SC2086 # words

@@ -114,7 +114,8 @@ def test_submit_queues_both_jobs_or_none(scripts, with_slurm, tmp_path):
     calls = [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
     assert [call[0] for call in calls] == ["sbatch", "sbatch", "sbatch", "sbatch", "scontrol"]
     assert "--test-only" in calls[0] and "--test-only" in calls[1] and calls[4][1:] == ["release", "77"]
-    assert {"--array=0-3", "--hold", "--nodes=2", "--ntasks-per-node=2", "--gres=gpu:2", "--signal=B:USR1@120"} <= set(calls[2])
+    assert {"--array=0-3", "--hold", "--nodes=2", "--ntasks-per-node=2", "--gres=gpu:2",
+            "--signal=B:USR1@120"} <= set(calls[2])
     assert "--dependency=afterok:77" in calls[3]
     (submission,) = (tmp_path / "runs" / "slurm").iterdir()
     assert f"--job-name={submission.name}" in calls[2] and f"--output={submission}/logs/%A_%a.log" in calls[2]
@@ -125,7 +126,8 @@ def test_submit_queues_both_jobs_or_none(scripts, with_slurm, tmp_path):
     assert all("--resume" in task and "+model.encoder_layers=1" in task for task in tasks)
     assert "at most 1,600 tokens (4 x optimization.update_freq 1 x 400; one rank has 400" in output
     status = scripts.ok("status", QUEUE=f"{submission.name}|2|77_2|PENDING|Priority\n", **with_slurm)
-    assert re.search(r"layer-seed4 +queued \(job 77_2: Priority\)", status) and re.search(r"power-seed4 +not started", status)
+    assert re.search(r"layer-seed4 +queued \(job 77_2: Priority\)", status)
+    assert re.search(r"power-seed4 +not started", status)
 
 
     program(tmp_path / "bin", "sbatch", '[[ $* != *afterok* ]] || { echo "no such qos" >&2; exit 1; }; echo 78')
@@ -139,7 +141,8 @@ def test_dry_run(scripts, tmp_path):
     """--dry-run prints the batch scripts, all files and the commands; it needs no SLURM and writes nothing."""
     before = sorted(scripts.home.rglob("*"))
     site = tmp_path / "site.sh"
-    site.write_text("PN_ACCOUNT=abc PN_PARTITION=gpus PN_GRES=gpu:a100 PN_SBATCH=(--qos='a b')\nPN_CONTAINER=(apptainer exec x)\n")
+    site.write_text("PN_ACCOUNT=abc PN_PARTITION=gpus PN_GRES=gpu:a100 PN_SBATCH=(--qos='a b')\n"
+                    "PN_CONTAINER=(apptainer exec x)\n")
     output = scripts.ok("slurm/submit", "demo", "power", "--site", str(site), "--time", "1-0", *SMALL, "--dry-run",
                         "--array-seeds", "7")
     for name in ("train.sbatch", "evaluate.sbatch", "job.sh"):
@@ -302,7 +305,8 @@ def test_status(scripts, tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         lines = scripts.ok("status", str(tmp_path)).splitlines()
     rows = {line.split()[0]: re.split(r" {2,}", line) for line in lines[2:]}
-    assert [row[1] for row in rows.values()] == ["finished", "interrupted", "interrupted", "failed", "interrupted", "running"]
+    assert [row[1] for row in rows.values()] == [
+        "finished", "interrupted", "interrupted", "failed", "interrupted", "running"]
     assert all(row[2:4] == ["25 of 100", "2.0"] for row in rows.values())
     assert [row[-1] for row in rows.values()] == ["0", "0", "2", "1", "0", "1"]
     assert rows["f-running"][4] == "2 min" and "checkpoint_1_20.pt (20 updates, " in rows["f-running"][5]

@@ -71,10 +71,11 @@ class Check:
 
     def script(self, script, *arguments, status=0):
         """The output of a script of the repository, which has to end with a status."""
-        done = subprocess.run(["bash", str(ROOT / "scripts" / script), *map(str, arguments)], env=self.environment, text=True,
+        words = [str(word) for word in arguments]
+        done = subprocess.run(["bash", str(ROOT / "scripts" / script), *words], env=self.environment, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600)
         if done.returncode != status:
-            raise AssertionError(f"{script} {shlex.join(map(str, arguments))}: exit status {done.returncode}, not {status}:\n"
+            raise AssertionError(f"{script} {shlex.join(words)}: exit status {done.returncode}, not {status}:\n"
                                  f"{done.stdout[-3000:]}")
         return done.stdout
 
@@ -116,19 +117,27 @@ class Check:
         before = self.saved(run)
         self.wait(training, f"session {sessions} of {run.name} to save a checkpoint")
 
+    def wait_idle(self, what):
+        self.wait(lambda: not self.cluster.client("squeue", "-h").strip(), f"{what} to end")
+
     def logs(self):
         return "".join(f"==== {path}\n{path.read_text(errors='replace')[-6000:]}\n"
                        for path in sorted(self.home.rglob("*.log")) if path.name != "generate.log")
 
 
-def parameters(run):
-    """Parameters and buffers, and the optimizer's state, of a run's end."""
-    import torch
-
+def load(run):
+    """The last checkpoint of a run."""
     sys.path.insert(0, str(ROOT))
     from fairseq_powernorm.checkpoint import load
 
-    state = load(str(run / "checkpoints" / "checkpoint_last.pt"))
+    return load(str(run / "checkpoints" / "checkpoint_last.pt"))
+
+
+def parameters(run):
+    """(updates, parameters and buffers and the optimizer's state) of a run's end."""
+    import torch
+
+    state = load(run)
     moments = {f"{index}.{key}": value for index, entry in state["last_optimizer_state"]["state"].items()
                for key, value in entry.items() if torch.is_tensor(value)}
     return state["optimizer_history"][-1]["num_updates"], {**state["model"], **moments}
@@ -229,14 +238,15 @@ def disturbed_array(check):
     check.done(f"the daemon of {node} killed and started again")
 
     check.slow.unlink()
-    check.wait(lambda: (submission / "table.md").exists() or not client("squeue", "-h", check=False).strip(), "the table", 900)
+    check.wait_idle("runs and evaluation")
     for run in (first, second):
         assert read_json(run / "finished.json")["updates"] == UPDATES, run
         ended = [session["exit_status"] for session in check.sessions(run)]
         assert ended[-1] == 0 and all(status in (None, -signal.SIGTERM) for status in ended[:-1]), ended
         assert {session["job"] for session in check.sessions(run)} == {f"{array}_{(first, second).index(run)}"}
     assert len(check.sessions(first)) >= 3 and len(check.sessions(second)) >= 3
-    check.done(f"both runs ended at update {UPDATES}, in {len(check.sessions(first))} and {len(check.sessions(second))} sessions")
+    sessions = [len(check.sessions(run)) for run in (first, second)]
+    check.done(f"both runs ended at update {UPDATES}, in {sessions[0]} and {sessions[1]} sessions")
     table = (submission / "table.md").read_text()
     assert [re.match(r"\| demo \| (\w+)", line)[1] for line in table.splitlines()[2:]] == ["power", "layer"], table
     assert table in (submission / "logs" / "evaluation.log").read_text()
@@ -249,11 +259,11 @@ def disturbed_array(check):
 
 
 def failing_jobs(check):
-    """A job that fails by its own error is not requeued; a requeued job finds no other job in its run."""
-    output = check.script("slurm/submit.sh", "demo", "rms", "--gpus", "1", *SMALL, "optimization.lr=[1e30]",
-                          "optimization.clip_norm=1", "++task.norm_record=/proc/no/record")
+    """A job that fails by its own error is not requeued; what SLURM itself refuses is refused before anything is queued."""
+    output = check.script("slurm/submit.sh", "demo", "rms", "--gpus", "1", *SMALL,
+                          f"++task.norm_record={check.home / 'record'}")  # RMSNorm has none: found when training begins
     array, evaluation, (run,) = submitted(output)
-    check.wait(lambda: not check.cluster.client("squeue", "-h", check=False).strip(), "the failing job to end", 120)
+    check.wait_idle("the failing job")
     assert len(check.sessions(run)) == 1 and check.sessions(run)[0]["exit_status"] == 1
     assert "failed" in check.script("status.sh", run)
     assert not (run / "evaluation").exists()
@@ -270,35 +280,39 @@ def ranks_on_nodes(check):
              "model.dropout=0", "+model.norm_variant=algorithm2", "optimizer._name=sgd", "~optimizer.adam_betas",
              "optimization.lr=[0.1]", "+optimizer.lr=[0.1]", "+optimizer.momentum=0.0", "+optimizer.weight_decay=0.0",
              "dataset.max_tokens=null"]
-    output = check.script("slurm/submit.sh", *words, "dataset.batch_size=4", "--nodes", "2", "--gpus", "4", "--site", check.home / "no-gpus.sh")
+    output = check.script("slurm/submit.sh", *words, "dataset.batch_size=4", "--nodes", "2", "--gpus", "4", "--site",
+                          check.home / "no-gpus.sh")
     _, _, (run,) = submitted(output)
     assert "at most 16 sentences" in output
     alone = check.runs / "one-process"
     check.script("train.sh", *words, "dataset.batch_size=16", "--run-dir", alone)
-    check.wait(lambda: (run / "finished.json").exists() or not check.cluster.client("squeue", "-h", check=False).strip(), "ranks", 600)
+    check.wait_idle("the ranks and their evaluation")
     (updates, one), (expected, two) = parameters(run), parameters(alone)
     assert updates == expected == 12
     error = max(float((one[name] - two[name]).abs().max() / two[name].abs().max().clamp(min=1e-30)) for name in two
                 if two[name].is_floating_point())
     assert error < 1e-5, error
-    check.done(f"two nodes x two ranks = one process with batches four times as large (largest relative difference {error:.1e})")
-    check.wait(lambda: not check.cluster.client("squeue", "-h", check=False).strip(), "the evaluation", 600)
+    check.done("two nodes x two ranks = one process with batches four times as large "
+               f"(largest relative difference {error:.1e})")
 
 
 def hydra_launcher(check):
     """fairseq-hydra-train -m with configs/launcher/submitit.yaml queues a job for each norm, and they train."""
-    if subprocess.run([sys.executable, "-c", "import submitit, hydra_plugins.hydra_submitit_launcher"], env=check.environment,
-                      stderr=subprocess.DEVNULL).returncode:
+    if subprocess.run([sys.executable, "-c", "import submitit, hydra_plugins.hydra_submitit_launcher"],
+                      env=check.environment, stderr=subprocess.DEVNULL).returncode:
         print("skip hydra-submitit-launcher is not installed (pip install -e '.[slurm]')")
         return
     sweep = check.home / "sweep"
-    command = [Path(sys.executable).with_name("fairseq-hydra-train"), "-m", "--config-dir", ROOT / "configs", "--config-name", "demo",
-               "+launcher=submitit", f"hydra.sweep.dir={sweep}", f"common.user_dir={ROOT / 'fairseq_powernorm'}",
+    command = [Path(sys.executable).with_name("fairseq-hydra-train"), "-m", "--config-dir", ROOT / "configs",
+               "--config-name", "demo", "+launcher=submitit", f"hydra.sweep.dir={sweep}",
+               f"common.user_dir={ROOT / 'fairseq_powernorm'}",
                f"task.data={check.home / 'data' / 'demo' / 'data-bin'}", "model.encoder_norm_self=power,layer",
                "hydra.launcher.timeout_min=3", "hydra.launcher.cpus_per_task=1", *SMALL]
-    subprocess.run([str(word) for word in command], env=check.environment, check=True, timeout=300, stdout=subprocess.DEVNULL)
-    for norm in ("power", "layer"):
-        (found,) = sweep.glob(f"*encoder_norm_self={norm}*/checkpoints/checkpoint_last.pt")
+    subprocess.run([str(word) for word in command], env=check.environment, check=True, timeout=900,
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for number, norm in enumerate(("power", "layer")):
+        model = load(sweep / str(number))["cfg"]["model"]
+        assert model["encoder_norm_self"] == model["encoder_norm_ff"] == norm
     check.done("fairseq-hydra-train -m +launcher=submitit trained two norms in two jobs")
 
 
@@ -310,7 +324,7 @@ def check(arguments):
     options = parser.parse_args(arguments)
     missing = slurm_cluster.missing()
     if missing:
-        raise UserError(f"SLURM is not installed on this machine: {', '.join(missing)} missing; as root, --install installs it")
+        raise UserError(f"SLURM is not installed here: {', '.join(missing)} missing; as root, --install installs it")
     home = Path(tempfile.mkdtemp(prefix="pn-slurm-"))
     try:
         run = Check(home, options.lean, nodes=2, gpus=1)
@@ -318,7 +332,8 @@ def check(arguments):
         try:
             with run.cluster:
                 run.done("a SLURM of two nodes is up")
-                for part in (disturbed_array,) if options.lean else (disturbed_array, failing_jobs, ranks_on_nodes, hydra_launcher):
+                disturbed_array(run)
+                for part in () if options.lean else (failing_jobs, ranks_on_nodes, hydra_launcher):
                     part(run)
         except BaseException:
             print(run.logs(), file=sys.stderr)

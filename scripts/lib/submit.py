@@ -38,12 +38,12 @@ def parse(arguments):
         raise UserError(f"which norms? submit.sh {options.benchmark} NORM...; valid: {', '.join(train.NORMS)}")
     options.nodes, options.gpus = number("--nodes", options.nodes), number("--gpus", options.gpus or options.nodes)
     if options.gpus % options.nodes:
-        raise UserError(f"--gpus {options.gpus} cannot be divided among --nodes {options.nodes}: it is the number of GPUs of "
-                        f"all nodes together, and each node has as many as the others")
+        raise UserError(f"--gpus {options.gpus} cannot be divided among --nodes {options.nodes}: it is the number of GPUs "
+                        f"of all nodes together, and each node has as many as the others")
     options.seeds = []
     if options.array_seeds is not None:
         if not re.fullmatch(r"\d+(,\d+)*", options.array_seeds):
-            raise UserError(f"--array-seeds {options.array_seeds!r}: must be numbers with commas between them, such as 1,2,3")
+            raise UserError(f"--array-seeds {options.array_seeds!r}: must be numbers with commas, such as 1,2,3")
         if any(word.startswith("common.seed=") for word in options.overrides):
             raise UserError("--array-seeds and the override common.seed both choose the seed; give one of them")
         options.seeds = options.array_seeds.split(",")
@@ -134,7 +134,7 @@ def submit(arguments):
     records = os.path.abspath(options.records) if options.records else ""
     for run in runs:
         if records and (Path(records) / f"{run.directory.name}.json").exists():
-            raise UserError(f"--records {options.records}: {run.directory.name}.json is there already; choose another directory")
+            raise UserError(f"--records {options.records}: {run.directory.name}.json is there already")
     if records:
         check_writable("--records", Path(records))
     if not options.dry_run:
@@ -157,7 +157,8 @@ def submit(arguments):
 
     def evaluation(after):
         return [*common, f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes", "--nodes=1", "--ntasks=1",
-                f"--output={logs}/evaluation.log", *site.options(1), str(HERE / "evaluate.sbatch"), str(ROOT), str(submission)]
+                f"--output={logs}/evaluation.log", *site.options(1), str(HERE / "evaluate.sbatch"), str(ROOT),
+                str(submission)]
 
     if options.dry_run:
         show(files, submission, array, evaluation("ARRAY"))
@@ -180,7 +181,8 @@ def check_runs(options, runs):
         claim = launch.read_claim(run.directory)
         state = claim and queued.get((claim["submission"], claim["task"]))
         if state:
-            raise UserError(f"{run.directory} belongs to job {state.job}, which is {state.state}; scancel {state.job} ends it")
+            raise UserError(f"{run.directory} belongs to job {state.job}, which is {state.state}; "
+                            f"scancel {state.job} ends it")
 
 
 def check_settings(options, runs, data):
@@ -192,9 +194,10 @@ def check_settings(options, runs, data):
             built.add(run.options.norm)
             config = train.composed(run.options, run.config, facts, data, run.directory)[1]
     if config.checkpoint.save_interval_updates <= 0:
-        print("note: this benchmark saves at the end of an epoch only; a job that is stopped repeats what it has done of one "
-              "(checkpoint.save_interval_updates=N checkpoint.keep_interval_updates=K saves, and validates, within)")
-    print(f"each run: {options.nodes} node(s) x {options.gpus // options.nodes} rank(s); {train.batch(config, options.gpus)}")
+        print("note: this benchmark saves at the end of an epoch only; a job that is stopped repeats what it has done of "
+              "one (checkpoint.save_interval_updates=N checkpoint.keep_interval_updates=K saves, and validates, within)")
+    print(f"each run: {options.nodes} node(s) x {options.gpus // options.nodes} rank(s); "
+          f"{train.batch(config, options.gpus)}")
 
 
 def check_writable(what, directory):

@@ -147,7 +147,7 @@ def composed(options, config, facts, data, run):
     saving = resolved.checkpoint
     if saving.save_interval_updates > 0 and saving.keep_interval_updates < 1:
         raise UserError(f"checkpoint.save_interval_updates={saving.save_interval_updates} without "
-                        f"checkpoint.keep_interval_updates fills the disk; give the number of checkpoints to keep, 1 or more")
+                        f"checkpoint.keep_interval_updates fills the disk; give the number to keep, 1 or more")
     return complete, resolved, parameters
 
 
@@ -176,8 +176,8 @@ def check_world(config, launcher):
 
 def batch(config, world):
     """What an update is made of, in words."""
-    sizes = [(key, config.dataset[key], unit) for key, unit in (("max_tokens", "tokens"), ("batch_size", "sentences or blocks"))
-             if config.dataset.get(key)]
+    units = (("max_tokens", "tokens"), ("batch_size", "sentences or blocks"))
+    sizes = [(key, config.dataset[key], unit) for key, unit in units if config.dataset.get(key)]
     frequency = config.optimization.update_freq[0]
     text = "an update takes at most " + " and ".join(f"{size * frequency * world:,} {unit}" for _, size, unit in sizes)
     if frequency == world == 1 or not sizes:

@@ -5,7 +5,7 @@ PN_ACCOUNT=                 # sbatch --account; empty: the cluster's default, he
 PN_PARTITION=               # sbatch --partition
 PN_TIME=24:00:00            # time limit of one job; a run that needs longer is requeued and goes on
 PN_CPUS_PER_TASK=4          # processors of a rank
-PN_GRES=gpu                 # GPUs as the cluster calls them (gpu, gpu:a100); empty: ranks on processors, with common.cpu=true
+PN_GRES=gpu                 # GPUs as the cluster calls them (gpu, gpu:a100); empty: none, with common.cpu=true
 PN_SBATCH=()                # any other options of sbatch, such as (--qos=long --mem-per-cpu=8G --constraint=ib)
 PN_WARNING=120              # seconds before the time limit in which a job stops and requeues itself
 PN_CONTAINER=()             # words before each rank's command, such as (apptainer exec --nv --bind /data image.sif)
