@@ -84,7 +84,8 @@ setup(
     extras_require={
         "data": ["sacremoses>=0.1", "subword-nmt>=0.3.8", "sentencepiece>=0.2"],
         "plots": ["jinja2", "matplotlib", "tensorboard"],
-        "slurm": ["submitit>=1.5", "hydra-submitit-launcher>=1.2"],
+        # hydra 1.0, which fairseq 0.12.2 needs, is too old for it
+        "slurm": [f'{name}; python_version >= "3.11"' for name in ("submitit>=1.5", "hydra-submitit-launcher>=1.2")],
         "export": ["onnx>=1.15", "onnxruntime>=1.17"],
         "test": ["pytest>=7", "pytest-xdist>=3", "onnx>=1.15", "onnxruntime>=1.17"],
     },

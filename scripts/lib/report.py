@@ -10,6 +10,7 @@ import argparse
 import base64
 import csv
 import io
+import math
 import os
 import re
 import sys
@@ -56,7 +57,7 @@ def write(subject, path, runs, missing, results):
     """
     results.mkdir(parents=True, exist_ok=True)
     records = {f"{run.benchmark}/{run.name}": schema.read_record(run.record(results)) for run in runs}
-    with locked(runs_root() / f"report-{path.name}", wait=True):
+    with locked(runs_root() / f"report-{path.name}", patience=math.inf):
         pictured = {}  # the first seed of each row
         for run in runs:
             if subject not in TITLES or run.row_name in FIGURE_ROWS:

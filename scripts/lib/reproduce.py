@@ -4,6 +4,7 @@ import argparse
 import collections
 import contextlib
 import fcntl
+import math
 import os
 import queue
 import shlex
@@ -213,7 +214,7 @@ def prepare(state, wanted):
     for benchmark in sorted(wanted):
         directory = data_root() / benchmark
         if not (directory / "prepared.json").is_file():
-            with locked(directory, wait=True):
+            with locked(directory, patience=math.inf):
                 pass  # another invocation may be at work on it
         if (directory / "prepared.json").is_file():
             continue

@@ -1,6 +1,7 @@
 """Where things lie, what a benchmark's YAML says, and how a script refuses bad input."""
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -10,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,19 +142,39 @@ def cpus():
 
 
 @contextlib.contextmanager
-def locked(directory, wait=False):
-    """Holds the lock of a directory that need not exist yet; refuses, or waits, if another process holds it.
+def locked(directory, patience=1.0):
+    """Holds the lock of a directory that need not exist yet; refuses if another process holds it for `patience` seconds.
 
     The lock is a file beside the directory. It opens when the process ends, however it ends, and the children that were
-    given the file have ended, too.
+    given the file have ended, too. in_use() holds it for an instant, hence the patience.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     with open(directory.with_name(f".{directory.name}.lock"), "a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            raise UserError(f"another process is at work in {directory} (it holds {stream.name})") from None
+        end = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise UserError(f"{stream.name} cannot be locked: {error.strerror}; runs need a file system with "
+                                    f"flock (on Lustre the mount option flock)") from None
+            if time.monotonic() > end:
+                raise UserError(f"another process is at work in {directory} (it holds {stream.name})")
+            time.sleep(0.1)
         yield stream
+
+
+def in_use(directory):
+    """Is a process at work in the directory? Leaves no file."""
+    try:
+        with open(directory.with_name(f".{directory.name}.lock"), "r") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 @contextlib.contextmanager
