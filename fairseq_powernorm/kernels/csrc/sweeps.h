@@ -165,9 +165,12 @@ INLINE double NAME(squares)(const element *x, int64_t n)
     return total;
 }
 
-/* Sum over n channels of u * (dy * a - u * b) with u = x * r: dL/du * u before the layer scale's own gradient. */
+/*
+ * Sum over n channels of u * (dy * a - u * b) with u = x * r: dL/du * u before the layer scale's own gradient. Meanwhile the
+ * memory at `next` is asked for.
+ */
 INLINE double NAME(products)(
-    const element *x, const element *dy, float r, const float *a, const float *b, int64_t n)
+    const element *x, const element *dy, const element *next, float r, const float *a, const float *b, int64_t n)
 {
     double total = 0.0;
     for (int64_t begin = 0; begin < n; begin += SPAN) {
@@ -175,6 +178,7 @@ INLINE double NAME(products)(
         vec s0 = {0}, s1 = {0};
         for (; c + 2 * LANES <= end; c += 2 * LANES) {
             pair p = NAME(load)(x + c), q = NAME(load)(dy + c);
+            NAME(prefetch)(next + c);
             vec u0 = p.v[0] * r, u1 = p.v[1] * r;
             s0 += u0 * (q.v[0] * NAME(floats)(a + c) - u0 * NAME(floats)(b + c));
             s1 += u1 * (q.v[1] * NAME(floats)(a + c + LANES) - u1 * NAME(floats)(b + c + LANES));
@@ -276,13 +280,14 @@ INLINE void NAME(backward_rows)(
         next_dy[k] = (const element *)job->dy.data + offset(&job->dy, rows[k + ahead]);
         dx[k] = write ? (element *)job->dx + rows[k] * job->channels : 0;
     }
-    if (job->r && write)
+    const int products = job->r && write;
+    if (products)
         for (int k = 0; k < R; k++)
             for (int64_t group = 0; group < job->blocks; group++) {
                 const int64_t first = group * width;
                 scratch[4 * group + k] = (float)(
-                    NAME(products)(x[k] + first, dy[k] + first, job->r[rows[k] * job->blocks + group], job->a + first,
-                                   job->b + first, width) / (double)width);
+                    NAME(products)(x[k] + first, dy[k] + first, next_x[k] + first, job->r[rows[k] * job->blocks + group],
+                                   job->a + first, job->b + first, width) / (double)width);
             }
     for (int64_t group = 0; group < job->blocks; group++) {
         const int64_t last = (group + 1) * width;
@@ -301,7 +306,8 @@ INLINE void NAME(backward_rows)(
             for (int k = 0; k < R; k++) {
                 pair u = NAME(load)(x[k] + c), g = NAME(load)(dy[k] + c);
                 if (R > 1) {
-                    NAME(prefetch)(next_x[k] + c);
+                    if (!products)
+                        NAME(prefetch)(next_x[k] + c);
                     NAME(prefetch)(next_dy[k] + c);
                 }
                 u.v[0] *= r[k];
