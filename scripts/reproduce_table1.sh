@@ -12,7 +12,7 @@
 #                       without layer scale (groups0), such as power-all-groups0
 #   --seeds LIST        default: 1,2,3
 #   --updates N         updates of each run instead of optimization.max_update of configs/BENCH.yaml; warm-ups and all
-#                       that is counted in updates shrink in proportion
+#                       that is counted in updates, and the number of epochs averaged, shrink in proportion
 #   --jobs N            runs at a time, on the CPU, a thread each unless OMP_NUM_THREADS is set; default: 1
 #   --gpus LIST         a run at a time on each of these GPUs, such as 0,1,2,3
 #   --slurm             not possible yet: needs scripts/slurm/submit.sh

@@ -98,6 +98,19 @@ def test_updates_scale_the_schedule(here):
     assert of("demo", "transformer_pn_tiny", 800)[0].overrides == ("common.seed=1",)
 
 
+def test_shorter_runs_average_fewer_epochs(here):
+    """10 epochs of 8,000 updates are 5 of 4,000 and 1 of 605; checkpoints after updates come faster instead."""
+    def command(benchmark, arch, updates):
+        return " ".join(of(benchmark, arch, updates)[0].evaluate_command(here))
+
+    for updates, number in ((605, 1), (4000, 5), (8000, 10), (16000, 10)):
+        assert f"--average {number} --available" in command("multi30k", "transformer_pn_tiny", updates)
+    assert "--average" not in command("multi30k", "transformer_pn_tiny", None)
+    assert "--average" not in command("ptb", "tensorized_lm_pn_ptb", 500)
+    kept = settings.load("demo").checkpoint.keep_interval_updates
+    assert f"--average {kept} --available" in command("demo", "transformer_pn_tiny", 40)
+
+
 def test_one_gpu_gathers_the_batches_of_several(here):
     """A YAML file for 8 GPUs: a run on one gathers 8 times as many batches; the estimate counts the same tokens."""
     run = of("wikitext103", "transformer_lm_pn_wiki103")[0]

@@ -102,7 +102,7 @@ class Run:
     seed: int
     updates: int
     tokens: int  # of an update
-    shortened: bool
+    average: Optional[int]  # checkpoints to average, where a shortened run has other ones than its YAML file says
     overrides: Tuple[str, ...]
 
     @property
@@ -126,8 +126,8 @@ class Run:
                 relative(self.directory), "--resume", *(self.overrides if overrides is None else overrides)]
 
     def evaluate_command(self, results):
-        available = ["--available"] if self.shortened else []
-        return ["bash", "scripts/evaluate.sh", self.benchmark, relative(self.directory), *available, "--record",
+        average = [] if self.average is None else ["--average", str(self.average), "--available"]
+        return ["bash", "scripts/evaluate.sh", self.benchmark, relative(self.directory), *average, "--record",
                 relative(self.record(results))]
 
     @property
@@ -160,6 +160,20 @@ def length(benchmark, config, updates):
     return updates, overrides
 
 
+def average(config, updates):
+    """Checkpoints to average of a run of so many updates, None: as many as its YAML file says, or those of an LM.
+
+    Epochs do not get shorter: their number shrinks in proportion. Checkpoints after a number of updates follow one another
+    faster: see SCALED.
+    """
+    if updates is None or is_lm(config):
+        return None
+    epochs = config.checkpoint.get("keep_last_epochs", 0)
+    if epochs > 0:
+        return max(1, min(epochs, epochs * updates // config.optimization.max_update))
+    return config.checkpoint.keep_interval_updates
+
+
 def runs(benchmark, arch, seeds, updates, overrides):
     """Every run of a benchmark's architecture: all rows with the first seed, then all with the second, and so on.
 
@@ -179,7 +193,7 @@ def runs(benchmark, arch, seeds, updates, overrides):
                 own += [f"+task.norm_record={NORM_RECORD}", f"+task.norm_record_interval={max(1, number // 100)}"]
             merged = {**compose.by_key(own), **compose.by_key(overrides)}
             yield Run(benchmark, arch, row, row.name(placements(config.model)[0]), seed, number,
-                      tokens_of(config, merged), updates is not None and not is_lm(config), tuple(merged.values()))
+                      tokens_of(config, merged), average(config, updates), tuple(merged.values()))
 
 
 def tokens_of(config, overrides):
