@@ -173,7 +173,8 @@ def described_keys(kind):
 
 @pytest.mark.parametrize("kind, keys", [
     ("Translation", schema.TRANSLATION), ("Language models", schema.LANGUAGE_MODEL),
-    ("Significance tests", schema.SIGNIFICANCE), ("Figures' data", schema.FIGURES)])
+    ("Significance tests", schema.SIGNIFICANCE), ("Figures' data", schema.FIGURES),
+    ("Measurements of speed", schema.BENCHMARK)])
 def test_the_schema_is_described(kind, keys):
     """results/README.md describes the keys of the schema and no others."""
     assert described_keys(kind) == set(keys)
@@ -181,10 +182,12 @@ def test_the_schema_is_described(kind, keys):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("*.json")), ids=lambda path: path.stem)
 def test_committed_records(path):
-    """Each file in results/ is of the schema; a record comes from a finished run and names no path of a machine."""
+    """Each file in results/ is of the schema; a record comes from a finished run and names no path of a machine, and what
+    is measured is committed code."""
     content = schema.check(json.loads(path.read_text()), path)
+    assert "+changes" not in (content.get("git_commit") or "") and not content.get("quick")
     if "kind" not in content:
-        assert content["finished"] and "+changes" not in content["git_commit"]
+        assert content["finished"] and content["git_commit"]
         text = json.dumps(content).replace("/tmp/plasma", "")  # a default of fairseq's
         assert not re.search(r"(?<![\w.:/-])/\w+/", text)
 

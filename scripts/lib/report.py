@@ -3,7 +3,7 @@
 python scripts/lib/report.py --readme [--check]
 
 writes the tables of README.md: between <!-- records: PATTERN... --> and <!-- end of records --> the table of the
-records that the patterns name. With --check it changes nothing and fails if a table is not that of its records.
+records that the patterns name, or what a record of scripts/benchmark.py says in short. With --check it changes nothing and fails if a table is not that of its records.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 import figures
 import schema
 import score
+import speed
 from matrix import BASELINE, FIGURE_ROWS, NORMS, PAPER, relative
 from settings import PLACEMENTS, ROOT, UserError, locked, main, read_json, runs_root, write_json
 from table import (LM_METRICS, METRICS, OF_THE_LINE, cell, cells, is_lm_record, lines, markdown, mean, settings_of,
@@ -341,6 +342,9 @@ def tables_of(patterns):
     paths = sorted(path for pattern in patterns for path in ROOT.glob(pattern))
     if not paths:
         raise UserError(f"<!-- records: {' '.join(patterns)} --> names no record")
+    contents = [read_json(path) for path in paths]
+    if isinstance(contents[0], dict) and contents[0].get("kind") == "benchmark":
+        return "\n".join(speed.summary(schema.check(content, path)) for content, path in zip(contents, paths))
     return tables({relative(path): schema.read_record(path) for path in dict.fromkeys(paths)})
 
 

@@ -65,13 +65,27 @@ FIGURES = {
                            "quantities": Mapping({"mean": SERIES, "smallest": SERIES, "largest": SERIES})}),
     "singular_values": Mapping({"checkpoint": str, "values": [NUMBER]}),
 }
+QUARTILES = [NUMBER]
+BENCHMARK = {
+    "schema": {1}, "kind": {"benchmark"}, "processor": str, "cores": int, "memory": {"recycled", "fresh"}, "kernel": str,
+    "quick": bool, "arguments": [str], "versions": Mapping(str), "git_commit": Optional(str),
+    "cells": [{
+        "level": {"layer", "encoder", "step", "generation"}, "pass": {"train", "eval"}, "rows": int, "channels": int,
+        "dtype": str, "masked": bool, "threads": int,
+        "contenders": Mapping({"seconds": NUMBER, "seconds_quartiles": QUARTILES, "ratio": NUMBER,
+                               "ratio_quartiles": QUARTILES, "rounds": int, "bandwidth_fraction?": NUMBER,
+                               "saved?": NUMBER, "peak?": NUMBER}),
+    }],
+    "checks": [{"target": str, "value": NUMBER, "bound": str, "met": bool}],
+}
 
 
 def kind_of(content):
     """(name, keys) of what a JSON object is."""
     if not isinstance(content, dict):
         return "record", RUN
-    named = {"significance": ("significance tests", SIGNIFICANCE), "figures": ("figures' data", FIGURES)}
+    named = {"significance": ("significance tests", SIGNIFICANCE), "figures": ("figures' data", FIGURES),
+             "benchmark": ("measurement of speed", BENCHMARK)}
     if "kind" in content and str(content["kind"]) in named:
         return named[content["kind"]]
     return ("record of a language model", LANGUAGE_MODEL) if "perplexity" in content else ("record", TRANSLATION)
