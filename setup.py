@@ -1,10 +1,21 @@
 """Packaging of fairseq_powernorm, a plugin for an unmodified fairseq."""
+import importlib.util
 import pathlib
 import re
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
+from setuptools.command.build_py import build_py
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools < 70.1
+    try:
+        from wheel.bdist_wheel import bdist_wheel
+    except ImportError:
+        bdist_wheel = None
 
 ROOT = pathlib.Path(__file__).parent
+KERNELS = pathlib.Path("fairseq_powernorm") / "kernels"
 VERSION = re.search(
     r'^__version__ = "(.+)"$', (ROOT / "fairseq_powernorm" / "version.py").read_text(), re.M
 ).group(1)
@@ -12,6 +23,40 @@ VERSION = re.search(
 # Three distributions own the folder fairseq/; exactly one may be installed.
 PREBUILT = 'python_version >= "3.11" and python_version < "3.13" and sys_platform == "linux" and platform_machine == "x86_64"'
 ELSEWHERE = 'python_version >= "3.11" and (python_version >= "3.13" or sys_platform != "linux" or platform_machine != "x86_64")'
+
+
+class Build(build_py):
+    """Copies the modules and compiles the C kernel beside them; without a compiler the torch kernel serves."""
+
+    def run(self):
+        super().run()
+        spec = importlib.util.spec_from_file_location("kernel_build", ROOT / KERNELS / "build.py")
+        build = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(build)
+        try:
+            in_place = getattr(self, "editable_mode", False)
+            build.build(ROOT / KERNELS if in_place else pathlib.Path(self.build_lib) / KERNELS)
+        except build.BuildError as error:
+            print(f"the C kernel is not built, the torch kernel will serve: {error}")
+
+
+class Compiled(Distribution):
+    """A distribution with a compiled part."""
+
+    def has_ext_modules(self):
+        return True
+
+
+commands = {"build_py": Build}
+if bdist_wheel is not None:
+
+    class Wheel(bdist_wheel):
+        """The compiled library is plain C: one wheel for every version of Python and torch on a platform."""
+
+        def get_tag(self):
+            return ("py3", "none", super().get_tag()[2])
+
+    commands["bdist_wheel"] = Wheel
 
 setup(
     name="fairseq_powernorm",
@@ -21,6 +66,9 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["fairseq_powernorm", "fairseq_powernorm.*"]),
+    package_data={"fairseq_powernorm.kernels": ["csrc/*"]},
+    cmdclass=commands,
+    distclass=Compiled,
     python_requires=">=3.8",
     install_requires=[
         "torch>=2.4",
@@ -35,8 +83,10 @@ setup(
     ],
     extras_require={
         "data": ["sacremoses>=0.1", "subword-nmt>=0.3.8", "sentencepiece>=0.2"],
-        "plots": ["matplotlib", "tensorboard"],
-        "slurm": ["submitit>=1.5", "hydra-submitit-launcher>=1.2"],
-        "test": ["pytest>=7", "pytest-xdist>=3"],
+        "plots": ["jinja2", "matplotlib", "tensorboard"],
+        # hydra 1.0, which fairseq 0.12.2 needs, is too old for it
+        "slurm": [f'{name}; python_version >= "3.11"' for name in ("submitit>=1.5", "hydra-submitit-launcher>=1.2")],
+        "export": ["onnx>=1.15", "onnxruntime>=1.17"],
+        "test": ["pytest>=7", "pytest-xdist>=3", "onnx>=1.15", "onnxruntime>=1.17"],
     },
 )

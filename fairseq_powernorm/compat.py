@@ -6,6 +6,7 @@ fairseq or turns a safety check off.
 import argparse
 import codecs
 import collections
+import logging
 import os
 import types
 import typing
@@ -15,7 +16,9 @@ import numpy as np
 import torch
 from packaging.version import Version
 
-from . import resume
+from . import ranks, resume
+
+logger = logging.getLogger(__name__)
 
 #: warnings that every fairseq command prints and that its user can do nothing about: beginnings of their messages
 KNOWN_WARNINGS = (
@@ -139,7 +142,8 @@ def resume_from_whole_checkpoints() -> None:
     """Let training that goes on in its directory do so from a whole checkpoint: see :func:`resume.choose`.
 
     The first rank chooses for all. Another file given by ``--restore-file`` or ``--finetune-from-model`` is loaded as
-    it is.
+    it is. From a checkpoint of the last update of all, written just before the process was killed, fairseq would train
+    one update more; here it ends.
     """
     from fairseq.distributed import utils
     from fairseq.file_io import PathManager
@@ -168,18 +172,60 @@ def resume_from_whole_checkpoints() -> None:
             raise ValueError(error)
         return chosen
 
+    def check_common(trainer, filename):
+        """fairseq looks for the file on every rank and lets the first one send its content: it must be there for all."""
+        if trainer.data_parallel_world_size > 1:
+            exists = os.path.isfile(filename)
+            first = utils.broadcast_object(
+                exists, src_rank=0, group=trainer.data_parallel_process_group, dist_device=trainer.device
+            )
+            ranks.check_checkpoint(filename, exists, first, trainer.data_parallel_rank)
+
     def load_checkpoint(self, filename, *args, **kwargs):
         cfg, suffix = self.cfg.checkpoint, self.checkpoint_suffix
         if not PathManager.path_requires_pathmanager(cfg.save_dir):
             last = os.path.join(cfg.save_dir, f"{resume.LAST}{suffix}.pt")
             if cfg.restore_file == "checkpoint_last.pt" and filename == last:
                 filename = os.path.join(cfg.save_dir, f"{choose(self, cfg.save_dir)}{suffix}.pt")
+                if not self.is_fsdp:
+                    check_common(self, filename)
             if self.should_save_checkpoint_on_current_rank and not cfg.no_save:
                 resume.remove_temporaries(cfg.save_dir, suffix)
-        return load(self, filename, *args, **kwargs)
+        extra_state = load(self, filename, *args, **kwargs)
+        limit = self.cfg.optimization.max_update
+        if extra_state is not None and 0 < limit <= self.get_num_updates():
+            # fairseq looks at the limit after an update, and at this one before
+            logger.info(f"{filename} has {self.get_num_updates()} updates, all of --max-update {limit}: nothing to train")
+            self.cfg.optimization.stop_min_lr = float("inf")
+        return extra_state
 
     load_checkpoint.from_whole = True
     Trainer.load_checkpoint = load_checkpoint
+
+
+def check_ranks() -> None:
+    """Let training begin only if all ranks train one model with the same settings and data: see :mod:`ranks`."""
+    from fairseq.distributed import utils
+    from fairseq.trainer import Trainer
+
+    begin_epoch = Trainer.begin_epoch
+    if hasattr(begin_epoch, "checks_ranks"):
+        return
+
+    def begin_epoch_together(self, epoch):
+        if not hasattr(self, "_ranks_checked"):
+            self._ranks_checked = True
+            ranks.check_number(self.data_parallel_world_size, self.cfg.common.model_parallel_size)
+            if self.data_parallel_world_size > 1:
+                mine = ranks.facts(self.cfg, self.task)
+                first = utils.broadcast_object(
+                    mine, src_rank=0, group=self.data_parallel_process_group, dist_device=self.device
+                )
+                ranks.check_facts(mine, first, self.data_parallel_rank)
+        return begin_epoch(self, epoch)
+
+    begin_epoch_together.checks_ranks = True
+    Trainer.begin_epoch = begin_epoch_together
 
 
 def apply() -> None:
@@ -190,3 +236,4 @@ def apply() -> None:
     check_yaml_options()
     copy_checkpoints_whole()
     resume_from_whole_checkpoints()
+    check_ranks()

@@ -5,7 +5,7 @@ norms read; the layer's own ``forward`` fills the slot, so that the mask is ther
 recomputed under activation checkpointing.
 """
 from argparse import Namespace
-from typing import Optional
+from typing import Dict, List, Optional
 
 from fairseq.distributed import fsdp_wrap
 from fairseq.modules import transformer_layer
@@ -39,8 +39,16 @@ def wrap_layer(layer: nn.Module, cfg) -> nn.Module:
 FUSED_COPIES = tuple(f"{name}_{kind}" for name in ("in_proj", "out_proj", "fc1", "fc2") for kind in ("weight", "bias"))
 
 
+def projections(attention: nn.Module, names: str = "qkv") -> List[nn.Module]:
+    """The linear maps of an attention for queries, keys and values."""
+    return [getattr(attention, f"{name}_proj") for name in names]
+
+
 class EncoderLayer(transformer_layer.TransformerEncoderLayerBase):
     """Encoder layer whose ``self_attn_layer_norm`` and ``final_layer_norm`` are those of ``cfg.norms``."""
+
+    #: fairseq's class, which does the same where no norm needs the mask: after folding
+    stock = transformer_layer.TransformerEncoderLayerBase
 
     def __init__(self, cfg, return_fc=False):
         super().__init__(cfg, return_fc)
@@ -59,6 +67,12 @@ class EncoderLayer(transformer_layer.TransformerEncoderLayerBase):
             state_dict.pop(prefix + name, None)
         nn.Module._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
 
+    def norm_readers(self) -> Dict[str, List[nn.Module]]:
+        """Norm -> the linear maps that read its output, and nothing else does: those of a pre-norm layer."""
+        if not self.normalize_before:
+            return {}
+        return {"self_attn_layer_norm": projections(self.self_attn), "final_layer_norm": [self.fc1]}
+
     def forward(self, x: Tensor, encoder_padding_mask: Optional[Tensor], *args, **kwargs):
         """See fairseq; ``x`` is ``T x B x C``, ``encoder_padding_mask`` ``B x T`` or None."""
         self.mask_slot.padding_mask = encoder_padding_mask
@@ -71,6 +85,8 @@ class EncoderLayer(transformer_layer.TransformerEncoderLayerBase):
 class DecoderLayer(transformer_layer.TransformerDecoderLayerBase):
     """Decoder layer with the norms of ``cfg.norms``; all of them see the decoder's own padding mask."""
 
+    #: fairseq's class, which does the same where no norm needs the mask: after folding
+    stock = transformer_layer.TransformerDecoderLayerBase
     #: position of ``self_attn_padding_mask`` after ``x`` and ``encoder_out`` in fairseq's signature
     _MASK_POSITION = 5
 
@@ -84,6 +100,17 @@ class DecoderLayer(transformer_layer.TransformerDecoderLayerBase):
             ("final_layer_norm", "ff"),
         ):
             swap_norm(self, attribute, cfg.norms, "decoder", position, self.embed_dim, heads)
+
+    def norm_readers(self) -> Dict[str, List[nn.Module]]:
+        """Norm -> the linear maps that read its output, and nothing else does: those of a pre-norm layer."""
+        if not self.normalize_before:
+            return {}
+        readers = {"final_layer_norm": [self.fc1]}
+        if not self.cross_self_attention:  # whose keys and values come from the encoder as well
+            readers["self_attn_layer_norm"] = projections(self.self_attn)
+        if self.encoder_attn is not None:
+            readers["encoder_attn_layer_norm"] = projections(self.encoder_attn, "q")
+        return readers
 
     def forward(self, x: Tensor, encoder_out: Optional[Tensor] = None, *args, **kwargs):
         """See fairseq; ``x`` is ``T x B x C``, ``self_attn_padding_mask`` ``B x T`` or None."""

@@ -11,12 +11,14 @@ takes over: it gives each norm a :class:`Stage`, into which the norm adds its su
 """
 import inspect
 import math
+from contextlib import nullcontext
 from typing import Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional
+from . import functional, kernels
 
 VARIANTS = ("reference", "algorithm2")
 
@@ -60,13 +62,10 @@ class Stage:
         self.switches = switches
         self.parts = parts
 
-    def add(self, part: str, sums: Sequence[Tensor], rows: Tensor) -> None:
-        """Add the sums over ``rows`` rows of one pass, if the batch counts."""
+    def add(self, part: str, tally: Tensor) -> None:
+        """Add the tally of one pass, ``[sums, rows, 1]``, if the batch counts."""
         if self.switches.counting:
-            vector = self.parts[part]
-            dtype = vector.dtype
-            one = rows.new_ones(1, dtype=dtype)
-            vector.add_(torch.cat([*(each.to(dtype) for each in sums), rows.reshape(1).to(dtype), one]))
+            self.parts[part].add_(tally)
 
 
 class Sums(NamedTuple):
@@ -77,6 +76,11 @@ class Sums(NamedTuple):
 
     sums: Sequence[Tensor]
     rows: Tensor
+
+    @classmethod
+    def of(cls, tally: Tensor, dim: int) -> "Sums":
+        """Take ``[sums (C = dim each), rows, 1]`` (last dimension) apart."""
+        return cls(tally[..., :-2].split(dim, dim=-1), tally[..., -2:-1])
 
     def means(self) -> Sequence[Tensor]:
         """Means over rows; 0 where there are none."""
@@ -104,7 +108,7 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(dim, eps=eps, elementwise_affine=affine)
 
     def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
-        return super().forward(x)
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -114,7 +118,7 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(dim, eps=eps, elementwise_affine=affine)
 
     def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
-        return super().forward(x)
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
 def _narrower(value: Tensor, buffer: Tensor) -> bool:
@@ -159,6 +163,7 @@ class RunningNorm(nn.Module):
         if not eps >= 0.0:
             raise ValueError(f"eps={eps!r}: must be zero or positive")
         _check_interval("alpha_fwd", alpha_fwd)
+        kernels.requested()  # a wrong request is refused here, not in the first forward pass
         if groups < 0 or (groups > 0 and dim % groups):
             divisors = [g for g in range(1, dim + 1) if dim % g == 0]
             raise ValueError(
@@ -217,13 +222,15 @@ class RunningNorm(nn.Module):
 
     def steps(self) -> int:
         """Training steps taken: ``iters`` on the host, read from the device only after a change from outside."""
-        if self._steps is None or self._steps[0] is not self.iters or self._steps[1] != self.iters._version:
-            self.remember_steps(int(self.iters.item()))
+        iters, known = self._buffers["iters"], self._steps
+        if known is None or known[0] is not iters or known[1] != iters._version:
+            self.remember_steps(int(iters.item()))
         return self._steps[2]
 
     def remember_steps(self, steps: int) -> None:
         """Say what ``iters`` has become, so that it need not be read from the device."""
-        self._steps = (self.iters, self.iters._version, steps)
+        iters = self._buffers["iters"]
+        self.__dict__["_steps"] = iters, iters._version, steps  # Module.__setattr__ is slow
 
     def _padding_mask(self, x: Tensor, padding_mask: Optional[Tensor]) -> Optional[Tensor]:
         """Check the input; return its mask, the slot's if the call gave none."""
@@ -262,17 +269,32 @@ class RunningNorm(nn.Module):
         if not self.training:
             return self._evaluate(x)
         valid = None if padding_mask is None else padding_mask.t().reshape(-1).logical_not()
-        rows = x.reshape(-1, self.dim)
         if not self._counting:
-            valid = torch.zeros(rows.size(0), dtype=torch.bool, device=x.device)
-        return self._train(rows, valid).view(x.shape)
+            valid = torch.zeros(x.numel() // self.dim, dtype=torch.bool, device=x.device)
+        return (self._train_uncompiled if torch.compiler.is_compiling() else self._train)(x, valid)
+
+    @torch.compiler.disable
+    def _train_uncompiled(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
+        """Buffers that change inside a compiled region give wrong gradients: training stays outside of it."""
+        return self._train(x, valid)
 
     def _evaluate(self, x: Tensor) -> Tensor:
         """Normalize ``x`` (any leading shape) by the running statistics."""
         raise NotImplementedError
 
-    def _train(self, rows: Tensor, valid: Optional[Tensor]) -> Tensor:
-        """Normalize ``rows`` (``N x C``) as in training and take in their statistics."""
+    def scale_and_shift(self) -> Tuple[Tensor, Tensor]:
+        """The evaluation as an affine map ``scale * u + shift`` of the layer-scaled input: ``C`` each, in float64."""
+        raise NotImplementedError
+
+    def _scale_and_shift(self, moment: Tensor, mean: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
+        moment = moment.detach().to(functional.kernel.sum_dtype(moment))
+        scale, shift = functional.kernel.inverse_root(moment, self.eps), torch.zeros_like(moment)
+        if self.weight is not None:
+            scale, shift = scale * self.weight.detach(), shift + self.bias.detach()
+        return scale, shift if mean is None else shift - scale * mean.detach()
+
+    def _train(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
+        """Normalize ``x`` as in training and take in its statistics; ``valid``: one bool for each row, in the order of ``x``."""
         raise NotImplementedError
 
     @property
@@ -283,20 +305,32 @@ class RunningNorm(nn.Module):
     def _reduce(self) -> Optional[Callable[[Tensor], Tensor]]:
         return None if self.stage is None else self.stage.switches.reduce
 
-    @torch.no_grad()
-    def _take(self, part: str, sums: Sequence[Tensor], rows: Tensor) -> None:
-        """Take in the sums of one pass: into the stage, or as one step of the running statistics."""
-        if self.stage is not None:
-            self.stage.add(part, sums, rows)
-            return
-        for name, value in self.advance(part, self._buffers, Sums(sums, rows), self.alpha_fwd).items():
-            self._buffers[name].copy_(value)
+    def _take(self, part: str, tally: Tensor) -> None:
+        """Take in the tally of one pass: into the stage, or as one step of the running statistics."""
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+            if self.stage is not None:
+                self.stage.add(part, tally)
+            else:
+                self._step(part, tally)
 
-    def _take_backward_if_recorded(self) -> Optional[functional.Collect]:
-        """For the norms whose backward pass changes no statistics: collect its sums only where they are recorded."""
-        if self.stage is None or not self.stage.switches.recording:
-            return None
-        return lambda sums, rows: self._take("backward", [s / self.stage.switches.gradient_scale for s in sums], rows)
+    def _step(self, part: str, tally: Tensor) -> None:
+        """One step of the running statistics."""
+        sums = Sums.of(tally.to(self.iters.dtype), self.dim)
+        for name, value in self.advance(part, self._buffers, sums, self.alpha_fwd).items():
+            self._buffers[name].copy_(value.view_as(self._buffers[name]))
+
+    def _collect_exact(self, recomputed: bool) -> functional.Collect:
+        """For the norms with an exact gradient: their backward pass changes no statistics, it is only recorded."""
+
+        def collect(part: str, tally: Tensor) -> None:
+            if part == "forward":
+                if not recomputed:
+                    self._take(part, tally)
+            elif self.stage is not None and self.stage.switches.recording:
+                tally[:-2] /= self.stage.switches.gradient_scale
+                self._take(part, tally)
+
+        return collect
 
     def advance(self, part: str, state: State, sums: Sums, alpha_fwd: float) -> Dict[str, Tensor]:
         """What the buffers become by one step with the sums of one part.
@@ -338,6 +372,9 @@ class SecondMomentNorm(RunningNorm):
 
     def _evaluate(self, x: Tensor) -> Tensor:
         return functional.running_norm(x, self.weight, self.bias, self.running_phi, self.groups, self.eps)
+
+    def scale_and_shift(self) -> Tuple[Tensor, Tensor]:
+        return self._scale_and_shift(self.running_phi)
 
     def _describe_psi2(self, state: State, forward: Sums) -> Dict[str, Tensor]:
         (batch,) = forward.means()
@@ -453,18 +490,19 @@ class PowerNorm(SecondMomentNorm):
         """Steps after which psi^2 is an average of batches and divides."""
         return max(1, self.warmup_updates if self.variant == "reference" else 0)
 
-    @torch.compiler.disable
-    def _train(self, rows: Tensor, valid: Optional[Tensor]) -> Tensor:
-        reference = self.variant == "reference"
-        recomputed = inside_backward() and self._last_forward is not None
+    def _train(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
+        reference, stage = self.variant == "reference", self.stage
+        psi2, nu = self._buffers["running_phi"], self._buffers["ema_gz"]
+        recomputed = self._last_forward is not None and inside_backward()
         steps = self.steps()
         if not recomputed:
             in_warmup = reference and steps < self.warmup_updates
             # a stage leaves the buffers alone until the step is over; without one, this very pass changes them
-            psi2 = self.running_phi.clone() if self.stage is None else self.running_phi
-            self._last_forward = (psi2, in_warmup)
+            if stage is None:
+                psi2 = psi2.clone()
+            self.__dict__["_last_forward"] = psi2, in_warmup
         psi2, in_warmup = self._last_forward
-        switches = None if self.stage is None else self.stage.switches
+        switches = None if stage is None else stage.switches
         spec = functional.PowerNormSpec(
             groups=self.groups,
             eps=self.eps,
@@ -475,15 +513,35 @@ class PowerNorm(SecondMomentNorm):
             skip_padding=not reference,
             jump=self._jump if steps >= self._trusted_after else math.inf,
         )
-        y, moment = functional.power_norm(
-            rows, self.weight, self.bias, valid, psi2, self.ema_gz, spec,
-            lambda sums, rows: self._take("backward", sums, rows), self._reduce,
-        )
-        if not recomputed:
-            self._take("forward", (moment.total,), moment.count)
-            if self.stage is None:
-                self.remember_steps(steps + 1)
+
+        def collect(part: str, tally: Tensor) -> None:
+            if part == "backward" or not recomputed:
+                self._take(part, tally)
+
+        own = self._own_step(steps) if stage is None and not recomputed else None
+        y = functional.power_norm(x, self.weight, self.bias, valid, psi2, nu, spec, collect, self._reduce, own)
+        if not recomputed and stage is None:
+            self.remember_steps(steps + 1)
         return y
+
+    def _own_step(self, steps: int) -> Optional[functional.OwnStep]:
+        """The step that follows ``steps`` steps, as ``advance`` takes it; None where statistics are not float32."""
+        buffers = self._buffers
+        psi2, nu, iters = buffers["running_phi"], buffers["ema_gz"], buffers["iters"]
+        if not psi2.dtype == nu.dtype == iters.dtype == torch.float32:
+            return None
+        warmup = self.warmup_updates if self.variant == "reference" else 0
+        limited = steps >= self._trusted_after and self.alpha_fwd > 0.0
+        return functional.OwnStep(
+            psi2,
+            nu,
+            iters,
+            alpha=self.alpha_fwd,
+            limit=self._jump if limited else math.inf,
+            share=1.0 / (steps + 1) if steps + 1 < warmup else 0.0,
+            nu_scale=1.0 - self.alpha_bkw,
+            nu_lowest=-1.0 if self.groups == 0 else -math.inf,
+        )
 
     def advance(self, part: str, state: State, sums: Sums, alpha_fwd: float) -> Dict[str, Tensor]:
         if part == "backward":
@@ -542,15 +600,11 @@ class PowerNormV(SecondMomentNorm):
     ):
         super().__init__(dim, eps, alpha_fwd, groups, affine)
 
-    @torch.compiler.disable
-    def _train(self, rows: Tensor, valid: Optional[Tensor]) -> Tensor:
-        y, moment = functional.batch_power_norm(
-            rows, self.weight, self.bias, valid, self.running_phi.clone(), self.groups, self.eps,
-            self._take_backward_if_recorded(), self._reduce,
-        )
-        if not inside_backward():
-            self._take("forward", (moment.total,), moment.count)
-        return y
+    def _train(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
+        return functional.batch_power_norm(
+            x.reshape(-1, self.dim), self.weight, self.bias, valid, self.running_phi.clone(), self.groups, self.eps,
+            self._collect_exact(inside_backward()), self._reduce,
+        ).view(x.shape)
 
     def advance(self, part: str, state: State, sums: Sums, alpha_fwd: float) -> Dict[str, Tensor]:
         if part == "backward":
@@ -602,16 +656,14 @@ class MaskedBatchNorm(RunningNorm):
             x, self.weight, self.bias, self.running_var, self.groups, self.eps, self.running_mean
         )
 
-    @torch.compiler.disable
-    def _train(self, rows: Tensor, valid: Optional[Tensor]) -> Tensor:
-        y, mean, var, count = functional.masked_batch_norm(
-            rows, self.weight, self.bias, valid, self.running_mean.clone(), self.running_var.clone(),
-            self.groups, self.eps, self._take_backward_if_recorded(), self._reduce,
-        )
-        if not inside_backward():
-            first, second, rows = functional.moments_about_zero(mean, var, count)
-            self._take("forward", (first, second), rows)
-        return y
+    def scale_and_shift(self) -> Tuple[Tensor, Tensor]:
+        return self._scale_and_shift(self.running_var, self.running_mean)
+
+    def _train(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
+        return functional.masked_batch_norm(
+            x.reshape(-1, self.dim), self.weight, self.bias, valid, self.running_mean.clone(), self.running_var.clone(),
+            self.groups, self.eps, self._collect_exact(inside_backward()), self._reduce,
+        ).view(x.shape)
 
     def advance(self, part: str, state: State, sums: Sums, alpha_fwd: float) -> Dict[str, Tensor]:
         if part == "backward":

@@ -115,6 +115,16 @@ class StatisticsOptions(FairseqDataclass):
         reject_unknown(options, NormOptions)
 
 
+@dataclass
+class InferenceOptions(FairseqDataclass):
+    """How a trained model is used: options of the tasks, given to each command anew."""
+
+    no_fold_norms: bool = field(
+        default=False,
+        metadata={"help": "keep the norms of a model as trained in generate, interactive, validate and eval-lm"},
+    )
+
+
 def _names(options) -> Tuple[str, ...]:
     return tuple(f.name for f in fields(options) if not f.name.startswith("_"))
 
@@ -122,6 +132,7 @@ def _names(options) -> Tuple[str, ...]:
 #: options of the models, and of the tasks
 NORM_FIELDS = _names(NormOptions)
 STATISTICS_FIELDS = _names(StatisticsOptions)
+INFERENCE_FIELDS = _names(InferenceOptions)
 
 
 def flag(name: str) -> str:

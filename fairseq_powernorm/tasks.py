@@ -7,6 +7,7 @@ import logging
 import os
 from dataclasses import dataclass
 from typing import Dict, Optional
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,8 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageMode
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import II
 
-from .options import StatisticsOptions, check_statistics_options
+from .fold import fold_norms
+from .options import InferenceOptions, StatisticsOptions, check_statistics_options, given_flags
 from .recorder import Recorder
 from .statistics import RunningStatistics, running_norms
 
@@ -187,6 +189,37 @@ class PowerNormTask(RunningStatisticsTask):
         ValueError: the data directory is missing or holds no dictionaries, or an option of the statistics is invalid
     """
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        #: models that were loaded from a checkpoint by a task that has seen no training
+        self._loaded = WeakSet()
+
+    def build_model(self, cfg, from_checkpoint=False):
+        """See fairseq; notes which models a command loads from a checkpoint, as fairseq-validate does."""
+        model = super().build_model(cfg, from_checkpoint)
+        if from_checkpoint:
+            self._loaded.add(model)
+        return model
+
+    def begin_epoch(self, epoch, model):
+        """See fairseq; called in training only."""
+        self._loaded.clear()
+        super().begin_epoch(epoch, model)
+
+    def begin_valid_epoch(self, epoch, model):
+        """See fairseq; called in training only."""
+        self._loaded.clear()
+        super().begin_valid_epoch(epoch, model)
+
+    def valid_step(self, sample, model, criterion):
+        """See fairseq; folds the norms of a model that is evaluated and not trained."""
+        if model in self._loaded:
+            self._loaded.discard(model)
+            # fairseq-validate drops an option that the checkpoint does not know
+            if not (self.cfg.no_fold_norms or "no_fold_norms" in given_flags()):
+                fold_norms(model)
+        return super().valid_step(sample, model, criterion)
+
     @classmethod
     def setup_task(cls, cfg, **kwargs):
         """Check options and data directories, then set up fairseq's task."""
@@ -222,7 +255,7 @@ class PowerNormTask(RunningStatisticsTask):
 
 
 @dataclass
-class TranslationPNConfig(StatisticsOptions, TranslationConfig):
+class TranslationPNConfig(InferenceOptions, StatisticsOptions, TranslationConfig):
     """Options of :class:`TranslationPNTask`."""
 
 
@@ -232,7 +265,7 @@ class TranslationPNTask(PowerNormTask, TranslationTask):
 
 
 @dataclass
-class LanguageModelingPNConfig(StatisticsOptions, LanguageModelingConfig):
+class LanguageModelingPNConfig(InferenceOptions, StatisticsOptions, LanguageModelingConfig):
     """Options of :class:`LanguageModelingPNTask`."""
 
     train_subset: str = II("dataset.train_subset")

@@ -5,11 +5,12 @@
 #
 #   scripts/evaluate.sh BENCH RUN_DIR [options]
 #
-#   BENCH               the benchmark of the run (demo, multi30k, ptb, wikitext103)
+#   BENCH               the benchmark of the run (demo, iwslt14, multi30k, ptb, wikitext103, wmt14)
 #   RUN_DIR             a run directory made by scripts/train.sh
 #   --subset NAME       test (default) or valid
 #   --average N         checkpoints to average; default: as many as checkpoint.keep_last_epochs (or
 #                       checkpoint.keep_interval_updates) keeps; of a language model, the best one by validation loss
+#   --available         average fewer where a short run has fewer, checkpoint_last.pt if it has none of them
 #   --unfinished        evaluate a run whose training is not complete
 #   --record FILE       copy the record to FILE as well
 #   --force             evaluate again although there is a record; overwrite FILE

@@ -59,7 +59,8 @@ def test_language_models_build(benchmark, arch, norm, data, tmp_path):
     perplexity.check(config)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(
+    path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "launcher"), ids=lambda path: path.stem)
 def test_files_of_architectures(path):
     """configs/BENCH/ARCH.yaml begins as configs/BENCH.yaml does and chooses the architecture that it is named after."""
     package, launch = path.read_text(encoding="utf-8").split("\n")[:2]
@@ -76,6 +77,8 @@ def test_builds(benchmark, norm, placement, data, tmp_path):
     """configs/BENCH.yaml + train.sh's overrides = task, model and criterion, with NORM where the placement says."""
     overrides = [f"common.user_dir={settings.PLUGIN}", f"task.data={data}", f"checkpoint.save_dir={tmp_path}",
                  *compose.norm_overrides(settings.load(benchmark).model, norm, placement)]
+    if settings.load(benchmark).model._name.endswith("_big"):
+        overrides += ["+model.encoder_layers=1", "+model.decoder_layers=1"]
     config, task, model, criterion = compose.build(compose.compose(benchmark, overrides))
     assert compose.norms_of(config.model) == (norm, "encoder" if norm == "layer" else placement)
     assert (type(task).__name__, type(criterion).__name__) == (
@@ -122,8 +125,8 @@ def test_misspelt_norm_option():
 
 def test_plain_commands_help():
     """Each script prints its own help without needing an environment, and nothing of its code."""
-    for script in sorted((ROOT / "scripts").glob("*.sh")):
+    for script in [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / "scripts" / "slurm" / "submit.sh"]:
         done = subprocess.run(["bash", str(script), "--help"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                               env={"PATH": "/usr/bin:/bin"})
         assert done.returncode == 0, done.stdout
-        assert f"scripts/{script.name}" in done.stdout and "set -euo" not in done.stdout, done.stdout
+        assert str(script.relative_to(ROOT)) in done.stdout and "set -euo" not in done.stdout, done.stdout

@@ -5,7 +5,9 @@ import gzip
 import io
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -14,7 +16,7 @@ import zipfile
 import pytest
 import torch
 
-from test_pipeline import LIB, Scripts, contents, described_keys
+from test_pipeline import LIB, Scripts, contents, schema
 
 # A mini run: 12 updates of a small model. They shrink what configs/BENCH.yaml says; the mechanics stay the same.
 SIZES = ["dataset.batch_size=24", "task.tokens_per_sample=8", "+model.decoder_layers=1", "+model.decoder_embed_dim=8",
@@ -150,6 +152,23 @@ def test_prepare_again(scripts, tmp_path):
     assert "other source text" in mine.refuses("prepare", "ptb", "--archive", other)
     mine.ok("prepare", "ptb", "--archive", other, "--force")
     assert json.loads((mine.data / "ptb" / "prepared.json").read_text())["counts"]["test"]["tokens"] == 3
+
+
+def test_prepare_killed(scripts, tmp_path):
+    """prepare, killed while it binarizes, then prepare = prepare: it goes on with the text, to the same bytes."""
+    mine = Scripts(tmp_path)
+    process = mine.start("prepare", "ptb", "--archive", scripts.archives["ptb"])
+    for line in process.stdout:
+        if line.startswith("[2/2]"):
+            break
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not (mine.data / "ptb").exists()
+    output = mine.ok("prepare", "ptb", "--archive", scripts.archives["ptb"])
+    assert "[1/2] text: done already" in output and "NOT the published ptb" in output
+    assert contents(mine.data / "ptb") == contents(scripts.data / "ptb")
+    assert [path.name for path in mine.data.iterdir() if path.is_dir()] == ["ptb"]
 
 
 def evil(folder, kind):
@@ -289,9 +308,9 @@ def reported(run, log):
 
 
 def test_record(record, trained):
-    """The record has the documented keys; it counts the text's tokens, line ends included; its perplexities are those
+    """The record is of the schema; it counts the text's tokens, line ends included; its perplexities are those
     of fairseq-eval-lm, of the checkpoint with the best validation loss; they are what the script prints."""
-    assert set(record) == described_keys("Language models")
+    assert not schema.problems(record, schema.LANGUAGE_MODEL)
     content = texts()["test"]
     assert record["tokens"] == {
         "scored": counted(content), "words": counted(content) - 17, "line_ends": 17, "line_ends_counted": True,
@@ -323,7 +342,7 @@ def test_evaluate_again_average_and_valid(trained, record):
     assert all(re.fullmatch(r"checkpoint\d+\.pt", name) for name in averaged["checkpoints"])
     assert averaged["tokens"]["scored"] == counted(texts()["valid"])
     row = table(trained.run / "evaluation-valid" / "record.json").splitlines()[2]
-    assert f"| valid | {averaged['perplexity']['score']:.2f} | 5 |" in row
+    assert f"| valid | 5 | {averaged['perplexity']['score']:.2f} |" in row
 
 
 def test_no_best_checkpoint(trained, tmp_path):
@@ -357,7 +376,7 @@ def test_table_of_both_kinds(trained, record):
     assert "BLEU" in first and "perplexity" not in first and first.count("\n") == 2
     assert second.splitlines()[0].startswith("| benchmark | architecture | norm |") and "BLEU" not in second
     score = f"{record['perplexity']['score']:.2f}"
-    assert f"| ptb | tensorized_lm_pn_ptb | power | reference | 2 | 12 | test | {score} | 5 |" in second
+    assert f"| ptb | tensorized_lm_pn_ptb | power | yes | reference | 12 | 2 | test | 5 | {score} |" in second
 
 
 def test_the_other_architecture(scripts):
@@ -384,30 +403,21 @@ def test_wikitext103(scripts, arch):
     assert math.log2(record["perplexity"]["score"]) == pytest.approx(reported(run, "eval-lm.log"), abs=6e-5)
 
 
-def test_compare_ptb(scripts, tmp_path):
-    """compare_ptb.sh: one record a run, the shortened schedule in each, one table; again = nothing to do."""
-    arguments = ["compare_ptb", "--updates", "10", "--norms", "layer,power", "--archs", "tensorized_lm_pn_ptb",
-                 "--records", tmp_path, *SIZES, *TENSORIZED, "eval_lm.context_window=0"]
+def test_reproduce(scripts, tmp_path):
+    """reproduce_figures.sh of a language model: the run that the tables have, its record, and the figures."""
+    arguments = ["reproduce_figures", "--benchmark", "ptb", "--rows", "power", "--updates", "10", "--results", tmp_path,
+                 *SIZES, *TENSORIZED, "eval_lm.context_window=0"]
     output = scripts.ok(*arguments)
-    names = [f"{norm}-tensorized_lm_pn_ptb-10-seed1" for norm in ("layer", "power")]
-    assert sorted(path.stem for path in tmp_path.iterdir()) == names
-    rows = output.split("== result\n")[1]
-    assert rows == table(*(tmp_path / f"{name}.json" for name in names)) and rows.count("\n") == 4
-    for name in names:
-        record = json.loads((tmp_path / f"{name}.json").read_text())
-        assert record["updates"] == 10 and record["config"]["lr_scheduler"]["warmup_updates"] == 1
-        assert record["perplexity_context"] is None
-    before = contents(scripts.runs)
-    again = scripts.ok(*arguments)
-    assert again.count("has finished (10 updates)") == again.count("is there already") == 2
-    assert again.split("== result\n")[1] == rows and contents(scripts.runs) == before
-    for wrong, message in ((["--norms", "layer,powr"], "--norms 'powr' is unknown; valid: layer"),
-                           (["--archs", "lstm"], "--archs 'lstm' is unknown; valid: tensorized_lm_pn_ptb"),
-                           (["--updates", "many"], "--updates 'many': must be a number"),
-                           (["--updates", "9"], "10 or more"),
-                           (["--update", "20"], "option --update is unknown; valid"),
-                           (["--seed"], "--seed needs a value")):
-        assert message in scripts.refuses("compare_ptb", *wrong)
+    name = "power-tensorized_lm_pn_ptb-10-seed1"
+    record = json.loads((tmp_path / "ptb" / f"{name}.json").read_text())
+    assert record["updates"] == 10 and record["config"]["lr_scheduler"]["warmup_updates"] == 1
+    data = json.loads((tmp_path / "figures-ptb-10.figures.json").read_text())
+    assert data["statistics"][f"ptb/{name}"]["updates"] == list(range(1, 11))
+    assert data["singular_values"][f"ptb/{name}"]["checkpoint"] == "checkpoint_best.pt"
+    assert len(data["singular_values"][f"ptb/{name}"]["values"]) == 8, "the channels of the embedding"
+    pictures = {f"figures-ptb-10.ptb-tensorized_lm_pn_ptb.figure{i}.png" for i in (1, 2, 3, 4)}
+    assert {path.name for path in tmp_path.glob("*.*")} == {*pictures, "figures-ptb-10.figures.json"}
+    assert all(name in output for name in pictures)
 
 
 # ---- real text -------------------------------------------------------------------------------------------------------

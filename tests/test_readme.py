@@ -1,13 +1,16 @@
 """What the README says is true: its examples run, its tables match the code and the records."""
 import re
 import shlex
+import shutil
 
 import pytest
 
 import toy
 from fairseq_powernorm.models.tensorized_lm_pn import TensorizedLMPNConfig
 from fairseq_powernorm.models.transformer_pn import TransformerPNConfig
-from fairseq_powernorm.options import NORM_FIELDS, STATISTICS_FIELDS, NormOptions, StatisticsOptions, flag
+from fairseq_powernorm.options import (
+    INFERENCE_FIELDS, NORM_FIELDS, STATISTICS_FIELDS, NormOptions, StatisticsOptions, flag,
+)
 
 README = (toy.ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -49,9 +52,9 @@ def test_the_command_line_and_the_yaml_train_the_same_model(toy_data, tmp_path):
 
 def test_the_table_of_flags_is_complete():
     """Every norm option of models and tasks stands in the table with its default, and nothing else that looks like one."""
-    in_table = set(re.findall(r"`(--(?:norm|encoder-norm|decoder-norm|post-norm|tensorized)[a-z-]*)`", README))
+    in_table = set(re.findall(r"`(--(?:(?:norm|no-fold|encoder-norm|decoder-norm|tensorized)-[a-z-]+|post-norm))`", README))
     tensorized = {flag(name) for name in TensorizedLMPNConfig.__dataclass_fields__ if name.startswith("tensorized")}
-    norms = {flag(name) for name in NORM_FIELDS + STATISTICS_FIELDS}
+    norms = {flag(name) for name in NORM_FIELDS + STATISTICS_FIELDS + INFERENCE_FIELDS}
     assert len(tensorized) == 4 and in_table == norms | {"--post-norm"} | tensorized
     assert "post_norm" in TransformerPNConfig.__dataclass_fields__
     defaults = {**vars(NormOptions()), **vars(StatisticsOptions())}
@@ -67,11 +70,19 @@ def test_links_lead_somewhere(target):
     assert (toy.ROOT / target).exists()
 
 
-def test_the_results_are_those_of_the_records():
-    """The table of results is what scripts/lib/table.py prints for the records in results/."""
-    command = re.search(r"`(python scripts/lib/table\.py [^`]+)`", README)[1]
-    words = shlex.split(command)
-    records = sorted(str(p.relative_to(toy.ROOT)) for pattern in words[2:] for p in toy.ROOT.glob(pattern))
-    assert records
-    table = toy.command("python", words[1], *records).stdout.strip()
-    assert table in README
+def test_the_results_are_those_of_the_records(tmp_path):
+    """The tables of results are what the command that the README names writes; it fails if a record says otherwise."""
+    command = re.search(r"`(python scripts/lib/report\.py --readme)`", README)[1].split()
+    assert toy.command(*command, "--check").stdout == "README.md is that of its records\n"
+    for name in ("scripts", "configs", "results"):
+        shutil.copytree(toy.ROOT / name, tmp_path / name)
+    record = tmp_path / "results" / "multi30k" / "power-seed1.json"
+    record.write_text(record.read_text().replace('"score": 40.25092547103771', '"score": 41.25092547103771'))
+    (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    assert toy.command(*command, "--check", cwd=tmp_path, check=False).returncode == 1
+    toy.command(*command, cwd=tmp_path)
+    written = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert written == README.replace("| 40.25 | 40.25 |", "| 41.25 | 40.25 |") != README
+    record.write_text("{}")
+    assert "is not a valid record" in toy.command(*command, cwd=tmp_path, check=False).stderr
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == written

@@ -168,6 +168,17 @@ def test_truncated_on_two_ranks(toy_data, tmp_path):
     assert toy.losses(twice) == {9: toy.losses(once)[9]}
 
 
+def test_going_on_with_a_complete_run(toy_data, undisturbed, tmp_path):
+    """The checkpoint of the last update of all, as of a process killed just after it: no update more, nothing rewritten."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed[0], run)
+    _, output = train(toy_data, run)
+    assert "has 26 updates, all of --max-update 26: nothing to train" in output and "done training" in output
+    assert not toy.losses(output)
+    for path in undisturbed[0].iterdir():
+        assert (run / path.name).read_bytes() == path.read_bytes()
+
+
 @pytest.fixture
 def save(tmp_path):
     """Write a small checkpoint of so many updates under a name."""

@@ -1,15 +1,18 @@
-"""Plain-torch kernel: the arithmetic every other kernel is held to.
+"""Plain-torch kernel: the arithmetic every other kernel is held to, and the one that serves everywhere.
 
 Notation, for ``x`` of shape ``N x C`` (one row per token): ``r`` is the reciprocal root of the
 layer scale, ``N x G``; ``u = r * x``; ``inv`` is ``1 / sqrt(psi^2 + eps)`` per channel; ``z = inv * u``;
 ``y = weight * z + bias``. Everything is computed in float32, or in float64 for float64 input. Only
 ``x`` and ``r`` need to be kept for the backward pass: ``u`` and ``z`` are cheaper to recompute than to store.
 """
-from typing import NamedTuple, Optional, Tuple
+import math
+from typing import Callable, Iterator, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
+#: does this kernel take an :class:`OwnStep`?
+TAKES_STEPS = False
 #: eps of the layer scale; a constant of the method, independent of the norm's own eps
 LAYER_SCALE_EPS = 1e-5
 
@@ -54,6 +57,20 @@ def scale_rows(x: Tensor, r: Optional[Tensor]) -> Tensor:
     return (_by_group(x, r.size(1)) * r.unsqueeze(-1)).view_as(x)
 
 
+def layer_scale(x: Tensor, groups: int) -> Tensor:
+    """Layer scale ``u = x / sqrt(mean over a channel group of x^2 + 1e-5)``, ordinary autograd.
+
+    Args:
+        x: ``... x C``, float32 or float64
+        groups: number of contiguous channel groups, a divisor of C; 0 returns ``x``
+
+    Returns:
+        tensor of ``x``'s shape and dtype
+    """
+    rows = x.reshape(-1, x.size(-1))
+    return scale_rows(rows, layer_scale_rsqrt(rows, groups)).view(x.shape)
+
+
 def scale_rows_backward(grad_u: Tensor, u: Tensor, r: Optional[Tensor]) -> Tensor:
     """Gradient of :func:`scale_rows` and its reciprocal root: ``r * (grad_u - u * mean over the group of grad_u * u)``.
 
@@ -72,6 +89,20 @@ def column_sum(q: Tensor) -> Tensor:
     if q.device.type == "cpu":
         return torch.mv(q.t(), q.new_ones(q.size(0)))
     return q.sum(0)
+
+
+def masked_column_sum(q: Tensor, valid: Optional[Tensor]) -> Tensor:
+    """Sum over the rows where ``valid`` (``N``, bool; None: all) is True, whatever stands in the others."""
+    if valid is None:
+        return column_sum(q)
+    if q.device.type == "cpu":
+        weights = valid.to(q.dtype)
+        total = torch.mv(q.t(), weights)
+        if torch.isfinite(total).all():
+            return total
+        # 0 * inf is NaN; the same product with zeros there has the same bits as with finite values
+        return torch.mv(q.masked_fill(valid.logical_not().unsqueeze(1), 0).t(), weights)
+    return column_sum(q.masked_fill(valid.logical_not().unsqueeze(1), 0))
 
 
 def mask_rows_(q: Tensor, valid: Optional[Tensor]) -> Tensor:
@@ -98,35 +129,295 @@ class Moment(NamedTuple):
         return torch.where(self.count > 0, mean, otherwise.to(mean.dtype))
 
 
-def second_moments(u: Tensor, valid: Optional[Tensor], all_rows: bool) -> Tuple[Moment, Moment]:
-    """``sum of u^2`` with the number of rows: over the rows where ``valid`` is True, and over all rows.
-
-    The second is the first where ``valid`` is None or ``all_rows`` is False (it is then not needed).
-    """
-    squares = u * u
-    everything = Moment(column_sum(squares), row_count(u, None)) if all_rows or valid is None else None
-    if valid is None:
-        return everything, everything
-    moment = Moment(column_sum(mask_rows_(squares, valid)), row_count(u, valid))
-    return moment, everything or moment
-
-
 def inverse_root(second_moment: Tensor, eps: float) -> Tensor:
     """``1 / sqrt(psi^2 + eps)`` per channel."""
     return torch.rsqrt(second_moment + eps)
 
 
+def _affine(u: Tensor, scale: Tensor, shift: Optional[Tensor], out: Optional[Tensor] = None) -> Tensor:
+    """``scale * u + shift`` in one sweep; ``out`` (outside autograd only) may be ``u`` itself."""
+    if shift is None:
+        return torch.mul(u, scale, out=out)
+    return torch.addcmul(shift, u, scale, out=out)
+
+
 def affine(
     u: Tensor, inv: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], out: Optional[Tensor] = None
 ) -> Tensor:
-    """``y = weight * inv * u + bias`` in one sweep over ``u``; ``out`` (outside autograd only) may be ``u`` itself."""
+    """``y = weight * inv * u + bias``; ``out`` as for :func:`_affine`."""
     scale = inv if weight is None else inv * weight.to(inv.dtype)
-    if bias is None:
-        return torch.mul(u, scale, out=out)
-    return torch.addcmul(bias.to(inv.dtype), u, scale, out=out)
+    return _affine(u, scale, None if bias is None else bias.to(inv.dtype), out)
 
 
 def grad_sums(grad: Tensor, u: Tensor, valid: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
     """Per-channel ``sum of dy`` and ``sum of dy * u``, over the rows where ``valid`` is True (all rows if None)."""
-    products = mask_rows_(grad * u, valid)
-    return column_sum(mask_rows_(grad.clone(), valid) if valid is not None else grad), column_sum(products)
+    return masked_column_sum(grad, valid), masked_column_sum(grad * u, valid)
+
+
+# ---------------------------------------------------------------- Power Normalization: what each kernel offers
+
+
+class PowerNormSpec(NamedTuple):
+    """The constants of one call of :func:`power_forward` and :func:`power_backward`.
+
+    Attributes:
+        groups: channel groups of the layer scale, 0 for none
+        eps: added to psi^2 under both roots
+        nu_scale: factor of ``nu`` in the gradient, ``1 - alpha_bkw``
+        gradient_scale: factor of the loss whose gradient arrives (the loss scale of fp16 training)
+        forward_batch: divide the output by the batch's own second moment instead of ``psi2``
+        backward_batch: divide the gradient by the batch's own second moment instead of ``psi2``
+        skip_padding: backward statistics over non-padding rows only, no gradient through padding
+        jump: channels whose second moment in this batch exceeds ``jump * (psi2 + eps)`` divide by the former
+    """
+
+    groups: int
+    eps: float
+    nu_scale: float
+    gradient_scale: float
+    forward_batch: bool
+    backward_batch: bool
+    skip_padding: bool
+    jump: float = math.inf
+
+
+class OwnStep(NamedTuple):
+    """The step of its own running statistics that a norm leaves to a kernel with ``TAKES_STEPS``: ``PowerNorm.advance``.
+
+    Attributes:
+        psi2, nu: ``C``, float32, changed in place
+        iters: scalar, float32, counted up
+        alpha: weight of the old psi^2
+        limit: at most ``limit * (psi2 + eps)`` is taken in
+        share: weight of the batch in the cumulative average that comes first
+        nu_scale: ``1 - alpha_bkw``
+        nu_lowest: bound of the factor of the old nu
+    """
+
+    psi2: Tensor
+    nu: Tensor
+    iters: Tensor
+    alpha: float
+    limit: float
+    share: float
+    nu_scale: float
+    nu_lowest: float
+
+
+class Forward(NamedTuple):
+    """What a forward pass gives.
+
+    Attributes:
+        y: shape and dtype of ``x``, contiguous
+        r: reciprocal root of the layer scale, ``N x groups``; None for ``groups == 0``
+        saved: ``3 x C``, for the backward pass: ``1 / sqrt(psi^2 + eps)`` of the output, that of the gradient, and the
+            sum of z^2 over the rows that count in the backward statistics
+        tally: ``C + 2``, sums of u^2 over the rows that count, their number, 1 (see :func:`tally`); None if the
+            kernel has taken the step itself
+    """
+
+    y: Tensor
+    r: Optional[Tensor]
+    saved: Tensor
+    tally: Optional[Tensor]
+
+
+class Backward(NamedTuple):
+    """What a backward pass gives.
+
+    Attributes:
+        x: gradient of ``x``, or None if it is not wanted
+        weight, bias: gradients (``C``)
+        tally: ``2 C + 2``, sums of ``weight * dy * z`` (gradient scale taken out) and of z^2, number of rows, 1; None if
+            the kernel has taken the step itself
+    """
+
+    x: Optional[Tensor]
+    weight: Tensor
+    bias: Tensor
+    tally: Optional[Tensor]
+
+
+def tally(*sums: Tensor, rows: Tensor) -> Tensor:
+    """One vector ``[sums (C each), rows, 1]`` in :func:`sum_dtype`: sums of one pass over ``rows`` rows, ready to be added up."""
+    dtype = sum_dtype(rows)
+    one = rows.new_ones(1, dtype=dtype)
+    return torch.cat([*(each.to(dtype) for each in sums), rows.reshape(1).to(dtype), one])
+
+
+def mean_of(tally: Tensor, otherwise: Tensor) -> Tensor:
+    """Second moment per channel from the tally of a forward pass; ``otherwise`` where no row counts."""
+    return Moment(tally[:-2], tally[-2]).mean(otherwise).to(otherwise.dtype)
+
+
+#: elements of a block of rows in float32: its temporaries stay in a core's cache
+BLOCK = 1 << 18
+
+
+def _blocks(rows: Tensor) -> Iterator[slice]:
+    """Slices of rows: a CPU works on blocks that fit its cache, any other device on all rows at once."""
+    number = rows.size(0)
+    size = max(1, BLOCK // rows.size(1)) if rows.device.type == "cpu" else max(1, number)
+    return (slice(begin, min(begin + size, number)) for begin in range(0, number, size))
+
+
+def _part(valid: Optional[Tensor], block: slice) -> Optional[Tensor]:
+    return None if valid is None else valid[block]
+
+
+def second_moment(x: Tensor, valid: Optional[Tensor], groups: int) -> Tensor:
+    """The tally of a forward pass (see :class:`Forward`) alone."""
+    rows = x.reshape(-1, x.size(-1))
+    total = rows.new_zeros(rows.size(1), dtype=compute_dtype(x))
+    with torch.autocast(x.device.type, enabled=False):
+        for block in _blocks(rows):
+            wide = rows[block].to(total.dtype)
+            u = scale_rows(wide, layer_scale_rsqrt(wide, groups))
+            total += masked_column_sum(u * u, _part(valid, block))
+    return tally(total, rows=row_count(total, valid) if valid is not None else total.new_full((), rows.size(0)))
+
+
+def power_forward(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    valid: Optional[Tensor],
+    psi2: Tensor,
+    spec: PowerNormSpec,
+    batch: Optional[Tensor] = None,
+) -> Forward:
+    """Forward pass of PN in training.
+
+    Args:
+        x: ``... x C``
+        weight, bias: ``C`` or None
+        valid: bool, one for each row in the order of ``x``, False marks padding; None if there is none
+        psi2: ``C``, running second moment psi^2(t-1)
+        spec: constants of the call
+        batch: ``C``, the batch's own second moment, if it is not that of these rows alone
+    """
+    rows = x.reshape(-1, x.size(-1))
+    dtype = compute_dtype(x)
+    running = psi2.to(dtype)
+    if batch is None and (spec.forward_batch or spec.jump < math.inf):
+        batch = mean_of(second_moment(x, valid, spec.groups), running)
+    if batch is not None:
+        running = torch.where(batch > spec.jump * (running + spec.eps), batch, running)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    flat = y.view(rows.shape)
+    r = None if spec.groups == 0 else rows.new_empty(rows.size(0), spec.groups, dtype=dtype)
+    total, everything = rows.new_zeros(2, rows.size(1), dtype=dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        inv = inverse_root(batch if spec.forward_batch else running, spec.eps)
+        scale = inv if weight is None else inv * weight.to(dtype)
+        shift = None if bias is None else bias.to(dtype)
+        for block in _blocks(rows):
+            wide = rows[block].to(dtype)
+            root = layer_scale_rsqrt(wide, spec.groups)
+            if root is not None:
+                r[block] = root
+            u = scale_rows(wide, root)
+            squares = u * u
+            if valid is not None and not spec.skip_padding:
+                everything += column_sum(squares)
+            total += masked_column_sum(squares, _part(valid, block))
+            if dtype == x.dtype:
+                _affine(u, scale, shift, out=flat[block])
+            else:
+                flat[block] = _affine(u, scale, shift)
+    count = total.new_full((), rows.size(0)) if valid is None else row_count(total, valid)
+    own = tally(total, rows=count)
+    if batch is None and spec.backward_batch:
+        batch = mean_of(own, running)
+    inv_backward = inverse_root(batch if spec.backward_batch else running, spec.eps)
+    squares = total if valid is None or spec.skip_padding else everything
+    saved = torch.stack([inv, inv_backward, squares * inv.square()])
+    return Forward(y, r, saved, own)
+
+
+def power_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    r: Optional[Tensor],
+    weight: Optional[Tensor],
+    valid: Optional[Tensor],
+    saved: Tensor,
+    nu: Tensor,
+    spec: PowerNormSpec,
+    want_x: bool = True,
+) -> Backward:
+    """Backward pass of PN: the approximate gradient of Algorithm 2.
+
+    Args:
+        grad_y: gradient of ``y``, shape and dtype of ``x``
+        x, weight: as in the forward pass
+        r, saved: what the forward pass gave
+        valid: of the forward pass; used if ``spec.skip_padding``
+        nu: ``C``; ``spec.nu_scale * nu`` is the paper's nu(t-1)
+        spec: constants of the call
+        want_x: is the gradient of ``x`` wanted?
+    """
+    rows, grads = x.reshape(-1, x.size(-1)), grad_y.reshape(-1, x.size(-1))
+    dtype = compute_dtype(x)
+    counted = valid if spec.skip_padding else None
+    inv_forward, inv_backward, z_square = saved
+    wide_weight = None if weight is None else weight.to(dtype)
+    # dL/du = (weight * dy - nu * z) / psi = scale * dy + through * u
+    scale = inv_backward if weight is None else inv_backward * wide_weight
+    through = nu.to(dtype) * spec.gradient_scale * -spec.nu_scale * inv_forward * inv_backward
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if want_x else None
+    grad_sum, grad_u_sum = rows.new_zeros(2, rows.size(1), dtype=dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        for block in _blocks(rows):
+            part, root = _part(counted, block), None if r is None else r[block]
+            u = scale_rows(rows[block].to(dtype), root)
+            grad = grads[block].to(dtype)
+            sums = grad_sums(grad, u, part)
+            grad_sum += sums[0]
+            grad_u_sum += sums[1]
+            if want_x:
+                target = grad_x.view(rows.shape)[block]
+                grad_u = torch.mul(grad, scale, out=target if dtype == x.dtype else None).addcmul_(u, through)
+                found = mask_rows_(scale_rows_backward(grad_u, u, root), part)
+                if dtype != x.dtype:
+                    target.copy_(found)
+    grad_z_sum = grad_u_sum * inv_forward
+    # Lambda and Gamma of Algorithm 2, as sums: dL/dz * z and z^2
+    weighted = grad_z_sum if weight is None else grad_z_sum * wide_weight
+    count = grad_sum.new_full((), rows.size(0)) if counted is None else row_count(grad_sum, counted)
+    return Backward(grad_x, grad_z_sum, grad_sum, tally(weighted / spec.gradient_scale, z_square, rows=count))
+
+
+def evaluate(
+    x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], psi2: Optional[Tensor], groups: int, eps: float
+) -> Tensor:
+    """PN in evaluation, ``u * weight / sqrt(psi2 + eps) + bias``: ordinary autograd.
+
+    Args:
+        x: ``... x C``
+        weight, bias: ``C`` or None
+        psi2: ``C``, or None: not divided
+        groups: channel groups of the layer scale, 0 for none
+        eps: added to ``psi2``
+
+    Returns:
+        tensor of ``x``'s shape and dtype
+    """
+    u = layer_scale(x.to(compute_dtype(x)), groups)
+    inv = u.new_ones(u.size(-1)) if psi2 is None else inverse_root(psi2.to(u.dtype), eps)
+    return affine(u, inv, weight, bias).to(x.dtype)
+
+
+def serves(device_type: str, dtype: torch.dtype) -> bool:
+    """This kernel serves all tensors."""
+    return True
+
+
+def unavailable() -> Optional[str]:
+    """None: it can be used everywhere."""
+    return None
+
+
+def describe() -> str:
+    """What is in use, for people."""
+    return "plain torch"

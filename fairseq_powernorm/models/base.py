@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..checkpoint import check_same_norms
+from ..fold import fold_norms, refuse_loading, refuse_training
 from ..options import NORM_FIELDS, NormConstants, check_norms, given_flags, norm_options, reject_unknown
 
 
@@ -102,6 +103,10 @@ class PowerNormModel:
 
     #: dataclass of the model's options
     options: Type[NormConstants]
+    #: set by :func:`~fairseq_powernorm.fold.fold_norms`
+    folded = False
+    #: whether fairseq's preparation for inference folds the norms
+    folds = True
 
     @classmethod
     def add_args(cls, parser):
@@ -139,5 +144,24 @@ class PowerNormModel:
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """See fairseq; raises ValueError where the checkpoint has another norm than the model."""
+        if self.folded:
+            refuse_loading()
         check_same_norms(self, state_dict)
         return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def train(self, mode: bool = True):
+        """See torch; a folded model raises RuntimeError for ``mode=True``."""
+        if self.folded:
+            refuse_training(mode)
+        return super().train(mode)
+
+    def prepare_for_inference_(self, cfg):
+        """Called by fairseq-generate, -interactive and -eval-lm: folds the norms, unless the task's options say no."""
+        self.folds = not getattr(getattr(cfg, "task", None), "no_fold_norms", False)
+        super().prepare_for_inference_(cfg)
+
+    def make_generation_fast_(self, **kwargs):
+        """See fairseq."""
+        super().make_generation_fast_(**kwargs)
+        if self.folds:
+            fold_norms(self)

@@ -77,6 +77,10 @@ class TensorizedDecoderLayer(DecoderLayer):
             causal=not cfg.tensorized_noncausal,
         )
 
+    def norm_readers(self):
+        """As in any decoder layer; but the attention, which sets its input at padding to zero, reads more than maps."""
+        return {name: readers for name, readers in super().norm_readers().items() if name != "self_attn_layer_norm"}
+
 
 class TensorizedDecoder(PowerNormDecoder):
     """Decoder of tensorized layers, which share the biases u and w (under each layer's name in a checkpoint).

@@ -1,6 +1,7 @@
 """``transformer_pn``: fairseq's Transformer for translation with a choice of norms."""
 from argparse import Namespace
 from dataclasses import field, make_dataclass
+from typing import Dict, List
 
 from fairseq.models import register_model
 from fairseq.models.transformer import (
@@ -12,7 +13,9 @@ from fairseq.models.transformer import (
 )
 from fairseq.models.transformer.transformer_config import DecoderConfig, EncDecBaseConfig, QuantNoiseConfig
 
-from ..layers import DecoderLayer, EncoderLayer, swap_norm, wrap_layer
+from torch import nn
+
+from ..layers import DecoderLayer, EncoderLayer, projections, swap_norm, wrap_layer
 from ..norms import MaskSlot
 from ..options import NormOptions
 from .base import PowerNormModel, fill, flat_fields, register_architecture
@@ -34,6 +37,9 @@ TransformerPNConfig.__module__ = __name__
 
 class PowerNormEncoder(TransformerEncoderBase):
     """fairseq's encoder with the norms of ``cfg.norms``; hands the padding mask to its final norm."""
+
+    #: fairseq's class, which does the same where no norm needs the mask: after folding
+    stock = TransformerEncoderBase
 
     def __init__(self, cfg, dictionary, embed_tokens, return_fc=False):
         super().__init__(cfg, dictionary, embed_tokens, return_fc)
@@ -62,6 +68,9 @@ class PowerNormEncoder(TransformerEncoderBase):
 class PowerNormDecoder(TransformerDecoderBase):
     """fairseq's decoder with the norms of ``cfg.norms``; hands the padding mask to its final norm."""
 
+    #: fairseq's class, which does the same where no norm needs the mask: after folding
+    stock = TransformerDecoderBase
+
     def __init__(self, cfg, dictionary, embed_tokens, no_encoder_attn=False, output_projection=None):
         super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn, output_projection)
         self.mask_slot = MaskSlot()
@@ -74,6 +83,13 @@ class PowerNormDecoder(TransformerDecoderBase):
 
     def build_decoder_layer(self, cfg, no_encoder_attn=False):
         return wrap_layer(DecoderLayer(cfg, no_encoder_attn), cfg)
+
+    def norm_readers(self) -> Dict[str, List[nn.Module]]:
+        """Norm -> the linear maps that read its output, and nothing else does: not so with adaptive softmax."""
+        reader = self.project_out_dim or self.output_projection
+        if self.layer_norm is None or reader is None or self.adaptive_softmax is not None:
+            return {}
+        return {"layer_norm": [reader]}
 
     def extract_features(self, prev_output_tokens, encoder_out=None, incremental_state=None, *args, **kwargs):
         """See fairseq; ``prev_output_tokens`` is ``B x T``, of which incremental decoding uses the last column."""
@@ -94,6 +110,13 @@ class TransformerPNModel(PowerNormModel, TransformerModelBase):
     """
 
     options = TransformerPNConfig
+
+    def norm_readers(self) -> Dict[str, List[nn.Module]]:
+        """The encoder's final norm -> keys and values of the decoder's attention to it, if nothing else reads it."""
+        attentions = [layer.encoder_attn for layer in self.decoder.layers if getattr(layer, "encoder_attn", None)]
+        if self.encoder.layer_norm is None or self.decoder.cross_self_attention:
+            return {}
+        return {"encoder.layer_norm": [reader for each in attentions for reader in projections(each, "kv")]}
 
     @classmethod
     def complete(cls, args):

@@ -52,14 +52,20 @@ def refuse_damaged(paths):
     return paths
 
 
-def last(config, directory, number):
-    """The run's last checkpoints to average, oldest first; refuses if there are too few or one is damaged."""
+def last(config, directory, number, available=False):
+    """The run's last checkpoints to average, oldest first; refuses if there are too few or one is damaged.
+
+    available: take as many as there are, checkpoint_last.pt if none was kept, where a short run has fewer
+    """
     if number is None:
         pattern, number = kept(config)
     else:
         pattern = EPOCH if config.checkpoint.keep_last_epochs > 0 and not config.checkpoint.no_epoch_checkpoints else UPDATE
     paths = found(directory, pattern)
-    if len(paths) < number:
+    newest = directory / "checkpoint_last.pt"
+    if available and not paths and newest.is_file():
+        paths = [newest]
+    if len(paths) < number and not (available and paths):
         raise UserError(f"{directory} has {len(paths)} of the {number} checkpoints to average "
                         f"({', '.join(path.name for path in paths) or 'none'}); --average N takes fewer")
     return refuse_damaged(paths[-number:])

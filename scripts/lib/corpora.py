@@ -1,18 +1,13 @@
 """Where each benchmark's text comes from: one table, and the code that fetches and verifies it."""
 
 import collections
-import gzip
-import hashlib
+import re
 import shutil
 import subprocess
 import sys
-import tarfile
-import urllib.error
-import urllib.request
-import zipfile
-import zlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from archives import download, gunzip, unpack
 from settings import ROOT, UserError, sha256
 
 SPLITS = ("train", "valid", "test")
@@ -21,6 +16,10 @@ MULTI30K = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1
 # benchmark -> urls, where each file lies (mirrors, tried in turn), and files: name -> (split.language, SHA-256 of the
 # uncompressed text). Language models, whose files are split.txt, also have an archive that holds the files, where it
 # lies, its SHA-256, and what the field counts in the text: tokens with line ends, types with <unk> and the line end.
+# Or archives: name -> where it lies, its size in bytes and its SHA-256; parts: split -> what it is made of, in order:
+# (archive, member, which lines of the member are text: a key of KINDS); nested: another archive -> the path in it of
+# the archive; and sentences: how many a split of the published corpus has.
+# {name} in archives and parts is a setting, {language} and {side} are those of the text (side: src or ref).
 # What is not known for certain is None.
 CORPORA = {
     "multi30k": {
@@ -44,6 +43,7 @@ CORPORA = {
         },
         "archive": "simple-examples.tgz", "folder": "simple-examples/data/", "archive_sha256": None,
         "archive_urls": ("http://www.fit.vutbr.cz/~imikolov/rnnlm/",),
+        "sizes": {"ptb.train.txt": 5101618, "ptb.valid.txt": 399782, "ptb.test.txt": 449945},
         "counts": {"train": 929589, "valid": 73760, "test": 82430, "types": 10000},
     },
     "wikitext103": {
@@ -54,7 +54,50 @@ CORPORA = {
         "archive_urls": ("https://wikitext.smerity.com/", "https://s3.amazonaws.com/research.metamind.io/wikitext/"),
         "counts": {"train": 103227021, "valid": 217646, "test": 245569, "types": 267735},
     },
+    "iwslt14": {
+        "archives": {
+            "de-en.tgz": (("https://dl.fbaipublicfiles.com/fairseq/data/iwslt14/",
+                           "https://wit3.fbk.eu/archive/2014-01/texts/de/en/"), None, None),
+        },
+        "nested": {"2014-01.tgz": "texts/de/en/de-en.tgz"},
+        "parts": {
+            "train": [("de-en.tgz", "de-en/train.tags.de-en.{language}", "tags")],
+            "test": [("de-en.tgz", f"de-en/IWSLT14.{name}.de-en.{{language}}.xml", "segments")
+                     for name in ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012")],
+        },
+        "sentences": {"test": 6750},
+    },
+    "wmt14": {
+        "archives": {
+            "training-parallel-europarl-v7.tgz": (
+                ("https://www.statmt.org/wmt13/", "http://statmt.org/wmt13/"),
+                657632379, "0224c7c710c8a063dfd893b0cc0830202d61f4c75c17eb8e31836103d27d96e7"),
+            "training-parallel-commoncrawl.tgz": (
+                ("https://www.statmt.org/wmt13/", "http://statmt.org/wmt13/"),
+                918311367, "c7a74e2ea01ac6c920123108627e35278d4ccb5701e15428ffa34de86fa3a9e5"),
+            "training-parallel-nc-v9.tgz": (
+                ("https://www.statmt.org/wmt14/", "http://statmt.org/wmt14/"),
+                80418416, "cb8953f292298e6877ae433c98912b927cb0766b303f4540512ddd286c748485"),
+            "training-parallel-nc-v12.tgz": (
+                ("https://data.statmt.org/wmt17/translation-task/", "http://data.statmt.org/wmt17/translation-task/"),
+                168591139, "2b45f30ef1d550d302fd17dd3a5cbe19134ccc4c2cf50c2dae534aee600101a2"),
+            "dev.tgz": (
+                ("https://data.statmt.org/wmt17/translation-task/", "http://data.statmt.org/wmt17/translation-task/"),
+                None, None),
+            "test-full.tgz": (("https://www.statmt.org/wmt14/", "http://statmt.org/wmt14/"), None, None),
+        },
+        "parts": {
+            "train": [("training-parallel-europarl-v7.tgz", "training/europarl-v7.de-en.{language}", "lines"),
+                      ("training-parallel-commoncrawl.tgz", "commoncrawl.de-en.{language}", "lines"),
+                      ("training-parallel-nc-{news_commentary}.tgz",
+                       "training/news-commentary-{news_commentary}.de-en.{language}", "lines")],
+            "valid": [("dev.tgz", "dev/newstest2013.{language}", "lines")],
+            "test": [("test-full.tgz", "test-full/newstest2014-deen-{side}.{language}.sgm", "segments")],
+        },
+        "sentences": {"valid": 3000, "test": 3003},
+    },
 }
+NEWS_COMMENTARY = ("v12", "v9")
 
 
 class Generated:
@@ -68,6 +111,7 @@ class Generated:
         return {"generator demo_corpus.py": sha256(self.script)}
 
     def write(self, directory):
+        directory.rmdir()  # the script makes it
         subprocess.run([sys.executable, self.script, directory], check=True)
 
 
@@ -76,14 +120,14 @@ class Downloaded:
 
     def __init__(self, benchmark, archive_dir, download_dir):
         self.benchmark, self.archive_dir, self.download_dir = benchmark, archive_dir, download_dir
-        self.urls, self.files = CORPORA[benchmark]["urls"], CORPORA[benchmark]["files"]
+        self.entry = CORPORA[benchmark]
+        self.urls, self.files = self.entry["urls"], self.entry["files"]
 
     def identity(self):
         return {name: digest for name, digest in self.files.values()}
 
     def write(self, directory):
         archives = [self._find(file) for file in self.files]
-        directory.mkdir()
         for archive, (name, expected) in zip(archives, self.files.values()):
             self._unpack(archive, directory / name, expected)
 
@@ -105,39 +149,14 @@ class Downloaded:
         return next((folder / name for folder in self._folders() for name in names if (folder / name).is_file()), None)
 
     def _download(self, file, urls):
-        """Downloads a file from the first of its addresses that has it, going on where an earlier attempt stopped."""
-        target = self.download_dir / file
-        if target.is_file():
-            return target
-        partial = target.with_name(target.name + ".part")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        errors = []
-        for url in urls:
-            start = partial.stat().st_size if partial.is_file() else 0
-            request = urllib.request.Request(url + file, headers={"Range": f"bytes={start}-"} if start else {})
-            print(f"downloading {url}{file}", flush=True)
-            try:
-                with urllib.request.urlopen(request, timeout=60) as answer:
-                    # 206: the server goes on where we stopped; 200: it begins anew.
-                    with open(partial, "ab" if answer.status == 206 else "wb") as stream:
-                        shutil.copyfileobj(answer, stream)
-            except OSError as error:
-                # 416: nothing is left to download
-                if not (isinstance(error, urllib.error.HTTPError) and error.code == 416):
-                    errors.append(f"cannot download {url}{file}: {error}")
-                    continue
-            partial.replace(target)
-            return target
-        raise UserError(f"{'; '.join(errors)}; without a network, fetch the files elsewhere and give their directory "
-                        f"with --archive-dir DIR or DATA_ARCHIVES=DIR")
+        return download(file, urls, self.download_dir, self.entry.get("sizes", {}).get(file))
 
     def _unpack(self, archive, target, expected):
         try:
-            with (gzip.open if archive.suffix == ".gz" else open)(archive, "rb") as packed:
-                digest = copy_and_hash(packed, target)
-        except DAMAGE as error:
+            digest = gunzip(archive, target)
+        except UserError:
             self._discard(archive)
-            raise UserError(f"cannot unpack {archive}: {error}") from None
+            raise
         self._verify(archive, "uncompressed text", digest, expected)
 
     def _verify(self, archive, what, digest, expected):
@@ -154,24 +173,19 @@ class Downloaded:
 class Packed(Downloaded):
     """A published corpus of a language model, in one archive or in single files, plain or gzip."""
 
-    def __init__(self, benchmark, archive_dir, download_dir):
-        super().__init__(benchmark, archive_dir, download_dir)
-        self.entry = CORPORA[benchmark]
-
     def identity(self):
         digests = super().identity()
         return digests if None not in digests.values() else {self.entry["archive"]: self.entry["archive_sha256"]}
 
     def write(self, directory):
         archive = self._archive()
-        directory.mkdir()
         for file, (name, expected) in self.files.items():
             if archive is None:
                 self._unpack(self._find(file), directory / name, expected)
         if archive is not None:
             self._verify(archive, "archive", sha256(archive), self.entry["archive_sha256"])
             try:
-                digests = unpack(archive, self.entry["folder"], self.files, directory)
+                digests = unpack(archive, in_archive(self.entry), directory)
             except UserError:
                 self._discard(archive)
                 raise
@@ -217,59 +231,124 @@ class OneArchive:
         return {self.archive.name: sha256(self.archive)}
 
     def write(self, directory):
-        directory.mkdir()
-        unpack(self.archive, self.entry["folder"], self.entry["files"], directory)
+        unpack(self.archive, in_archive(self.entry), directory)
 
 
-# What reading a damaged archive raises.
-DAMAGE = (OSError, EOFError, RuntimeError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
+def in_archive(entry):
+    """member -> name of the text, of the archive of a language model."""
+    return {entry["folder"] + file: name for file, (name, _) in entry["files"].items()}
 
 
-def copy_and_hash(source, target):
-    """Copies an open stream to a file; gives its SHA-256."""
-    digest = hashlib.sha256()
-    with open(target, "wb") as text:
-        for block in iter(lambda: source.read(1 << 20), b""):
-            digest.update(block)
-            text.write(block)
-    return digest.hexdigest()
+class Archives:
+    """A published parallel corpus, put together from members of archives: downloaded, in an archive directory, or, if
+    it is one archive, a file of the user's. The user's archives are held to the layout, not to the published SHA-256."""
+
+    def __init__(self, benchmark, settings, *, archive_dir, archive, download_dir):
+        self.benchmark, self.entry, self.download_dir = benchmark, CORPORA[benchmark], download_dir
+        self.archive_dir, self.archive = archive_dir, archive and Path(archive)
+        # split.language -> [(archive, member, kind)]
+        self.parts = {}
+        for split, parts in self.entry["parts"].items():
+            for language, side in zip(settings["languages"], ("src", "ref")):
+                names = {**settings, "language": language, "side": side}
+                self.parts[f"{split}.{language}"] = [
+                    (archive.format(**names), member.format(**names), kind) for archive, member, kind in parts]
+        self.names = list(dict.fromkeys(archive for parts in self.parts.values() for archive, _, _ in parts))
+
+    def identity(self):
+        return {name: sha256(path) if path else self.entry["archives"][name][2] for name, path in self._found().items()}
+
+    def _found(self):
+        """archive -> where it is, None if it has still to be downloaded."""
+        if self.archive is not None:
+            if not self.archive.is_file():
+                raise UserError(f"--archive {str(self.archive)!r} is not a file; it must be laid out as "
+                                f"{' or '.join([*self.names, *self.entry.get('nested', {})])}")
+            return {self.names[0]: self.archive}
+        if self.archive_dir is None:
+            found = {name: self.download_dir / name for name in self.names}
+            return {name: path if path.is_file() else None for name, path in found.items()}
+        folders = self.archive_dir / self.benchmark, self.archive_dir
+        found = {}
+        for name in self.names:
+            wanted = [name, *self.entry.get("nested", {})]
+            paths = (folder / file for folder in folders for file in wanted)
+            found[name] = next((path for path in paths if path.is_file()), None)
+            if found[name] is None:
+                raise UserError(f"archive directory (--archive-dir or DATA_ARCHIVES) {str(self.archive_dir)!r} lacks "
+                                f"{' or '.join(wanted)}; looked in {' and '.join(map(str, folders))}")
+        return found
+
+    def write(self, directory):
+        found = self._found()
+        if self.archive_dir is None and self.archive is None:
+            for name in self.names:
+                urls, size, _ = self.entry["archives"][name]
+                found[name] = download(name, urls, self.download_dir, size)
+        unpacked = directory / "unpacked"
+        unpacked.mkdir()
+        for name, path in found.items():
+            self._unpack(name, path, unpacked)
+        counts = {}
+        for name, parts in self.parts.items():
+            with open(directory / name, "wb") as text:
+                for number, (_, member, kind) in enumerate(parts):
+                    count = 0
+                    with open(unpacked / flat(member), "rb") as lines:
+                        for count, line in enumerate(KINDS[kind](lines), 1):
+                            text.write(line + b"\n")
+                    print(f"  {name}: {count:,} lines of {member}", flush=True)
+                    (unpacked / flat(member)).unlink()
+                    counts.setdefault((name.partition(".")[0], number), {})[member] = count
+        unpacked.rmdir()
+        for partners in counts.values():
+            if len(set(partners.values())) > 1:
+                raise UserError("unequal line counts: " + ", ".join(f"{m} has {c}" for m, c in partners.items()))
+
+    def _unpack(self, name, path, directory):
+        """Verifies and unpacks an archive; a damaged download is removed, so that the next run fetches it anew."""
+        published, digest = self.entry["archives"][name][2], sha256(path)
+        is_download = path.parent == self.download_dir
+        wanted = {member: flat(member) for parts in self.parts.values() for archive, member, _ in parts
+                  if archive == name}
+        try:
+            if published not in (None, digest):
+                if is_download:
+                    raise UserError(f"{path}: SHA-256 of the archive is {digest}, expected {published}")
+                print(f"  {path} is NOT the published {name}: its SHA-256 is {digest}, not {published}", flush=True)
+            print(f"  unpacking {path}", flush=True)
+            unpack(path, wanted, directory, next(iter(self.entry.get("nested", {}).values()), None))
+        except UserError:
+            if is_download:
+                path.unlink()
+            raise
 
 
-def unpack(archive, folder, files, directory):
-    """Writes folder + file of a zip or tar archive, for each of the files, to directory; gives name -> SHA-256.
-
-    Nothing else of the archive is written, and nothing at a place that the archive names. One with members outside of
-    its own directory is refused.
-    """
-    wanted = {folder + file: name for file, (name, _) in files.items()}
-    digests = {}
-    try:
-        for member, stream in members(archive):
-            path = PurePosixPath(member)
-            if path.is_absolute() or ".." in path.parts:
-                raise UserError(f"{archive} has the member {member!r}, which leads out of its directory")
-            if str(path) in wanted:
-                if stream is None:
-                    raise UserError(f"{archive}: {member} is not a file")
-                digests[wanted[str(path)]] = copy_and_hash(stream(), directory / wanted[str(path)])
-    except DAMAGE as error:
-        raise UserError(f"cannot unpack {archive}: {str(error).splitlines()[0].rstrip(':')}") from None
-    missing = [member for member, name in wanted.items() if name not in digests]
-    if missing:
-        raise UserError(f"{archive} lacks {', '.join(missing)}; it must hold {', '.join(wanted)}")
-    return digests
+def flat(member):
+    return member.replace("/", "_")
 
 
-def members(archive):
-    """(name, function that opens it or None if it is not a file) of each member of a zip or tar archive."""
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as packed:
-            for info in packed.infolist():
-                yield info.filename, None if info.is_dir() else lambda: packed.open(info)
-    else:
-        with tarfile.open(archive) as packed:
-            for info in packed:
-                yield info.name, (lambda: packed.extractfile(info)) if info.isfile() else None
+def all_lines(lines):
+    """The lines of a text, without the line end."""
+    return (line[:-1] if line.endswith(b"\n") else line for line in lines)
+
+
+def tagged_lines(lines):
+    """The sentences of IWSLT's train.tags: lines about the talk are left out, tags of titles removed."""
+    for line in all_lines(lines):
+        if not any(tag in line for tag in (b"<url>", b"<talkid>", b"<keywords>")):
+            yield re.sub(rb"</?(?:title|description)>", b"", line)
+
+
+def segments(lines):
+    """The sentences of an XML or SGML file with a <seg id="N"> of one line for each; entities stay as they are."""
+    for line in all_lines(lines):
+        if b"<seg id" in line:
+            yield re.sub(rb"\s*</seg>\s*", b"", re.sub(rb'<seg id="[0-9]*">\s*', b"", line))
+
+
+# How the text of a benchmark lies in a member of its archives.
+KINDS = {"lines": all_lines, "tags": tagged_lines, "segments": segments}
 
 
 class OwnText:
@@ -292,28 +371,31 @@ class OwnText:
         return {name: sha256(self.directory / name) for name in self.names}
 
     def write(self, directory):
-        directory.mkdir()
         for file, name in self.names.items():
             shutil.copyfile(self.directory / file, directory / name)
 
 
-def source(benchmark, languages, *, text_dir, archive_dir, archive, download_dir):
-    """The source of a benchmark's text: `identity()` names it before any work, `write(directory)` makes it,
-    with files split.language."""
-    is_packed = "archive" in CORPORA.get(benchmark, {})
+def source(benchmark, settings, *, text_dir, archive_dir, archive, download_dir):
+    """The source of a benchmark's text: `identity()` gives name -> SHA-256 (None: not known before it is downloaded)
+    before any work, `write(directory)` makes the files split.language."""
+    entry = CORPORA.get(benchmark, {})
+    is_packed, languages = "archive" in entry, settings["languages"]
     if archive is not None and text_dir is not None:
         raise UserError("--archive and --text-dir exclude each other; give the text in one of them")
-    if archive is not None and not is_packed:
-        raise UserError(f"--archive {archive!r}: {benchmark} does not come in one archive; valid with: "
-                        f"{', '.join(name for name in CORPORA if 'archive' in CORPORA[name])}")
-    if archive is not None:
+    if archive is not None and not is_packed and len(entry.get("archives", ())) != 1:
+        raise UserError(f"--archive {archive!r}: {benchmark} does not come in one archive; valid with: " + ", ".join(
+            name for name in CORPORA if "archive" in CORPORA[name] or len(CORPORA[name].get("archives", ())) == 1)
+            + "; --archive-dir DIR takes several")
+    if archive is not None and is_packed:
         return OneArchive(benchmark, archive)
     if text_dir is not None:
-        return OwnText(text_dir, languages, CORPORA[benchmark]["files"] if is_packed else {})
+        return OwnText(text_dir, languages, entry["files"] if is_packed else {})
     if archive_dir is not None:
         archive_dir = Path(archive_dir)
         if benchmark in CORPORA and not archive_dir.is_dir():
             raise UserError(f"archive directory (--archive-dir or DATA_ARCHIVES) {str(archive_dir)!r} is not a directory")
+    if "archives" in entry:
+        return Archives(benchmark, settings, archive_dir=archive_dir, archive=archive, download_dir=download_dir)
     if benchmark in CORPORA:
         return (Packed if is_packed else Downloaded)(benchmark, archive_dir, download_dir)
     if benchmark == "demo":
@@ -365,6 +447,12 @@ def count_words(directory):
                              out_of_vocabulary=sum(word not in known for word in words))
         counts[split] = {**found, "tokens": found["words"] + found["lines"]}
     return {"counts": counts, "types": len(known) + 1}
+
+
+def differing_sentences(benchmark, found):
+    """How the numbers of sentences differ from those of the published corpus; empty if they do not."""
+    expected = CORPORA.get(benchmark, {}).get("sentences", {})
+    return [f"{split} {found[split]:,} ({count:,})" for split, count in expected.items() if found[split] != count]
 
 
 def differing_counts(benchmark, found):

@@ -9,7 +9,8 @@
 pn_missing() {
     "$1" - <<'PYTHON'
 from importlib.util import find_spec
-needed = "torch fairseq hydra omegaconf sacrebleu sacremoses subword_nmt sentencepiece matplotlib pytest xdist".split()
+needed = """torch fairseq hydra omegaconf sacrebleu sacremoses subword_nmt sentencepiece jinja2 matplotlib pytest xdist
+            onnx onnxruntime""".split()
 print(" ".join(name for name in needed if find_spec(name) is None))
 PYTHON
 }
@@ -68,7 +69,7 @@ pn_make_venv() {
         fi
         read -r -a words <<<"$torch"
         "$venv/bin/python" -m pip install --quiet "${words[@]}"
-        "$venv/bin/python" -m pip install --quiet -e "$PN_ROOT[data,plots,test]"
+        "$venv/bin/python" -m pip install --quiet -e "$PN_ROOT[data,plots,slurm,test]"
         printf '%s\n' "$stamp" >"$venv/installed"
         rm "$unfinished"
     fi
@@ -101,3 +102,5 @@ pn_environment() {
 }
 
 pn_environment
+# The C kernel, if its sources have changed or nobody built it; without a compiler the log says that torch's serves.
+"$PYTHON" "$PN_ROOT/fairseq_powernorm/kernels/build.py" >/dev/null 2>&1 || true

@@ -1,11 +1,11 @@
 """Evaluates one run: see scripts/evaluate.sh."""
 
 import argparse
+import math
 import os
 import platform
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +14,9 @@ import checkpoints
 import compose
 import perplexity
 import trainlog
-from settings import (PLUGIN, ROOT, TOOLS, UserError, benchmarks, call, choose, data_root, is_lm, locked, main,
-                      prepared, read_json, sha256, tool, versions, whole_directory, write_json)
+from score import lines_of, sacrebleu_scores, tokenized_bleu
+from settings import (PLUGIN, ROOT, TOOLS, UserError, benchmarks, call, choose, data_root, is_lm, load, locked, main,
+                      prepared, read_json, script_setting, sha256, tool, versions, whole_directory, write_json)
 
 SCHEMA = 1
 SUBSETS = ("test", "valid")
@@ -27,6 +28,7 @@ def parse(arguments):
     parser.add_argument("run_dir")
     parser.add_argument("--subset", default="test")
     parser.add_argument("--average", type=int)
+    parser.add_argument("--available", action="store_true")
     parser.add_argument("--unfinished", action="store_true")
     parser.add_argument("--record")
     parser.add_argument("--force", action="store_true")
@@ -57,7 +59,7 @@ def evaluate(arguments):
         if is_lm(config) and options.average is None:
             inputs = checkpoints.best(run / "checkpoints")
         else:
-            inputs = checkpoints.last(config, run / "checkpoints", options.average)
+            inputs = checkpoints.last(config, run / "checkpoints", options.average, options.available)
         score = perplexity.evaluate if is_lm(config) else translate_and_score
         request = {"subset": options.subset, "checkpoints": {path.name: sha256(path) for path in inputs}}
         if target.exists() and not options.force:
@@ -79,7 +81,7 @@ def evaluate(arguments):
     print(f"record: {target / 'record.json'}")
     if copy:
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(target / "record.json", copy)
+        write_json(copy, record)
         print(f"copied to {copy}")
 
 
@@ -125,7 +127,7 @@ def about(run, facts, config):
     from omegaconf import OmegaConf
 
     norm, placement = compose.norms_of(config.model)
-    curve = trainlog.curve(run / "train.log")
+    curve = finite(trainlog.curve(run / "train.log"))
     resolved = OmegaConf.to_container(config)
     for group, key in (("common", "user_dir"), ("task", "data"), ("checkpoint", "save_dir")):
         resolved[group][key] = anonymous(resolved[group][key], run)
@@ -144,6 +146,15 @@ def about(run, facts, config):
                      "threads": sessions[-1]["threads"]},
         "curve": curve, "overrides": facts["overrides"], "config": resolved,
     }
+
+
+def finite(curve):
+    """A curve with null for what is not finite, for which JSON has no number."""
+    def number(value):
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {subset: [{key: number(value) for key, value in entry.items()} for entry in entries]
+            for subset, entries in curve.items()}
 
 
 def translate_and_score(directory, data, stamp, config, inputs, subset, lock):
@@ -178,7 +189,8 @@ def translate_and_score(directory, data, stamp, config, inputs, subset, lock):
         (directory / name).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     speed = re.search(r"Translated [\d,]+ sentences \(([\d,]+) tokens\) in ([\d.]+)s .* ([\d.]+) tokens/s", output)
     return {
-        "bleu_tokenized": tokenized_bleu(texts["hyp.tok"], texts["ref.tok"]),
+        "bleu_tokenized": tokenized_bleu(texts["hyp.tok"], texts["ref.tok"],
+                                         script_setting(load(stamp["benchmark"]), "PN_SPLIT_COMPOUNDS", False)),
         **sacrebleu_scores(texts["hyp.detok"], texts["ref.detok"], lowercase),
         "sentences": len(hypotheses), "beam": generation.beam, "lenpen": generation.lenpen, "averaged": len(inputs),
         "tokens_per_s": float(speed[3]) if speed else None,
@@ -195,10 +207,6 @@ def hypotheses_of(output, sentences):
     return [found[number] for number in range(sentences)]
 
 
-def lines_of(path):
-    return [line.rstrip("\r") for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
-
-
 def detokenized(lines, language):
     from sacremoses import MosesDetokenizer
 
@@ -206,42 +214,16 @@ def detokenized(lines, language):
     return [detokenizer.detokenize(line.split()) for line in lines]
 
 
-def tokenized_bleu(hypotheses, references):
-    """BLEU of tokenized text as in the paper: the arithmetic of fairseq-score (which is that of multi-bleu), unrounded."""
-    from fairseq.data import Dictionary
-    from fairseq.scoring.bleu import BleuConfig, Scorer
-
-    dictionary = Dictionary()
-    scorer = Scorer(BleuConfig(pad=dictionary.pad(), eos=dictionary.eos(), unk=dictionary.unk()))
-    for hypothesis, reference in zip(hypotheses, references):
-        # Hypothesis first, as there: the dictionary grows along the way.
-        encoded = dictionary.encode_line(hypothesis)
-        scorer.add(dictionary.encode_line(reference), encoded)
-    return {"score": scorer.score() if scorer.stat.predlen else 0.0, "precisions": [100 * p for p in scorer.precision()],
-            "brevity_penalty": scorer.brevity(), "ratio": scorer.stat.predlen / scorer.stat.reflen,
-            "hypothesis_length": scorer.stat.predlen, "reference_length": scorer.stat.reflen,
-            "text": scorer.result_string()}
-
-
-def sacrebleu_scores(hypotheses, references, lowercase):
-    from sacrebleu.metrics import BLEU, CHRF
-
-    scores = {}
-    for name, metric in (("sacrebleu", BLEU(lowercase=lowercase)), ("chrf", CHRF(lowercase=lowercase))):
-        score = metric.corpus_score(hypotheses, [references])
-        scores[name] = {"score": score.score, "signature": str(metric.get_signature())}
-    return scores
-
-
 def commit():
-    """The checkout's commit, with "+changes" if files differ from it; None outside of git."""
+    """The checkout's commit, with "+changes" if files other than records differ from it; None outside of git."""
     def git(*arguments):
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
 
     head = git("rev-parse", "HEAD")
     if head.returncode:
         return None
-    return head.stdout.strip() + ("+changes" if git("status", "--porcelain").stdout.strip() else "")
+    changed = git("status", "--porcelain", "--", ".", ":!results").stdout.strip()
+    return head.stdout.strip() + ("+changes" if changed else "")
 
 
 def anonymous(text, run):

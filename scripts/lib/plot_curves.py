@@ -5,8 +5,11 @@ python scripts/lib/plot_curves.py RECORD... --output FILE.png
 
 import argparse
 import sys
+from pathlib import Path
 
-from settings import UserError, main, read_json
+import figures
+import schema
+from settings import UserError, main
 
 
 def plot(arguments):
@@ -14,27 +17,18 @@ def plot(arguments):
     parser.add_argument("records", nargs="+", metavar="RECORD")
     parser.add_argument("--output", required=True, metavar="FILE.png")
     options = parser.parse_args(arguments)
-    records = [read_json(path) for path in options.records]
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    records = [schema.read_record(path) for path in options.records]
+    figure, (axis,) = figures.panels(1)
     for path, record in zip(options.records, records):
-        points = record["curve"]["valid"]
-        if not points:
+        if not record["curve"]["valid"]:
             raise UserError(f"{path} has no validation curve")
         label = f"{record['norm']} ({record.get('arch', record['placement'])}), seed {record['seed']}"
         if not record.get("causal", True):
             label += ", not a language model"
-        axes.plot([point["updates"] for point in points], [point["loss"] for point in points], marker=".", label=label)
-    axes.set(xlabel="updates", ylabel="validation loss (bits per token)", title=", ".join(
-        sorted({record["benchmark"] for record in records})))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(options.output, dpi=150)
+        figures.curve(axis, label, record, "valid", marker=".")
+    figures.finished(axis, xlabel="updates", ylabel="validation loss (bits per token)",
+                     title=", ".join(sorted({record["benchmark"] for record in records})))
+    Path(options.output).write_bytes(figures.png(figure))
     print(f"wrote {options.output}")
 
 

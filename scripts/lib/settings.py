@@ -1,7 +1,9 @@
 """Where things lie, what a benchmark's YAML says, and how a script refuses bad input."""
 
 import contextlib
+import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -9,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +31,8 @@ class UserError(Exception):
 
 def main(function, *arguments):
     """Runs a script's main function; a refusal is one line on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal need not know every character
     try:
         sys.exit(function(*arguments))
     except UserError as error:
@@ -61,6 +66,7 @@ def placements(model):
     return tuple(PLACEMENTS) if NORM_OPTIONS[0] in model else ("all",)
 
 
+@functools.lru_cache(maxsize=None)
 def architectures(benchmark):
     """The architectures with settings for a benchmark, the default first; the others have configs/BENCH/ARCH.yaml."""
     return (load(benchmark).model._name, *sorted(path.stem for path in (CONFIGS / benchmark).glob("*.yaml")))
@@ -70,12 +76,23 @@ def benchmarks():
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
-def load(benchmark):
-    """configs/BENCH.yaml as it stands in the file (interpolations resolve on access)."""
+def load(benchmark, arch=None):
+    """configs/BENCH.yaml, configs/BENCH/ARCH.yaml over it, as they stand there (interpolations resolve on access)."""
     from omegaconf import OmegaConf
 
     choose("benchmark", benchmark, benchmarks())
-    return OmegaConf.load(CONFIGS / f"{benchmark}.yaml")
+    config = OmegaConf.load(CONFIGS / f"{benchmark}.yaml")
+    if arch not in (None, config.model._name):
+        config = OmegaConf.merge(config, OmegaConf.load(CONFIGS / benchmark / f"{arch}.yaml"))
+    return config
+
+
+def script_setting(config, key, default):
+    """A setting of the scripts for which fairseq has no key: hydra.job.env_set.KEY of what load gives."""
+    from omegaconf import OmegaConf
+
+    value = OmegaConf.select(config, f"hydra.job.env_set.{key}")
+    return default if value is None else value
 
 
 def sha256(path):
@@ -86,10 +103,10 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def write_json(path, content):
+def write_json(path, content, indent=2):
     """Writes JSON so that a reader sees the old file or the new one, never a part."""
     partial = Path(f"{path}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -125,19 +142,39 @@ def cpus():
 
 
 @contextlib.contextmanager
-def locked(directory):
-    """Holds the lock of a directory that need not exist yet; refuses if another process holds it.
+def locked(directory, patience=1.0):
+    """Holds the lock of a directory that need not exist yet; refuses if another process holds it for `patience` seconds.
 
     The lock is a file beside the directory. It opens when the process ends, however it ends, and the children that were
-    given the file have ended, too.
+    given the file have ended, too. in_use() holds it for an instant, hence the patience.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     with open(directory.with_name(f".{directory.name}.lock"), "a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process is at work in {directory} (it holds {stream.name})") from None
+        end = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise UserError(f"{stream.name} cannot be locked: {error.strerror}; runs need a file system with "
+                                    f"flock (on Lustre the mount option flock)") from None
+            if time.monotonic() > end:
+                raise UserError(f"another process is at work in {directory} (it holds {stream.name})")
+            time.sleep(0.1)
         yield stream
+
+
+def in_use(directory):
+    """Is a process at work in the directory? Leaves no file."""
+    try:
+        with open(directory.with_name(f".{directory.name}.lock"), "r") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 @contextlib.contextmanager
@@ -147,24 +184,70 @@ def whole_directory(target):
     What an earlier process left when it was killed is removed, and a target that it had set aside is put back. The caller
     holds a lock.
     """
-    partial = target.with_name(f".{target.name}.partial")
-    aside = target.with_name(f".{target.name}.old")
+    partial = put_back(target)
     shutil.rmtree(partial, ignore_errors=True)
-    if aside.exists():
-        if target.exists():
-            shutil.rmtree(aside)
-        else:
-            aside.rename(target)
     partial.mkdir(parents=True)
     try:
         yield partial
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    replace(target, partial)
+
+
+def put_back(target):
+    """Puts back a target that a killed process had set aside; gives the path of its temporary sibling."""
+    aside = target.with_name(f".{target.name}.old")
+    if aside.exists():
+        if target.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(target)
+    return target.with_name(f".{target.name}.partial")
+
+
+def replace(target, partial):
+    """The temporary sibling takes the place of target."""
+    aside = target.with_name(f".{target.name}.old")
     if target.exists():
         target.rename(aside)
     partial.rename(target)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def resumable_directory(target, request):
+    """As whole_directory, but what an earlier process left after the same request is kept, to be gone on with.
+
+    The request stands in prepared.json from the beginning; the block adds to it. When the block fails, the sibling
+    stays if it holds a directory that is whole, that is, whose name begins with no dot.
+    """
+    partial = put_back(target)
+    stamp = partial / "prepared.json"
+    if partial.exists():
+        there = read_json(stamp) if stamp.is_file() and stamp.stat().st_size else {}
+        if same({key: there.get(key) for key in request}, request) and there:
+            print(f"going on with what an interrupted run left in {partial}", flush=True)
+        else:
+            print(f"removing {partial}, which an interrupted run with other settings left", flush=True)
+            shutil.rmtree(partial)
+    if not partial.exists():
+        partial.mkdir(parents=True)
+        write_json(stamp, request)
+    try:
+        yield partial
+    except BaseException:
+        if not any(path.is_dir() and not path.name.startswith(".") for path in partial.iterdir()):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    replace(target, partial)
+
+
+def same(one, other):
+    """Are two requests the same? A value of None is not known yet, and the same as any other."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    return one == other or one is None or other is None
 
 
 def tool(name):

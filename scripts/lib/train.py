@@ -1,14 +1,16 @@
-"""Trains one run: see scripts/train.sh."""
+"""Trains one run: see scripts/train.sh, and scripts/launch.sh for several ranks."""
 
 import argparse
 import collections
 import contextlib
+import importlib.util
 import os
 import resource
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,7 +22,13 @@ from settings import (CONFIGS, NORMS, UserError, architectures, benchmarks, choo
 
 SCHEMA = 1
 # Given by train.sh itself; another value would take the run's files away from its directory.
-OURS = {"checkpoint.save_dir": "--run-dir DIR", "task.data": "PN_DATA_ROOT", "common.user_dir": "another checkout"}
+OURS = {"checkpoint.save_dir": "--run-dir DIR", "task.data": "PN_DATA_ROOT", "common.user_dir": "another checkout",
+        "common.tensorboard_logdir": "--tensorboard"}
+# Given by the launcher, which alone knows the places of the ranks.
+PLACES = tuple(f"distributed_training.{key}" for key in (
+    "distributed_world_size", "distributed_rank", "distributed_init_method", "distributed_port", "distributed_backend",
+    "distributed_no_spawn", "device_id"))
+STOP_PATIENCE = 10  # seconds from SIGTERM to SIGKILL
 
 
 def parse(arguments):
@@ -31,6 +39,7 @@ def parse(arguments):
     parser.add_argument("--placement")
     parser.add_argument("--run-dir")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--tensorboard", action="store_true")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(arguments)
     choose("benchmark", options.benchmark, benchmarks())
@@ -49,35 +58,45 @@ def parse(arguments):
     for key, instead in OURS.items():
         if key in compose.by_key(options.overrides):
             raise UserError(f"override {key} is train.sh's own; use {instead}")
+    if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError(f"--tensorboard: {sys.executable} has no tensorboard; install it with: pip install tensorboard")
+    if options.tensorboard:
+        options.overrides.append("common.tensorboard_logdir=tensorboard")  # in the run's directory, where hydra goes
     return options, config
 
 
-def train(arguments):
+def train(arguments, launcher=None):
+    """Trains in one process, or in those that a launcher (see launch.py) starts."""
     options, config = parse(arguments)
+    if launcher is None:
+        refuse_several_processes()
+    else:
+        launcher.check_overrides(options.overrides)
     data, _ = prepared(options.benchmark)
     run = run_directory(options, config)
-    if run.exists() and not options.resume:
+    leads = launcher is None or launcher.leads
+    if leads and begun(run) and not options.resume:
         raise UserError(f"{run} exists already; --resume goes on with it, --run-dir DIR chooses another")
-    facts = {"schema": SCHEMA, "benchmark": options.benchmark, "arch": options.arch, "norm": options.norm,
-             "placement": options.placement,
-             "prepared_sha256": sha256(data / "prepared.json"), "overrides": options.overrides, "sessions": []}
-    with locked(run) as lock:
-        if run.exists() and any(run.iterdir()):
-            facts = resumed(run, facts)
-            finished = run / "finished.json"
-            if finished.is_file() and read_json(finished)["overrides"] == facts["overrides"]:
-                print(f"{run} has finished ({read_json(finished)['updates']:,} updates); nothing to do")
-                return 0
-        complete, resolved, facts["parameters"] = compose.resolved(
-            options.benchmark,
-            [*compose.arch_overrides(options.benchmark, options.arch),
-             *compose.norm_overrides(config.model, options.norm, options.placement), *facts["overrides"]],
-            data / "data-bin", run / "checkpoints")
+    with contextlib.ExitStack() as stack:
+        lock = None
+        if leads:
+            lock = stack.enter_context(locked(run, *([launcher.patience] if launcher else [])))
+        if launcher:
+            launcher.check_claim(run)
+        facts = started(options, data, run)
+        finished = run / "finished.json"
+        if finished.is_file() and read_json(finished)["overrides"] == facts["overrides"]:
+            print(f"{run} has finished ({read_json(finished)['updates']:,} updates); nothing to do")
+            return 0
+        complete, resolved, facts["parameters"] = composed(options, config, facts, data, run)
+        world = check_world(resolved, launcher)
         if is_lm(resolved):
             perplexity.check(resolved)
         command = [tool("fairseq-hydra-train"), "--config-dir", str(CONFIGS), "--config-name", options.benchmark,
                    f"hydra.run.dir={compose.quote(run)}", "hydra.output_subdir=hydra", "hydra/job_logging=stdout", *complete]
-        return session(run, facts, command, resolved, lock)
+        if leads:
+            print(f"{options.benchmark}, {world} rank{'s' * (world > 1)}: {batch(resolved, world)}", flush=True)
+        return session(run, facts, command, resolved, lock, launcher)
 
 
 def run_directory(options, config):
@@ -90,6 +109,19 @@ def run_directory(options, config):
                            (options.arch, architectures(options.benchmark)[0])):
         chosen += [value] if value != default else []
     return runs_root() / options.benchmark / f"{'-'.join(chosen)}-seed{seed}"
+
+
+def begun(run):
+    """Does the run's directory hold anything but what other ranks, which may be quicker, write there?"""
+    return run.exists() and any(path.name != "logs" for path in run.iterdir())
+
+
+def started(options, data, run):
+    """run.json of a run that begins, or of that to go on with."""
+    facts = {"schema": SCHEMA, "benchmark": options.benchmark, "arch": options.arch, "norm": options.norm,
+             "placement": options.placement, "prepared_sha256": sha256(data / "prepared.json"),
+             "overrides": options.overrides, "sessions": []}
+    return resumed(run, facts) if begun(run) else facts
 
 
 def resumed(run, wanted):
@@ -107,14 +139,68 @@ def resumed(run, wanted):
     return {**facts, "overrides": list(merged.values())}
 
 
-def session(run, facts, command, config, lock):
+def composed(options, config, facts, data, run):
+    """(overrides, configuration, number of parameters) of a run: see compose.resolved()."""
+    overrides = [*compose.arch_overrides(options.benchmark, options.arch),
+                 *compose.norm_overrides(config.model, options.norm, options.placement), *facts["overrides"]]
+    complete, resolved, parameters = compose.resolved(options.benchmark, overrides, data / "data-bin", run / "checkpoints")
+    saving = resolved.checkpoint
+    if saving.save_interval_updates > 0 and saving.keep_interval_updates < 1:
+        raise UserError(f"checkpoint.save_interval_updates={saving.save_interval_updates} without "
+                        f"checkpoint.keep_interval_updates fills the disk; give the number to keep, 1 or more")
+    return complete, resolved, parameters
+
+
+def refuse_several_processes():
+    """train.sh is one process; several of it, started by torchrun or srun, would train apart."""
+    for starter, variable in (("torchrun", "WORLD_SIZE"), ("srun", "SLURM_STEP_NUM_TASKS")):
+        if os.environ.get(variable, "1") not in ("", "1"):
+            raise UserError(f"{starter} started {os.environ[variable]} processes ({variable}), and each would train a model "
+                            f"of its own; scripts/launch.sh or scripts/slurm/submit.sh starts ranks that train one")
+
+
+def check_world(config, launcher):
+    """The number of ranks; refuses where fairseq would start another number of them."""
+    import torch
+
+    if launcher is not None:
+        return launcher.check_devices(config)
+    world = config.distributed_training.distributed_world_size
+    on_gpu = torch.cuda.is_available() and not config.common.cpu
+    if world > 1 and (not on_gpu or world > torch.cuda.device_count()):
+        raise UserError(f"distributed_training.distributed_world_size={world}: "
+                        f"{f'{torch.cuda.device_count()} GPUs are visible' if on_gpu else 'this is a CPU run'}; "
+                        f"use scripts/launch.sh --ranks {world}")
+    return world
+
+
+def batch(config, world):
+    """What an update is made of, in words."""
+    units = (("max_tokens", "tokens"), ("batch_size", "sentences or blocks"))
+    sizes = [(key, config.dataset[key], unit) for key, unit in units if config.dataset.get(key)]
+    frequency = config.optimization.update_freq[0]
+    text = "an update takes at most " + " and ".join(f"{size * frequency * world:,} {unit}" for _, size, unit in sizes)
+    if frequency == world == 1 or not sizes:
+        return text
+    text += f" ({world} x optimization.update_freq {frequency} x {' and '.join(f'{size:,}' for _, size, _ in sizes)}"
+    return text + (f"; one rank has {' and '.join(f'{size * frequency:,}' for _, size, _ in sizes)}: to keep that, divide "
+                   f"optimization.update_freq or dataset.{sizes[0][0]} by {world})" if world > 1 else ")")
+
+
+def session(run, facts, command, config, lock, launcher=None):
     """Trains until the end, an error or a signal; shows progress in short and logs everything. Gives the exit status."""
     from omegaconf import OmegaConf
 
+    environment = None
+    if launcher is not None:
+        command, environment = launcher.command(command, run / "logs")
+    if lock is None:  # another process leads the run, and writes its records
+        return follow(command, environment)
     run.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
         (run / "finished.json").unlink()
-    this = {"command": command, "threads": int(os.environ.get("OMP_NUM_THREADS") or cpus()),
+    this = {"command": command, "threads": int((environment or os.environ).get("OMP_NUM_THREADS") or cpus()),
+            **(launcher.facts() if launcher else {}),
             "wall_s": None, "cpu_s": None, "exit_status": None}  # null to the end of a session that is killed
     facts["sessions"].append(this)
     write_json(run / "run.json", facts)
@@ -130,29 +216,87 @@ def session(run, facts, command, config, lock):
     begin, cpu = time.time(), children_cpu()
     # The child holds the lock as well: should this process be killed, nobody else can train there until it ends, too.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                               pass_fds=(lock.fileno(),))
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    signal.signal(signal.SIGINT, lambda *_: process.terminate())
+                               pass_fds=(lock.fileno(),), env=environment)
+    stopped = stop_with_us(process)
     tail = collections.deque(maxlen=20)
-    with open(run / "train.log", "a", encoding="utf-8") as log:
+    with open(run / "train.log", "a", encoding="utf-8") as log, Rhythm() as rhythm:
         for line in process.stdout:
             log.write(line)
             log.flush()
             tail.append(line)
             short = trainlog.brief(line.rstrip("\n"), max_update, remark)
             if short is not None:
-                print(short, flush=True)
+                rhythm.show(short)
     status = process.wait()
-    this.update(wall_s=round(time.time() - begin, 1), cpu_s=round(children_cpu() - cpu, 1), exit_status=status)
+    if stopped and status:
+        status = -stopped[0]  # whatever the launcher made of it
+    counted = launcher is None or launcher.counts_cpu
+    this.update(wall_s=round(time.time() - begin, 1), cpu_s=round(children_cpu() - cpu, 1) if counted else None,
+                exit_status=status)
     write_json(run / "run.json", facts)
     if status:
         print(f"the last lines of {run / 'train.log'}:\n{''.join(tail)}", file=sys.stderr)
+        for path in sorted((run / "logs").glob("*rank*.log")):
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-5:]
+            if lines and path.stat().st_mtime >= begin:
+                print(f"the last lines of {path}:\n{''.join(lines)}", end="", file=sys.stderr)
         print(f"error: training stopped with exit status {status}; --resume goes on with it", file=sys.stderr)
         return status if status > 0 else 128 - status
     updates = trainlog.updates(trainlog.curve(run / "train.log"))
     write_json(run / "finished.json", {"updates": updates, "overrides": facts["overrides"]})
     print(f"finished {run}: {updates:,} updates in {this['wall_s'] / 60:.1f} min")
     return 0
+
+
+def follow(command, environment):
+    """Trains along with the process that leads the run; gives the exit status."""
+    process = subprocess.Popen(command, env=environment)
+    stopped = stop_with_us(process)
+    status = process.wait()
+    if stopped and status:
+        status = -stopped[0]
+    return status if status >= 0 else 128 - status
+
+
+def stop_with_us(process):
+    """Lets SIGTERM and SIGINT to this process end the other, too; gives the list of signals that have come."""
+    stopped = []
+
+    def stop(number, _frame):
+        stopped.append(number)
+        process.terminate()
+        timer = threading.Timer(STOP_PATIENCE, process.kill)
+        timer.daemon = True
+        timer.start()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    return stopped
+
+
+class Rhythm:
+    """Shows lines of progress, and says so where none has come for $PN_PROGRESS_SECONDS (60)."""
+
+    def __enter__(self):
+        self.seconds = float(os.environ.get("PN_PROGRESS_SECONDS") or 60)
+        self.last, self.time, self.over = "nothing yet", time.monotonic(), threading.Event()
+        self.thread = threading.Thread(target=self.beat, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join()
+
+    def show(self, line):
+        self.last, self.time = line.strip(), time.monotonic()
+        print(line, flush=True)
+
+    def beat(self):
+        while not self.over.wait(self.seconds):
+            silent = time.monotonic() - self.time
+            if silent >= self.seconds:
+                print(f"  at work, without news for {silent:.0f} s; the last: {self.last}", flush=True)
 
 
 def children_cpu():

@@ -1,0 +1,183 @@
+r"""Folding for inference: the same outputs by fewer operations.
+
+In evaluation PN, PN-V and BN are affine maps of the layer-scaled input u (u = x without layer scale),
+
+.. math:: y = s \odot u + t, \qquad s = \gamma / \sqrt{\psi^2 + \epsilon}, \qquad t = \beta - s \odot \mu
+
+(mu is BN's running mean, 0 in PN and PN-V). Where nothing but linear maps reads y, as in a pre-norm layer, s and t go
+into their weights and biases, W y + c = (W s) u + (c + W t): without layer scale nothing is left of the norm, with it a
+root mean square norm without parameters. Elsewhere (post-norm, a projection tied to the embedding) s and t stay.
+"""
+from typing import Dict, Optional, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import kernels
+from .norms import RunningNorm
+
+REFUSAL = "this model was folded for inference (--no-fold-norms turns that off) and cannot"
+
+
+def refuse_training(mode=True) -> None:
+    """Raise RuntimeError if a folded model is asked to train; the hook of its parameters, too, for any gradient."""
+    if mode is not False:
+        raise RuntimeError(f"{REFUSAL} be trained: its norms have no statistics any more; load the checkpoint again")
+
+
+def refuse_loading() -> None:
+    """Raise RuntimeError: a state_dict is about to be loaded into a folded model."""
+    raise RuntimeError(f"{REFUSAL} load a state_dict: load the checkpoint into a new model, then fold that")
+
+
+class FoldedNorm(nn.Module):
+    """What is left of a norm: ``y = scale * u + shift``, where u is x divided by its root mean square per group.
+
+    Args:
+        dim: number of channels C
+        groups: channel groups of the layer scale, 0 for none
+        scale, shift: ``C``, or None where linear maps have taken them over
+
+    Shape:
+        - input and output: ``... x C``. A padding mask is accepted and not needed.
+    """
+
+    def __init__(self, dim: int, groups: int, scale: Optional[Tensor] = None, shift: Optional[Tensor] = None):
+        super().__init__()
+        self.dim = dim
+        self.groups = groups
+        self.eps = kernels.reference.LAYER_SCALE_EPS
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+        self.eval()
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, groups={self.groups}, affine={self.scale is not None}"
+
+    def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
+        if not torch.jit.is_scripting():
+            unchanged = self.groups == 0 and self.scale is None
+            if not torch.jit.is_tracing() and x.device.type == "cpu" and not unchanged:
+                return kernels.evaluate(x, self.scale, self.shift, groups=self.groups)
+        dtype = x.dtype
+        if self.groups > 0:
+            shape, size = list(x.size()), self.dim // self.groups  # as sizes, which ONNX keeps open
+            x = F.rms_norm(x.reshape(shape[:-1] + [self.groups, size]), [size], None, self.eps).reshape(shape)
+        scale, shift = self.scale, self.shift
+        if scale is not None and shift is not None:
+            x = torch.addcmul(shift, x, scale).to(dtype)
+        return x
+
+    def train(self, mode: bool = True):
+        """See torch; raises RuntimeError for ``mode=True``."""
+        refuse_training(mode)
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        refuse_loading()
+
+
+def fold_norms(model: nn.Module) -> nn.Module:
+    """Fold the norms with running statistics of a model, in place, for inference.
+
+    What remains are parts of torch and fairseq and :class:`FoldedNorm`; ``torch.jit.script`` accepts a folded
+    ``transformer_pn``. Log-probabilities stay the same, and so does the decoder's state. In a pre-norm model the
+    encoder's output is then that before its final norm, which the decoder's attention to it has taken over. Other
+    norms, and models without norms of this package, stay as they are. Folding a second time changes nothing.
+
+    Args:
+        model: a model of this package, or any module that contains norms of this package
+
+    Returns:
+        ``model`` itself in evaluation mode (what stands in for it if it is a norm). It refuses to train, be it by
+        ``train()`` or by a backward pass that reaches a parameter, and to load a state_dict.
+    """
+    if isinstance(model, RunningNorm):
+        return _folded(model)
+    if not any(isinstance(module, RunningNorm) or hasattr(type(module), "stock") for module in model.modules()):
+        return model
+    model.eval()
+    times_used = _uses(model)
+    for owner in list(model.modules()):
+        for name, readers in (owner.norm_readers() if hasattr(owner, "norm_readers") else {}).items():
+            norm = owner.get_submodule(name)
+            if isinstance(norm, RunningNorm) and _fold_into(readers, norm, times_used):
+                _replace(owner, name, FoldedNorm(norm.dim, norm.groups))
+    folded: Dict[RunningNorm, FoldedNorm] = {}
+    for owner in list(model.modules()):
+        for name, child in list(owner.named_children()):
+            if isinstance(child, RunningNorm):
+                _replace(owner, name, folded.setdefault(child, _folded(child)))
+    for module in model.modules():
+        _make_stock(module)
+        if hasattr(type(module), "folded"):
+            module.folded = True
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # and goes on so: torch chooses the faster matrix products for such weights
+            parameter.register_hook(refuse_training)
+    return model
+
+
+def _folded(norm: RunningNorm) -> FoldedNorm:
+    """What stands in for a norm whose output is read by others than linear maps."""
+    dtype = torch.promote_types(norm.iters.dtype, torch.float32)
+    return FoldedNorm(norm.dim, norm.groups, *(each.to(dtype) for each in norm.scale_and_shift()))
+
+
+def _replace(owner: nn.Module, name: str, module: nn.Module) -> None:
+    path, _, attribute = name.rpartition(".")
+    setattr(owner.get_submodule(path), attribute, module)
+
+
+def _make_stock(module: nn.Module) -> None:
+    """Turn a module that differs from fairseq's or torch's only by what a padding mask needs into theirs.
+
+    Not a subclass of one of these classes, which may differ in more.
+    """
+    if "stock" in vars(type(module)):
+        module.__class__ = type(module).stock
+        for name in ("mask_slot", "forward"):  # forward: activation checkpointing, which inference does not need
+            module.__dict__.pop(name, None)
+
+
+def _uses(model: nn.Module) -> Dict[int, int]:
+    """How often each parameter's memory stands in a model: more than once where parameters are tied."""
+    uses: Dict[int, int] = {}
+    for _, module in model.named_modules(remove_duplicate=False):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                uses[_memory(parameter)] = uses.get(_memory(parameter), 0) + 1
+    return uses
+
+
+def _memory(parameter: Tensor) -> int:
+    return parameter.untyped_storage().data_ptr()
+
+
+@torch.no_grad()
+def _fold_into(readers: Sequence[nn.Module], norm: RunningNorm, times_used: Dict[int, int]) -> bool:
+    """Multiply a norm's scale and shift into all of its readers, or into none: return whether that was done.
+
+    None if one of them is not a plain linear map, is tied to another, or would overflow (float16).
+    """
+    for reader in readers:
+        if type(reader) is not nn.Linear or reader._parameters.get("weight") is None:
+            return False
+        if any(times_used[_memory(parameter)] > 1 for parameter in reader.parameters()):
+            return False
+    scale, shift = norm.scale_and_shift()
+    new = []
+    for reader in readers:
+        weight = reader.weight.to(scale.dtype)
+        bias = weight @ shift
+        if reader.bias is not None:
+            bias = bias + reader.bias
+        new.append([each.to(reader.weight.dtype) for each in (weight * scale, bias)])
+    if not all(bool(torch.isfinite(each).all()) for tensors in new for each in tensors):
+        return False
+    for reader, (weight, bias) in zip(readers, new):
+        reader.weight = nn.Parameter(weight)
+        if reader.bias is not None or shift.any():
+            reader.bias = nn.Parameter(bias)
+    return bool(readers)

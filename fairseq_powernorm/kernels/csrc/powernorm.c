@@ -1,0 +1,665 @@
+/*
+ * Power Normalization on a CPU: forward and backward pass as one sweep over the rows each. Plain C ABI, no dependence on
+ * torch or Python: kernels/c.py calls it through ctypes. The arithmetic is that of kernels/reference.py.
+ *
+ * Rows are worked on in blocks of BLOCK: within one, per-channel sums are float32, the blocks' totals are added up in
+ * float64. The blocks are shared out to the threads in fixed, contiguous parts, and the parts' totals are added up in
+ * order, so that results do not depend on which thread is faster; the last bit of a float64 total may depend on their number.
+ *
+ * Threads are not made here: pn_use_threads is given the entry point of the OpenMP runtime that the process has.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__) && !defined(PN_GENERIC) /* PN_GENERIC: as on any other processor */
+#define X86 1
+#include <immintrin.h>
+#else
+#define X86 0
+#endif
+
+#define EXPORT __attribute__((visibility("default")))
+#define INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define SHUFFLE(v, type, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#else
+#define SHUFFLE(v, type, ...) __builtin_shuffle(v, (type){__VA_ARGS__})
+#endif
+
+enum { BLOCK = 64, SPAN = 4096 };
+/* elements for which it pays to wake another thread */
+enum { GRAIN = 16384 };
+static const double LAYER_SCALE_EPS = 1e-5;
+
+enum { FLOAT32 = 0, BFLOAT16 = 1 };
+enum { OK = 0, NO_MEMORY = 1 };
+enum { FORWARD_BATCH = 1, BACKWARD_BATCH = 2, SKIP_PADDING = 4 };
+
+/* Row n lies at data + (n / inner) * outer_stride + (n % inner) * inner_stride elements; its channels are contiguous. */
+struct input {
+    const void *data;
+    int64_t inner, outer_stride, inner_stride;
+};
+
+INLINE int64_t offset(const struct input *in, int64_t row)
+{
+    if (in->inner <= 1)
+        return row * in->outer_stride;
+    return (row / in->inner) * in->outer_stride + (row % in->inner) * in->inner_stride;
+}
+
+struct forward {
+    struct input x;
+    int64_t channels, blocks, width; /* blocks: channel groups of the layer scale, 1 if it is off; width: channels of each */
+    int scaled, stream;
+    const float *scale, *shift;
+    void *y;  /* may be NULL */
+    float *r; /* may be NULL */
+};
+
+struct backward {
+    struct input x, dy;
+    int64_t channels, blocks, width;
+    int stream;
+    const float *r, *a, *b; /* r is NULL without layer scale */
+    void *dx;               /* may be NULL */
+};
+
+/* The sources that this was built from: build.py looks for it in the file. */
+#if !defined(PN_SOURCE)
+#define PN_SOURCE "unknown"
+#endif
+EXPORT const char pn_source[] = "powernorm sources " PN_SOURCE;
+
+/* ---------------------------------------------------------------- instruction sets */
+
+#define STREAM(p, v) ((void)(p)) /* never reached: can_stream is 0 */
+
+#if X86
+#undef STREAM
+
+#define BF16 0
+#define LANES 4
+#define NAME(n) n##_f32_base
+#define STREAM(p, v) _mm_stream_ps((float *)(p), (__m128)(v))
+#include "sweeps.h"
+#undef NAME
+#undef BF16
+#define BF16 1
+#define NAME(n) n##_bf16_base
+#include "sweeps.h"
+#undef NAME
+#undef STREAM
+#undef BF16
+#undef LANES
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define BF16 0
+#define LANES 8
+#define NAME(n) n##_f32_avx2
+#define STREAM(p, v) _mm256_stream_ps((float *)(p), (__m256)(v))
+#include "sweeps.h"
+#undef NAME
+#undef BF16
+#define BF16 1
+#define NAME(n) n##_bf16_avx2
+#include "sweeps.h"
+#undef NAME
+#undef STREAM
+#undef BF16
+#undef LANES
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
+#endif
+#define BF16 0
+#define LANES 16
+#define NAME(n) n##_f32_avx512
+#define STREAM(p, v) _mm512_stream_ps((float *)(p), (__m512)(v))
+#include "sweeps.h"
+#undef NAME
+#undef BF16
+#define BF16 1
+#define NAME(n) n##_bf16_avx512
+#include "sweeps.h"
+#undef NAME
+#undef STREAM
+#undef BF16
+#undef LANES
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#else /* any other processor: the compiler's own vectors */
+
+#define BF16 0
+#define LANES 4
+#define NAME(n) n##_f32_base
+#include "sweeps.h"
+#undef NAME
+#undef BF16
+#define BF16 1
+#define NAME(n) n##_bf16_base
+#include "sweeps.h"
+#undef NAME
+#undef BF16
+#undef LANES
+#endif
+
+typedef void forward_function(const struct forward *, const int64_t *, int64_t, float *, float *);
+typedef void backward_function(const struct backward *, const int64_t *, int64_t, float *, float *, float *);
+
+struct instructions {
+    const char *name;
+    int lanes, can_stream;
+    forward_function *forward[2]; /* by element type */
+    backward_function *backward[2];
+};
+
+#define SET(name, label, lanes, can_stream) \
+    {label, lanes, can_stream, {forward_list_f32_##name, forward_list_bf16_##name}, \
+     {backward_list_f32_##name, backward_list_bf16_##name}}
+
+static const struct instructions sets[] = {
+#if X86
+    SET(base, "sse2", 4, 1),
+    SET(avx2, "avx2", 8, 1),
+    SET(avx512, "avx512", 16, 1),
+#else
+    SET(base, "generic", 4, 0),
+#endif
+};
+static int chosen = -1;
+
+static int best_set(void)
+{
+#if X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
+        && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
+        return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return 1;
+#endif
+    return 0;
+}
+
+/* Choose an instruction set: 0 (lowest) up to the best that this processor has, which is the default. Returns its name. */
+EXPORT const char *pn_use_instructions(int number)
+{
+    int best = best_set();
+    chosen = number < 0 || number > best ? best : number;
+    return sets[chosen].name;
+}
+
+static const struct instructions *instructions(void)
+{
+    if (chosen < 0)
+        pn_use_instructions(-1);
+    return &sets[chosen];
+}
+
+/* ---------------------------------------------------------------- threads */
+
+typedef void task_function(void *);
+typedef void parallel_function(task_function *, void *, unsigned threads, unsigned flags); /* GOMP_parallel */
+typedef int number_function(void);
+
+static parallel_function *parallel;
+static number_function *thread_number, *team_size;
+
+/* The process's OpenMP runtime: GOMP_parallel, omp_get_thread_num, omp_get_num_threads. NULL: one thread. */
+EXPORT void pn_use_threads(parallel_function *run, number_function *number, number_function *size)
+{
+    parallel = number && size ? run : NULL;
+    thread_number = number;
+    team_size = size;
+}
+
+/* Sums of one part of the rows, by kind: forward: u^2 at valid rows, at the others. backward: dy, dy * u. */
+struct part {
+    double *sums[2], *memory;
+    int64_t counted;
+};
+
+struct work {
+    const struct forward *forward; /* this one or the other */
+    const struct backward *backward;
+    forward_function *forward_list;
+    backward_function *backward_list;
+    const uint8_t *valid; /* of the rows; NULL: all are */
+    int sum_others;       /* forward: are sums over the rows that are not valid wanted? */
+    int sums;             /* forward: are any? */
+    int64_t rows, channels, groups, n_parts; /* groups: of the layer scale, 1 if it is off */
+    size_t element_size;
+    struct part *parts;
+    int failed;
+};
+
+static void flush(double *total, float *acc, int64_t n)
+{
+    for (int64_t c = 0; c < n; c++) {
+        total[c] += acc[c];
+        acc[c] = 0.0f;
+    }
+}
+
+static void work_on(struct work *work, int64_t number)
+{
+    const int64_t C = work->channels, blocks = (work->rows + BLOCK - 1) / BLOCK;
+    const int64_t first = blocks * number / work->n_parts * BLOCK;
+    int64_t last = blocks * (number + 1) / work->n_parts * BLOCK;
+    const int wanted = work->backward ? 2 : work->sums ? 1 + work->sum_others : 0;
+    struct part *part = &work->parts[number];
+    float *acc[2] = {NULL, NULL};
+    if (last > work->rows)
+        last = work->rows;
+    double *memory = calloc((size_t)(C * wanted + 2 * work->groups), sizeof(double) + sizeof(float));
+    if (!memory) {
+        __atomic_store_n(&work->failed, 1, __ATOMIC_RELAXED);
+        return;
+    }
+    part->memory = memory;
+    float *scratch = (float *)(memory + C * wanted);
+    for (int i = 0; i < wanted; i++) {
+        part->sums[i] = memory + i * C;
+        acc[i] = scratch + 4 * work->groups + i * C;
+    }
+    for (int64_t begin = first; begin < last; begin += BLOCK) {
+        const int64_t end = begin + BLOCK < last ? begin + BLOCK : last;
+        int64_t rows[2][BLOCK], n[2] = {0, 0};
+        for (int64_t row = begin; row < end; row++) {
+            int kind = work->valid && !work->valid[row];
+            rows[kind][n[kind]++] = row;
+        }
+        part->counted += n[0];
+        if (work->forward) {
+            work->forward_list(work->forward, rows[0], n[0], acc[0], scratch);
+            if (n[1])
+                work->forward_list(work->forward, rows[1], n[1], acc[1], scratch);
+        } else {
+            work->backward_list(work->backward, rows[0], n[0], acc[0], acc[1], scratch);
+            if (work->backward->dx)
+                for (int64_t i = 0; i < n[1]; i++)
+                    memset((char *)work->backward->dx + (size_t)(rows[1][i] * C) * work->element_size, 0,
+                           (size_t)C * work->element_size);
+        }
+        for (int i = 0; i < wanted; i++)
+            flush(part->sums[i], acc[i], C);
+    }
+#if X86
+    _mm_sfence();
+#endif
+}
+
+static void task(void *argument)
+{
+    struct work *work = argument;
+    const int team = team_size();
+    for (int64_t number = thread_number(); number < work->n_parts; number += team)
+        work_on(work, number);
+}
+
+/* Do the work in parts; add up the parts' sums into totals (each C, may be NULL). */
+static int run(struct work *work, int threads, double *const totals[2], int64_t *counted)
+{
+    const int64_t C = work->channels, blocks = (work->rows + BLOCK - 1) / BLOCK;
+    int64_t n_parts = 1 + work->rows * C / GRAIN;
+    if (n_parts > blocks)
+        n_parts = blocks;
+    if (n_parts > threads || !parallel)
+        n_parts = parallel ? threads : 1;
+    if (n_parts < 1)
+        n_parts = 1;
+    struct part one = {{NULL, NULL}, NULL, 0};
+    work->n_parts = n_parts;
+    work->parts = n_parts == 1 ? &one : calloc((size_t)n_parts, sizeof(struct part));
+    if (!work->parts)
+        return NO_MEMORY;
+    if (n_parts == 1)
+        work_on(work, 0);
+    else
+        parallel(task, work, (unsigned)n_parts, 0);
+    for (int i = 0; i < 2; i++)
+        if (totals[i])
+            memset(totals[i], 0, (size_t)C * sizeof(double));
+    *counted = 0;
+    for (int64_t number = 0; number < n_parts; number++) {
+        struct part *part = &work->parts[number];
+        for (int i = 0; i < 2; i++)
+            if (totals[i] && part->sums[i])
+                for (int64_t c = 0; c < C; c++)
+                    totals[i][c] += part->sums[i][c];
+        *counted += part->counted;
+        free(part->memory);
+    }
+    if (n_parts > 1)
+        free(work->parts);
+    return work->failed ? NO_MEMORY : OK;
+}
+
+/* ---------------------------------------------------------------- one sweep */
+
+/* Outputs of at least so many bytes are written past the caches: larger than what a core has to itself. */
+static int64_t stream_bytes = 4 << 20;
+
+/* Change that. */
+EXPORT void pn_stream_from(int64_t bytes)
+{
+    stream_bytes = bytes;
+}
+
+static size_t element_size(int dtype)
+{
+    return dtype == BFLOAT16 ? 2 : 4;
+}
+
+static int streams(int dtype, int64_t rows, int64_t channels, int64_t width, const void *out)
+{
+    const struct instructions *set = instructions();
+    const int64_t vector = set->lanes * (int64_t)sizeof(float);
+    return set->can_stream && out && rows * channels * (int64_t)element_size(dtype) >= stream_bytes
+        && width % (2 * set->lanes) == 0 && (uintptr_t)out % (uintptr_t)vector == 0;
+}
+
+/*
+ * The sweeps keep per-channel values of bfloat16 rows in an order of their own: in each whole pair of vectors of a group, the
+ * even channels come first, then the odd ones.
+ */
+struct order {
+    int64_t channels, width, lanes; /* lanes: 0 if it is the channels' own order */
+};
+
+static struct order order_of(int dtype, int64_t channels, int64_t width)
+{
+    return (struct order){channels, width, dtype == BFLOAT16 ? instructions()->lanes : 0};
+}
+
+/* Put n values in the order of the sweeps, through spare. */
+static void to_sweeps(const struct order *order, float *values, float *spare)
+{
+    const int64_t lanes = order->lanes;
+    if (!lanes)
+        return;
+    memcpy(spare, values, (size_t)order->channels * sizeof(float));
+    for (int64_t group = 0; group < order->channels; group += order->width)
+        for (int64_t c = group; c + 2 * lanes <= group + order->width; c += 2 * lanes)
+            for (int64_t i = 0; i < lanes; i++) {
+                values[c + i] = spare[c + 2 * i];
+                values[c + i + lanes] = spare[c + 2 * i + 1];
+            }
+}
+
+/* Sums in the channels' own order again. */
+static void from_sweeps(const struct order *order, double *values, double *spare)
+{
+    const int64_t lanes = order->lanes;
+    if (!lanes)
+        return;
+    memcpy(spare, values, (size_t)order->channels * sizeof(double));
+    for (int64_t group = 0; group < order->channels; group += order->width)
+        for (int64_t c = group; c + 2 * lanes <= group + order->width; c += 2 * lanes)
+            for (int64_t i = 0; i < lanes; i++) {
+                values[c + 2 * i] = spare[c + i];
+                values[c + 2 * i + 1] = spare[c + i + lanes];
+            }
+}
+
+/* NaN in its standard form, whose low half is zero: the rounding to bfloat16 relies on it. */
+INLINE float channel_value(float value)
+{
+    return value == value ? value : NAN;
+}
+
+INLINE float inverse_root(float second_moment, float eps)
+{
+    return 1.0f / sqrtf(second_moment + eps);
+}
+
+/* scale = inv * weight (weight may be NULL), as the sweeps expect it. */
+static void set_scale(const struct order *order, const float *inv, const float *weight, float *scale, float *spare)
+{
+    for (int64_t c = 0; c < order->channels; c++)
+        scale[c] = channel_value(weight ? inv[c] * weight[c] : inv[c]);
+    to_sweeps(order, scale, spare);
+}
+
+static void set_shift(const struct order *order, const float *bias, float *shift, float *spare)
+{
+    for (int64_t c = 0; c < order->channels; c++)
+        shift[c] = bias ? channel_value(bias[c]) : 0.0f;
+    to_sweeps(order, shift, spare);
+}
+
+static int sweep(
+    int dtype, int64_t rows, int64_t channels, int64_t groups, int threads, const struct input *x, const uint8_t *valid,
+    const float *scale, const float *shift, void *y, float *r, double *const totals[2], int64_t *counted)
+{
+    const int64_t blocks = groups > 0 ? groups : 1, width = channels / blocks;
+    const struct forward job = {
+        .x = *x, .channels = channels, .blocks = blocks, .width = width, .scaled = groups > 0,
+        .stream = streams(dtype, rows, channels, width, y), .scale = scale, .shift = shift, .y = y, .r = r,
+    };
+    struct work work = {
+        .forward = &job, .forward_list = instructions()->forward[dtype], .valid = valid, .sums = totals[0] != NULL,
+        .sum_others = totals[1] != NULL, .rows = rows, .channels = channels, .groups = blocks,
+        .element_size = element_size(dtype),
+    };
+    return run(&work, threads, totals, counted);
+}
+
+/* ---------------------------------------------------------------- entry points */
+
+/*
+ * Evaluation: y = u * scale + bias, scale = weight / sqrt(psi2 + eps). weight, bias, psi2: C or NULL (without psi2:
+ * scale = weight). y: rows x C, contiguous.
+ */
+EXPORT int pn_evaluate(
+    int dtype, int64_t rows, int64_t channels, int64_t groups, int threads, const void *x, int64_t inner,
+    int64_t outer_stride, int64_t inner_stride, const float *weight, const float *bias, const float *psi2, double eps,
+    void *y)
+{
+    const int64_t C = channels;
+    const struct input in = {x, inner, outer_stride, inner_stride};
+    double *const totals[2] = {NULL, NULL};
+    int64_t counted;
+    const struct order order = order_of(dtype, C, groups > 0 ? C / groups : C);
+    float *inv = malloc(((size_t)C * 4 + 1) * sizeof(float));
+    if (!inv)
+        return NO_MEMORY;
+    float *scale = inv + C, *shift = inv + 2 * C, *spare = inv + 3 * C;
+    for (int64_t c = 0; c < C; c++)
+        inv[c] = psi2 ? inverse_root(psi2[c], (float)eps) : 1.0f;
+    set_scale(&order, inv, weight, scale, spare);
+    set_shift(&order, bias, shift, spare);
+    int status = sweep(dtype, rows, C, groups, threads, &in, NULL, scale, shift, y, NULL, totals, &counted);
+    free(inv);
+    return status;
+}
+
+/* Put new values (n) in place of the old ones if all of them are finite. */
+static void replace_if_finite(int64_t n, const float *new, float *old)
+{
+    float zero = 0.0f;
+    for (int64_t i = 0; i < n; i++)
+        zero += new[i] * 0.0f; /* NaN as soon as one value is not finite */
+    if (zero == 0.0f)
+        memcpy(old, new, (size_t)n * sizeof(float));
+}
+
+/*
+ * 1 / sqrt(psi^2 + eps) of the output and of the gradient, given the batch's second moment; see PowerNormSpec for jump.
+ * Returns whether that of the output is another than 1 / sqrt(psi2 + eps).
+ */
+static int set_roots(
+    int64_t channels, const float *batch, const float *psi2, float eps, float jump, int flags, float *inv_forward,
+    float *inv_backward)
+{
+    int other = flags & FORWARD_BATCH;
+    for (int64_t c = 0; c < channels; c++) {
+        const float inv_batch = inverse_root(batch[c], eps), inv_running = inverse_root(psi2[c], eps);
+        const int jumps = batch[c] > jump * (psi2[c] + eps);
+        inv_forward[c] = flags & FORWARD_BATCH || jumps ? inv_batch : inv_running;
+        inv_backward[c] = flags & BACKWARD_BATCH || jumps ? inv_batch : inv_running;
+        other |= jumps;
+    }
+    return other;
+}
+
+/*
+ * Forward pass of training.
+ *
+ * valid: rows bytes, 0 at padding, or NULL. psi2: C. batch: C, the batch's second moment if it is known already, or NULL: that
+ * of these rows. jump: see PowerNormSpec. y: rows x C, or NULL (sums only). r: rows x groups, or NULL. saved: 3 x C, for the
+ * backward pass: 1 / sqrt(psi^2 + eps) of the output, that of the gradient, sum of z^2. tally: C + 2: sums of u^2 over valid
+ * rows, their number, 1; or NULL.
+ *
+ * step_psi2 (C), step_iters (1): running statistics that take their step here, or NULL: psi^2 becomes
+ * alpha * ((1 - share) * psi^2 + share * S) + (1 - alpha) * S, where S is the second moment of these rows, limit * (psi^2 + eps)
+ * at most, if a row counts and all is finite.
+ *
+ * One sweep, and another one for y only where y needs the sums: FORWARD_BATCH without batch, or a channel that jumps.
+ */
+EXPORT int pn_forward(
+    int dtype, int64_t rows, int64_t channels, int64_t groups, int threads, const void *x, int64_t inner,
+    int64_t outer_stride, int64_t inner_stride, const uint8_t *valid, const float *weight, const float *bias,
+    const float *psi2, const float *batch, double eps, double jump, int flags, void *y, float *r, float *saved,
+    double *tally, float *step_psi2, float *step_iters, double alpha, double limit, double share)
+{
+    const int64_t C = channels;
+    const struct input in = {x, inner, outer_stride, inner_stride};
+    float *inv_forward = saved, *inv_backward = saved + C, *z_square = saved + 2 * C;
+    const struct order order = order_of(dtype, C, groups > 0 ? C / groups : C);
+    double *sums = calloc((size_t)C * 5 + 1, sizeof(double));
+    if (!sums)
+        return NO_MEMORY;
+    double *others = sums + C, *spare = sums + 2 * C;
+    float *scale = (float *)(sums + 3 * C), *shift = scale + C, *own_batch = scale + 2 * C;
+    double *const totals[2] = {sums, valid && !(flags & SKIP_PADDING) ? others : NULL}, *const none[2] = {NULL, NULL};
+    int64_t counted, ignored;
+    set_shift(&order, bias, shift, (float *)spare);
+    if (batch)
+        set_roots(C, batch, psi2, (float)eps, (float)jump, flags, inv_forward, inv_backward);
+    else
+        for (int64_t c = 0; c < C; c++)
+            inv_forward[c] = inverse_root(psi2[c], (float)eps);
+    set_scale(&order, inv_forward, weight, scale, (float *)spare);
+    const int later = !batch && flags & FORWARD_BATCH;
+    int status = sweep(dtype, rows, C, groups, threads, &in, valid, scale, shift, later ? NULL : y, r, totals, &counted);
+    from_sweeps(&order, sums, spare);
+    if (totals[1])
+        from_sweeps(&order, others, spare);
+    if (tally) {
+        memcpy(tally, sums, (size_t)C * sizeof(double));
+        tally[C] = (double)counted;
+        tally[C + 1] = 1.0;
+    }
+    if (!batch && !(flags & (FORWARD_BATCH | BACKWARD_BATCH)) && isinf(jump)) {
+        memcpy(inv_backward, inv_forward, (size_t)C * sizeof(float));
+    } else if (!batch) {
+        const double one_row = counted ? 1.0 / (double)counted : 0.0;
+        for (int64_t c = 0; c < C; c++)
+            own_batch[c] = counted ? (float)(sums[c] * one_row) : psi2[c];
+        if (set_roots(C, own_batch, psi2, (float)eps, (float)jump, flags, inv_forward, inv_backward) && y && status == OK) {
+            set_scale(&order, inv_forward, weight, scale, (float *)spare);
+            status = sweep(dtype, rows, C, groups, threads, &in, NULL, scale, shift, y, NULL, none, &ignored);
+        }
+    }
+    for (int64_t c = 0; c < C; c++)
+        z_square[c] = (float)((sums[c] + others[c]) * inv_forward[c] * inv_forward[c]);
+    if (step_psi2 && status == OK) {
+        step_iters[0] += 1.0f;
+        if (counted) {
+            const double mean = 1.0 / (double)counted;
+            for (int64_t c = 0; c < C; c++) {
+                const double old = step_psi2[c], most = limit * (old + eps), moment = sums[c] * mean;
+                const double taken = moment > most ? most : moment;
+                own_batch[c] = (float)(alpha * (old * (1.0 - share) + taken * share) + (1.0 - alpha) * taken);
+            }
+            replace_if_finite(C, own_batch, step_psi2);
+        }
+    }
+    free(sums);
+    return status;
+}
+
+/*
+ * Backward pass. x, r, weight, saved as in the forward pass.
+ *
+ * valid: rows bytes, 0 at rows that do not count and receive no gradient, or NULL. nu: C, nu_factor: its factor in the
+ * gradient. dx: rows x C or NULL. grad_weight, grad_bias: C. tally: 2 C + 2: sums of weight * dy * z / gradient_scale and of
+ * z^2, number of rows, 1; or NULL.
+ *
+ * step_nu (C): running statistic that takes its step here, or NULL: nu becomes nu * (1 - step_scale * mean of z^2) plus the mean
+ * of weight * dy * z, if a row counts and all is finite; the factor is kept at or above lowest.
+ */
+EXPORT int pn_backward(
+    int dtype, int64_t rows, int64_t channels, int64_t groups, int threads, const void *x, int64_t inner,
+    int64_t outer_stride, int64_t inner_stride, const void *dy, int64_t dy_inner, int64_t dy_outer_stride,
+    int64_t dy_inner_stride, const float *r, const uint8_t *valid, const float *weight, const float *saved,
+    const float *nu, double nu_factor, double gradient_scale, void *dx, float *grad_weight, float *grad_bias, double *tally,
+    float *step_nu, double step_scale, double lowest)
+{
+    const int64_t C = channels, blocks = groups > 0 ? groups : 1, width = C / blocks;
+    const float *inv_forward = saved, *inv_backward = saved + C, *z_square = saved + 2 * C;
+    const struct order order = order_of(dtype, C, width);
+    double *sums = calloc((size_t)C * 4 + 1, sizeof(double));
+    if (!sums)
+        return NO_MEMORY;
+    double *spare = sums + 2 * C;
+    float *a = (float *)(sums + 3 * C), *b = a + C;
+    double *const totals[2] = {sums, sums + C};
+    int64_t counted;
+    set_scale(&order, inv_backward, weight, a, (float *)spare);
+    for (int64_t c = 0; c < C; c++)
+        b[c] = channel_value((float)(nu[c] * nu_factor) * inv_forward[c] * inv_backward[c]);
+    to_sweeps(&order, b, (float *)spare);
+    const struct backward job = {
+        .x = {x, inner, outer_stride, inner_stride}, .dy = {dy, dy_inner, dy_outer_stride, dy_inner_stride},
+        .channels = C, .blocks = blocks, .width = width, .stream = streams(dtype, rows, C, width, dx),
+        .r = groups > 0 ? r : NULL, .a = a, .b = b, .dx = dx,
+    };
+    struct work work = {
+        .backward = &job, .backward_list = instructions()->backward[dtype], .valid = valid, .rows = rows, .channels = C,
+        .groups = blocks, .element_size = element_size(dtype),
+    };
+    const int status = run(&work, threads, totals, &counted);
+    from_sweeps(&order, sums, spare);
+    from_sweeps(&order, sums + C, spare);
+    const double unscale = 1.0 / gradient_scale;
+    for (int64_t c = 0; c < C; c++) {
+        const double grad_z = sums[C + c] * inv_forward[c];
+        grad_bias[c] = (float)sums[c];
+        grad_weight[c] = (float)grad_z;
+        sums[c] = grad_z * (weight ? weight[c] : 1.0f) * unscale;
+    }
+    if (tally) {
+        memcpy(tally, sums, (size_t)C * sizeof(double));
+        for (int64_t c = 0; c < C; c++)
+            tally[C + c] = z_square[c];
+        tally[2 * C] = (double)counted;
+        tally[2 * C + 1] = 1.0;
+    }
+    if (step_nu && status == OK && counted) {
+        const double mean = 1.0 / (double)counted;
+        for (int64_t c = 0; c < C; c++) {
+            const double kept = 1.0 - step_scale * z_square[c] * mean;
+            a[c] = (float)(step_nu[c] * (kept < lowest ? lowest : kept) + sums[c] * mean);
+        }
+        replace_if_finite(C, a, step_nu);
+    }
+    free(sums);
+    return status;
+}

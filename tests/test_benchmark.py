@@ -1,0 +1,100 @@
+"""scripts/benchmark.py: what it compares with is what it says, and its verdicts follow from its numbers."""
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import toy
+
+sys.path.insert(0, str(toy.ROOT / "scripts" / "lib"))
+sys.path.insert(0, str(toy.ROOT / "scripts"))
+import benchmark  # noqa: E402
+from authors_norm import AuthorsPowerNorm  # noqa: E402
+
+from fairseq_powernorm.norms import PowerNorm  # noqa: E402
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_the_authors_way_computes_the_same(groups):
+    """The layer timed as theirs gives the outputs, gradients and statistics of PowerNorm(variant="reference")."""
+    theirs, ours = AuthorsPowerNorm(8, groups=groups).double(), PowerNorm(8, groups=groups, warmup_updates=0).double()
+    mask = torch.arange(5).unsqueeze(0) >= torch.tensor([5, 3, 1]).unsqueeze(1)
+    for step in range(3):
+        x = torch.randn(5, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        found = []
+        for norm in (theirs, ours):
+            norm.zero_grad()
+            leaf = x.clone().requires_grad_()
+            y = norm(leaf, mask)
+            y.pow(3).sum().backward()
+            found.append([y, leaf.grad, norm.weight.grad, norm.bias.grad, norm.running_phi.view(-1), norm.ema_gz.view(-1)])
+        for one, other in zip(*found):
+            torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(theirs.eval()(x), ours.eval()(x), rtol=1e-11, atol=1e-12)
+
+
+def test_the_command_measures_every_level():
+    """--quick goes through all levels and contenders, one from outside among them, and prints a row for each."""
+    done = toy.command("python", "scripts/benchmark.py", "--quick", "--threads", 1, "--shapes", "8x64", "--extra", "torch.nn:RMSNorm")
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    found = {(row[0].strip("| "), row[6]) for row in rows}
+    assert {("layer", name) for name in ("layer", "rms", "batch", "power-g1", "power-g4", "power-torch-g4", "authors-g1",
+                                         "torch.nn:RMSNorm")} <= found
+    for level in ("encoder", "step", "generation"):
+        assert {(level, name) for name in ("layer", "power", "power-torch")} <= found
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--shapes", "12"], "must be ROWSxCHANNELS"), (["--levels", "all"], "'all' is unknown; valid: layer, encoder, step, generation"),
+    (["--threads", "0"], "must be positive"), (["--extra", "nowhere:Norm"], "--extra 'nowhere:Norm': must be MODULE:CLASS"),
+    (["--output", "a/b"], "--output 'a/b': must be a name"), (["--seconds", "0"], "must be positive"),
+])
+def test_bad_input_is_refused(words, message, capsys):
+    """Exit status 2 (or the refusal that becomes it) with the option, the value and what is valid, before any measuring."""
+    with pytest.raises((SystemExit, benchmark.UserError)) as caught:
+        benchmark.benchmark(words)
+    assert message in capsys.readouterr().err + str(caught.value)
+
+
+def cell(level="layer", which="train", rows=4096, dtype="float32", **ratios):
+    """A cell of a record in which LayerNorm takes a second."""
+    contenders = {name.replace("_", "-"): {"seconds": ratio, "ratio": ratio, "saved": 1.001} for name, ratio in ratios.items()}
+    return {"level": level, "pass": which, "rows": rows, "dtype": dtype, "contenders": contenders}
+
+
+def test_targets_are_checked():
+    """Each bound holds for the worst cell or the median, as its name says, and no verdict is given without a measurement."""
+    met = lambda cells: {each["target"]: each["met"] for each in benchmark.checks(cells)}  # noqa: E731
+    assert met([]) == {}
+    good = cell(layer=1.0, power_g1=0.6, power_g4=0.65, authors_g1=20.0, authors_g4=20.0)
+    assert set(met([good]).values()) == {True}
+    slow = cell(layer=1.0, power_g1=1.1, power_g4=0.65, authors_g1=20.0, authors_g4=20.0)
+    verdicts = met([good, good, slow])
+    assert verdicts.pop("training, float32, every cell") is False and set(verdicts.values()) == {True}
+    assert met([cell(level="step", layer=1.0, power=1.02)]) == {"whole training step": False}
+    assert met([cell(rows=1, layer=1.0, power_g1=1.4)]) == {"one row, float32": True}
+    near = cell(layer=1.0, power_g1=0.6, authors_g1=12.0)
+    assert met([near])["authors' arithmetic, float32, median"] is False
+
+
+def test_the_sanitizers_script_needs_a_compiler(tmp_path):
+    """One line and exit status 2 where the compiler is none."""
+    done = toy.command("bash", "scripts/check_sanitizers.sh", check=False, CC="no-such-compiler")
+    assert done.returncode == 2 and done.stderr == "error: no C compiler: no-such-compiler is not in PATH\n"
+    assert toy.command("bash", "scripts/check_sanitizers.sh", "--help").stdout.startswith("Builds the C kernel")
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_the_stand_alone_check_passes(tmp_path):
+    """The program that the sanitizers run, built without them: every entry point equals plain loops, with threads and without.
+
+    In the code for other processors than x86; tests/test_kernels.py runs that for this one.
+    """
+    sources = [toy.ROOT / "fairseq_powernorm" / "kernels" / "csrc" / "powernorm.c", toy.ROOT / "scripts" / "lib" / "sanitize_kernel.c"]
+    flags = ["-std=gnu11", "-O2", "-DPN_GENERIC", "-Wno-psabi", "-o", tmp_path / "check", "-lm", "-lpthread"]
+    subprocess.run([str(word) for word in ["cc", *sources, *flags]], check=True)
+    done = subprocess.run([tmp_path / "check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "generic: no fault\n"

@@ -1,0 +1,506 @@
+"""iwslt14 and wmt14 from small archives laid out as the published ones, prepared through the script as a user does."""
+
+import functools
+import gzip
+import http.server
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+
+import pytest
+
+from test_pipeline import LIB, Scripts, contents
+
+sys.path.insert(0, str(LIB))
+
+import archives  # noqa: E402
+import moses  # noqa: E402
+import prepare  # noqa: E402
+import settings  # noqa: E402
+
+# What stands in train.tags -> what the recipe makes of it, worked out by hand. None: it is dropped.
+TRAIN = [
+    ("<url>http://www.ted.com/talks/1</url>", "<url>http://www.ted.com/talks/1</url>", None),
+    ("<keywords>talks, Baum</keywords>", "<keywords>talks, tree</keywords>", None),
+    ("<talkid>1</talkid>", "<talkid>1</talkid>", None),
+    # The tags of titles and descriptions go, their text stays.
+    ("<title>Der Baum: ja!</title>", "<title>The tree: yes!</title>", ("der baum : ja !", "the tree : yes !")),
+    ("<description>Er sagt's uns.</description>", "<description>He's here.</description>",
+     ("er sagt &apos; s uns .", "he &apos;s here .")),
+    # Entities are not resolved: &amp; is an ampersand and a word. U+2019 is no apostrophe in the training text.
+    ("Tom &amp; Jerry.", "Tom & Jerry's.", ("tom &amp; amp ; jerry .", "tom &amp; jerry &apos;s .")),
+    ("Es gibt’s [noch] \"so\".", "It isn’t <b> | \"so\".",
+     ("es gibt ’ s &#91; noch &#93; &quot; so &quot; .", "it isn ’ t &lt; b &gt; &#124; &quot; so &quot; .")),
+    # Dashes are not split; abbreviations and numbers keep their full stops and commas.
+    ("Die E-Mail kam z. B. um 1,5 Uhr, Dr. Baum.", "The e-mail came at 1.5, Dr. Tree, say.",
+     ("die e-mail kam z. b. um 1,5 uhr , dr. baum .", "the e-mail came at 1.5 , dr. tree , say .")),
+    # 3 tokens for 2 are as many as 1.5 allows.
+    ("Ja gut.", "Yes.", ("ja gut .", "yes .")),
+    ("Ja, gut.", "Yes.", None),
+    ("", "Nothing.", None),
+    ("Nichts.", " ", None),
+    ("ja " * 175, "yes " * 175, (" ".join(["ja"] * 175), " ".join(["yes"] * 175))),
+    ("ja " * 176, "yes " * 175, None),
+    ("Größe \u00c4\u00d6\u00dc.", "Straße ÄÖ.", ("größe äöü .", "straße äö .")),
+]
+KEPT = [pair for *_, pair in TRAIN if pair]
+FILLERS = [(f"Satz {i} ist hier.", f"Sentence {i} is here.") for i in range(1, 61)]
+SETS = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012")
+# A segment and the test text that the recipe makes of it: here U+2019 becomes an apostrophe.
+SEGMENTS = {"de": ("Das ist ’ne Frage &amp; gut.", "das ist &apos; ne frage &amp; amp ; gut ."),
+            "en": ("That’s a question.", "that &apos;s a question .")}
+
+
+def tgz(members):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as packed:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            packed.addfile(info, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def xml(language, name, segments, kind="srcset"):
+    """A file of IWSLT or WMT: what is not in a <seg> is no text."""
+    lines = ['<?xml version="1.0" encoding="UTF-8"?>', f'<{kind} setid="{name}" srclang="{language}">',
+             '<doc docid="1" genre="lectures">', "<url>http://www.ted.com</url>", "<title>No text</title>"]
+    lines += [f'<seg id="{i}"> {segment} </seg>' for i, segment in enumerate(segments, 1)]
+    return "".join(line + "\n" for line in [*lines, "</doc>", f"</{kind}>"]).encode()
+
+
+def iwslt(**changed):
+    """The members of de-en.tgz; `changed`: de or en -> its training text."""
+    members = {"de-en/README": b"-"}
+    for column, language in enumerate(("de", "en")):
+        text = [line[column] for line in [*TRAIN, *FILLERS]]
+        members[f"de-en/train.tags.de-en.{language}"] = changed.get(language, "".join(f"{x}\n" for x in text).encode())
+        for name in reversed(SETS):
+            members[f"de-en/IWSLT14.{name}.de-en.{language}.xml"] = xml(language, name, [name, SEGMENTS[language][0]])
+    return members
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def lines(path):
+    return path.read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def without_stamp(found):
+    return {name: digest for name, digest in found.items() if not name.endswith((".lock", "prepared.json"))}
+
+
+@pytest.fixture(scope="module")
+def iwslt14(tmp_path_factory):
+    """iwslt14 prepared from one archive, undisturbed."""
+    scripts = Scripts(tmp_path_factory.mktemp("iwslt14"))
+    scripts.archive = write(scripts.data.parent / "de-en.tgz", tgz(iwslt()))
+    scripts.output = scripts.ok("prepare", "iwslt14", "--archive", scripts.archive)
+    return scripts
+
+
+# ---- IWSLT14 ---------------------------------------------------------------------------------------------------------
+
+
+def test_iwslt14_text(iwslt14):
+    """tok/ = what the recipe makes of these lines by hand; the 23rd, 46th, ... pair that is left is one for validation;
+    the five sets follow one another in the recipe's order; raw/ is the text of tok/, line for line."""
+    data = iwslt14.data / "iwslt14"
+    for column, language in enumerate(("de", "en")):
+        words = ("satz {} ist hier .", "sentence {} is here .")[column]
+        kept = [pair[column] for pair in KEPT] + [words.format(i) for i in range(1, 61)]
+        assert len(KEPT) == 8
+        # The 23rd is filler 23 - 8.
+        assert lines(data / "tok" / f"valid.{language}") == [words.format(15), words.format(38)] == kept[22::23][:2]
+        assert lines(data / "raw" / f"valid.{language}") == [FILLERS[14][column], FILLERS[37][column]]
+        assert lines(data / "tok" / f"train.{language}") == [kept[i] for i in range(68) if i not in (22, 45)]
+        raw = lines(data / "raw" / f"train.{language}")
+        assert raw[:3] == [("Der Baum: ja!", "The tree: yes!")[column], ("Er sagt's uns.", "He's here.")[column],
+                           TRAIN[5][column]] and len(raw) == 66
+        assert lines(data / "raw" / f"test.{language}") == [x for name in SETS for x in (name, SEGMENTS[language][0])]
+        test = lines(data / "tok" / f"test.{language}")
+        assert test[::2] == [name.lower() for name in SETS] and set(test[1::2]) == {SEGMENTS[language][1]}
+        pieces = (data / "bpe" / f"train.{language}").read_text(encoding="utf-8")
+        assert "@@ " in pieces
+        assert pieces.replace("@@ ", "").split("\n")[:-1] == lines(data / "tok" / f"train.{language}")
+    assert (data / "data-bin" / "dict.de.txt").read_bytes() == (data / "data-bin" / "dict.en.txt").read_bytes()
+    stamp = json.loads((data / "prepared.json").read_text())
+    assert stamp["sentences"] == {"train": 66, "valid": 2, "test": 10}
+    assert set(stamp["sources"]) == {"de-en.tgz"} and None not in stamp["sources"].values()
+    assert {"clean_ratio": 1.5, "clean_max": 175, "valid_every": 23}.items() <= stamp["settings"].items()
+    assert "dropped 4 training pairs" in iwslt14.output
+    assert re.search(r"NOT the published iwslt14, .*: test 10 \(6,750\)", iwslt14.output)
+    assert sorted(path.name for path in data.iterdir()) == ["bpe", "data-bin", "prepared.json", "raw", "tok"]
+
+
+def test_iwslt14_killed_at_every_stage(iwslt14, tmp_path):
+    """Killed at each stage in turn and run again, with the archive of all pairs and one processor = undisturbed: each
+    run goes on where the last one was, and the bytes are the same."""
+    mine = Scripts(tmp_path)
+    outer = {"2014-01/texts/en/de/en-de.tgz": b"-", "2014-01/texts/de/en/de-en.tgz": iwslt14.archive.read_bytes()}
+    write(tmp_path / "archives" / "2014-01.tgz", tgz(outer))
+    for stage in range(1, 7):
+        process = mine.start("prepare", "iwslt14", "--archive-dir", tmp_path / "archives")
+        output = []
+        for line in process.stdout:
+            output.append(line)
+            if line.startswith(f"[{stage}/6]"):
+                break
+        # Half of the times its workers are left to find out by themselves; fairseq-preprocess would hold the lock.
+        (os.kill if stage in (2, 5) else os.killpg)(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        assert sum("done already" in line for line in output) >= stage - 2, output
+        assert not (mine.data / "iwslt14").exists()
+    one = ["taskset", "-c", str(min(os.sched_getaffinity(0)))]
+    done = subprocess.run([*one, "bash", str(LIB.parent / "prepare.sh"), "iwslt14", "--archive-dir",
+                           str(tmp_path / "archives")], env=mine.environment, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
+    assert done.returncode == 0 and done.stdout.count("done already") == 5, done.stdout
+    assert without_stamp(contents(mine.data)) == without_stamp(contents(iwslt14.data))
+    assert [path.name for path in mine.data.iterdir() if path.is_dir()] == ["iwslt14"]
+
+
+def broken(kind, folder):
+    content = tgz(iwslt())
+    path = folder / "de-en.tgz"
+    if kind == "truncated":
+        content = content[:len(content) // 2]
+    elif kind == "corrupt":
+        content = content[:600] + bytes(200) + content[800:]
+    elif kind == "wrong":
+        content = tgz({"en-fr/train.tags.en-fr.en": b"Yes.\n"})
+    elif kind == "escape":
+        content = tgz({"de-en/../../train.tags.de-en.de": b"Ja.\n", **iwslt()})
+    elif kind == "unequal":
+        content = tgz(iwslt(de=b"Ja.\nNein.\nOh.\n", en=b"Yes.\n<url>a</url>\nNo.\n"))
+    elif kind == "zip":
+        stream = io.BytesIO()
+        with zipfile.ZipFile(stream, "w") as packed:
+            packed.writestr("texts/de/en/de-en.tgz", content[:-300])
+        content = stream.getvalue()
+    elif kind == "none left":
+        content = tgz(iwslt(de=b"Ja, ja, ja.\n", en=b"Yes.\n"))
+    elif kind == "none for validation":
+        content = tgz(iwslt(de=b"Ja.\n" * 22, en=b"Yes.\n" * 22))
+    return write(path, content)
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("truncated", "cannot unpack .*de-en.tgz"),
+    ("corrupt", "cannot unpack .*de-en.tgz"),
+    ("wrong", "lacks de-en/train.tags.de-en.de, .*it must hold"),
+    ("escape", "which leads out of its directory"),
+    ("unequal", "unequal line counts: de-en/train.tags.de-en.de has 3, de-en/train.tags.de-en.en has 2"),
+    ("zip", "in it texts/de/en/de-en.tgz: cannot unpack"),
+    ("none left", "no sentence pair of the training text is left"),
+    ("none for validation", "too few training pairs, 22, to take one in 23 for validation"),
+])
+def test_bad_archives(kind, message, tmp_path):
+    """An archive that is damaged or another one is refused in one line; it stays as it is, and no data appear."""
+    mine = Scripts(tmp_path / "home")
+    path = broken(kind, tmp_path)
+    before = path.read_bytes()
+    assert re.search(message, mine.refuses("prepare", "iwslt14", "--archive", path))
+    assert path.read_bytes() == before and not (mine.data / "iwslt14").exists()
+    assert not list(tmp_path.rglob("train.*")) or kind.startswith("none")
+
+
+def test_full_disk(iwslt14, tmp_path):
+    """A disk that is full, early or late, is one clear line, and no data appear."""
+    mine = Scripts(tmp_path)
+    for limit in (1, 2):
+        command = f"ulimit -f {limit}; exec bash {LIB.parent / 'prepare.sh'} iwslt14 --archive {iwslt14.archive}"
+        done = subprocess.run(["bash", "-c", command], env=mine.environment, text=True, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT)
+        assert done.returncode == 2 and "File too large" in done.stdout, done.stdout
+        assert done.stdout.count("error: ") == 1 and "Traceback" not in done.stdout and not (mine.data / "iwslt14").exists()
+        assert not [path for path in mine.data.rglob(".*") if path.is_dir() and path.parent.name == ".iwslt14.partial"]
+
+
+def test_options_that_do_not_fit(iwslt14, tmp_path):
+    """Options that do not fit are refused, naming option, value and what is valid; prepared data are left alone."""
+    mine = Scripts(tmp_path)
+    assert "--bpe-size '0'" in mine.refuses("prepare", "iwslt14", "--bpe-size", "0")
+    assert "--bpe-size '10k' is no number" in mine.refuses("prepare", "wmt14", "--bpe-size", "10k")
+    assert "--news-commentary 'v9': iwslt14 has no such part; valid with: wmt14" in mine.refuses(
+        "prepare", "iwslt14", "--news-commentary", "v9")
+    assert "--news-commentary 'v10' is unknown; valid: v12, v9" in mine.refuses(
+        "prepare", "wmt14", "--news-commentary", "v10")
+    assert "--archive 'x.tgz': wmt14 does not come in one archive" in mine.refuses(
+        "prepare", "wmt14", "--archive", "x.tgz")
+    assert "not a file; it must be laid out as de-en.tgz or 2014-01.tgz" in mine.refuses(
+        "prepare", "iwslt14", "--archive", "x.tgz")
+    assert "lacks de-en.tgz or 2014-01.tgz; looked in" in mine.refuses("prepare", "iwslt14", "--archive-dir", tmp_path)
+    assert not mine.data.exists()
+    before = contents(iwslt14.data)
+    assert "nothing to do" in iwslt14.ok("prepare", "iwslt14", "--archive", iwslt14.archive)
+    assert "bpe_size is 10000, asked for 500" in iwslt14.refuses(
+        "prepare", "iwslt14", "--archive", iwslt14.archive, "--bpe-size", "500")
+    assert contents(iwslt14.data) == before
+
+
+def test_lines_are_read_as_they_are_needed():
+    """Workers give the lines in order, and of a long text hold no more than a few batches for each processor."""
+    taken = 0
+
+    def text():
+        nonlocal taken
+        for taken in range(1, 100_001):
+            yield f"LINE {taken}"
+
+    with prepare.Workers() as workers:
+        out = workers.map(functools.partial(moses.process, names=["lowercase"], language="de"))(text())
+        assert next(out) == "line 1" and taken <= (2 * settings.cpus() + 1) * prepare.BATCH
+        assert list(out) == [f"line {i}" for i in range(2, 100_001)]
+
+
+# ---- WMT14 -----------------------------------------------------------------------------------------------------------
+
+# In the archives of the training text -> tok/, worked out by hand. Normalized as the Perl script does: German full stops
+# go behind the quotation mark, in English it stays; what is not printable becomes a space; dashes are split.
+WMT = {
+    "training-parallel-europarl-v7.tgz": ("training/europarl-v7.de-en", [
+        ("Die EU-Staaten sagen: „Nein.“", "The EU-states say: “No no.”",
+         "Die EU @-@ Staaten sagen : &quot; Nein &quot; .", "The EU @-@ states say : &quot; No no . &quot;"),
+        ("Hal\u200blo \u2013 du’s", "Hel\u200blo \u2013 you’s", "Hal lo - du &apos; s", "Hel lo - you &apos;s"),
+    ]),
+    "training-parallel-commoncrawl.tgz": ("commoncrawl.de-en", [
+        ("Rock\u00a0&amp; Roll", "Rock \u00ab&amp;\u00bb Roll",
+         "Rock &amp; amp ; Roll", "Rock &quot; &amp; amp ; &quot; Roll"),
+        ("ja " * 250, "yes " * 250, " ".join(["ja"] * 250), " ".join(["yes"] * 250)),
+        ("ja " * 251, "yes " * 250, " ".join(["ja"] * 251), " ".join(["yes"] * 250)),
+        ("ja ja", "yes yes yes yes", "ja ja", "yes yes yes yes"),
+        ("", "yes", "", "yes"),
+    ]),
+}
+NEWS = [("Kommentar {}", "Comment {}", "Kommentar {}", "Comment {}")] * 2
+HELD_OUT = {"en": ("The EU’s “so-called” man &amp; woman.", "The EU &apos;s “ so @-@ called ” man &amp; amp ; woman ."),
+            "de": ("Der „so-genannte“ Mann’s Baum.", "Der „ so @-@ genannte “ Mann &apos; s Baum .")}
+DROPPED = (4, 5, 6)
+
+
+def wmt(folder, version, **changed):
+    """The five archives."""
+    news = [tuple(text.format(version) for text in row) for row in NEWS]
+    texts = {**WMT, f"training-parallel-nc-{version}.tgz": (f"training/news-commentary-{version}.de-en", news)}
+    for archive, (member, rows) in texts.items():
+        write(folder / archive, tgz({f"{member}.{language}": "".join(row[column] + "\n" for row in rows).encode()
+                                     for column, language in enumerate(("de", "en"))}))
+    write(folder / "dev.tgz", tgz({f"dev/newstest{year}.{language}": (text + "\n").encode() for year in (2012, 2013)
+                                   for language, (text, _) in HELD_OUT.items()}))
+    write(folder / "test-full.tgz", tgz({
+        f"test-full/newstest2014-deen-{side}.{language}.sgm": xml(language, "newstest2014", [text, text], f"{side}set")
+        for side in ("src", "ref") for language, (text, _) in HELD_OUT.items()}))
+    return [row for _, rows in texts.values() for row in rows]
+
+
+@pytest.mark.parametrize("version, bpe", [("v12", "subword_nmt"), ("v9", "sentencepiece")])
+def test_wmt14_text(version, bpe, tmp_path):
+    """tok/ = what the recipe makes of these lines by hand; pairs whose pieces are too many or too unequal are left out
+    of bpe/ only; valid is newstest2013, test newstest2014, whose references stay in raw/ as they are."""
+    mine = Scripts(tmp_path)
+    rows = wmt(tmp_path / "archives" / "wmt14", version)
+    # v12 is the default
+    options = [] if version == "v12" else ["--news-commentary", "v9", "--bpe", bpe, "--bpe-size", "78"]
+    output = mine.ok("prepare", "wmt14", *options, DATA_ARCHIVES=str(tmp_path / "archives"))
+    assert "is NOT the published training-parallel-europarl-v7.tgz" in output
+    data = mine.data / "wmt14"
+    kept = [row for number, row in enumerate(rows) if number not in DROPPED]
+    for column, language in ((0, "de"), (1, "en")):
+        assert lines(data / "raw" / f"train.{language}") == [row[column] for row in rows]
+        assert lines(data / "tok" / f"train.{language}") == [row[2 + column] for row in rows]
+        for split, number in (("valid", 1), ("test", 2)):
+            assert lines(data / "raw" / f"{split}.{language}") == [HELD_OUT[language][0]] * number
+            assert lines(data / "tok" / f"{split}.{language}") == [HELD_OUT[language][1]] * number
+        pieces = lines(data / "bpe" / f"train.{language}")
+        if bpe == "subword_nmt":  # of words that occur often, a piece is a word
+            assert [line.replace("@@ ", "") for line in pieces] == [row[2 + column] for row in kept]
+        else:
+            words = [line.replace(" ", "").replace("\u2581", " ").strip() for line in pieces]
+            assert len(words) >= 3 and words == [row[2 + column] for row in kept if row[2 + column] in words]
+    counts = [[len(line.split()) for line in lines(data / "bpe" / f"train.{language}")] for language in ("de", "en")]
+    assert all(max(pair) <= min(250, 1.5 * min(pair)) for pair in zip(*counts))
+    stamp = json.loads((data / "prepared.json").read_text())
+    assert stamp["sentences"] == {"train": len(counts[0]), "valid": 1, "test": 2}
+    assert stamp["settings"]["news_commentary"] == version and stamp["settings"]["bpe"] == bpe
+    assert f"training-parallel-nc-{version}.tgz" in stamp["sources"] and len(stamp["sources"]) == 5
+
+
+# ---- Moses -----------------------------------------------------------------------------------------------------------
+
+TOKENIZER = """binmode(STDIN, ":utf8"); binmode(STDOUT, ":utf8");
+my $arguments = join(" ", @ARGV); while (<STDIN>) { s/([.,])/ $1/g; s/^/PERL / if $arguments =~ /-l de$/; print; }"""
+LOWERCASE = 'binmode(STDIN, ":utf8"); binmode(STDOUT, ":utf8"); while (<STDIN>) { print lc($_); }'
+
+
+def test_perl_scripts(iwslt14, tmp_path):
+    """MOSES=DIR: the text goes through the scripts of that directory, in the recipe's order, and the stamp says so; a
+    directory without them, or scripts that fail or lose a line, are refused."""
+    import shutil
+
+    if shutil.which("perl") is None:
+        pytest.skip("perl is not installed")
+    mine = Scripts(tmp_path)
+    scripts = tmp_path / "moses" / "scripts" / "tokenizer"
+    prepare = functools.partial(mine.ok, "prepare", "iwslt14", "--archive", iwslt14.archive)
+    refused = functools.partial(mine.refuses, "prepare", "iwslt14", "--archive", iwslt14.archive)
+    environment = {"MOSES": str(tmp_path / "moses")}
+    tokenizer = write(scripts / "tokenizer.perl", b"exit 3;")
+    assert re.search("MOSES=.*/moses lacks .*/lowercase.perl; valid is the directory", refused(**environment))
+    write(scripts / "lowercase.perl", LOWERCASE.encode())
+    assert "tokenizer.perl -threads" in refused(**environment)
+    tokenizer.write_text("<STDIN>; while (<STDIN>) { print; }")
+    assert "lines of" in refused(**environment)
+    tokenizer.write_text(TOKENIZER)
+    prepare(**environment)
+    data = mine.data / "iwslt14"
+    assert lines(data / "tok" / "test.de")[1] == "perl das ist 'ne frage &amp; gut ."
+    assert lines(data / "tok" / "test.en")[1] == "that's a question ."
+    stamp = json.loads((data / "prepared.json").read_text())
+    assert set(stamp["settings"]["moses"]) == {"tokenizer.perl", "lowercase.perl"}
+    assert "nothing to do" in prepare(**environment)
+    assert "tokenized by other Moses scripts" in refused()
+
+
+def test_where_sacremoses_differs():
+    """The differences that scripts/lib/moses.py names are there, each way."""
+    text = ["Bus der Linie A.", "usw.", "Ende."]
+    assert moses.process(text, ["tokenize"], "de") == [*text[:2], "Ende ."]
+    assert moses.process(["„Nein.“", "A’"], ["normalize"], "de") == ['"Nein."', "A'"]
+    assert moses.process(["„Nein.“", "A’"], ["normalize_train"], "de") == ['"Nein".', 'A"']
+    assert moses.process(["ΣΑΣ"], ["lowercase"], "de") == ["σας"]
+
+
+def test_tokenization_is_that_of_the_published_text(corpora):
+    """Tokenizing the real IWSLT14 test text anew, from its words = that text: the same tokens, escapes and dashes."""
+    from sacremoses import MosesDetokenizer
+
+    for language in ("de", "en"):
+        with gzip.open(corpora / "iwslt14" / f"test.{language}.gz", "rt", encoding="utf-8") as text:
+            words = [line.rstrip("\n").replace("@@ ", "") for line in text][:1500]
+        if language == "en":  # the parts of a contraction are not joined again
+            words = [line for line in words if "&apos;" not in line]
+        plain = [MosesDetokenizer().unescape_xml(line) for line in words]
+        assert len(plain) > 900 and moses.process(plain, ["tokenize", "lowercase"], language) == words
+
+
+def test_real_dictionary(corpora, tmp_path):
+    """Binarized as the pipeline does it, with the dictionary of a real IWSLT14 run (which has ' and " where the text
+    has their entities): the words that become <unk> are those that are not in it, less than 0.3 % of the test text."""
+    from sacremoses import MosesDetokenizer
+
+    for name in ("valid.de", "valid.en", "test.de", "test.en", "dict.de.txt"):
+        text = gzip.decompress((corpora / "iwslt14" / f"{name}.gz").read_bytes()).decode("utf-8")
+        write(tmp_path / "bpe" / name, (text if "dict" in name else MosesDetokenizer().unescape_xml(text)).encode())
+    with open(tmp_path / "lock", "w") as lock:
+        prepare.binarize(tmp_path, tmp_path / "data-bin", [
+            settings.tool("fairseq-preprocess"), "--source-lang", "de", "--target-lang", "en", "--joined-dictionary",
+            "--srcdict", str(tmp_path / "bpe" / "dict.de.txt"), "--workers", "1"],
+            {split: f"bpe/{split}" for split in ("valid", "test")}, lock)
+    known = {line.split(" ")[0] for line in lines(tmp_path / "bpe" / "dict.de.txt")}
+    log = (tmp_path / "data-bin" / "preprocess.log").read_text()
+    for language in ("de", "en"):
+        words = (tmp_path / "bpe" / f"test.{language}").read_text(encoding="utf-8").split()
+        tokens = len(words) + 6750
+        unknown = 100 * sum(word not in known for word in words) / tokens
+        assert unknown < 0.3 and f"bpe/test.{language}: 6750 sents, {tokens} tokens, {unknown:.3}% replaced" in log, log
+
+
+# ---- downloads -------------------------------------------------------------------------------------------------------
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `content`; breaks off after `most` bytes; understands Range if `ranges`."""
+
+    content, most, ranges, asked = b"", None, True, []
+
+    def do_GET(self):
+        asked = self.headers.get("Range")
+        self.asked.append(asked)
+        start = int(re.match(r"bytes=(\d+)-", asked)[1]) if asked and self.ranges else 0
+        if start >= len(self.content):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(self.content)}")
+            self.end_headers()
+            return
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(self.content) - start))
+        self.end_headers()
+        self.wfile.write(self.content[start:][:self.most])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    class Own(Server):
+        asked = []
+
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Own)
+    thread = threading.Thread(target=running.serve_forever, daemon=True)
+    thread.start()
+    Own.url = f"http://127.0.0.1:{running.server_address[1]}/"
+    yield Own
+    running.shutdown()
+    running.server_close()
+
+
+@pytest.fixture
+def direct(monkeypatch):
+    """No proxy, no mirror."""
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "DATA_MIRROR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_download_is_resumed(server, direct, tmp_path):
+    """A download that breaks off + the next one = the file: it goes on where it stopped, or begins anew where the
+    server cannot; a mirror that is missing is passed over."""
+    server.content, server.most = bytes(range(256)) * 9000, 1_000_000
+    nowhere = "http://127.0.0.1:9/"
+    with pytest.raises(settings.UserError, match=r"cannot download .*:9/a.tgz.*after 1,000,000 of 2,304,000 bytes"):
+        archives.download("a.tgz", (nowhere, server.url), tmp_path)
+    server.most = None
+    path = archives.download("a.tgz", (nowhere, server.url), tmp_path, len(server.content))
+    assert path.read_bytes() == server.content and server.asked == [None, "bytes=1000000-"]
+    assert archives.download("a.tgz", (nowhere,), tmp_path) == path, "it is there"
+    server.ranges = False
+    (tmp_path / "b.tgz.part").write_bytes(b"some")
+    assert archives.download("b.tgz", (server.url,), tmp_path).read_bytes() == server.content
+    # What is whole but has not got its name yet is not fetched again.
+    server.ranges = True
+    (tmp_path / "c.tgz.part").write_bytes(server.content)
+    assert archives.download("c.tgz", (server.url,), tmp_path).read_bytes() == server.content
+
+
+def test_download_of_another_size(server, direct, tmp_path):
+    """A file that has not the known size is not fetched; the next mirror is tried, and all are named if none has it."""
+    server.content = b"<html>gone</html>"
+    with pytest.raises(settings.UserError, match=f"{server.url}a.tgz: it has 17 bytes there, expected 99"):
+        archives.download("a.tgz", (server.url,), tmp_path, 99)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_download_is_removed(server, direct, tmp_path):
+    """DATA_MIRROR gives a damaged archive: it is refused and removed, so that the next run fetches it anew."""
+    mine = Scripts(tmp_path)
+    environment = {"DATA_MIRROR": server.url, "https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
+    server.content = tgz(iwslt())[:-500]
+    message = mine.refuses("prepare", "iwslt14", **environment)
+    assert "cannot unpack" in message and "downloads/iwslt14/de-en.tgz" in message
+    assert [path.name for path in mine.data.rglob("*") if path.is_file()] == [".iwslt14.lock"]
+    server.content = tgz({"de-en/README": b"-"})
+    assert "lacks de-en/train.tags" in mine.refuses("prepare", "iwslt14", **environment)
+    assert server.asked == [None, None]

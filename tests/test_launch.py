@@ -1,0 +1,158 @@
+"""Several ranks: scripts/launch.sh, what is refused because ranks would train apart, and hydra's launchers."""
+import json
+import os
+import re
+import sys
+
+import pytest
+import torch
+
+import toy
+from fairseq_powernorm import ranks
+from fairseq_powernorm.checkpoint import load
+from test_pipeline import SMALL, Scripts, write_text
+
+sys.path.insert(0, str(toy.ROOT / "scripts" / "lib"))
+from slurm_cluster import free_ports  # noqa: E402
+
+#: SGD and unshuffled sentences, as tests/test_distributed.py explains; the batch is given in sentences
+EXACT = [*SMALL, "common.cpu=true", "dataset.max_tokens=null", "dataset.curriculum=99", "optimization.max_update=8",
+         "checkpoint.save_interval_updates=4", "model.dropout=0", "+model.norm_variant=algorithm2",
+         "optimizer._name=sgd", "~optimizer.adam_betas", "optimization.lr=[0.1]", "+optimizer.lr=[0.1]",
+         "+optimizer.momentum=0.0", "+optimizer.weight_decay=0.0"]
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    home = tmp_path_factory.mktemp("launch")
+    scripts = Scripts(home)
+    scripts.environment["CUDA_VISIBLE_DEVICES"] = ""
+    scripts.ok("prepare", "demo", "--text-dir", write_text(home / "text"))
+    return scripts
+
+
+@pytest.fixture(scope="module")
+def two_nodes(scripts):
+    """Two machines (one, over loopback) with two ranks each, by hand; and one process."""
+    (port,) = free_ports(1)
+    run = scripts.runs / "ranks"
+    words = ["demo", "power", *EXACT, "dataset.batch_size=4", "--run-dir", run, "--nodes", 2, "--ranks", 2, "--master",
+             f"127.0.0.1:{port}", "--tensorboard"]
+    machines = [scripts.start("launch", *words, "--node-rank", node, PN_PROGRESS_SECONDS="1") for node in (1, 0)]
+    outputs = [machine.communicate(timeout=400)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    scripts.ok("train", "demo", "power", *EXACT, "dataset.batch_size=16", "--run-dir", scripts.runs / "alone")
+    return run, outputs[1]
+
+
+def test_two_nodes_of_two_ranks(scripts, two_nodes):
+    """Two nodes x two ranks = one process with four times the batch: parameters and statistics within 1e-5."""
+    states = [load(str(run / "checkpoints" / "checkpoint_last.pt")) for run in (two_nodes[0], scripts.runs / "alone")]
+    assert [state["optimizer_history"][-1]["num_updates"] for state in states] == [8, 8]
+    ranks_, alone = (state["model"] for state in states)
+    assert ranks_.keys() == alone.keys() and any(name.endswith("running_phi") for name in alone)
+    errors = {name: float((ranks_[name] - value).abs().max() / value.abs().max().clamp(min=1e-30))
+              for name, value in alone.items() if torch.is_floating_point(value)}
+    assert max(errors.values()) < 1e-5, errors
+
+
+def test_records_of_several_ranks(two_nodes):
+    """One machine leads: one log, one session of four ranks, other ranks' logs, TensorBoard's file; the batch is said."""
+    run, output = two_nodes
+    facts = json.loads((run / "run.json").read_text())
+    assert [(session["ranks"], session["exit_status"]) for session in facts["sessions"]] == [(4, 0)]
+    assert json.loads((run / "finished.json").read_text())["updates"] == 8
+    assert "an update takes at most 16 sentences" in output and "one rank has 4" in output
+    assert sorted(path.name for path in (run / "logs").iterdir()) == ["rank1.log", "rank2.log", "rank3.log"]
+    assert (run / "train.log").read_text().count('"train_num_updates": "8"') == 1
+    assert "at work, without news for" in output, "progress at a steady rhythm"
+    assert list((run / "tensorboard").rglob("*tfevents*"))
+    assert str(run) not in json.dumps(facts["overrides"])
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--ranks", "0"], "--ranks"),
+    (["common.cpu=true"], r"--ranks R: this is a run on a CPU"),
+    (["--ranks", "2", "--nodes", "2"], r"--nodes 2: each of the 2 machines needs --node-rank I, from 0 to 1"),
+    (["--nodes", "2", "--node-rank", "2", "--master", "h"], r"--node-rank 2: must be from 0 to 1"),
+    (["--ranks", "2", "--node-rank", "0"], r"give --nodes N"),
+    (["--ranks", "2", "distributed_training.distributed_world_size=2"], r"distributed_world_size is launch.sh's own"),
+    (["--ranks", "2", "distributed_training.ddp_backend=pytorch_ddp"], r"pytorch_ddp needs GPUs"),
+])
+def test_launch_refuses(scripts, words, message):
+    """What cannot be launched is refused before there is a run directory."""
+    run = scripts.runs / "refused"
+    status, output = scripts("launch", "demo", "power", "--run-dir", run, *words)
+    assert status == 2 and "Traceback" not in output
+    assert "error: " in output and re.search(message, output.split("error: ")[1]), output
+    assert not run.exists()
+
+
+def test_train_refuses_to_be_many(scripts):
+    """train.sh started by torchrun or srun, or with a world size on a CPU, names launch.sh; fairseq would train copies."""
+    words = ("train", "demo", "power", "--run-dir", scripts.runs / "refused")
+    assert "torchrun started 2 processes" in scripts.refuses(*words, WORLD_SIZE="2", RANK="0")
+    assert "srun started 4 processes" in scripts.refuses(*words, SLURM_STEP_NUM_TASKS="4")
+    message = scripts.refuses(*words, "distributed_training.distributed_world_size=2")
+    assert "use scripts/launch.sh --ranks 2" in message
+    assert not (scripts.runs / "refused").exists()
+
+
+def test_torchrun_without_flags_is_refused(toy_data, tmp_path):
+    """Plain torchrun on a CPU, which silently trains independent copies, ends with an error before the first update."""
+    command = os.path.join(os.path.dirname(sys.executable), "fairseq-train")
+    done = toy.command(
+        "torchrun", "--standalone", "--no-python", "--nproc_per_node", 2, command, toy_data, "--user-dir",
+        "fairseq_powernorm", "--task", "translation_pn", "--arch", "transformer_pn_tiny", "--cpu", "--optimizer", "sgd",
+        "--lr", 0.1, "--max-tokens", 400, "--max-update", 2, "--save-dir", tmp_path / "save", "--log-interval", 1,
+        "--data-buffer-size", 0, "--num-workers", 0, "--log-format", "json", check=False,
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode != 0 and "2 processes were started (WORLD_SIZE) but fairseq has 1 of them as ranks" in output
+    assert not toy.losses(output) and not (tmp_path / "save" / "checkpoint_last.pt").exists()
+
+
+def test_number_of_ranks():
+    """Fewer ranks than processes are refused; no torchrun, one process, and a world that is whole are not."""
+    for world, environment in ((1, {}), (1, {"RANK": "0", "WORLD_SIZE": "1"}), (4, {"RANK": "0", "WORLD_SIZE": "4"})):
+        ranks.check_number(world, environment=environment)
+    ranks.check_number(2, 2, {"RANK": "0", "WORLD_SIZE": "4"})
+    with pytest.raises(ValueError, match="4 processes .* has 2 of them"):
+        ranks.check_number(2, environment={"RANK": "0", "WORLD_SIZE": "4"})
+
+
+def test_ranks_with_other_settings():
+    """A setting or training data that differ are refused by name; places of ranks and of files may differ."""
+    from types import SimpleNamespace
+
+    from omegaconf import OmegaConf
+
+    def facts(lr=0.1, rank=0, sizes=(3, 4)):
+        config = OmegaConf.create({"optimization": {"lr": [lr]}, "task": {"data": f"/node{rank}"},
+                                   "dataset": {"train_subset": "train"},
+                                   "distributed_training": {"distributed_rank": rank, "device_id": rank}})
+        dataset = SimpleNamespace(sizes=torch.tensor(sizes))
+        return ranks.facts(config, SimpleNamespace(datasets={"train": dataset}))
+
+    ranks.check_facts(facts(rank=1), facts(), 1)
+    with pytest.raises(ValueError, match=r"optimization.lr is \[0.2\] for rank 1 and \[0.1\] for rank 0"):
+        ranks.check_facts(facts(lr=0.2, rank=1), facts(), 1)
+    with pytest.raises(ValueError, match="training data is 3 sentences or blocks, 7 tokens for rank 1"):
+        ranks.check_facts(facts(rank=1, sizes=(3, 2, 2)), facts(), 1)
+    with pytest.raises(ValueError, match="is not there for rank 1 and there for rank 0"):
+        ranks.check_checkpoint("checkpoint_last.pt", False, True, 1)
+    ranks.check_checkpoint("checkpoint_last.pt", True, True, 1)
+
+
+def test_hydra_launcher(scripts, tmp_path):
+    """fairseq-hydra-train -m with submitit's local launcher trains in a directory of its own, with the norm in both places
+    of the encoder; the launcher for SLURM is the same with its own options (scripts/check_slurm.sh runs it)."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    words = ["fairseq-hydra-train", "--config-dir", "configs", "--config-name", "demo", f"hydra.sweep.dir={tmp_path}",
+             f"common.user_dir={toy.ROOT / 'fairseq_powernorm'}", f"task.data={scripts.data / 'demo' / 'data-bin'}",
+             "common.cpu=true", *SMALL, "optimization.max_update=5", "hydra.launcher.gpus_per_node=0"]
+    toy.command(words[0], "-m", *words[1:], "+launcher=submitit_local", "model.encoder_norm_self=rms")
+    model = load(str(tmp_path / "0" / "checkpoints" / "checkpoint_last.pt"))["cfg"]["model"]
+    assert (model["encoder_norm_self"], model["encoder_norm_ff"], model["decoder_norm_ff"]) == ("rms", "rms", "layer")
+    shown = toy.command(words[0], "--cfg", "hydra", *words[1:], "+launcher=submitit").stdout
+    assert "SlurmLauncher" in shown and "max_num_timeout: 100" in shown and "gpus_per_node: 0" in shown

@@ -1,0 +1,434 @@
+"""Scores, records and reports: numbers equal those of the public tools, and a page says what its records say."""
+
+import copy
+import csv
+import gzip
+import html.parser
+import json
+import math
+import os
+import pathlib
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+LIB = ROOT / "scripts" / "lib"
+BIN = pathlib.Path(sys.executable).parent
+for module in ("fairseq", "sacrebleu", "jinja2", "matplotlib"):
+    pytest.importorskip(module)
+sys.path.insert(0, str(LIB))
+
+import checkpoints  # noqa: E402
+import figures  # noqa: E402
+import matrix  # noqa: E402
+import report  # noqa: E402
+import schema  # noqa: E402
+import score  # noqa: E402
+import settings  # noqa: E402
+import table  # noqa: E402
+
+RECORD = json.loads((ROOT / "results" / "multi30k" / "power-seed1.json").read_text())
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+def run(*command, status=0):
+    done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == status, done.stderr
+    return done.stdout if status == 0 else done.stderr
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Two systems' texts and a reference: compounds, capitals, blank lines (the last one too), words of two systems."""
+    folder, draw = tmp_path_factory.mktemp("texts"), random.Random(3)
+    words = "Der well-known @-@ man sees the a-b-c dogs - now and then not , ohne - Worte".split()
+    reference = [" ".join(draw.choices(words, k=12)) for _ in range(60)]
+
+    def worse(line, rate):
+        return " ".join(word if draw.random() > rate else draw.choice(words) for word in line.split())
+
+    found = {"ref": reference, "first": [worse(line, 0.2) for line in reference],
+             "second": [worse(line, 0.3) for line in reference]}
+    found["first"][7] = found["first"][-1] = ""
+    for name, lines in found.items():
+        (folder / name).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return folder, found
+
+
+def ours(capsys, *arguments):
+    """What python scripts/lib/score.py prints."""
+    score.score([str(word) for word in arguments])
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("option", [[], ["--split-compounds"]])
+def test_tokenized_bleu_is_fairseqs(texts, option, tmp_path, capsys, monkeypatch):
+    """score.py HYP REF = fairseq-score; --split-compounds = fairseq-score on texts that sed has split."""
+    from fairseq_cli.score import cli_main
+
+    folder, _ = texts
+    found = ours(capsys, folder / "first", folder / "ref", *option)
+    theirs = {"first": folder / "first", "ref": folder / "ref"}
+    for name in theirs if option else ():
+        split = run("sed", "-E", r"s/(\S)-(\S)/\1 ##AT##-##AT## \2/g", theirs[name])
+        assert "well ##AT##-##AT## known" in split
+        theirs[name] = tmp_path / name
+        theirs[name].write_text(split)
+    monkeypatch.setattr(sys, "argv", ["fairseq-score", "--sys", str(theirs["first"]), "--ref", str(theirs["ref"])])
+    cli_main()
+    assert found["bleu_tokenized"]["text"] in capsys.readouterr().out and found["sentences"] == 60
+    assert found["bleu_tokenized"].get("split_compounds", False) == bool(option)
+    assert 20 < found["bleu_tokenized"]["score"] < 90
+    assert "a ##AT##-##AT## b-c" == score.split_compounds("a-b-c"), "matches do not overlap, as in perl"
+
+
+@pytest.mark.parametrize("option, lowercase", [([], []), (["-lc"], ["--lowercase"])])
+def test_detokenized_scores_are_sacrebleus(texts, option, lowercase, capsys):
+    """score.py --detokenized = the sacrebleu command, BLEU and chrF, to the last digit."""
+    folder, _ = texts
+    found = ours(capsys, folder / "first", folder / "ref", "--detokenized", *lowercase)
+    for name, metric in (("sacrebleu", "bleu"), ("chrf", "chrf")):
+        extra = option if metric == "bleu" else ["--chrf-lowercase"] if option else []
+        command = [BIN / "sacrebleu", folder / "ref", "-i", folder / "first", "-m", metric, *extra, "-w", 12]
+        theirs = json.loads(run(*command))
+        assert theirs["score"] == round(found[name]["score"], 12)
+        assert set(theirs["signature"].split("|")) == set(found[name]["signature"].split("|"))
+
+
+def test_significance_is_sacrebleus(texts):
+    """paired_bootstrap = sacrebleu --paired-bs: the same p-value; equal scores have none."""
+    folder, found = texts
+    theirs = json.loads(run(BIN / "sacrebleu", folder / "ref", "-i", folder / "first", folder / "second", "-m", "bleu",
+                            "--paired-bs", "-w", 9, "-f", "json"))
+    systems = {"second": found["second"], "same": found["first"]}
+    tests = score.paired_bootstrap(found["first"], systems, found["ref"], False)
+    assert theirs[1]["BLEU"]["p_value"] == pytest.approx(tests["second"]["p_value"], abs=1e-9)
+    assert round(tests["second"]["score"], 6) == pytest.approx(theirs[1]["BLEU"]["score"], abs=1e-6)
+    assert tests["same"]["p_value"] is None and tests["second"]["p_value"] < 0.05
+
+
+def test_score_refuses(texts, tmp_path):
+    """Texts of unequal length, missing or empty ones, and options that do not fit are refused."""
+    folder, _ = texts
+    (tmp_path / "short").write_text("one line\n")
+    (tmp_path / "empty").write_text("")
+    for arguments, message in (
+        ([tmp_path / "short", folder / "ref"], "1 hypotheses for 60 references"),
+        ([tmp_path / "none", folder / "ref"], "cannot read"),
+        ([tmp_path / "empty", folder / "ref"], "is empty"),
+        ([folder / "first", folder / "ref", "--detokenized", "--split-compounds"], "is for tokenized text"),
+    ):
+        with pytest.raises(settings.UserError, match=re.escape(message)):
+            score.score(list(map(str, arguments)))
+
+
+def test_iwslt14_reference_against_itself(corpora, tmp_path, capsys):
+    """The 6,750 sentences of IWSLT14's test reference score 100.0 against themselves, by every metric."""
+    text = gzip.decompress((corpora / "iwslt14" / "test.en.gz").read_bytes()).decode()
+    (tmp_path / "ref").write_text(text.replace("@@ ", ""), encoding="utf-8")
+    found = ours(capsys, tmp_path / "ref", tmp_path / "ref")
+    assert found["sentences"] == 6750
+    assert found["bleu_tokenized"]["text"].startswith("BLEU4 = 100.00, 100.0/100.0/100.0/100.0 ")
+    lines = score.lines_of(tmp_path / "ref")
+    others = score.sacrebleu_scores(lines, lines, True)
+    assert [each["score"] for each in others.values()] == pytest.approx([100, 100])
+
+
+def test_checkpoints_of_short_runs(tmp_path):
+    """--available takes the checkpoints that there are, the last one if none was kept; without it they are too few."""
+    import zipfile
+
+    config = settings.load("multi30k")
+    config.checkpoint.no_epoch_checkpoints = False
+    with pytest.raises(settings.UserError, match="0 of the 10"):
+        checkpoints.last(config, tmp_path, 10, available=True)
+    for name in ("checkpoint_last.pt", "checkpoint1.pt", "checkpoint2.pt"):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("data", "x")
+        found = [path.name for path in checkpoints.last(config, tmp_path, 10, available=True)]
+        assert found == {"checkpoint_last.pt": ["checkpoint_last.pt"], "checkpoint1.pt": ["checkpoint1.pt"],
+                         "checkpoint2.pt": ["checkpoint1.pt", "checkpoint2.pt"]}[name]
+        with pytest.raises(settings.UserError, match="of the 10 checkpoints"):
+            checkpoints.last(config, tmp_path, 10)
+
+
+# ---- records ---------------------------------------------------------------------------------------------------------
+
+
+def described_keys(kind):
+    """The top-level keys in the tables of results/README.md of a kind: for records those of all, and its own."""
+    sections = re.split(r"^### (.*)\n", (ROOT / "results" / "README.md").read_text(), flags=re.M)
+    own = dict(zip(sections[1::2], sections[2::2]))[kind]
+    tables = sections[0] + own if kind in ("Translation", "Language models") else own
+    rows = (line for line in tables.splitlines() if line.startswith("| `"))
+    return {key.split(".")[0] for row in rows for key in re.findall(r"`([\w.]+)`", row.split("|")[1])}
+
+
+@pytest.mark.parametrize("kind, keys", [
+    ("Translation", schema.TRANSLATION), ("Language models", schema.LANGUAGE_MODEL),
+    ("Significance tests", schema.SIGNIFICANCE), ("Figures' data", schema.FIGURES)])
+def test_the_schema_is_described(kind, keys):
+    """results/README.md describes the keys of the schema and no others."""
+    assert described_keys(kind) == set(keys)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("*.json")), ids=lambda path: path.stem)
+def test_committed_records(path):
+    """Each file in results/ is of the schema; a record comes from a finished run and names no path of a machine."""
+    content = schema.check(json.loads(path.read_text()), path)
+    if "kind" not in content:
+        assert content["finished"] and "+changes" not in content["git_commit"]
+        text = json.dumps(content).replace("/tmp/plasma", "")  # a default of fairseq's
+        assert not re.search(r"(?<![\w.:/-])/\w+/", text)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda r: r.pop("seed"), "seed is missing"),
+    (lambda r: r.update(sead=1), "sead is not a key of the schema"),
+    (lambda r: r.update(seed="1"), "seed is '1', not int"),
+    (lambda r: r.update(seed=True), "seed is True, not int"),
+    (lambda r: r.update(schema=2), "schema is 2; valid: 1"),
+    (lambda r: r.update(norm="powr"), "norm is 'powr'; valid: 'batch', 'custom', 'layer', 'power', 'power-v', 'rms'"),
+    (lambda r: r["training"].update(threads=None), "training.threads is None, not int"),
+    (lambda r: r["curve"]["valid"][3].update(loss=math.nan), "curve.valid[3].loss is nan"),
+    (lambda r: r["curve"]["valid"][3].update(lost=1), "curve.valid[3].lost is not a key"),
+    (lambda r: r["checkpoints"].update(a=3), "checkpoints['a'] is 3, not str"),
+    (lambda r: r.update(perplexity={}), "arch is missing"),
+    (lambda r: r.update(kind="figures"), "statistics is missing"),
+    (lambda r: r.update(kind=[]), "kind is not a key"),
+])
+def test_schema_refuses(change, message):
+    """A missing key, an unknown one at any depth, a value of another type, no finite number: each is named."""
+    record = copy.deepcopy(RECORD)
+    change(record)
+    with pytest.raises(settings.UserError) as error:
+        schema.check(record, "file")
+    assert message in str(error.value)
+
+
+def test_schema_of_no_object():
+    """What is no object is refused, not taken for an empty record."""
+    for content in ([], 3, "text", None):
+        with pytest.raises(settings.UserError, match="is not a valid record: it is"):
+            schema.check(content, "file")
+
+
+# ---- figures' data ---------------------------------------------------------------------------------------------------
+
+
+def test_singular_values(tmp_path):
+    """Those of torch.linalg.svdvals, of an encoder's table and of adaptive inputs, each band projected."""
+    torch.manual_seed(0)
+    first, second, project = torch.randn(50, 6), torch.randn(40, 3), torch.randn(6, 3)
+    whole = torch.cat([first, second @ project.T])
+    models = {
+        "encoder": ({"encoder.embed_tokens.weight": whole, "decoder.embed_tokens.weight": first}, whole),
+        "adaptive": ({"decoder.embed_tokens.embeddings.0.0.weight": first,
+                      "decoder.embed_tokens.embeddings.0.1.weight": torch.eye(6),
+                      "decoder.embed_tokens.embeddings.1.0.weight": second,
+                      "decoder.embed_tokens.embeddings.1.1.weight": project}, whole),
+    }
+    for name, (model, table_) in models.items():
+        torch.save({"model": model, "args": None, "cfg": None}, tmp_path / name)
+        wanted = torch.linalg.svdvals(table_.double()).tolist()
+        assert figures.singular_values(tmp_path / name) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_statistics_of_a_record(tmp_path):
+    """Mean, smallest and largest over the norms at each update; null where one is not finite."""
+    rows = [{"update": u, "norm": n, "distance_psi2": v} for u, n, v in
+            ((2, "a", 1.0), (2, "b", 3.0), (4, "a", math.inf), (4, "b", 1.0))]
+    (tmp_path / "record").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert figures.statistics(tmp_path / "record") == {"norms": 2, "updates": [2, 4], "quantities": {
+        "distance_psi2": {"mean": [2.0, None], "smallest": [1.0, None], "largest": [3.0, None]}}}
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+ROWS = ("layer", "batch-groups0", "power", "power-all-algorithm2")
+EVIL = "</pre><script>alert('1')</script> \"&amp; | `"
+
+
+def record_of(run, number):
+    """A record as evaluate.sh would write it of a run of the matrix."""
+    found = copy.deepcopy(RECORD)
+    model = found["config"]["model"]
+    default = run.row.placement or "encoder"
+    found.update(norm=run.row.norm, placement=default, seed=run.seed, variant=run.row.variant or "reference")
+    model.update(norm_groups=0 if run.row.layer_scale is False else None, norm_variant=found["variant"])
+    found["config"]["common"]["seed"] = run.seed
+    for option, chosen in zip(settings.NORM_OPTIONS, settings.PLACEMENTS[default]):
+        model[option] = run.row.norm if chosen else "layer"
+    found["bleu_tokenized"]["score"], found["sacrebleu"]["score"] = 40.0 + number, 39.0 + number
+    found["commands"] = [f"{EVIL} {run.name}"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A report of four rows and two seeds made from records alone, by the script; one record is missing."""
+    results = tmp_path_factory.mktemp("results")
+    runs = [run for run in matrix.runs("multi30k", "transformer_pn_tiny", [1, 2], 4000, []) if run.row_name in ROWS]
+    (results / "multi30k").mkdir()
+    for number, each in enumerate(runs[:-1]):
+        each.record(results).write_text(json.dumps(record_of(each, number)))
+    command = ["bash", ROOT / "scripts" / "reproduce_table1.sh", "--benchmark", "multi30k", "--updates", "4000",
+               "--seeds", "1,2", "--rows", ",".join(ROWS), "--results", results, "--report-only"]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True,
+                          env={**os.environ, "PYTHON": sys.executable, "PN_RUNS_ROOT": str(results / "none")})
+    assert done.returncode == 1 and "multi30k/power-all-algorithm2-4000-seed2: no record" in done.stderr, done.stderr
+    return results, done.stdout
+
+
+class Page(html.parser.HTMLParser):
+    """Tags that are closed in order; all links, ids and sources; the text of all cells."""
+
+    VOID = {"meta", "img"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.links, self.ids, self.sources, self.text = [], [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append(tag)
+        self.open += [] if tag in self.VOID else [tag]
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        self.links += [attributes["href"]] if "href" in attributes else []
+        self.sources += [attributes["src"]] if "src" in attributes else []
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_page(written):
+    """The page is well-formed and asks for nothing outside of itself; a link leads to a record or to commands in it."""
+    results, _ = written
+    text = (results / "table1-multi30k-4000.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert "script" not in page.tags and "link" not in page.tags
+    assert page.sources and all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert len(page.ids) == len(set(page.ids)) == 7
+    for link in page.links:
+        assert link[1:] in page.ids if link.startswith("#") else (results / link).is_file(), link
+    assert {link for link in page.links if not link.startswith("#")} == {
+        f"multi30k/{path.name}" for path in (results / "multi30k").iterdir()}
+    assert any(EVIL in data for data in page.text), "commands are shown as they are"
+    assert not re.search(r"(src|href)=\"(https?:)?//|@import|url\(", text)
+
+
+def test_table_of_the_report(written):
+    """Mean, deviation and difference from LN are those of the records, in Markdown and CSV; links lead to records."""
+    results, output = written
+    text = (results / "table1-multi30k-4000.md").read_text(encoding="utf-8")
+    assert text in output
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    heading, rows = cells[0], cells[2:]
+    assert [row[0] for row in rows] == ["layer", "batch", "power", "power"]
+    # seed 1: 40 41 42 43, seed 2: 44 45 46
+    assert [row[heading.index("tokenized BLEU")] for row in rows] == [
+        "42.00 ± 2.83", "43.00 ± 2.83", "44.00 ± 2.83", "43.00"]
+    assert [row[heading.index("against LN")] for row in rows] == ["", "+1.00", "+2.00", "+3.00"], "of common seeds"
+    assert [row[heading.index("layer scale")] for row in rows] == ["", "no", "yes", "yes"]
+    assert [row[heading.index("variant")] for row in rows] == ["", "", "reference", "algorithm2"]
+    for target in re.findall(r"\]\(([^)]*)\)", text):
+        assert (results / target).is_file()
+    assert "No significance" in text and "Not in the table: multi30k/power-all-algorithm2-4000-seed2." in text
+    assert "differ in" not in text
+    with open(results / "table1-multi30k-4000.csv", encoding="utf-8", newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    assert [float(line["tokenized BLEU mean"]) for line in lines] == [42, 43, 44, 43]
+    assert [line["tokenized BLEU deviation"] for line in lines][3] == "" and lines[0]["seeds"] == "1 2"
+    assert float(lines[1]["tokenized BLEU deviation"]) == pytest.approx(math.sqrt(8))
+
+
+def paper_section(benchmark, arch, records):
+    """A section of a report of records, with their rows."""
+    part = {"benchmark": benchmark, "arch": arch, "lines": table.lines(records), "differing": {}}
+    report.add_table(part, records, {})
+    return part
+
+
+def test_paper_values_stand_beside_ours():
+    """The paper's value stands in the lines of its form of a norm only; of perplexities the page says what they are."""
+    assert set(matrix.PAPER) == {(benchmark, arch) for benchmark, arch in matrix.PAPER if arch in matrix.PARAMETERS}
+    runs = list(matrix.runs("multi30k", "transformer_pn_tiny", [1], 4000, []))
+    records = {run.name: record_of(run, i) for i, run in enumerate(runs)}
+    part = paper_section("iwslt14", "transformer_pn_iwslt_de_en", records)
+    found = {name: row["paper"] for row in part["rows"] for name in [row["seeds"][0]["name"].split("-4000")[0]]}
+    assert {name: value for name, value in found.items() if value} == {
+        "layer": 35.5, "batch": 34.4, "power-v": 35.5, "power": 35.9}
+    assert len(found) == 17 and report.CAUSALITY not in report.notes(part)
+
+
+def lm_record(run, number, causal=True):
+    found = copy.deepcopy(RECORD)
+    for key in ("beam", "lenpen", "sentences", "tokens_per_s", "bleu_tokenized", "sacrebleu", "chrf"):
+        del found[key]
+    perplexity = {"score": 50.0 + number, "nll": 1e5, "context_window": 0}
+    found.update(benchmark="ptb", arch=run.arch, causal=causal, perplexity=perplexity, perplexity_context=None,
+                 tokens_per_sample=32, norm=run.row.norm, placement="all", seed=run.seed, tokens={
+                     "scored": 9, "words": 8, "line_ends": 1, "line_ends_counted": True, "unknown": 0,
+                     "out_of_vocabulary": 0, "types": 5, "published_corpus": False})
+    found["config"]["model"] = {"_name": run.arch, "norm_groups": None if run.row.layer_scale is not False else 0,
+                                "decoder_norm_self": run.row.norm, "tensorized_noncausal": not causal}
+    return schema.check(found, "made")
+
+
+def test_language_models_table():
+    """Perplexities with the paper's beside them; a model that is none says so in its cell, in a line of its own."""
+    runs = list(matrix.runs("ptb", "tensorized_lm_pn_ptb", [1], None, []))
+    runs = [run for run in runs if run.row_name in ("layer", "power")]
+    records = {f"{run.name}{causal}": lm_record(run, i, causal) for causal in (True, False)
+               for i, run in enumerate(runs)}
+    part = paper_section("ptb", "tensorized_lm_pn_ptb", records)
+    headings, rows = report.plain_rows(part)
+    assert sorted(row[headings.index("perplexity")] for row in rows) == [
+        "50.00", "50.00 (not a language model's)", "51.00", "51.00 (not a language model's)"]
+    assert {row[0]: row[headings.index("paper")] for row in rows} == {"layer": "53.2", "power": "47.6"}
+    assert report.CAUSALITY in report.notes(part)
+
+
+def test_significance_belongs_to_its_records(texts, tmp_path, monkeypatch):
+    """p-values come from the translations of a record's run; they are kept as long as the scores are the records',
+    and no longer; translations that are not those of the record give none."""
+    folder, found = texts
+    monkeypatch.setenv("PN_RUNS_ROOT", str(tmp_path))
+    runs = list(matrix.runs("multi30k", "transformer_pn_tiny", [1], 4000, []))
+    runs = [run for run in runs if run.row_name in ("layer", "power")]
+    names = [f"{run.benchmark}/{run.name}" for run in runs]
+    records = {name: record_of(run, 0) for name, run in zip(names, runs)}
+    for name, each, text in zip(names, runs, ("first", "second")):
+        (each.directory / "evaluation").mkdir(parents=True)
+        for target, source in (("hyp.detok", text), ("ref.detok", "ref")):
+            (each.directory / "evaluation" / target).write_bytes((folder / source).read_bytes())
+        records[name]["sacrebleu"] = score.sacrebleu_scores(found[text], found["ref"], True)["sacrebleu"]
+    tests = report.significance(runs, records, None)
+    assert set(tests) == {names[1]} and tests[names[1]]["against"] == names[0]
+    assert not schema.problems({"schema": 1, "kind": "significance", "tests": tests}, schema.SIGNIFICANCE)
+    for each in runs:
+        (each.directory / "evaluation" / "hyp.detok").unlink()
+    assert report.significance(runs, records, {"tests": tests}) == tests
+    records[names[0]]["sacrebleu"]["score"] += 0.1
+    assert report.significance(runs, records, {"tests": tests}) == {}
+
+
+def test_settings_that_differ_are_said(written):
+    """A row that was trained with another learning rate is not compared in silence."""
+    results, _ = written
+    records = {path.stem: json.loads(path.read_text()) for path in sorted((results / "multi30k").glob("*seed1.json"))}
+    records["power-4000-seed1"]["config"]["optimization"]["lr"] = [0.1]
+    assert report.differing(table.lines(records)) == {"optimization.lr": ["[0.005]", "[0.1]"]}

@@ -1,0 +1,362 @@
+"""scripts/reproduce_*.sh: which runs they make, and that these survive kills, company and failures."""
+
+import collections
+import contextlib
+import io
+import json
+import os
+import pathlib
+import re
+import shlex
+import signal
+import zipfile
+
+import pytest
+
+from test_pipeline import Scripts, contents, schema, write_text
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+for module in ("fairseq", "sacrebleu", "sacremoses", "subword_nmt", "jinja2", "matplotlib"):
+    pytest.importorskip(module)
+
+import compose  # noqa: E402
+import evaluate  # noqa: E402
+import matrix  # noqa: E402
+import reproduce  # noqa: E402
+import settings  # noqa: E402
+import train  # noqa: E402
+
+SMALL = ["dataset.max_tokens=400", "generation.max_len_b=20", "generation.beam=2", "+model.encoder_layers=1",
+         "+model.decoder_layers=1", "common.cpu=true"]
+DEMO = ["--benchmark", "demo", "--updates", "12", "--seeds", "1", "--rows", "layer,power"]
+TRANSLATION = """layer batch batch-groups0 batch-all batch-all-groups0 power-v power-v-groups0 power-v-all
+    power-v-all-groups0 power power-groups0 power-all power-all-groups0 power-algorithm2 power-algorithm2-groups0
+    power-all-algorithm2 power-all-algorithm2-groups0""".split()
+LM = """layer batch batch-groups0 power-v power-v-groups0 power power-groups0 power-algorithm2
+    power-algorithm2-groups0""".split()
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Data, runs and results in a temporary directory, in this process."""
+    monkeypatch.setenv("PN_RUNS_ROOT", str(tmp_path / "runs"))
+    monkeypatch.setenv("PN_DATA_ROOT", str(tmp_path / "data"))
+    monkeypatch.chdir(ROOT)
+    return tmp_path
+
+
+# ---- which runs ------------------------------------------------------------------------------------------------------
+
+
+def of(benchmark, arch, updates=None, overrides=(), seeds=(1,)):
+    return list(matrix.runs(benchmark, arch, seeds, updates, list(overrides)))
+
+
+def test_rows(here):
+    """Every norm, placement, layer scale and variant once; nothing that a norm or a language model does not have."""
+    assert [run.row_name for run in of("multi30k", "transformer_pn_tiny")] == TRANSLATION
+    assert [run.row_name for run in of("ptb", "tensorized_lm_pn_ptb")] == LM
+    assert set(matrix.FIGURE_ROWS) <= set(LM) and set(matrix.FIGURE_ROWS) <= set(TRANSLATION)
+
+
+def test_a_row_is_what_its_name_says(here):
+    """The overrides of a row, composed as train.sh composes them, give the norm, placement, variant and layer scale."""
+    for run in of("demo", "transformer_pn_tiny"):
+        if run.row_name not in ("layer", "batch-groups0", "power-v-all", "power-algorithm2", TRANSLATION[-1]):
+            continue
+        options, config = train.parse(run.train_command()[2:])
+        composed = compose.compose("demo", [*compose.norm_overrides(config.model, options.norm, options.placement),
+                                            *options.overrides]).model
+        name = run.row_name
+        norm = re.match("power-v|[a-z]+", name)[0]
+        assert compose.norms_of(composed) == (norm, "all" if "-all" in name else "encoder")
+        assert composed.get("norm_variant", "reference") == ("algorithm2" if "algorithm2" in name else "reference")
+        assert composed.get("norm_groups") == (0 if "groups0" in name else None)
+
+
+def test_names_and_overrides_of_earlier_ptb_runs(here):
+    """Runs and records of Penn Treebank that were made as NORM-ARCH-UPDATES-seedS with these overrides stay valid."""
+    given = ["common.cpu=true", "optimization.lr=[0.001]"]
+    earlier = ["common.seed=1", "optimization.max_update=500", "lr_scheduler.warmup_updates=50", *given]
+    for arch in settings.architectures("ptb"):
+        runs = {run.row_name: run for run in of("ptb", arch, 500, given)}
+        for norm in ("layer", "batch", "power-v", "power"):
+            assert runs[norm].directory == settings.runs_root() / "ptb" / f"{norm}-{arch}-500-seed1"
+            assert matrix.identity(runs[norm].overrides) == matrix.identity(earlier)
+
+
+def test_updates_scale_the_schedule(here):
+    """--updates N: all that is counted in updates shrinks in proportion, the architecture's file too; N = all: none."""
+    overrides = compose.by_key(of("wikitext103", "transformer_lm_pn_wiki103", 2860)[0].overrides)
+    assert overrides["lr_scheduler.warmup_updates"].endswith("=160")
+    assert overrides["lr_scheduler.lr_period_updates"].endswith("=2700")
+    assert overrides["checkpoint.save_interval_updates"].endswith("=20")
+    run = of("demo", "transformer_pn_tiny", 12, ["lr_scheduler.warmup_updates=7"])[0]
+    assert "checkpoint.save_interval_updates=1" in run.overrides and "lr_scheduler.warmup_updates=7" in run.overrides
+    assert sum("warmup" in override for override in run.overrides) == 1
+    assert of("demo", "transformer_pn_tiny", 800)[0].overrides == ("common.seed=1",)
+
+
+def test_one_gpu_gathers_the_batches_of_several(here):
+    """A YAML file for 8 GPUs: a run on one gathers 8 times as many batches; the estimate counts the same tokens."""
+    run = of("wikitext103", "transformer_lm_pn_wiki103")[0]
+    assert "optimization.update_freq=[24]" in run.overrides and run.tokens == 3072 * 24
+    assert run.gpu_hours == pytest.approx(286000 * (0.05 + 6 * 247e6 * 3072 * 24 / 20e12) / 3600)
+
+
+def test_wmt14_settings_of_the_scripts(here):
+    """WMT14 is scored with compounds split, and one GPU gathers the batches of the paper's 128."""
+    assert settings.script_setting(settings.load("wmt14"), "PN_SPLIT_COMPOUNDS", False) is True
+    run = of("wmt14", "transformer_pn_wmt_en_de_big")[0]
+    assert run.tokens == 128 * 4096 and "optimization.update_freq=[128]" in run.overrides
+
+
+def test_parameters_of_the_estimates(here):
+    """The numbers of parameters behind the estimates are those of the models, to 5 %."""
+    record = json.loads((ROOT / "results" / "multi30k" / "layer-seed1.json").read_text())
+    assert record["parameters"] == pytest.approx(matrix.PARAMETERS["transformer_pn_tiny"], rel=0.05)
+    data = here / "data-bin"
+    data.mkdir()
+    for name in ("dict.txt", "dict.de.txt", "dict.en.txt"):
+        (data / name).write_text("".join(f"w{i} 1\n" for i in range(10000)))
+    for benchmark, arch in [("ptb", arch) for arch in settings.architectures("ptb")] + [
+            (name, "transformer_pn_iwslt_de_en") for name in settings.benchmarks() if name == "iwslt14"]:
+        _, _, parameters = compose.resolved(benchmark, compose.arch_overrides(benchmark, arch), data, here)
+        assert parameters == pytest.approx(matrix.PARAMETERS[arch], rel=0.05), arch
+
+
+@pytest.mark.parametrize("subject", matrix.SUBJECTS)
+def test_dry_run_of_the_whole(subject, here, capsys):
+    """--dry-run of a whole table prints each command, which the scripts take, with its GPU hours, and their sum."""
+    wanted = matrix.SUBJECTS[subject][0]
+    there = [name for name in wanted if name in settings.benchmarks()] or ["demo"]
+    reproduce.reproduce([subject, "--dry-run", "--benchmark", ",".join(there)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[: len(there)] == [f"bash scripts/prepare.sh {name}" for name in there]
+    hours = []
+    for first, second in zip(lines[len(there) : -1 : 2], lines[len(there) + 1 : -1 : 2]):
+        command, hint = first.split("    # about ")
+        hours.append(float(hint.replace(" GPU hours", "").replace(",", "")))
+        if "-seed1 " not in command:
+            continue  # the same but for the seed
+        options, _ = train.parse(shlex.split(command)[2:])
+        evaluation = evaluate.parse(shlex.split(second)[2:])
+        assert (evaluation.benchmark, evaluation.run_dir) == (options.benchmark, options.run_dir)
+        assert evaluation.record == f"results/{options.benchmark}/{pathlib.Path(options.run_dir).name}.json"
+    rows = {"table1": len(TRANSLATION) * 3, "table2": len(LM) * 3, "figures": 4}[subject]
+    assert len(hours) == rows * len(there) and min(hours) > 0
+    total = float(re.match(rf"# {len(hours)} runs, about ([\d.,]+) GPU hours", lines[-1])[1].replace(",", ""))
+    assert total == pytest.approx(sum(hours), rel=0.05)
+    assert not list(here.iterdir()), "nothing was made"
+
+
+@pytest.mark.parametrize("line", re.findall(r"^bash scripts/(reproduce_.*?) *(?:#.*)?$", README, re.M))
+def test_the_lines_of_the_readme(line, here, capsys):
+    """Each of them names runs."""
+    subject, *arguments = line.replace("reproduce_", "").replace(".sh", "").split()
+    reproduce.reproduce([subject, *arguments, "--dry-run"])
+    assert " runs, about " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["table1", "--benchmark", "dmeo"], "--benchmark 'dmeo' is unknown; valid: "),
+    (["table1", "--benchmark", "ptb"], "--benchmark 'ptb' is unknown; valid: iwslt14, wmt14, multi30k, demo"),
+    (["table1", "--benchmark", "demo,demo"], "names something twice"),
+    (["table1", "--benchmark", "demo", "--norms", "powr"], "--norms 'powr' is unknown; valid: layer, batch, power-v"),
+    (["table1", "--benchmark", "demo", "--rows", "layer-groups0"], "--rows 'layer-groups0' is unknown; valid: layer,"),
+    (["table1", "--benchmark", "demo", "--rows", "power", "--norms", "layer"],
+     "no row is of --norms layer and of --rows power"),
+    (["table1", "--benchmark", "demo", "--seeds", "1,x"], "--seeds 'x': must be a number, 0 or more"),
+    (["table1", "--benchmark", "demo", "--seeds", "1,1"], "--seeds '1,1' names something twice"),
+    (["table1", "--benchmark", "demo", "--updates", "9"], "--updates '9': must be a number, 10 or more"),
+    (["table1", "--benchmark", "demo", "--updates", "many"], "--updates 'many': must be a number"),
+    (["table1", "--benchmark", "demo", "--jobs", "0"], "--jobs '0': must be a number, 1 or more"),
+    (["table1", "--benchmark", "demo", "--jobs", "2", "--gpus", "0"], "--gpus and --jobs exclude each other"),
+    (["table1", "--benchmark", "demo", "--jobs", "100000"], "--jobs 100000: this machine has "),
+    (["table1", "--benchmark", "demo", "--gpus", "99"], "--gpus '99': this machine has "),
+    (["table1", "--benchmark", "demo", "--slurm"], "cannot submit 51 runs: scripts/slurm/submit.sh"),
+    (["table1", "--benchmark", "demo", "fast"], "'fast' is no hydra override"),
+    (["table1", "--benchmark", "demo", "common.seed=2"], "override common.seed is this script's own; use --seeds"),
+    (["table1", "--benchmark", "demo", "+model.norm_groups=2"],
+     "override model.norm_groups is this script's own; use --rows"),
+    (["table1", "--benchmark", "demo", "optimization.max_updtae=3"], "optimization.max_updtae"),
+    (["table1", "--benchmark", "demo", "--archs", "lstm"], "--archs 'lstm' is unknown; valid: transformer_pn_tiny"),
+    (["table2", "--archs", "tensorized_lm_pn_ptb"],
+     "--archs 'tensorized_lm_pn_ptb' names no architecture of wikitext103"),
+])
+def test_wrong_options(arguments, message, here):
+    """Wrong options are refused with what is valid, before anything is prepared or made."""
+    with pytest.raises(settings.UserError) as error:
+        reproduce.reproduce(arguments)
+    assert message in str(error.value)
+    assert not list(here.iterdir())
+
+
+def test_jobs_have_a_thread_each(here, monkeypatch):
+    """--jobs N sets OMP_NUM_THREADS=1 for N > 1 unless it is set; a run sees one GPU at most."""
+    monkeypatch.setattr(reproduce, "cpus", lambda: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+
+    def threads(*arguments):
+        found = reproduce.environments(reproduce.parse(["table1", "--benchmark", "demo", *arguments]))
+        assert {each["CUDA_VISIBLE_DEVICES"] for each in found} == {"2"}
+        return [each.get("OMP_NUM_THREADS") for each in found]
+
+    assert threads("--jobs", "3") == ["1"] * 3 and threads() == [None]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert threads("--jobs", "2") == ["2"] * 2
+
+
+# ---- one run ---------------------------------------------------------------------------------------------------------
+
+
+def test_going_on_with_a_run(here, monkeypatch):
+    """A run that was killed is gone on with as it was begun. Its record of statistics goes if no checkpoint is whole,
+    since training then begins anew; a run with other settings is refused, and is left as it is."""
+    run = next(run for run in of("demo", "transformer_pn_tiny", 12, SMALL) if run.row_name == "power")
+    commands = []
+    monkeypatch.setattr(reproduce, "call", lambda state, command, *_: commands.append(command))
+    (run.directory / "checkpoints").mkdir(parents=True)
+    statistics, checkpoint = run.directory / matrix.NORM_RECORD, run.directory / "checkpoints" / "checkpoint_last.pt"
+    settings.write_json(run.directory / "run.json", {"overrides": list(run.overrides)})
+
+    def carry_out():
+        commands.clear()
+        statistics.write_text("{}\n")
+        state = reproduce.State(None, 1, here / "results")
+        assert reproduce.carry_out(state, run, {}, "", None) is None
+        return statistics.exists()
+
+    assert not carry_out()
+    checkpoint.write_bytes(b"PK cut short")
+    assert not carry_out()
+    with zipfile.ZipFile(checkpoint, "w") as archive:
+        archive.writestr("data", "x")
+    assert carry_out()
+    assert [command[1] for command in commands] == ["scripts/train.sh", "scripts/evaluate.sh"]
+    assert commands[0][-1] == "--resume", "with the overrides that it was begun with"
+    settings.write_json(run.directory / "run.json", {"overrides": [*run.overrides, "optimization.lr=[0.1]"]})
+    with pytest.raises(settings.UserError, match=r"with other overrides \(optimization.lr=\[0.1\], asked for none"):
+        carry_out()
+    assert statistics.exists()
+
+
+def test_a_row_that_another_process_has(here, monkeypatch):
+    """A row whose lock or whose training's lock is held is left for the others first, and taken when it is free."""
+    import fcntl
+
+    taken, free = (run for run in of("demo", "transformer_pn_tiny", 12) if run.row_name in ("layer", "power"))
+    with settings.locked(taken.directory), reproduce.row_lock(taken) as lock:
+        assert lock is None
+    done = []
+    with open(taken.directory.with_name(f".{taken.name}.row.lock"), "a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+
+        def carry_out(_, run, *__):
+            done.append(run)
+            fcntl.flock(stream, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(reproduce, "carry_out", carry_out)
+        monkeypatch.setattr(reproduce, "WAIT_S", 0.01)
+        state = reproduce.State(collections.deque([taken, free]), 2, here)
+        reproduce.work(state, {}, False)
+    assert done == [free, taken] and not state.failed
+
+
+# ---- end to end ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory):
+    """Two rows on the demo: killed without warning while the first trains, then gone on with."""
+    home = tmp_path_factory.mktemp("reproduce")
+    scripts = Scripts(home)
+    scripts.results = home / "results"
+    scripts.ok("prepare", "demo", "--text-dir", write_text(home / "text"))
+    scripts.arguments = [*DEMO, "--results", str(scripts.results), *SMALL]
+    first = scripts.start("reproduce_table1", *scripts.arguments)
+    for line in first.stdout:
+        if "after 4 updates" in line:
+            break
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    first.stdout.close()
+    status, scripts.output, errors = again(scripts)
+    assert status == 0, scripts.output + errors
+    return scripts
+
+
+def again(scripts, *overrides, runs=None):
+    """reproduce_table1.sh in this process, where fairseq is at hand: (exit status, output, errors)."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output, \
+            contextlib.redirect_stderr(io.StringIO()) as errors:
+        for name, value in {**scripts.environment, "PN_RUNS_ROOT": str(runs or scripts.runs)}.items():
+            patch.setenv(name, value)
+        patch.chdir(ROOT)
+        status = reproduce.reproduce(["table1", *scripts.arguments, *overrides])
+    return status, output.getvalue(), errors.getvalue()
+
+
+def test_killed(reproduced):
+    """Killed and run again: the row that was training is gone on with, and no row is lost or made twice."""
+    sessions = {name: json.loads((reproduced.runs / "demo" / f"{name}-12-seed1" / "run.json").read_text())["sessions"]
+                for name in ("layer", "power")}
+    assert [each["exit_status"] for each in sessions["layer"]] == [None, 0]
+    assert [each["exit_status"] for each in sessions["power"]] == [0]
+    assert "Loaded checkpoint" in (reproduced.runs / "demo" / "layer-12-seed1" / "train.log").read_text()
+    for name in ("layer", "power"):
+        record = json.loads((reproduced.results / "demo" / f"{name}-12-seed1.json").read_text())
+        assert not schema.problems(record, schema.TRANSLATION)
+        assert (record["updates"], record["config"]["lr_scheduler"]["warmup_updates"], record["averaged"]) == (12, 3, 5)
+    assert reproduced.output.count("| 12 |") == 2 and "report: " in reproduced.output
+
+
+def test_report_of_real_runs(reproduced):
+    """The report has its table, four figures and their data, significance, and no path of this machine."""
+    stem = "table1-demo-12"
+    figures = [f"{stem}.demo-transformer_pn_tiny.figure{i}.png" for i in (1, 2, 3, 4)]
+    assert sorted(path.name for path in reproduced.results.glob("*.*")) == sorted([
+        *figures, *(f"{stem}.{end}" for end in ("csv", "figures.json", "html", "md", "significance.json"))])
+    for name in ("figures", "significance"):
+        content = schema.check(json.loads((reproduced.results / f"{stem}.{name}.json").read_text()), name)
+        assert content["kind"] == name
+    data = json.loads((reproduced.results / f"{stem}.figures.json").read_text())
+    assert set(data["singular_values"]) == {"demo/layer-12-seed1", "demo/power-12-seed1"}
+    statistics = data["statistics"]["demo/power-12-seed1"]
+    assert statistics["updates"] == list(range(1, 13))
+    assert set(statistics["quantities"]) == {"distance_psi2", "gradient_nu"}
+    for path in reproduced.results.rglob("*.*"):
+        if path.suffix != ".png":
+            assert str(reproduced.runs.parent) not in path.read_text() and str(ROOT) not in path.read_text(), path
+    assert (reproduced.results / f"{stem}.html").read_text().count("data:image/png") == 4
+
+
+def test_again_without_runs_and_with_other_settings(reproduced, tmp_path):
+    """Again: nothing to do, and the same bytes; without the run directories the records are taken as done and the
+    report is made of them and of its own data; with other settings both rows are refused, and nothing is changed."""
+    def left():
+        return {name: digest for directory in (reproduced.runs, reproduced.results)
+                for name, digest in contents(directory).items() if not name.endswith(".lock")}
+
+    before = left()
+    for runs in (reproduced.runs, tmp_path):
+        status, output, _ = again(reproduced, runs=runs)
+        assert status == 0 and output.count("is there already; nothing to do") == 2 and left() == before
+    status, _, errors = again(reproduced, "optimization.lr=[0.1]")
+    assert status == 1 and left() == before
+    assert "2 of 2 runs are not in the report" in errors and errors.count("asked for optimization.lr=[0.1])") >= 2
+
+
+def test_a_row_that_fails(reproduced):
+    """A row that fails does not stop the others; it is named with its reason, and the exit status is 1."""
+    record = reproduced.results / "demo" / "layer-12-seed1.json"
+    content = record.read_text()
+    try:
+        record.write_text(content.replace('"schema": 1', '"schema": 2', 1))
+        status, output, errors = again(reproduced)
+    finally:
+        record.write_text(content)
+    assert status == 1 and "1 of 2 runs are not in the report" in errors and "schema is 2; valid: 1" in errors
+    assert "| power | encoder |" in output and "| layer |" not in output

@@ -1,0 +1,327 @@
+"""Clusters: what submit.sh refuses and prints, the batch script's logic, status.sh, and all of it on a real SLURM."""
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import toy
+from test_pipeline import SMALL, Scripts, write_text
+
+sys.path.insert(0, str(toy.ROOT / "scripts" / "lib"))
+import slurm_cluster  # noqa: E402
+
+SLURM = toy.ROOT / "scripts" / "slurm"
+#: tools of the shell and of Python, not of SLURM
+CLIENTS = {"sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo", "sacct", "salloc"}
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    """Scripts with the demo prepared, on a machine that has all programs but SLURM's."""
+    home = tmp_path_factory.mktemp("submit")
+    scripts = Scripts(home)
+    scripts.home, scripts.programs = home, home / "bin"
+    scripts.programs.mkdir()
+    for folder in os.environ["PATH"].split(os.pathsep):
+        for entry in os.scandir(folder) if os.path.isdir(folder) else ():
+            if entry.name not in CLIENTS and not (scripts.programs / entry.name).is_symlink():
+                (scripts.programs / entry.name).symlink_to(entry.path)
+    scripts.environment.update(PATH=str(scripts.programs), PN_SLURM_SITE=str(SLURM / "site.example.sh"))
+    scripts.ok("prepare", "demo", "--text-dir", write_text(home / "text"))
+    return scripts
+
+
+def program(folder, name, text):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+@pytest.fixture
+def with_slurm(scripts, tmp_path):
+    """An environment with stand-ins of SLURM's clients, which note how they are called; QUEUE is what squeue prints."""
+    for name in ("sbatch", "scontrol", "scancel"):
+        program(tmp_path / "bin", name, f'echo "{name} $*" >>{tmp_path}/calls; [[ $* == *--parsable* ]] && echo 77 || true')
+    program(tmp_path / "bin", "squeue", 'printf "%b" "${QUEUE:-}"')
+    return {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{scripts.programs}", "PN_RUNS_ROOT": str(tmp_path / "runs")}
+
+
+# ---- submit.sh -----------------------------------------------------------------------------------------------------------
+
+
+def test_submit_refuses(scripts, with_slurm, tmp_path):
+    """Wrong use is one clear error, and nothing is queued or written."""
+    def refused(*words, **environment):
+        return scripts.refuses("slurm/submit", *words, **{**with_slurm, **environment})
+
+    demo = ("demo", "power", "layer", *SMALL)
+    assert "benchmark 'dmeo' is unknown; valid: demo, " in refused("dmeo", "power")
+    assert "norm 'powr' is unknown; valid: layer, rms" in refused("demo", "layer", "powr")
+    assert "which norms?" in refused("demo")
+    assert "--arch 'x' is unknown" in refused(*demo, "--arch", "x")
+    assert "--gpus 3 cannot be divided among --nodes 2" in refused(*demo, "--nodes", "2", "--gpus", "3")
+    assert "--nodes '0': must be a number" in refused(*demo, "--nodes", "0")
+    assert "--array-seeds '1,a': must be numbers" in refused(*demo, "--array-seeds", "1,a")
+    assert "both choose the seed" in refused(*demo, "--array-seeds", "1", "common.seed=2")
+    assert "power-seed1; each norm and each seed only once" in refused("demo", "power", "power", *SMALL)
+    assert "--time '1 hour' is no time limit" in refused(*demo, "--time", "1 hour")
+    assert "--time 2: must be more than 150 s" in refused(*demo, "--time", "2")
+    assert "is not prepared; run: scripts/prepare.sh ptb" in refused("ptb", "power")
+    assert "optimization.max_updtae" in refused(*demo, "optimization.max_updtae=3")
+    assert "distributed_world_size is launch.sh's own" in refused(*demo, "distributed_training.distributed_world_size=2")
+    assert "without checkpoint.keep_interval_updates fills the disk" in refused(*demo, "checkpoint.keep_interval_updates=-1")
+    assert "site file /none does not exist" in refused(*demo, "--site", "/none")
+    (tmp_path / "site.sh").write_text("PN_CPUS_PER_TASK=many\n")
+    assert "PN_CPUS_PER_TASK 'many': must be a number" in refused(*demo, "--site", str(tmp_path / "site.sh"))
+    (tmp_path / "file").write_text("")
+    assert f"--log-dir {tmp_path}/file/logs: {tmp_path}/file is not a directory" in refused(
+        *demo, "--log-dir", f"{tmp_path}/file/logs")
+    assert "--log-dir /proc/logs cannot be written: /proc: " in refused(*demo, "--log-dir", "/proc/logs")
+    assert "no SLURM on this machine: sbatch is not in PATH" in refused(*demo, PATH=scripts.environment["PATH"])
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "calls").exists()
+
+
+def test_submit_refuses_runs_in_use(scripts, with_slurm, tmp_path):
+    """A run directory that exists, in which a process works, or that a queued job will use, is refused."""
+    import fcntl
+
+    runs = tmp_path / "runs" / "demo"
+    words = ("demo", "power", "layer", *SMALL)
+    (runs / "layer-seed1").mkdir(parents=True)
+    (runs / "layer-seed1" / "run.json").write_text("{}")
+    assert "layer-seed1 exists already; --resume" in scripts.refuses("slurm/submit", *words, **with_slurm)
+    (runs / "layer-seed1" / "run.json").unlink()
+    with open(runs / ".power-seed1.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        message = scripts.refuses("slurm/submit", *words, "--resume", **with_slurm)
+        assert "another process is at work in" in message and "power-seed1" in message
+    (runs / ".power-seed1.job").write_text(json.dumps({"submission": "demo-x", "task": 3}))
+    message = scripts.refuses("slurm/submit", *words, "--resume", QUEUE="demo-x|3|55_3|PENDING|Priority\n", **with_slurm)
+    assert "power-seed1 belongs to job 55_3, which is PENDING; scancel 55_3" in message
+    assert not (tmp_path / "calls").exists()
+
+
+def test_submit_queues_both_jobs_or_none(scripts, with_slurm, tmp_path):
+    """One array over norms x seeds, held until the evaluation is queued behind it; if that is refused, neither is left."""
+    words = ("demo", "power", "layer", "--array-seeds", "4,5", "--gpus", "4", "--nodes", "2", *SMALL)
+    output = scripts.ok("slurm/submit", *words, **with_slurm)
+    calls = [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    assert [call[0] for call in calls] == ["sbatch", "sbatch", "sbatch", "sbatch", "scontrol"]
+    assert "--test-only" in calls[0] and "--test-only" in calls[1] and calls[4][1:] == ["release", "77"]
+    assert {"--array=0-3", "--hold", "--nodes=2", "--ntasks-per-node=2", "--gres=gpu:2",
+            "--signal=B:USR1@120"} <= set(calls[2])
+    assert "--dependency=afterok:77" in calls[3]
+    (submission,) = (tmp_path / "runs" / "slurm").iterdir()
+    assert f"--job-name={submission.name}" in calls[2] and f"--output={submission}/logs/%A_%a.log" in calls[2]
+    assert (submission / "logs").is_dir()
+    tasks = [shlex.split(line) for line in (submission / "tasks").read_text().splitlines()]
+    assert [(task[1], task[task.index("--run-dir") + 1].rpartition("/")[2]) for task in tasks] == [
+        (norm, f"{norm}-seed{seed}") for norm in ("power", "layer") for seed in (4, 5)]
+    assert all("--resume" in task and "+model.encoder_layers=1" in task for task in tasks)
+    assert "at most 1,600 tokens (4 x optimization.update_freq 1 x 400; one rank has 400" in output
+    status = scripts.ok("status", QUEUE=f"{submission.name}|2|77_2|PENDING|Priority\n", **with_slurm)
+    assert re.search(r"layer-seed4 +queued \(job 77_2: Priority\)", status)
+    assert re.search(r"power-seed4 +not started", status)
+
+
+    program(tmp_path / "bin", "sbatch", '[[ $* != *afterok* ]] || { echo "no such qos" >&2; exit 1; }; echo 78')
+    (tmp_path / "calls").unlink()
+    message = scripts.refuses("slurm/submit", "demo", "rms", *SMALL, **with_slurm)  # in squeue's eyes, all are gone
+    assert "no such qos" in message and (tmp_path / "calls").read_text() == "scancel 78\n"
+    assert len(list((tmp_path / "runs" / "slurm").iterdir())) == 1
+
+
+def test_dry_run(scripts, tmp_path):
+    """--dry-run prints the batch scripts, all files and the commands; it needs no SLURM and writes nothing."""
+    before = sorted(scripts.home.rglob("*"))
+    site = tmp_path / "site.sh"
+    site.write_text("PN_ACCOUNT=abc PN_PARTITION=gpus PN_GRES=gpu:a100 PN_SBATCH=(--qos='a b')\n"
+                    "PN_CONTAINER=(apptainer exec x)\n")
+    output = scripts.ok("slurm/submit", "demo", "power", "--site", str(site), "--time", "1-0", *SMALL, "--dry-run",
+                        "--array-seeds", "7")
+    for name in ("train.sbatch", "evaluate.sbatch", "job.sh"):
+        assert (SLURM / name).read_text() in output
+    array, evaluation, release = output.splitlines()[-3:]
+    assert {"--account=abc", "--partition=gpus", "--gres=gpu:a100:1", "--time=1-0", "--qos=a b", "--array=0-0"} <= set(
+        shlex.split(array))
+    assert "--dependency=afterok:ARRAY" in evaluation and release == "scontrol release ARRAY"
+    assert "demo power" in output and "common.seed=7" in output and "export PYTHON" not in output
+    assert sorted(scripts.home.rglob("*")) == before
+
+
+# ---- train.sbatch --------------------------------------------------------------------------------------------------------
+
+
+class Job:
+    """train.sbatch as SLURM starts it, with stand-ins of srun, scontrol and scancel; squeue and requeues are noted."""
+
+    def __init__(self, folder, srun, preempted="None", requeue="exit 0", nodes=1):
+        self.folder = folder
+        program(folder / "bin", "srun", f"""
+            [[ $* != *--overlap* ]] || {{ echo overlap >>{folder}/calls; exit 1; }}
+            printf '%s\\n' "$*" >>{folder}/calls; {srun}""")
+        program(folder / "bin", "scancel", f'echo "scancel $*" >>{folder}/calls; kill -TERM $(cat {folder}/srun.pid)')
+        program(folder / "bin", "scontrol", f"""
+            case $* in
+                'show hostnames '*) echo node1; echo node2 ;;
+                'show node '*) echo 'NodeName=node1 CoresPerSocket=1 NodeAddr=10.0.0.1 Port=6818' ;;
+                'show job '*) echo 'JobId=9 JobState=RUNNING Reason=None PreemptTime={preempted} X=1' ;;
+                requeue*) echo "scontrol $*" >>{folder}/calls; {requeue} ;;
+            esac""")
+        submission = folder / "demo-1"
+        submission.mkdir()
+        (submission / "tasks").write_text("demo layer --run-dir /a\ndemo power --run-dir '/b c'\n")
+        (submission / "submission.sh").write_text(f"PN_SITE={SLURM / 'site.example.sh'}\n")
+        self.process = subprocess.Popen(
+            ["bash", str(SLURM / "train.sbatch"), str(toy.ROOT), str(submission)], text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_ID": "123456",
+                 "SLURM_ARRAY_JOB_ID": "100", "SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_NODELIST": "node[1-2]",
+                 "SLURM_JOB_NUM_NODES": str(nodes), "SLURM_RESTART_COUNT": "2"})
+
+    def wait_for(self, text):
+        end = time.time() + 30
+        while not (self.folder / "calls").exists() or text not in (self.folder / "calls").read_text():
+            assert time.time() < end and self.process.poll() is None, text
+            time.sleep(0.05)
+
+    def end(self):
+        output, _ = self.process.communicate(timeout=60)
+        assert (self.folder / "calls").exists(), output
+        return self.process.returncode, output, (self.folder / "calls").read_text()
+
+    def kill(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        return self.end()
+
+
+#: an srun that trains until it is stopped
+TRAINS = "echo $$ >{folder}/srun.pid; trap 'exit {status}' TERM; for i in {{1..300}}; do sleep 0.1; done"
+
+
+def test_job_that_ends(tmp_path):
+    """The job's own line of the submission is trained, on the first node's address and a port of the job's; status 0."""
+    status, output, calls = Job(tmp_path, "exit 0").end()
+    assert status == 0 and "requeue" not in calls
+    assert re.search(r"bash scripts/launch.sh demo power --run-dir /b c --slurm demo-1 --master 10.0.0.1:23456\n", calls)
+    assert "--kill-on-bad-exit=1" in calls and "job 100_1, restart 2, on node[1-2]" in output
+
+
+def test_job_that_fails_by_its_own_error(tmp_path):
+    """It ends with the error's status, and is not requeued."""
+    status, output, calls = Job(tmp_path, "echo boom; exit 3").end()
+    assert status == 3 and "requeue" not in calls and "boom" in output and "status 3" in output
+
+
+def test_job_that_is_warned(tmp_path):
+    """USR1 ends the ranks and requeues this task of the array, once; the script does not leave before SLURM ends it."""
+    job = Job(tmp_path, TRAINS.format(folder=tmp_path, status=143))
+    job.wait_for("launch.sh")
+    os.kill(job.process.pid, signal.SIGUSR1)
+    job.wait_for("scontrol requeue 100_1\n")
+    time.sleep(0.5)
+    assert job.process.poll() is None
+    status, output, calls = job.kill()
+    assert calls.count("requeue") == 1 and "scancel --signal=TERM 123456.0\n" in calls
+    assert "requeueing job 100_1: time limit or preemption" in output
+
+
+def test_job_that_cannot_be_requeued(tmp_path):
+    """It ends with a status other than 0 and the reason."""
+    job = Job(tmp_path, TRAINS.format(folder=tmp_path, status=143), requeue="echo 'slurm_requeue error: denied'; exit 1")
+    job.wait_for("launch.sh")
+    os.kill(job.process.pid, signal.SIGUSR1)
+    status, output, _ = job.end()
+    assert status == 1 and "denied" in output and "ERROR: job 100_1 could not be requeued" in output
+
+
+def test_job_warned_when_it_has_finished(tmp_path):
+    """USR1 in the moment in which training ends well: the job has ended well."""
+    job = Job(tmp_path, TRAINS.format(folder=tmp_path, status=0))
+    job.wait_for("launch.sh")
+    os.kill(job.process.pid, signal.SIGUSR1)
+    status, _, calls = job.end()
+    assert status == 0 and "requeue" not in calls
+
+
+def test_job_preempted_without_a_warning(tmp_path):
+    """Where SLURM ends the ranks only, it requeues the job itself at the end of the grace time: the script waits for it."""
+    job = Job(tmp_path, "exit 143", preempted="2030-01-01T00:00:00")
+    for line in job.process.stdout:
+        if "job 100_1 is preempted" in line:
+            break
+    time.sleep(0.5)
+    assert job.process.poll() is None
+    assert "requeue" not in job.kill()[2]
+
+
+def test_job_that_lost_a_node(tmp_path):
+    """Ranks that fail on several nodes of which one does not answer: requeued, for SLURM notices much later."""
+    job = Job(tmp_path, "exit 1", nodes=2)
+    job.wait_for("scontrol requeue 100_1\n")
+    assert "one of its nodes does not answer" in job.kill()[1]
+
+
+# ---- status.sh -----------------------------------------------------------------------------------------------------------
+
+
+def test_status(scripts, tmp_path):
+    """Each state is told from the files of a run: updates of how many, validation loss, time left, checkpoint, restarts."""
+    import fcntl
+    import zipfile
+
+    def run(name, statuses, finished=False, saved=((10, True), (20, True))):
+        folder = tmp_path / "some" / name
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps({"sessions": [{"exit_status": status} for status in statuses]}))
+        (folder / "config.yaml").write_text("model:\n  max_update: 7\noptimization:\n  lr:\n  - 0.1\n  max_update: 100\n")
+        log = ""
+        for updates, whole in saved:
+            path = folder / "checkpoints" / f"checkpoint_1_{updates}.pt"
+            log += json.dumps({"epoch": 1, "valid_loss": f"{updates / 10}", "valid_num_updates": f"{updates}"}) + "\n"
+            log += f"Saved checkpoint {path} (epoch 1 @ {updates} updates, score 1.0) (writing took 1.0 seconds)\n"
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr("data", "x" * 100)
+            if not whole:
+                os.truncate(path, 50)
+        (folder / "train.log").write_text(log + 'x | {"epoch": 1, "loss": "2.5", "num_updates": "25", "ups": "0.5"}\n')
+        if finished:
+            (folder / "finished.json").write_text('{"updates": 100}')
+        return folder
+
+    run("a-finished", [0], finished=True)
+    run("b-killed", [None])
+    run("c-stopped", [-15, -15, -9])
+    run("d-failed", [None, 1])
+    run("e-cut", [None], saved=((10, True), (20, False)))
+    run("f-running", [None, None])
+    with open(tmp_path / "some" / ".f-running.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lines = scripts.ok("status", str(tmp_path)).splitlines()
+    rows = {line.split()[0]: re.split(r" {2,}", line) for line in lines[2:]}
+    assert [row[1] for row in rows.values()] == [
+        "finished", "interrupted", "interrupted", "failed", "interrupted", "running"]
+    assert all(row[2:4] == ["25 of 100", "2.0"] for row in rows.values())
+    assert [row[-1] for row in rows.values()] == ["0", "0", "2", "1", "0", "1"]
+    assert rows["f-running"][4] == "2 min" and "checkpoint_1_20.pt (20 updates, " in rows["f-running"][5]
+    assert any("checkpoint_1_10.pt (10 updates, " in cell for cell in rows["e-cut"]), "only whole checkpoints count"
+    assert "no runs in" in scripts.ok("status", str(scripts.programs))
+    assert "is not a directory" in scripts.refuses("status", str(tmp_path / "none"))
+
+
+# ---- a real SLURM --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(bool(slurm_cluster.missing()), reason="SLURM is not installed: see scripts/check_slurm.sh --install")
+def test_on_a_real_slurm():
+    """The README's command on a real SLURM of two nodes: preemption, time limit and a lost node, with the end of undisturbed
+    runs; scripts/check_slurm.sh says what it checks."""
+    done = toy.command("bash", "scripts/check_slurm.sh", "--lean", timeout=600, PYTHON=sys.executable)
+    steps = [line for line in done.stdout.splitlines() if line.startswith("ok ")]
+    assert "bit for bit" in done.stdout and len(steps) >= 12, done.stdout
