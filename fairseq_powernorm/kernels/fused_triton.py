@@ -3,8 +3,13 @@
 Notation as in :mod:`.reference`; arithmetic in float32. A program of the two sweeps owns one *slice* of channels (a group of the
 layer scale, or a block of channels where there is none) and every P-th tile of rows. It adds up its columns in registers
 and writes them once, as one of P rows of partial sums; a second, small kernel adds those up in float64 and turns them into
-what a pass gives. No atomics: on the same device the same input gives the same bits.
+what a pass gives, and a third one, of a single program, takes the step of a norm's own running statistics. No atomics: on
+the same device the same input gives the same bits.
+
+Partial sums are one float32 vector: the sums of the first kind (``P x C``), those of the second where there are two, and the
+number of rows that each program counted (``P``).
 """
+import functools
 from typing import NamedTuple, Tuple
 
 import torch
@@ -14,31 +19,61 @@ from torch import Tensor
 
 #: channels of a slice where there is no layer scale
 BLOCK = 256
-#: elements of a tile
-TILE = 4096
-#: longest group of the layer scale: it lies in the registers of one program
-MAX_GROUP = 16384
+#: elements of a tile, and of a tile for each warp
+TILE, WARP = 4096, 512
 #: channels, and partial sums of each, that a program of the small kernels adds up at a time
 END_CHANNELS, END_PARTS = 32, 64
+#: channels that the program that takes a step works on at a time
+STEP_CHANNELS = 1024
 
 
 @triton.jit
+def inverse_root(second_moment, eps):
+    return 1.0 / tl.sqrt(second_moment + eps)
+
+
+@triton.jit
+def is_finite(value):
+    return tl.abs(value) <= 3.4028234663852886e38
+
+
+@triton.jit
+def value_of(number, THERE: tl.constexpr):
+    """A number, or what it points to."""
+    if THERE:
+        return tl.load(number).to(tl.float32)
+    else:
+        return number
+
+
+# rows and parts differ from batch to batch: what is compiled does not depend on them
+@triton.jit(do_not_specialize=["rows"])
 def forward(
-    x_ptr, y_ptr, r_ptr, valid_ptr, psi2_ptr, weight_ptr, bias_ptr, squares_ptr, padding_ptr, counts_ptr,
+    x_ptr, y_ptr, r_ptr, valid_ptr, psi2_ptr, inv_ptr, weight_ptr, bias_ptr, sums_ptr,
     rows, channels, size, eps, layer_scale_eps,
     LAYER_SCALE: tl.constexpr, OUTPUT: tl.constexpr, SAVE: tl.constexpr, SUMS: tl.constexpr, PADDING: tl.constexpr,
-    DIVIDE: tl.constexpr, HAS_VALID: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    HAS_PSI2: tl.constexpr, HAS_INV: tl.constexpr, HAS_VALID: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The sweep of a forward pass: y, r, and partial sums of u^2 over rows that count (and over padding)."""
+    """The sweep of a forward pass: y, r, and partial sums of u^2 over rows that count (and over padding).
+
+    y is divided by the root of psi2 + eps, or multiplied by inv where there is one. Where there are both, y has been
+    computed with psi2 already, and is computed again only where inv is another than its inverse root.
+    """
     program, part = tl.program_id(0), tl.program_id(1)
     column = tl.arange(0, TILE_COLUMNS)[None, :]
     channel = part * size + column
     there = (column < size) & (channel < channels)
     if OUTPUT:
         scale = tl.full((1, TILE_COLUMNS), 1.0, tl.float32)
-        if DIVIDE:
-            scale = 1.0 / tl.sqrt(tl.load(psi2_ptr + channel, mask=there, other=1.0).to(tl.float32) + eps)
+        if HAS_PSI2:
+            scale = inverse_root(tl.load(psi2_ptr + channel, mask=there, other=1.0).to(tl.float32), eps)
+        if HAS_INV:
+            inv = tl.load(inv_ptr + channel, mask=there, other=0.0)
+            if HAS_PSI2:
+                others = tl.sum(tl.sum((there & (inv != scale)).to(tl.int32), axis=1), axis=0)
+                rows = tl.where(others > 0, rows, 0)
+            scale = inv
         if HAS_WEIGHT:
             scale *= tl.load(weight_ptr + channel, mask=there, other=0.0).to(tl.float32)
         bias = tl.zeros((1, TILE_COLUMNS), tl.float32)
@@ -69,65 +104,124 @@ def forward(
             else:
                 squares += u * u
     if SUMS:
-        target = program.to(tl.int64) * channels + channel
-        tl.store(squares_ptr + target, tl.sum(squares, axis=0, keep_dims=True), mask=there)
+        programs = tl.num_programs(0).to(tl.int64)
+        target = sums_ptr + program.to(tl.int64) * channels + channel
+        tl.store(target, tl.sum(squares, axis=0, keep_dims=True), mask=there)
         if PADDING:
-            tl.store(padding_ptr + target, tl.sum(padding, axis=0, keep_dims=True), mask=there)
+            tl.store(target + programs * channels, tl.sum(padding, axis=0, keep_dims=True), mask=there)
         if HAS_VALID:
             if part == 0:
-                tl.store(counts_ptr + program, tl.sum(tl.sum(number, axis=1), axis=0))
+                counted = tl.sum(tl.sum(number, axis=1), axis=0).to(tl.float32)
+                tl.store(sums_ptr + (1 + PADDING) * programs * channels + program, counted)
 
 
 @triton.jit
+def total_of(sums_ptr, channel, there, channels, parts, CHANNELS: tl.constexpr, PARTS: tl.constexpr):
+    """Sums of the columns of ``parts x channels`` partial sums, in float64."""
+    total = tl.zeros((CHANNELS,), tl.float64)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)[:, None]
+        inside = (part < parts) & there[None, :]
+        found = tl.load(sums_ptr + part.to(tl.int64) * channels + channel[None, :], mask=inside, other=0.0)
+        total += tl.sum(found.to(tl.float64), axis=0)
+    return total
+
+
+@triton.jit
+def count_of(counts_ptr, parts, PARTS: tl.constexpr):
+    """The number of rows that all programs counted, float64, of shape 1."""
+    count = tl.zeros((1,), tl.float64)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        count += tl.sum(tl.load(counts_ptr + part, mask=part < parts, other=0.0).to(tl.float64), axis=0)
+    return count
+
+
+@triton.jit
+def store_rows(tally_ptr, count):
+    """The end of a tally: number of rows, 1."""
+    end = tl.arange(0, 1)
+    if tl.program_id(0) == 0:
+        tl.store(tally_ptr + end, count)
+        tl.store(tally_ptr + 1 + end, tl.full((1,), 1.0, tl.float64))
+
+
+@triton.jit(do_not_specialize=["rows", "parts"])
 def forward_end(
-    squares_ptr, padding_ptr, counts_ptr, psi2_ptr, backward_psi2_ptr, saved_ptr, tally_ptr,
-    rows, channels, parts, eps,
-    SAVE: tl.constexpr, OWN: tl.constexpr, GIVEN: tl.constexpr, PADDING: tl.constexpr, HAS_VALID: tl.constexpr,
+    sums_ptr, psi2_ptr, batch_ptr, saved_ptr, tally_ptr,
+    rows, channels, parts, eps, jump,
+    SAVE: tl.constexpr, FORWARD_BATCH: tl.constexpr, BACKWARD_BATCH: tl.constexpr, JUMP: tl.constexpr,
+    HAS_BATCH: tl.constexpr, PADDING: tl.constexpr, HAS_VALID: tl.constexpr,
     CHANNELS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Totals of a forward pass's partial sums: its tally, and the ``3 x C`` saved for the backward pass."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     there = channel < channels
-    total = tl.zeros((CHANNELS,), tl.float64)
-    others = tl.zeros((CHANNELS,), tl.float64)
-    count = tl.zeros((1,), tl.float64)
-    for start in range(0, parts, PARTS):
-        part = start + tl.arange(0, PARTS)
-        inside = (part[:, None] < parts) & there[None, :]
-        offset = part[:, None] * channels + channel[None, :]
-        total += tl.sum(tl.load(squares_ptr + offset, mask=inside, other=0.0).to(tl.float64), axis=0)
-        if PADDING:
-            others += tl.sum(tl.load(padding_ptr + offset, mask=inside, other=0.0).to(tl.float64), axis=0)
-        if HAS_VALID:
-            count += tl.sum(tl.load(counts_ptr + part, mask=part < parts, other=0).to(tl.float64), axis=0)
-    if not HAS_VALID:
-        count += rows
+    plane = parts.to(tl.int64) * channels
+    total = total_of(sums_ptr, channel, there, channels, parts, CHANNELS, PARTS)
+    if HAS_VALID:
+        count = count_of(sums_ptr + (1 + PADDING) * plane, parts, PARTS)
+    else:
+        count = tl.zeros((1,), tl.float64) + rows
     tl.store(tally_ptr + channel, total, mask=there)
-    end = tl.arange(0, 1)
-    if tl.program_id(0) == 0:
-        tl.store(tally_ptr + channels + end, count)
-        tl.store(tally_ptr + channels + 1 + end, tl.full((1,), 1.0, tl.float64))
+    store_rows(tally_ptr + channels, count)
     if SAVE:
-        psi2 = tl.load(psi2_ptr + channel, mask=there, other=1.0).to(tl.float32)
-        inv = 1.0 / tl.sqrt(psi2 + eps)
-        back = psi2
-        if OWN:
-            back = tl.where(count > 0, (total / tl.maximum(count, 1.0)).to(tl.float32), psi2)
-        if GIVEN:
-            back = tl.load(backward_psi2_ptr + channel, mask=there, other=1.0).to(tl.float32)
+        running = tl.load(psi2_ptr + channel, mask=there, other=1.0).to(tl.float32)
+        if HAS_BATCH:
+            batch = tl.load(batch_ptr + channel, mask=there, other=1.0).to(tl.float32)
+        else:
+            batch = tl.where(count > 0, (total / tl.maximum(count, 1.0)).to(tl.float32), running)
+        if JUMP:
+            running = tl.where(batch > jump * (running + eps), batch, running)
+        inv = inverse_root(batch if FORWARD_BATCH else running, eps)
+        if PADDING:
+            total += total_of(sums_ptr + plane, channel, there, channels, parts, CHANNELS, PARTS)
         tl.store(saved_ptr + channel, inv, mask=there)
-        tl.store(saved_ptr + channels + channel, 1.0 / tl.sqrt(back + eps), mask=there)
-        tl.store(saved_ptr + 2 * channels + channel, (total + others).to(tl.float32) * inv * inv, mask=there)
+        tl.store(saved_ptr + channels + channel, inverse_root(batch if BACKWARD_BATCH else running, eps), mask=there)
+        tl.store(saved_ptr + 2 * channels + channel, total.to(tl.float32) * inv * inv, mask=there)
 
 
 @triton.jit
+def new_psi2(tally_ptr, psi2_ptr, channel, there, count, eps, kept, taken, limit):
+    """psi^2 after a step, float32."""
+    old = tl.load(psi2_ptr + channel, mask=there, other=0.0).to(tl.float64)
+    moment = tl.load(tally_ptr + channel, mask=there, other=0.0) / tl.maximum(count, 1.0)
+    moment = tl.where(moment > limit * (old + eps), limit * (old + eps), moment)
+    return (kept * old + taken * moment).to(tl.float32)
+
+
+@triton.jit
+def forward_step(
+    tally_ptr, psi2_ptr, iters_ptr, channels, eps, kept, taken, limit, CHANNELS: tl.constexpr
+):  # fmt: skip
+    """One program: psi^2 becomes ``kept * psi^2 + taken * S``, if a row counts and all is finite; iters is counted up."""
+    count = tl.load(tally_ptr + channels)
+    bad = tl.zeros((CHANNELS,), tl.int32)
+    for start in range(0, channels, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        there = channel < channels
+        new = new_psi2(tally_ptr, psi2_ptr, channel, there, count, eps, kept, taken, limit)
+        bad += (there & (is_finite(new) == 0)).to(tl.int32)
+    good = (tl.sum(bad, axis=0) == 0) & (count > 0)
+    for start in range(0, channels, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        there = channel < channels
+        new = new_psi2(tally_ptr, psi2_ptr, channel, there, count, eps, kept, taken, limit)
+        tl.store(psi2_ptr + channel, new, mask=there & good)
+    tl.store(iters_ptr, tl.load(iters_ptr) + 1.0)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def backward(
-    grad_ptr, x_ptr, r_ptr, valid_ptr, saved_ptr, weight_ptr, nu_ptr, grad_x_ptr, grad_sum_ptr, grad_u_sum_ptr, counts_ptr,
-    rows, channels, size, nu_scale,
-    LAYER_SCALE: tl.constexpr, OUTPUT: tl.constexpr, HAS_VALID: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    grad_ptr, x_ptr, r_ptr, valid_ptr, saved_ptr, weight_ptr, nu_ptr, grad_x_ptr, sums_ptr,
+    rows, channels, size, gradient_scale, nu_scale,
+    SCALE_THERE: tl.constexpr, LAYER_SCALE: tl.constexpr, OUTPUT: tl.constexpr, HAS_VALID: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The sweep of a backward pass: dL/dx, and partial sums of dy and dy * u over the rows that count."""
+    """The sweep of a backward pass: dL/dx, and partial sums of dy and dy * u over the rows that count.
+
+    gradient_scale is a number, or (SCALE_THERE) a pointer to it.
+    """
     program, part = tl.program_id(0), tl.program_id(1)
     column = tl.arange(0, TILE_COLUMNS)[None, :]
     channel = part * size + column
@@ -137,6 +231,7 @@ def backward(
         inv = tl.load(saved_ptr + channel, mask=there, other=0.0)
         scale = tl.load(saved_ptr + channels + channel, mask=there, other=0.0)
         through = tl.load(nu_ptr + channel, mask=there, other=0.0).to(tl.float32) * (-nu_scale) * inv * scale
+        through *= value_of(gradient_scale, SCALE_THERE)
         if HAS_WEIGHT:
             scale *= tl.load(weight_ptr + channel, mask=there, other=0.0).to(tl.float32)
     grad_sum = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.float32)
@@ -166,49 +261,69 @@ def backward(
                 if HAS_VALID:
                     grad_u = tl.where(counts, grad_u, 0.0)
             tl.store(grad_x_ptr + offset, grad_u, mask=inside)
-    target = program.to(tl.int64) * channels + channel
-    tl.store(grad_sum_ptr + target, tl.sum(grad_sum, axis=0, keep_dims=True), mask=there)
-    tl.store(grad_u_sum_ptr + target, tl.sum(grad_u_sum, axis=0, keep_dims=True), mask=there)
+    plane = tl.num_programs(0).to(tl.int64) * channels
+    target = sums_ptr + program.to(tl.int64) * channels + channel
+    tl.store(target, tl.sum(grad_sum, axis=0, keep_dims=True), mask=there)
+    tl.store(target + plane, tl.sum(grad_u_sum, axis=0, keep_dims=True), mask=there)
     if HAS_VALID:
         if part == 0:
-            tl.store(counts_ptr + program, tl.sum(tl.sum(number, axis=1), axis=0))
+            tl.store(sums_ptr + 2 * plane + program, tl.sum(tl.sum(number, axis=1), axis=0).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "parts"])
 def backward_end(
-    grad_sum_ptr, grad_u_sum_ptr, counts_ptr, saved_ptr, weight_ptr, grad_weight_ptr, grad_bias_ptr, tally_ptr,
+    sums_ptr, saved_ptr, weight_ptr, grad_weight_ptr, grad_bias_ptr, tally_ptr,
     rows, channels, parts, gradient_scale,
-    HAS_VALID: tl.constexpr, HAS_WEIGHT: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
+    SCALE_THERE: tl.constexpr, HAS_VALID: tl.constexpr, HAS_WEIGHT: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Totals of a backward pass's partial sums: its tally and the gradients of weight and bias."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     there = channel < channels
-    grad_sum = tl.zeros((CHANNELS,), tl.float64)
-    grad_u_sum = tl.zeros((CHANNELS,), tl.float64)
-    count = tl.zeros((1,), tl.float64)
-    for start in range(0, parts, PARTS):
-        part = start + tl.arange(0, PARTS)
-        inside = (part[:, None] < parts) & there[None, :]
-        offset = part[:, None] * channels + channel[None, :]
-        grad_sum += tl.sum(tl.load(grad_sum_ptr + offset, mask=inside, other=0.0).to(tl.float64), axis=0)
-        grad_u_sum += tl.sum(tl.load(grad_u_sum_ptr + offset, mask=inside, other=0.0).to(tl.float64), axis=0)
-        if HAS_VALID:
-            count += tl.sum(tl.load(counts_ptr + part, mask=part < parts, other=0).to(tl.float64), axis=0)
-    if not HAS_VALID:
-        count += rows
+    plane = parts.to(tl.int64) * channels
+    grad_sum = total_of(sums_ptr, channel, there, channels, parts, CHANNELS, PARTS)
+    grad_u_sum = total_of(sums_ptr + plane, channel, there, channels, parts, CHANNELS, PARTS)
+    if HAS_VALID:
+        count = count_of(sums_ptr + 2 * plane, parts, PARTS)
+    else:
+        count = tl.zeros((1,), tl.float64) + rows
     grad_z_sum = grad_u_sum * tl.load(saved_ptr + channel, mask=there, other=0.0)
     tl.store(grad_bias_ptr + channel, grad_sum.to(tl.float32), mask=there)
     tl.store(grad_weight_ptr + channel, grad_z_sum.to(tl.float32), mask=there)
     weighted = grad_z_sum
     if HAS_WEIGHT:
         weighted *= tl.load(weight_ptr + channel, mask=there, other=0.0).to(tl.float64)
-    tl.store(tally_ptr + channel, weighted / gradient_scale, mask=there)
+    tl.store(tally_ptr + channel, weighted / value_of(gradient_scale, SCALE_THERE), mask=there)
     squares = tl.load(saved_ptr + 2 * channels + channel, mask=there, other=0.0)
     tl.store(tally_ptr + channels + channel, squares.to(tl.float64), mask=there)
-    end = tl.arange(0, 1)
-    if tl.program_id(0) == 0:
-        tl.store(tally_ptr + 2 * channels + end, count)
-        tl.store(tally_ptr + 2 * channels + 1 + end, tl.full((1,), 1.0, tl.float64))
+    store_rows(tally_ptr + 2 * channels, count)
+
+
+@triton.jit
+def new_nu(tally_ptr, nu_ptr, channel, there, channels, count, nu_scale, lowest):
+    """nu after a step, float32."""
+    old = tl.load(nu_ptr + channel, mask=there, other=0.0).to(tl.float64)
+    rows = tl.maximum(count, 1.0)
+    grad_z = tl.load(tally_ptr + channel, mask=there, other=0.0) / rows
+    kept = 1.0 - nu_scale * (tl.load(tally_ptr + channels + channel, mask=there, other=0.0) / rows)
+    return (old * tl.where(kept < lowest, lowest, kept) + grad_z).to(tl.float32)
+
+
+@triton.jit
+def backward_step(tally_ptr, nu_ptr, channels, nu_scale, lowest, CHANNELS: tl.constexpr):
+    """One program: nu becomes ``nu * (1 - nu_scale * mean of z^2)`` plus the mean gradient, if a row counts and all is finite."""
+    count = tl.load(tally_ptr + 2 * channels)
+    bad = tl.zeros((CHANNELS,), tl.int32)
+    for start in range(0, channels, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        there = channel < channels
+        new = new_nu(tally_ptr, nu_ptr, channel, there, channels, count, nu_scale, lowest)
+        bad += (there & (is_finite(new) == 0)).to(tl.int32)
+    good = (tl.sum(bad, axis=0) == 0) & (count > 0)
+    for start in range(0, channels, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        there = channel < channels
+        new = new_nu(tally_ptr, nu_ptr, channel, there, channels, count, nu_scale, lowest)
+        tl.store(nu_ptr + channel, new, mask=there & good)
 
 
 class Launch(NamedTuple):
@@ -221,14 +336,25 @@ class Launch(NamedTuple):
     warps: int
 
 
-def launch(x: Tensor, rows: int, groups: int) -> Launch:
-    """The launch for ``rows`` rows of ``x`` (``... x C``)."""
+@functools.lru_cache(maxsize=None)
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def power_of_2(number: int) -> int:
+    """The smallest power of 2 that is not smaller."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def launch(x: Tensor, groups: int) -> Launch:
+    """The launch for ``x`` (``... x C``)."""
     channels = x.size(-1)
+    rows = x.numel() // channels
     size = channels // groups if groups else min(channels, BLOCK)
-    slices = groups or triton.cdiv(channels, size)
-    tile_columns = triton.next_power_of_2(size)
-    tile_rows = min(max(1, TILE // tile_columns), triton.next_power_of_2(max(rows, 1)))
+    slices = groups or -(-channels // size)
+    tile_columns = power_of_2(size)
+    tile_rows = min(max(1, TILE // tile_columns), power_of_2(rows))
     # two programs on each processor: what their registers allow
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
-    programs = max(1, min(triton.cdiv(rows, tile_rows), triton.cdiv(2 * processors, slices)))
-    return Launch((programs, slices), size, tile_rows, tile_columns, 4 if tile_rows * tile_columns <= 2048 else 8)
+    programs = max(1, min(-(-rows // tile_rows), -(-2 * processors(x.device) // slices)))
+    return Launch((programs, slices), size, tile_rows, tile_columns, min(max(tile_rows * tile_columns // WARP, 4), 16))
