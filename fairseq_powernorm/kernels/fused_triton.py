@@ -20,7 +20,9 @@ from torch import Tensor
 #: channels of a slice where there is no layer scale
 BLOCK = 256
 #: elements of a tile, and of a tile for each warp
-TILE, WARP = 4096, 512
+TILE, WARP = 2048, 256
+#: programs of a sweep on each multiprocessor: what their registers allow
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 4, 2
 #: channels, and partial sums of each, that a program of the small kernels adds up at a time
 END_CHANNELS, END_PARTS = 32, 64
 #: channels that the program that takes a step works on at a time
@@ -82,7 +84,7 @@ def forward(
     squares = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.float32)
     padding = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.float32)
     number = tl.zeros((TILE_ROWS, 1), tl.int32)
-    for start in range(program * TILE_ROWS, rows, tl.num_programs(0) * TILE_ROWS):
+    for start in tl.range(program * TILE_ROWS, rows, tl.num_programs(0) * TILE_ROWS, num_stages=2):
         row = start + tl.arange(0, TILE_ROWS)[:, None]
         inside = there & (row < rows)
         offset = row.to(tl.int64) * channels + channel
@@ -237,7 +239,7 @@ def backward(
     grad_sum = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.float32)
     grad_u_sum = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.float32)
     number = tl.zeros((TILE_ROWS, 1), tl.int32)
-    for start in range(program * TILE_ROWS, rows, tl.num_programs(0) * TILE_ROWS):
+    for start in tl.range(program * TILE_ROWS, rows, tl.num_programs(0) * TILE_ROWS, num_stages=2):
         row = start + tl.arange(0, TILE_ROWS)[:, None]
         inside = there & (row < rows)
         offset = row.to(tl.int64) * channels + channel
@@ -347,14 +349,13 @@ def power_of_2(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def launch(x: Tensor, groups: int) -> Launch:
-    """The launch for ``x`` (``... x C``)."""
+def launch(x: Tensor, groups: int, most: int) -> Launch:
+    """The launch for ``x`` (``... x C``) with at most that many programs on each multiprocessor."""
     channels = x.size(-1)
     rows = x.numel() // channels
     size = channels // groups if groups else min(channels, BLOCK)
     slices = groups or -(-channels // size)
     tile_columns = power_of_2(size)
     tile_rows = min(max(1, TILE // tile_columns), power_of_2(rows))
-    # two programs on each processor: what their registers allow
-    programs = max(1, min(-(-rows // tile_rows), -(-2 * processors(x.device) // slices)))
+    programs = max(1, min(-(-rows // tile_rows), -(-most * processors(x.device) // slices)))
     return Launch((programs, slices), size, tile_rows, tile_columns, min(max(tile_rows * tile_columns // WARP, 4), 16))

@@ -120,7 +120,7 @@ def _flat(valid: Optional[Tensor]) -> Optional[Tensor]:
 def second_moment(x: Tensor, valid: Optional[Tensor], groups: int) -> Tensor:
     """See :func:`.reference.second_moment`."""
     x, valid = x.contiguous(), _flat(valid)
-    run = _code.launch(x, groups)
+    run = _code.launch(x, groups, _code.FORWARD_PROGRAMS)
     sums = _partial(x, run, 1)
     spec = PowerNormSpec(groups, 0.0, 0.0, 1.0, False, False, True)
     with _on(x):
@@ -140,7 +140,7 @@ def power_forward(
 ) -> Forward:
     """See :func:`.reference.power_forward`; takes the step ``step``, if there is one, and gives no tally then."""
     x, valid, groups, channels = x.contiguous(), _flat(valid), spec.groups, x.size(-1)
-    run = _code.launch(x, groups)
+    run = _code.launch(x, groups, _code.FORWARD_PROGRAMS)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     r = x.new_empty((x.numel() // channels, groups), dtype=torch.float32) if groups else None
     padding = valid is not None and not spec.skip_padding
@@ -182,7 +182,7 @@ def power_backward(
     """See :func:`.reference.power_backward`; takes the step ``step``, if there is one, and gives no tally then."""
     x, grad_y, channels = x.contiguous(), grad_y.contiguous(), x.size(-1)
     valid, rows = _flat(valid) if spec.skip_padding else None, x.numel() // channels
-    run, scale = _code.launch(x, spec.groups), spec.gradient_scale
+    run, scale = _code.launch(x, spec.groups, _code.BACKWARD_PROGRAMS), spec.gradient_scale
     on_device = isinstance(scale, Tensor) and scale.device == x.device  # then the host does not wait for it
     scale = scale if on_device else float(scale)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if want_x else None
@@ -215,5 +215,5 @@ def evaluate(
     x = x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with _on(x):
-        _sweep(x, _code.launch(x, groups), groups, None, psi2, weight, bias, eps, y=y)
+        _sweep(x, _code.launch(x, groups, _code.FORWARD_PROGRAMS), groups, None, psi2, weight, bias, eps, y=y)
     return y
