@@ -184,32 +184,32 @@ def forward_end(
 
 
 @triton.jit
-def new_psi2(tally_ptr, psi2_ptr, channel, there, count, eps, kept, taken, limit):
+def new_psi2(tally_ptr, psi2_ptr, channel, there, count, eps, kept, share, limit):
     """psi^2 after a step, float32."""
     old = tl.load(psi2_ptr + channel, mask=there, other=0.0).to(tl.float64)
     moment = tl.load(tally_ptr + channel, mask=there, other=0.0) / tl.maximum(count, 1.0)
     moment = tl.where(moment > limit * (old + eps), limit * (old + eps), moment)
-    return (kept * old + taken * moment).to(tl.float32)
+    return (kept * old + share * moment).to(tl.float32)
 
 
 @triton.jit
 def forward_step(
-    tally_ptr, psi2_ptr, iters_ptr, channels, eps, kept, taken, limit, CHANNELS: tl.constexpr
+    tally_ptr, psi2_ptr, iters_ptr, channels, eps, kept, share, limit, CHANNELS: tl.constexpr
 ):  # fmt: skip
-    """One program: psi^2 becomes ``kept * psi^2 + taken * S``, if a row counts and all is finite; iters is counted up."""
+    """One program: psi^2 becomes ``kept * psi^2 + share * S``, if a row counts and all is finite; iters is counted up."""
     count = tl.load(tally_ptr + channels)
     bad = tl.zeros((CHANNELS,), tl.int32)
     for start in range(0, channels, CHANNELS):
         channel = start + tl.arange(0, CHANNELS)
         there = channel < channels
-        new = new_psi2(tally_ptr, psi2_ptr, channel, there, count, eps, kept, taken, limit)
+        new = new_psi2(tally_ptr, psi2_ptr, channel, there, count, eps, kept, share, limit)
         bad += (there & (is_finite(new) == 0)).to(tl.int32)
-    good = (tl.sum(bad, axis=0) == 0) & (count > 0)
+    taken = tl.where((tl.sum(bad, axis=0) == 0) & (count > 0), channels, 0)
     for start in range(0, channels, CHANNELS):
         channel = start + tl.arange(0, CHANNELS)
         there = channel < channels
-        new = new_psi2(tally_ptr, psi2_ptr, channel, there, count, eps, kept, taken, limit)
-        tl.store(psi2_ptr + channel, new, mask=there & good)
+        new = new_psi2(tally_ptr, psi2_ptr, channel, there, count, eps, kept, share, limit)
+        tl.store(psi2_ptr + channel, new, mask=channel < taken)
     tl.store(iters_ptr, tl.load(iters_ptr) + 1.0)
 
 
@@ -320,12 +320,12 @@ def backward_step(tally_ptr, nu_ptr, channels, nu_scale, lowest, CHANNELS: tl.co
         there = channel < channels
         new = new_nu(tally_ptr, nu_ptr, channel, there, channels, count, nu_scale, lowest)
         bad += (there & (is_finite(new) == 0)).to(tl.int32)
-    good = (tl.sum(bad, axis=0) == 0) & (count > 0)
+    taken = tl.where((tl.sum(bad, axis=0) == 0) & (count > 0), channels, 0)
     for start in range(0, channels, CHANNELS):
         channel = start + tl.arange(0, CHANNELS)
         there = channel < channels
         new = new_nu(tally_ptr, nu_ptr, channel, there, channels, count, nu_scale, lowest)
-        tl.store(nu_ptr + channel, new, mask=there & good)
+        tl.store(nu_ptr + channel, new, mask=channel < taken)
 
 
 class Launch(NamedTuple):
