@@ -13,11 +13,11 @@ from fairseq_powernorm import kernels
 from fairseq_powernorm.kernels import reference
 from fairseq_powernorm.kernels import triton as kernel
 from fairseq_powernorm.kernels.__main__ import main as command
-from fairseq_powernorm.kernels.reference import PowerNormSpec
+from fairseq_powernorm.kernels.reference import TOLERANCE, PowerNormSpec
 from fairseq_powernorm.norms import PowerNorm
 from fairseq_powernorm.statistics import RunningStatistics
 from test_kernels import (
-    MODULES, TOLERANCE, assert_close, both_passes, compare, compare_modules, inputs, layouts, padding, trained,
+    MODULES, assert_close, both_passes, compare, compare_modules, inputs, layouts, padding, trained,
 )
 
 if kernel.unavailable():
