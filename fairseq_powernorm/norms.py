@@ -268,10 +268,7 @@ class RunningNorm(nn.Module):
         padding_mask = self._padding_mask(x, padding_mask)
         if not self.training:
             return self._evaluate(x)
-        valid = None
-        if padding_mask is not None:
-            valid = torch.empty(x.shape[:-1], dtype=torch.bool, device=x.device)
-            valid = torch.logical_not(padding_mask.t(), out=valid).view(-1)
+        valid = None if padding_mask is None else padding_mask.t().reshape(-1).logical_not()
         if not self._counting:
             valid = torch.zeros(x.numel() // self.dim, dtype=torch.bool, device=x.device)
         return (self._train_uncompiled if torch.compiler.is_compiling() else self._train)(x, valid)

@@ -15,7 +15,6 @@ from typing import NamedTuple, Tuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 #: channels of a slice where there is no layer scale
 BLOCK = 256
@@ -338,7 +337,6 @@ class Launch(NamedTuple):
     warps: int
 
 
-@functools.lru_cache(maxsize=None)
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 1 for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -349,13 +347,12 @@ def power_of_2(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def launch(x: Tensor, groups: int, most: int) -> Launch:
-    """The launch for ``x`` (``... x C``) with at most that many programs on each multiprocessor."""
-    channels = x.size(-1)
-    rows = x.numel() // channels
+@functools.lru_cache(maxsize=4096)
+def launch(device: torch.device, rows: int, channels: int, groups: int, most: int) -> Launch:
+    """The launch for ``rows x channels`` with at most that many programs on each multiprocessor."""
     size = channels // groups if groups else min(channels, BLOCK)
     slices = groups or -(-channels // size)
     tile_columns = power_of_2(size)
     tile_rows = min(max(1, TILE // tile_columns), power_of_2(rows))
-    programs = max(1, min(-(-rows // tile_rows), -(-most * processors(x.device) // slices)))
+    programs = max(1, min(-(-rows // tile_rows), -(-most * processors(device) // slices)))
     return Launch((programs, slices), size, tile_rows, tile_columns, min(max(tile_rows * tile_columns // WARP, 4), 16))

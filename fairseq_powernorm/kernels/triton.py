@@ -9,7 +9,7 @@ import math
 import os
 from contextlib import nullcontext
 from types import ModuleType
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -79,11 +79,10 @@ def _on(x: Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _sweep(x, run, groups, valid, psi2, weight, bias, eps, *, y=None, r=None, inv=None, sums=None, padding=False):
+def _forward(x, run, shape, groups, valid, psi2, weight, bias, eps, *, y=None, r=None, inv=None, sums=None, padding=False):
     """Launch :func:`.fused_triton.forward`."""
-    rows, channels = x.numel() // x.size(-1), x.size(-1)
     _code.forward[run.grid](
-        x, y, r, valid, psi2, inv, weight, bias, sums, rows, channels, run.size, eps, LAYER_SCALE_EPS,
+        x, y, r, valid, psi2, inv, weight, bias, sums, *shape, run.size, eps, LAYER_SCALE_EPS,
         LAYER_SCALE=groups > 0, OUTPUT=y is not None, SAVE=r is not None, SUMS=sums is not None, PADDING=padding,
         HAS_PSI2=psi2 is not None, HAS_INV=inv is not None, HAS_VALID=sums is not None and valid is not None,
         HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, TILE_ROWS=run.tile_rows,
@@ -91,12 +90,12 @@ def _sweep(x, run, groups, valid, psi2, weight, bias, eps, *, y=None, r=None, in
     )  # fmt: skip
 
 
-def _forward_end(x, run, sums, valid, psi2, batch, saved, spec, padding):
+def _forward_end(x, run, shape, sums, valid, psi2, batch, saved, spec, padding):
     """Launch :func:`.fused_triton.forward_end`; gives the tally."""
-    rows, channels = x.numel() // x.size(-1), x.size(-1)
+    channels = shape[1]
     tally = x.new_empty(channels + 2, dtype=torch.float64)
     _code.forward_end[(_blocks(channels),)](
-        sums, psi2, batch, saved, tally, rows, channels, run.grid[0], spec.eps, spec.jump,
+        sums, psi2, batch, saved, tally, *shape, run.grid[0], spec.eps, spec.jump,
         SAVE=saved is not None, FORWARD_BATCH=spec.forward_batch, BACKWARD_BATCH=spec.backward_batch,
         JUMP=spec.jump < math.inf, HAS_BATCH=batch is not None, PADDING=padding, HAS_VALID=valid is not None,
         CHANNELS=_code.END_CHANNELS, PARTS=_code.END_PARTS, num_warps=4,
@@ -108,24 +107,49 @@ def _blocks(channels: int) -> int:
     return -(-channels // _code.END_CHANNELS)
 
 
+def _shape(x: Tensor) -> Tuple[int, int]:
+    """Rows and channels."""
+    channels = x.size(-1)
+    return x.numel() // channels, channels
+
+
 def _partial(x: Tensor, run, kinds: int) -> Tensor:
     """Memory for the partial sums of a sweep."""
     return x.new_empty(run.grid[0] * (kinds * x.size(-1) + 1), dtype=torch.float32)
 
 
-def _flat(valid: Optional[Tensor]) -> Optional[Tensor]:
-    return None if valid is None else valid.contiguous()
+def _mask(valid: Optional[Tensor], x: Tensor, rows: int) -> Optional[Tensor]:
+    if valid is None:
+        return None
+    if valid.dtype is not torch.bool or valid.numel() != rows or valid.device != x.device:
+        raise ValueError(
+            f"mask of shape {tuple(valid.shape)}, {valid.dtype} on {valid.device}: expected {rows} bool on {x.device}"
+        )
+    return valid.contiguous()
+
+
+def _vector(vector: Optional[Tensor], x: Tensor) -> Optional[Tensor]:
+    """A per-channel tensor as the kernels read it."""
+    if vector is None:
+        return None
+    if vector.numel() != x.size(-1) or vector.device != x.device:
+        raise ValueError(
+            f"per-channel tensor of shape {tuple(vector.shape)} on {vector.device}: "
+            f"expected {x.size(-1)} values on {x.device}"
+        )
+    return vector.contiguous()
 
 
 def second_moment(x: Tensor, valid: Optional[Tensor], groups: int) -> Tensor:
     """See :func:`.reference.second_moment`."""
-    x, valid = x.contiguous(), _flat(valid)
-    run = _code.launch(x, groups, _code.FORWARD_PROGRAMS)
+    x, shape = x.contiguous(), _shape(x)
+    valid = _mask(valid, x, shape[0])
+    run = _code.launch(x.device, *shape, groups, _code.FORWARD_PROGRAMS)
     sums = _partial(x, run, 1)
     spec = PowerNormSpec(groups, 0.0, 0.0, 1.0, False, False, True)
     with _on(x):
-        _sweep(x, run, groups, valid, None, None, None, 0.0, sums=sums)
-        return _forward_end(x, run, sums, valid, None, None, None, spec, False)
+        _forward(x, run, shape, groups, valid, None, None, None, 0.0, sums=sums)
+        return _forward_end(x, run, shape, sums, valid, None, None, None, spec, False)
 
 
 def power_forward(
@@ -139,10 +163,13 @@ def power_forward(
     step: Optional[OwnStep] = None,
 ) -> Forward:
     """See :func:`.reference.power_forward`; takes the step ``step``, if there is one, and gives no tally then."""
-    x, valid, groups, channels = x.contiguous(), _flat(valid), spec.groups, x.size(-1)
-    run = _code.launch(x, groups, _code.FORWARD_PROGRAMS)
+    x, shape, groups = x.contiguous(), _shape(x), spec.groups
+    rows, channels = shape
+    weight, bias, psi2, batch = _vector(weight, x), _vector(bias, x), _vector(psi2, x), _vector(batch, x)
+    valid = _mask(valid, x, rows)
+    run = _code.launch(x.device, rows, channels, groups, _code.FORWARD_PROGRAMS)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    r = x.new_empty((x.numel() // channels, groups), dtype=torch.float32) if groups else None
+    r = x.new_empty((rows, groups), dtype=torch.float32) if groups else None
     padding = valid is not None and not spec.skip_padding
     sums, saved = _partial(x, run, 1 + padding), x.new_empty((3, channels), dtype=torch.float32)
     # does y need the sums? is it to be corrected by them?
@@ -150,13 +177,13 @@ def power_forward(
     again = spec.jump < math.inf and not spec.forward_batch
     divisor = batch if spec.forward_batch else psi2
     with _on(x):
-        _sweep(
-            x, run, groups, valid, None if later else divisor, weight, bias, spec.eps, y=None if later else y, r=r, sums=sums,
-            padding=padding,
+        _forward(
+            x, run, shape, groups, valid, None if later else divisor, weight, bias, spec.eps, y=None if later else y, r=r,
+            sums=sums, padding=padding,
         )
-        tally = _forward_end(x, run, sums, valid, psi2, batch, saved, spec, padding)
+        tally = _forward_end(x, run, shape, sums, valid, psi2, batch, saved, spec, padding)
         if later or again:
-            _sweep(x, run, groups, None, None if later else divisor, weight, bias, spec.eps, y=y, inv=saved)
+            _forward(x, run, shape, groups, None, None if later else divisor, weight, bias, spec.eps, y=y, inv=saved)
         if step is not None:
             _code.forward_step[(1,)](
                 tally, step.psi2, step.iters, channels, spec.eps, step.alpha * (1.0 - step.share),
@@ -180,9 +207,10 @@ def power_backward(
     step: Optional[OwnStep] = None,
 ) -> Backward:
     """See :func:`.reference.power_backward`; takes the step ``step``, if there is one, and gives no tally then."""
-    x, grad_y, channels = x.contiguous(), grad_y.contiguous(), x.size(-1)
-    valid, rows = _flat(valid) if spec.skip_padding else None, x.numel() // channels
-    run, scale = _code.launch(x, spec.groups, _code.BACKWARD_PROGRAMS), spec.gradient_scale
+    x, grad_y, rows, channels = x.contiguous(), grad_y.contiguous(), *_shape(x)
+    weight, nu, scale = _vector(weight, x), _vector(nu, x), spec.gradient_scale
+    valid = _mask(valid, x, rows) if spec.skip_padding else None
+    run = _code.launch(x.device, rows, channels, spec.groups, _code.BACKWARD_PROGRAMS)
     on_device = isinstance(scale, Tensor) and scale.device == x.device  # then the host does not wait for it
     scale = scale if on_device else float(scale)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if want_x else None
@@ -212,8 +240,10 @@ def evaluate(
     x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], psi2: Optional[Tensor], groups: int, eps: float
 ) -> Tensor:
     """See :func:`.reference.evaluate`, but without gradient."""
-    x = x.contiguous()
+    x, shape = x.contiguous(), _shape(x)
+    weight, bias, psi2 = _vector(weight, x), _vector(bias, x), _vector(psi2, x)
+    run = _code.launch(x.device, *shape, groups, _code.FORWARD_PROGRAMS)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with _on(x):
-        _sweep(x, _code.launch(x, groups, _code.FORWARD_PROGRAMS), groups, None, psi2, weight, bias, eps, y=y)
+        _forward(x, run, shape, groups, None, psi2, weight, bias, eps, y=y)
     return y
