@@ -313,7 +313,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 spec = spec_from_file_location("fused_triton", "fairseq_powernorm/kernels/fused_triton.py")
 fused_triton = module_from_spec(spec)  # alone: without the package, which imports fairseq
 spec.loader.exec_module(fused_triton)
-FLOATS = ("r", "psi2", "weight", "bias", "nu", "sums", "saved", "grad_weight", "grad_bias", "iters")
+FLOATS = ("r", "psi2", "batch", "inv", "weight", "bias", "nu", "sums", "saved", "grad_weight", "grad_bias", "iters")
 TENSORS = {**{name + "_ptr": "*fp32" for name in FLOATS}, "valid_ptr": "*i1", "tally_ptr": "*fp64"}
 TYPES = {**TENSORS, **dict.fromkeys(("rows", "channels", "size", "parts"), "i32")}  # all else: a number
 TRUE = ("LAYER_SCALE", "OUTPUT", "SAVE", "SUMS", "HAS_PSI2", "BACKWARD_BATCH", "HAS_VALID", "HAS_WEIGHT", "HAS_BIAS")
@@ -321,14 +321,26 @@ FALSE = ("PADDING", "HAS_INV", "FORWARD_BATCH", "JUMP", "HAS_BATCH", "SCALE_THER
 FLAGS = {**dict.fromkeys(TRUE, True), **dict.fromkeys(FALSE, False), "inv_ptr": None, "batch_ptr": None}
 FLAGS.update(TILE_ROWS=4, TILE_COLUMNS=512, PARTS=fused_triton.END_PARTS)
 SWEEPS = ("forward", "backward")
-OTHERS = ("forward_end", "forward_step", "backward_end", "backward_step")
+OTHERS = [  # with what differs from FLAGS
+    ("forward_end", {}), ("forward_end", dict(FORWARD_BATCH=True, JUMP=True, HAS_BATCH=True, PADDING=True)),
+    ("forward_step", {}), ("backward_end", {}), ("backward_end", dict(SCALE_THERE=True, HAS_VALID=False)),
+    ("backward_step", {}), ("forward", dict(HAS_INV=True, SUMS=False, SAVE=False, sums_ptr=None, r_ptr=None)),
+    ("forward", dict(HAS_INV=True, HAS_PSI2=False, psi2_ptr=None, SUMS=False, LAYER_SCALE=False)),
+    ("forward", dict(PADDING=True, OUTPUT=False, HAS_PSI2=False, psi2_ptr=None, y_ptr=None)),
+    ("backward", dict(SCALE_THERE=True, LAYER_SCALE=False, r_ptr=None)),
+]
 
 
-def compiled(capability, dtype, name):
+def compiled(capability, dtype, name, changes={}):
     kernel = getattr(fused_triton, name)
     size = fused_triton.STEP_CHANNELS if name.endswith("step") else fused_triton.END_CHANNELS
-    flags, names = {**FLAGS, "CHANNELS": size}, kernel.arg_names
-    types = {**TYPES, **{each + "_ptr": "*" + dtype for each in ("x", "y", "grad", "grad_x")}}
+    flags, names = {**FLAGS, "CHANNELS": size, **changes}, kernel.arg_names
+    flags = {each: value for each, value in flags.items() if each in names}
+    for each, needed in (("inv_ptr", "HAS_INV"), ("batch_ptr", "HAS_BATCH")):
+        if flags.get(needed):
+            del flags[each]
+    scale = {"gradient_scale": "*fp32"} if flags.get("SCALE_THERE") else {}
+    types = {**TYPES, **scale, **{each + "_ptr": "*" + dtype for each in ("x", "y", "grad", "grad_x")}}
     aligned = {*(each for each in types if each.endswith("_ptr")), "channels", "size"} - flags.keys()
     source = ASTSource(
         kernel, signature={each: "constexpr" if each in flags else types.get(each, "fp32") for each in names},
@@ -339,14 +351,14 @@ def compiled(capability, dtype, name):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
 
 
-for capability, dtype in ((80, "bf16"), (90, "fp32"), (90, "bf16"), (90, "fp16")):
+for capability, dtype in ((80, "fp16"), (90, "fp32"), (90, "bf16")):
     for name in SWEEPS:
         code = compiled(capability, dtype, name)
         # the next tile is copied ahead, 16 bytes at a time, and results are stored so
         assert "cp.async.cg.shared.global" in code["ptx"] and "st.global.v4.b32" in code["ptx"], (capability, dtype, name)
         assert code["cubin"] and ".local" not in code["ptx"], (capability, dtype, name)
-for name in OTHERS:
-    assert compiled(90, "fp32", name)["cubin"], name
+for name, changes in OTHERS:
+    assert compiled(90, "bf16", name, changes)["cubin"], (name, changes)
 print("compiled")
 """
 

@@ -65,7 +65,7 @@ def _interpreted() -> bool:
 def serves(device_type: str, dtype: torch.dtype, asked: bool = False) -> bool:
     """Is this kernel made for tensors of that kind? Interpreted, which is slow and for tests, only if it is ``asked`` for."""
     if _interpreted():
-        return asked and dtype in _DTYPES
+        return asked and device_type in ("cpu", "cuda") and dtype in _DTYPES
     return device_type == "cuda" and dtype in _DTYPES
 
 
