@@ -111,7 +111,8 @@ def parse(arguments):
     parser.add_argument("--dtype", type=words(DTYPES), default=["float32", "bfloat16"],
                         help=f"of {', '.join(DTYPES)}, in `accuracy` and `layer` (float32,bfloat16)")
     parser.add_argument("--groups", type=numbers, default=[1, 4], help="channel groups of PN's layer scale (1,4)")
-    parser.add_argument("--threads", type=numbers, default=None, help="numbers of threads (cpu: 1 and, if there are two cores, 2; cuda: torch's own)")
+    parser.add_argument("--threads", type=numbers, default=None,
+                        help="numbers of threads (cpu: 1 and, if there are two cores, 2; cuda: torch's own)")
     parser.add_argument("--contenders", type=words(CONTENDERS), default=list(CONTENDERS),
                         help=f"of {', '.join(CONTENDERS)} (all; `layer` always)")
     parser.add_argument("--extra", action="append", default=[], metavar="MODULE:CLASS", help="another norm beside them")
@@ -162,7 +163,7 @@ def device_clock(function):
 
 
 class DeviceEvents:
-    """Seconds that the GPU itself works for a call: between two events, behind other work that lasts while the host prepares it.
+    """Seconds that the GPU itself works for a call: between two events, behind other work while the host prepares it.
 
     That work writes more than the caches hold.
     """
@@ -812,7 +813,8 @@ def benchmark(arguments):
         for level in options.levels:
             cells += CELLS[level](options, say)
     record = {
-        "schema": 1, "kind": "benchmark", "device": options.device, "processor": processor(options.device), "cores": os.cpu_count(), "memory": "fresh" if options.fresh else "recycled",
+        "schema": 1, "kind": "benchmark", "device": options.device, "processor": processor(options.device),
+        "cores": os.cpu_count(), "memory": "fresh" if options.fresh else "recycled",
         "kernel": kernels.KERNELS[name].describe(), "quick": options.quick, "arguments": arguments, "cells": cells,
         "checks": [] if options.quick else checks(cells), "versions": {"python": platform.python_version(), **versions(TOOLS)},
     }

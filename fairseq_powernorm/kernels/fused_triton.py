@@ -1,13 +1,13 @@
 """The Triton code of the GPU kernel, and how it is launched: see :mod:`.triton` for what it computes.
 
-Notation as in :mod:`.reference`; arithmetic in float32. A program of the two sweeps owns one *slice* of channels (a group of the
-layer scale, or a block of channels where there is none) and every P-th tile of rows. It adds up its columns in registers
-and writes them once, as one of P rows of partial sums; a second, small kernel adds those up in float64 and turns them into
-what a pass gives, and a third one, of a single program, takes the step of a norm's own running statistics. No atomics: on
-the same device the same input gives the same bits.
+Notation as in :mod:`.reference`; arithmetic in float32. A program of the two sweeps owns one *slice* of channels (a
+group of the layer scale, or a block of channels where there is none) and every P-th tile of rows. It adds up its
+columns in registers and writes them once, as one of P rows of partial sums; a second, small kernel adds those up in
+float64 and turns them into what a pass gives, and a third one, of a single program, takes the step of a norm's own
+running statistics. No atomics: on the same device the same input gives the same bits.
 
-Partial sums are one float32 vector: the sums of the first kind (``P x C``), those of the second where there are two, and the
-number of rows that each program counted (``P``).
+Partial sums are one float32 vector: the sums of the first kind (``P x C``), those of the second where there are two,
+and the number of rows that each program counted (``P``).
 """
 import functools
 from typing import NamedTuple, Tuple
@@ -195,7 +195,7 @@ def new_psi2(tally_ptr, psi2_ptr, channel, there, count, eps, kept, share, limit
 def forward_step(
     tally_ptr, psi2_ptr, iters_ptr, channels, eps, kept, share, limit, CHANNELS: tl.constexpr
 ):  # fmt: skip
-    """One program: psi^2 becomes ``kept * psi^2 + share * S``, if a row counts and all is finite; iters is counted up."""
+    """One program: psi^2 becomes ``kept * psi^2 + share * S`` if a row counts and all is finite; iters is counted."""
     count = tl.load(tally_ptr + channels)
     bad = tl.zeros((CHANNELS,), tl.int32)
     for start in range(0, channels, CHANNELS):
@@ -216,8 +216,8 @@ def forward_step(
 def backward(
     grad_ptr, x_ptr, r_ptr, valid_ptr, saved_ptr, weight_ptr, nu_ptr, grad_x_ptr, sums_ptr,
     rows, channels, size, gradient_scale, nu_scale,
-    SCALE_THERE: tl.constexpr, LAYER_SCALE: tl.constexpr, OUTPUT: tl.constexpr, HAS_VALID: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    SCALE_THERE: tl.constexpr, LAYER_SCALE: tl.constexpr, OUTPUT: tl.constexpr, HAS_VALID: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The sweep of a backward pass: dL/dx, and partial sums of dy and dy * u over the rows that count.
 
@@ -275,7 +275,8 @@ def backward(
 def backward_end(
     sums_ptr, saved_ptr, weight_ptr, grad_weight_ptr, grad_bias_ptr, tally_ptr,
     rows, channels, parts, gradient_scale,
-    SCALE_THERE: tl.constexpr, HAS_VALID: tl.constexpr, HAS_WEIGHT: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
+    SCALE_THERE: tl.constexpr, HAS_VALID: tl.constexpr, HAS_WEIGHT: tl.constexpr, CHANNELS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Totals of a backward pass's partial sums: its tally and the gradients of weight and bias."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -311,7 +312,7 @@ def new_nu(tally_ptr, nu_ptr, channel, there, channels, count, nu_scale, lowest)
 
 @triton.jit
 def backward_step(tally_ptr, nu_ptr, channels, nu_scale, lowest, CHANNELS: tl.constexpr):
-    """One program: nu becomes ``nu * (1 - nu_scale * mean of z^2)`` plus the mean gradient, if a row counts and all is finite."""
+    """One program: nu becomes ``nu * (1 - nu_scale * mean of z^2)`` plus the mean gradient, as forward_step says."""
     count = tl.load(tally_ptr + 2 * channels)
     bad = tl.zeros((CHANNELS,), tl.int32)
     for start in range(0, channels, CHANNELS):

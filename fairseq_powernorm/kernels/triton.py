@@ -63,7 +63,7 @@ def _interpreted() -> bool:
 
 
 def serves(device_type: str, dtype: torch.dtype, asked: bool = False) -> bool:
-    """Is this kernel made for tensors of that kind? Interpreted, which is slow and for tests, only if it is ``asked`` for."""
+    """Is this kernel made for tensors of that kind? Interpreted, which is for tests, only if it is ``asked`` for."""
     if _interpreted():
         return asked and device_type in ("cpu", "cuda") and dtype in _DTYPES
     return device_type == "cuda" and dtype in _DTYPES
@@ -79,7 +79,9 @@ def _on(x: Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _forward(x, run, shape, groups, valid, psi2, weight, bias, eps, *, y=None, r=None, inv=None, sums=None, padding=False):
+def _forward(
+    x, run, shape, groups, valid, psi2, weight, bias, eps, *, y=None, r=None, inv=None, sums=None, padding=False
+):  # fmt: skip
     """Launch :func:`.fused_triton.forward`."""
     _code.forward[run.grid](
         x, y, r, valid, psi2, inv, weight, bias, sums, *shape, run.size, eps, LAYER_SCALE_EPS,
@@ -178,8 +180,8 @@ def power_forward(
     divisor = batch if spec.forward_batch else psi2
     with _on(x):
         _forward(
-            x, run, shape, groups, valid, None if later else divisor, weight, bias, spec.eps, y=None if later else y, r=r,
-            sums=sums, padding=padding,
+            x, run, shape, groups, valid, None if later else divisor, weight, bias, spec.eps,
+            y=None if later else y, r=r, sums=sums, padding=padding,
         )
         tally = _forward_end(x, run, shape, sums, valid, psi2, batch, saved, spec, padding)
         if later or again:
@@ -220,13 +222,13 @@ def power_backward(
     with _on(x):
         _code.backward[run.grid](
             grad_y, x, r, valid, saved, weight, nu, grad_x, sums, rows, channels, run.size, scale, spec.nu_scale,
-            SCALE_THERE=on_device, LAYER_SCALE=spec.groups > 0, OUTPUT=want_x, HAS_VALID=valid is not None, HAS_WEIGHT=weight is not None,
-            TILE_ROWS=run.tile_rows, TILE_COLUMNS=run.tile_columns, num_warps=run.warps,
+            SCALE_THERE=on_device, LAYER_SCALE=spec.groups > 0, OUTPUT=want_x, HAS_VALID=valid is not None,
+            HAS_WEIGHT=weight is not None, TILE_ROWS=run.tile_rows, TILE_COLUMNS=run.tile_columns, num_warps=run.warps,
         )  # fmt: skip
         _code.backward_end[(_blocks(channels),)](
             sums, saved, weight, grad_weight, grad_bias, tally, rows, channels, run.grid[0], scale,
-            SCALE_THERE=on_device, HAS_VALID=valid is not None, HAS_WEIGHT=weight is not None, CHANNELS=_code.END_CHANNELS,
-            PARTS=_code.END_PARTS, num_warps=4,
+            SCALE_THERE=on_device, HAS_VALID=valid is not None, HAS_WEIGHT=weight is not None,
+            CHANNELS=_code.END_CHANNELS, PARTS=_code.END_PARTS, num_warps=4,
         )  # fmt: skip
         if step is not None:
             _code.backward_step[(1,)](
