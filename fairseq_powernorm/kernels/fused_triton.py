@@ -20,6 +20,8 @@ import triton.language as tl
 BLOCK = 256
 #: elements of a tile, and of a tile for each warp
 TILE, WARP = 2048, 256
+#: elements of the largest tile of which another one is loaded ahead, into shared memory
+AHEAD = 4096
 #: programs of a sweep on each multiprocessor: what their registers allow
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 4, 2
 #: channels, and partial sums of each, that a program of the small kernels adds up at a time
@@ -54,7 +56,7 @@ def forward(
     rows, channels, size, eps, layer_scale_eps,
     LAYER_SCALE: tl.constexpr, OUTPUT: tl.constexpr, SAVE: tl.constexpr, SUMS: tl.constexpr, PADDING: tl.constexpr,
     HAS_PSI2: tl.constexpr, HAS_INV: tl.constexpr, HAS_VALID: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The sweep of a forward pass: y, r, and partial sums of u^2 over rows that count (and over padding).
 
@@ -83,7 +85,7 @@ def forward(
     squares = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.float32)
     padding = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.float32)
     number = tl.zeros((TILE_ROWS, 1), tl.int32)
-    for start in tl.range(program * TILE_ROWS, rows, tl.num_programs(0) * TILE_ROWS, num_stages=2):
+    for start in tl.range(program * TILE_ROWS, rows, tl.num_programs(0) * TILE_ROWS, num_stages=STAGES):
         row = start + tl.arange(0, TILE_ROWS)[:, None]
         inside = there & (row < rows)
         offset = row.to(tl.int64) * channels + channel
@@ -217,7 +219,7 @@ def backward(
     grad_ptr, x_ptr, r_ptr, valid_ptr, saved_ptr, weight_ptr, nu_ptr, grad_x_ptr, sums_ptr,
     rows, channels, size, gradient_scale, nu_scale,
     SCALE_THERE: tl.constexpr, LAYER_SCALE: tl.constexpr, OUTPUT: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The sweep of a backward pass: dL/dx, and partial sums of dy and dy * u over the rows that count.
 
@@ -238,7 +240,7 @@ def backward(
     grad_sum = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.float32)
     grad_u_sum = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.float32)
     number = tl.zeros((TILE_ROWS, 1), tl.int32)
-    for start in tl.range(program * TILE_ROWS, rows, tl.num_programs(0) * TILE_ROWS, num_stages=2):
+    for start in tl.range(program * TILE_ROWS, rows, tl.num_programs(0) * TILE_ROWS, num_stages=STAGES):
         row = start + tl.arange(0, TILE_ROWS)[:, None]
         inside = there & (row < rows)
         offset = row.to(tl.int64) * channels + channel
@@ -329,12 +331,13 @@ def backward_step(tally_ptr, nu_ptr, channels, nu_scale, lowest, CHANNELS: tl.co
 
 
 class Launch(NamedTuple):
-    """How a sweep runs over ``N x C``: the grid (P, slices), channels of a slice, and a program's tile and warps."""
+    """How a sweep runs over ``N x C``: the grid (P, slices), channels of a slice, a program's tile, tiles in flight, warps."""
 
     grid: Tuple[int, int]
     size: int
     tile_rows: int
     tile_columns: int
+    stages: int
     warps: int
 
 
@@ -356,4 +359,7 @@ def launch(device: torch.device, rows: int, channels: int, groups: int, most: in
     tile_columns = power_of_2(size)
     tile_rows = min(max(1, TILE // tile_columns), power_of_2(rows))
     programs = max(1, min(-(-rows // tile_rows), -(-most * processors(device) // slices)))
-    return Launch((programs, slices), size, tile_rows, tile_columns, min(max(tile_rows * tile_columns // WARP, 4), 16))
+    tile = tile_rows * tile_columns
+    return Launch(
+        (programs, slices), size, tile_rows, tile_columns, 2 if tile <= AHEAD else 1, min(max(tile // WARP, 4), 16)
+    )

@@ -88,7 +88,7 @@ def _forward(
         LAYER_SCALE=groups > 0, OUTPUT=y is not None, SAVE=r is not None, SUMS=sums is not None, PADDING=padding,
         HAS_PSI2=psi2 is not None, HAS_INV=inv is not None, HAS_VALID=sums is not None and valid is not None,
         HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, TILE_ROWS=run.tile_rows,
-        TILE_COLUMNS=run.tile_columns, num_warps=run.warps,
+        TILE_COLUMNS=run.tile_columns, STAGES=run.stages, num_warps=run.warps,
     )  # fmt: skip
 
 
@@ -223,7 +223,7 @@ def power_backward(
         _code.backward[run.grid](
             grad_y, x, r, valid, saved, weight, nu, grad_x, sums, rows, channels, run.size, scale, spec.nu_scale,
             SCALE_THERE=on_device, LAYER_SCALE=spec.groups > 0, OUTPUT=want_x, HAS_VALID=valid is not None,
-            HAS_WEIGHT=weight is not None, TILE_ROWS=run.tile_rows, TILE_COLUMNS=run.tile_columns, num_warps=run.warps,
+            HAS_WEIGHT=weight is not None, TILE_ROWS=run.tile_rows, TILE_COLUMNS=run.tile_columns, STAGES=run.stages, num_warps=run.warps,
         )  # fmt: skip
         _code.backward_end[(_blocks(channels),)](
             sums, saved, weight, grad_weight, grad_bias, tally, rows, channels, run.grid[0], scale,
