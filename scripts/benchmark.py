@@ -1,17 +1,21 @@
-"""Measures the norms against torch's LayerNorm on this machine's CPU: time, memory, and whether the targets are met.
+"""Measures the norms against torch's LayerNorm: time, memory, accuracy, and whether the targets are met.
 
-    python scripts/benchmark.py                      # all levels; some minutes; prints tables
+    python scripts/benchmark.py                      # the CPU, all levels; some minutes; prints tables
+    python scripts/benchmark.py --device cuda        # the GPU
     python scripts/benchmark.py --output NAME        # ... and writes results/benchmark/NAME/: record.json, table.md, figure.png
     python scripts/benchmark.py --check              # ... and exits with status 1 if a target is missed
     python scripts/benchmark.py --levels layer --shapes 4096x512 --extra mypackage.norms:FastNorm
 
-Levels: `layer` (a norm alone, training and evaluation), `encoder` (one Transformer layer, training), `step` (a whole update
-of a 3+3-layer Transformer on 4,096 tokens), `generation` (beam search). All contenders of a cell run in one process in
-turns, so that whatever else the machine does meets them all; a ratio is the median over rounds of a contender's time divided by
-LayerNorm's in the same round. Memory is recycled between calls, as it is in a long training; --fresh maps new pages
-in every call instead. The fraction of the bandwidth limit is the time in which a copy moves as many bytes as must be moved
-(training: five tensors; evaluation: two), divided by the time taken. --extra adds module:Class, built as Class(channels) and
-called as norm(x) on N x C. Timings mean something on a machine that does nothing else.
+Levels: `accuracy` (a training step of PN against the authors' arithmetic in float64), `layer` (a norm alone, training and
+evaluation), `encoder` (one Transformer layer, training), `step` (a whole update on 4,096 tokens: on a CPU of a 3+3-layer
+Transformer, on a GPU of one as large as IWSLT's, in float16), `generation` (beam search). All contenders of a cell run in one
+process in turns, so that whatever else the machine does meets them all; a ratio is the median over rounds of a contender's time
+divided by LayerNorm's in the same round. Memory is recycled between calls, as it is in a long training; --fresh maps new pages
+in every call instead (CPU). The fraction of the bandwidth limit is the time in which a copy moves as many bytes as must be moved
+(training: five tensors; forward pass alone and evaluation: two), divided by the time taken. On a GPU a norm alone is timed by
+the GPU's own events, behind other work, with caches that hold nothing of it: without the time in which the host prepares it, which
+is given beside it; whole models are timed by the clock. --extra adds module:Class, built as Class(channels) and called as
+norm(x) on N x C. Timings mean something on a machine that does nothing else.
 """
 
 import argparse
@@ -31,14 +35,17 @@ sys.path[:0] = [str(Path(__file__).resolve().parent / "lib"), str(Path(__file__)
 
 from settings import ROOT, TOOLS, UserError, choose, locked, main, versions, whole_directory, write_json  # noqa: E402
 
-LEVELS = ("layer", "encoder", "step", "generation")
-PASSES = ("train", "eval")
-DTYPES = ("float32", "bfloat16")
+LEVELS = ("accuracy", "layer", "encoder", "step", "generation")
+DEVICES = ("cpu", "cuda")
+#: pass of a layer -> tensors of x's size that must be moved
+PASSES = {"train": 5, "forward": 2, "eval": 2}
+DTYPES = ("float32", "bfloat16", "float16")
+SHAPES = {"cpu": "1x512,512x512,4096x512,16384x1024", "cuda": "4096x512,16384x512,16384x1024"}
 CONTENDERS = ("layer", "layer-compiled", "rms", "batch", "power", "power-torch", "authors")
-#: what must be shown: description -> (level, pass, dtype, contender, channels by rows, statistic over cells, bound). A bound is
-#: on the ratio to LayerNorm, or with "slower" on how many times slower than `power` a contender is, at least.
+#: what must be shown on a device: description, level, pass, dtype, contender, numbers of rows, statistic over cells, bound of
+#: the ratio to LayerNorm
 LARGE, SMALL, ROW = {4096, 16384}, {512}, {1}
-TARGETS = [
+TARGETS = {"cpu": [
     ("training, float32, every cell", "layer", "train", "float32", "power", LARGE, max, 1.00),
     ("training, float32, median", "layer", "train", "float32", "power", LARGE, statistics.median, 0.70),
     ("training, bfloat16, every cell", "layer", "train", "bfloat16", "power", LARGE, max, 0.52),
@@ -52,7 +59,14 @@ TARGETS = [
     ("one row, float32", "layer", "train", "float32", "power", ROW, max, 1.5),
     ("one row, bfloat16", "layer", "train", "bfloat16", "power", ROW, max, 1.5),
     ("whole training step", "step", "train", "float32", "power", None, max, 1.01),
-]
+], "cuda": [
+    ("training, float32, every cell", "layer", "train", "float32", "power", {16384}, max, 1.00),
+    ("training, bfloat16, every cell", "layer", "train", "bfloat16", "power", {16384}, max, 1.00),
+    ("whole training step, float16", "step", "train", "float16", "power", None, max, 1.02),
+]}
+#: on a GPU: dtypes whose forward pass in training reaches at least that share of the bandwidth of a copy, and where
+FORWARD_SHARE = ("float32", "bfloat16"), {16384}, 0.80
+#: on a CPU: how many times slower than `power` the authors' arithmetic is, at least
 SLOWER = [("authors' arithmetic, float32", "float32", 25.0), ("authors' arithmetic, bfloat16", "bfloat16", 35.0)]
 SAVED = ("bytes saved for the backward pass / those of x", 1.01)
 
@@ -90,12 +104,15 @@ def words(valid):
 
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="what to measure (cpu)")
     parser.add_argument("--levels", type=words(LEVELS), default=list(LEVELS), help=f"of {', '.join(LEVELS)} (all)")
-    parser.add_argument("--shapes", "--rows", type=shapes, default=shapes("1x512,512x512,4096x512,16384x1024"),
-                        metavar="ROWSxCHANNELS,...", help="of the level `layer` (1x512,512x512,4096x512,16384x1024)")
-    parser.add_argument("--dtype", type=words(DTYPES), default=list(DTYPES), help=f"of {', '.join(DTYPES)} (all)")
+    parser.add_argument("--shapes", "--rows", type=shapes, default=None, metavar="ROWSxCHANNELS,...",
+                        help=f"of the levels `accuracy` and `layer` ({'; '.join(f'{d}: {s}' for d, s in SHAPES.items())})")
+    parser.add_argument("--dtype", type=words(DTYPES), default=["float32", "bfloat16"],
+                        help=f"of {', '.join(DTYPES)}, in `accuracy` and `layer` (float32,bfloat16)")
     parser.add_argument("--groups", type=numbers, default=[1, 4], help="channel groups of PN's layer scale (1,4)")
-    parser.add_argument("--threads", type=numbers, default=None, help="numbers of threads (1 and, if there are two cores, 2)")
+    parser.add_argument("--threads", type=numbers, default=None,
+                        help="numbers of threads (cpu: 1 and, if there are two cores, 2; cuda: torch's own)")
     parser.add_argument("--contenders", type=words(CONTENDERS), default=list(CONTENDERS),
                         help=f"of {', '.join(CONTENDERS)} (all; `layer` always)")
     parser.add_argument("--extra", action="append", default=[], metavar="MODULE:CLASS", help="another norm beside them")
@@ -107,6 +124,8 @@ def parse(arguments):
     options = parser.parse_args(arguments)
     if not options.seconds > 0:
         parser.error(f"argument --seconds: {options.seconds}: must be positive")
+    options.shapes = options.shapes or shapes(SHAPES[options.device])
+    options.model_dtype = "float16" if options.device == "cuda" else "float32"
     if options.quick:
         options.shapes, options.seconds = [(min(rows, 32), 64) for rows, _ in options.shapes], 0.0
         options.contenders = [name for name in options.contenders if name != "layer-compiled"]
@@ -128,7 +147,61 @@ def set_memory(fresh):
     mallopt(trim_threshold, 128 * 1024 if fresh else 2**31 - 1)
 
 
-def in_turns(functions, seconds, slow=()):
+def clock(function):
+    """Seconds that a call takes, by the clock."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def device_clock(function):
+    """Seconds that a call takes on the GPU, its host's work included, by the clock."""
+    import torch
+
+    torch.cuda.synchronize()
+    return clock(lambda: (function(), torch.cuda.synchronize()))
+
+
+class DeviceEvents:
+    """Seconds that the GPU itself works for a call: between two events, behind other work while the host prepares it.
+
+    That work writes more than the caches hold.
+    """
+
+    BYTES, SECONDS = 1 << 28, 0.003
+
+    def __init__(self):
+        import torch
+
+        self.torch = torch
+        self.other = torch.empty(self.BYTES, dtype=torch.uint8, device="cuda")
+        self.times = 1
+        self.times = max(1, round(self.SECONDS / min(self(self.other.zero_) for _ in range(3))))
+
+    def __call__(self, function):
+        begin, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(self.times):
+            self.other.zero_()
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+
+def host_seconds(function):
+    """Seconds after which the host goes on while the GPU works on a call, median."""
+    import torch
+
+    found = []
+    for _ in range(11):
+        torch.cuda.synchronize()
+        found.append(clock(function))
+    torch.cuda.synchronize()
+    return statistics.median(found)
+
+
+def in_turns(functions, seconds, slow=(), measure=clock):
     """name -> times in seconds, one per round; those named in `slow` take part in the first five rounds only."""
     for function in functions.values():
         function()
@@ -139,9 +212,7 @@ def in_turns(functions, seconds, slow=()):
     for number in itertools.count():
         for name in order:
             if number < 5 or name not in slow:
-                start = time.perf_counter()
-                functions[name]()
-                times[name].append(time.perf_counter() - start)
+                times[name].append(measure(functions[name]))
         order = order[1:] + order[:1]
         if number >= 4 and time.perf_counter() - begin > seconds or not seconds:
             return times
@@ -190,6 +261,11 @@ def peak_bytes(call, x):
     import torch
 
     call()
+    if x.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / (x.numel() * x.element_size())
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -224,7 +300,7 @@ def extra_class(name):
         raise UserError(f"--extra {name!r}: must be MODULE:CLASS that can be imported: {error}") from None
 
 
-def norms_for(options, rows, channels, dtype, training):
+def norms_for(options, rows, channels, dtype, which):
     """name -> Call of each contender at the level of a layer."""
     import torch
     from authors_norm import AuthorsPowerNorm
@@ -244,7 +320,7 @@ def norms_for(options, rows, channels, dtype, training):
             for g in groups:
                 makers[f"{name}-g{g}"] = lambda g=g, name=name: Call(
                     PowerNorm(channels, groups=g, warmup_updates=0), True, "torch" if name == "power-torch" else None)
-        elif name == "authors" and training:
+        elif name == "authors" and which == "train":
             for g in groups:
                 makers[f"{name}-g{g}"] = lambda g=g: Call(AuthorsPowerNorm(channels, groups=g), True)
     for name in options.extra:
@@ -252,12 +328,12 @@ def norms_for(options, rows, channels, dtype, training):
     calls = {}
     for name, make in makers.items():
         calls[name] = make()
-        calls[name].norm.to(dtype).train(training)
+        calls[name].norm.to(options.device, dtype).train(which != "eval")
     return calls
 
 
-def one_call(call, x, dy, mask, training):
-    """What is timed: a forward and a backward pass, or an evaluation."""
+def one_call(call, x, dy, mask, which):
+    """What is timed: a forward and a backward pass, a forward pass in training, or an evaluation."""
     import torch
 
     def train():
@@ -270,7 +346,7 @@ def one_call(call, x, dy, mask, training):
         with torch.no_grad():
             call(x, mask)
 
-    function = train if training else evaluate
+    function = {"train": train, "forward": lambda: call(x, mask), "eval": evaluate}[which]
     return function if call.kernel is None else on_kernel(call.kernel, function)
 
 
@@ -288,33 +364,80 @@ def on_kernel(name, function):
 # ---------------------------------------------------------------- levels
 
 
+def inputs(options, rows, channels, name):
+    """x, dy and a mask (True = padding) of about a fifth of the rows, on the device."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    x, dy = (torch.randn(rows, channels, generator=generator).to(options.device, getattr(torch, name)) for _ in range(2))
+    mask = torch.rand(rows, generator=generator) < 0.2
+    mask[0] = False
+    return x, dy, mask.to(options.device)
+
+
+def cell_of(options, level, which, rows, channels, dtype, masked):
+    import torch
+
+    return {"level": level, "pass": which, "rows": rows, "channels": channels, "dtype": dtype, "masked": masked,
+            "device": options.device, "threads": torch.get_num_threads()}
+
+
+def accuracy_cells(options, say):
+    """Largest errors of a training step of PN against the authors' arithmetic in float64, by the tolerance of a kernel."""
+    import torch
+    from authors_norm import AuthorsPowerNorm
+    from fairseq_powernorm.kernels.reference import TOLERANCE
+    from fairseq_powernorm.norms import PowerNorm
+
+    for (rows, channels), name, masked in itertools.product(options.shapes, options.dtype, (False, True)):
+        x, dy, mask = inputs(options, rows, channels, name)
+        cell = cell_of(options, "accuracy", "train", rows, channels, name, masked)
+        say(cell)
+        contenders = {}
+        for groups in (g for g in options.groups if channels % g == 0):
+            found = []
+            for kind, dtype in ((PowerNorm, x.dtype), (AuthorsPowerNorm, torch.float64)):
+                norm = kind(channels, groups=groups, **({"warmup_updates": 0} if kind is PowerNorm else {}))
+                norm = norm.to(options.device, None if kind is PowerNorm else torch.float64)
+                leaf = x.to(dtype, copy=True).requires_grad_()
+                y = norm(leaf, mask if masked else None)
+                y.backward(dy.to(dtype))
+                found.append([y, leaf.grad, norm.weight.grad, norm.bias.grad, norm.running_phi, norm.ema_gz])
+            errors = [float((one.double().view(other.shape) - other).abs().max() / other.abs().max()) for one, other in zip(*found)]
+            row, total = TOLERANCE[x.dtype]
+            names = ("output", "gradient", "weight", "bias", "psi2", "nu")
+            contenders[f"power-g{groups}"] = {
+                "errors": dict(zip(names, errors)), "tolerances": [row, total],
+                "worst": max(error / (row if i < 2 else total) for i, error in enumerate(errors)),
+            }
+        yield {**cell, "contenders": contenders}
+
+
 def layer_cells(options, say):
     import torch
 
-    for (rows, channels), name, training in itertools.product(options.shapes, options.dtype, (True, False)):
-        dtype = getattr(torch, name)
-        generator = torch.Generator().manual_seed(1)
-        x = torch.randn(rows, channels, generator=generator).to(dtype)
-        dy = torch.randn(rows, channels, generator=generator).to(dtype)
-        some = torch.rand(rows, generator=generator) < 0.2  # True = padding
-        some[0] = False
+    on_gpu = options.device == "cuda"
+    measure = DeviceEvents() if on_gpu else clock
+    passes = [which for which in PASSES if which != "forward" or on_gpu]
+    for (rows, channels), name, which in itertools.product(options.shapes, options.dtype, passes):
+        x, dy, some = inputs(options, rows, channels, name)
         out = torch.empty_like(x)
         for masked in (False, True):
-            leaf = x.clone().requires_grad_() if training else x
-            calls = norms_for(options, rows, channels, dtype, training)
+            leaf = x if which == "eval" else x.clone().requires_grad_()
+            calls = norms_for(options, rows, channels, x.dtype, which)
             mask = some if masked else None
-            functions = {n: one_call(c, leaf, dy, mask, training) for n, c in calls.items()}
+            functions = {n: one_call(c, leaf, dy, mask, which) for n, c in calls.items()}
             functions["copy"] = lambda: out.copy_(x)
             slow = [n for n in functions if n.startswith("authors")]
-            cell = {"level": "layer", "pass": "train" if training else "eval", "rows": rows, "channels": channels,
-                    "dtype": name, "masked": masked, "threads": torch.get_num_threads()}
+            cell = cell_of(options, "layer", which, rows, channels, name, masked)
             say(cell)
-            found = summarize(in_turns(functions, options.seconds, slow), 5 if training else 2)
-            if training:
-                for n, c in calls.items():
-                    if n != "layer-compiled":
-                        found[n]["saved"] = saved_bytes(c, leaf, mask)
-                        found[n]["peak"] = peak_bytes(functions[n], x)
+            found = summarize(in_turns(functions, options.seconds, slow, measure), PASSES[which])
+            for n, c in calls.items():
+                if on_gpu:
+                    found[n]["host_seconds"] = host_seconds(functions[n])
+                if which == "train" and n != "layer-compiled":
+                    found[n]["saved"] = saved_bytes(c, leaf, mask)
+                    found[n]["peak"] = peak_bytes(functions[n], x)
             yield {**cell, "contenders": found}
 
 
@@ -352,10 +475,15 @@ def translation_model(norm, options, d, ffn, layers, symbols):
                     theirs.forward = (lambda x, mask=None, slot=child.mask_slot, forward=theirs.forward:
                                       forward(x, slot.padding_mask if mask is None and slot is not None else mask))
                     setattr(module, name, theirs)
+    model = model.to(options.device, getattr(torch, options.model_dtype))
     return model, RunningStatistics(model), dictionary
 
 
-def sentences(count, length, symbols, generator, torch):
+def model_measure(options):
+    return device_clock if options.device == "cuda" else clock
+
+
+def sentences(options, count, length, symbols, generator, torch):
     """Left-padded source and right-padded target of unequal lengths (pad = 1)."""
     lengths = torch.randint(max(1, length * 2 // 3), length + 1, (count,), generator=generator)
     lengths[0] = length
@@ -363,7 +491,7 @@ def sentences(count, length, symbols, generator, torch):
     positions = torch.arange(length)
     source[positions >= lengths.unsqueeze(1)] = 1
     target[positions >= lengths.unsqueeze(1)] = 1
-    return source.flip(1), lengths, target
+    return [each.to(options.device) for each in (source.flip(1), lengths, target)]
 
 
 def model_functions(options, make):
@@ -371,6 +499,8 @@ def model_functions(options, make):
     functions = {}
     for name in ("layer", "rms", "batch", "power", "power-torch", "authors"):
         if name != "layer" and name not in options.contenders:
+            continue
+        if name == "authors" and options.model_dtype == "float16":  # its statistics would be float16, too
             continue
         function = make(name)
         if function is None:
@@ -388,9 +518,10 @@ def encoder_cells(options, say):
         model, running, _ = translation_model(norm, options, d, 2 * d, 1, 40)
         layer = model.encoder.layers[0].train()
         generator = torch.Generator().manual_seed(1)
-        x = torch.randn(length, count, d, generator=generator).requires_grad_()
-        dy = torch.randn(length, count, d, generator=generator)
-        source, _, _ = sentences(count, length, 40, generator, torch)
+        dtype = getattr(torch, options.model_dtype)
+        x, dy = (torch.randn(length, count, d, generator=generator).to(options.device, dtype) for _ in range(2))
+        x.requires_grad_()
+        source, _, _ = sentences(options, count, length, 40, generator, torch)
 
         def function():
             x.grad = None
@@ -401,41 +532,103 @@ def encoder_cells(options, say):
 
         return function
 
-    cell = {"level": "encoder", "pass": "train", "rows": length * count, "channels": d, "dtype": "float32", "masked": True,
-            "threads": torch.get_num_threads()}
+    cell = cell_of(options, "encoder", "train", length * count, d, options.model_dtype, True)
     say(cell)
-    yield {**cell, "contenders": summarize(in_turns(model_functions(options, make), options.seconds * 3, ("authors",)))}
+    yield {**cell, "contenders": summarize(in_turns(model_functions(options, make), options.seconds * 3, ("authors",),
+                                                    model_measure(options)))}
+
+
+class HalfPrecision:
+    """Fairseq's own optimizer of --fp16: a float32 copy of the parameters, and a loss scale."""
+
+    def __init__(self, model, on_gpu):
+        from fairseq.dataclass.configs import FairseqConfig
+        from fairseq.optim import FP16Optimizer
+        from fairseq.optim.adam import FairseqAdamConfig
+        from omegaconf import OmegaConf
+
+        config = OmegaConf.structured(FairseqConfig)
+        config.optimizer = OmegaConf.create({**OmegaConf.to_container(OmegaConf.structured(FairseqAdamConfig)), "lr": [1e-5]})
+        config.optimizer._name = "adam"
+        config.common.fp16, config.common.fp16_no_flatten_grads = True, not on_gpu
+        self.optimizer = FP16Optimizer.build_optimizer(config, [p for p in model.parameters() if p.requires_grad])
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+    @property
+    def scale(self):
+        return self.optimizer.scaler.loss_scale
+
+    def backward(self, loss):
+        self.optimizer.backward(loss)
+
+    def step(self):
+        try:
+            self.optimizer.clip_grad_norm(1.0)
+            self.optimizer.step()
+        except OverflowError:  # the scale has been halved
+            pass
+
+
+class SinglePrecision:
+    """torch's Adam."""
+
+    scale = 1.0
+
+    def __init__(self, model, on_gpu):
+        import torch
+
+        self.clip = torch.nn.utils.clip_grad_norm_
+        self.parameters = list(model.parameters())
+        self.optimizer = torch.optim.Adam(self.parameters, lr=1e-5)
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self):
+        self.clip(self.parameters, 1.0)
+        self.optimizer.step()
+
+
+def update(options, model, running, count, length, symbols):
+    """One update of a model on count sentences, as a function."""
+    import torch
+
+    model.train()
+    optimizer = (HalfPrecision if options.model_dtype == "float16" else SinglePrecision)(model, options.device == "cuda")
+    source, lengths, target = sentences(options, count, length, symbols, torch.Generator().manual_seed(1), torch)
+
+    def function():
+        optimizer.zero_grad()
+        with running.batch(gradient_scale=optimizer.scale):
+            logits, _ = model(source, lengths, target)
+            optimizer.backward(torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), target.flatten(), ignore_index=1, label_smoothing=0.1))
+        running.reduce()
+        optimizer.step()
+        running.commit()
+
+    return function
 
 
 def step_cells(options, say):
-    import torch
-
-    d, length, count, symbols = (16, 8, 4, 40) if options.quick else (256, 32, 128, 8000)
+    d, ffn, layers, symbols = (512, 1024, 6, 10000) if options.device == "cuda" else (256, 1024, 3, 8000)
+    length, count = 32, 128
+    if options.quick:
+        d, ffn, layers, symbols, length, count = 16, 64, 3, 40, 8, 4
 
     def make(norm):
-        model, running, _ = translation_model(norm, options, d, 4 * d, 3, symbols)
-        model.train()
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
-        generator = torch.Generator().manual_seed(1)
-        source, lengths, target = sentences(count, length, symbols, generator, torch)
+        model, running, _ = translation_model(norm, options, d, ffn, layers, symbols)
+        return update(options, model, running, count, length, symbols)
 
-        def function():
-            optimizer.zero_grad()
-            with running.batch():
-                logits, _ = model(source, lengths, target)
-                torch.nn.functional.cross_entropy(
-                    logits.flatten(0, 1), target.flatten(), ignore_index=1, label_smoothing=0.1, reduction="sum").backward()
-            running.reduce()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            running.commit()
-
-        return function
-
-    cell = {"level": "step", "pass": "train", "rows": length * count, "channels": d, "dtype": "float32", "masked": True,
-            "threads": torch.get_num_threads()}
+    cell = cell_of(options, "step", "train", length * count, d, options.model_dtype, True)
     say(cell)
-    yield {**cell, "contenders": summarize(in_turns(model_functions(options, make), options.seconds * 20, ("authors",)))}
+    functions = model_functions(options, make)
+    yield {**cell, "contenders": summarize(in_turns(functions, options.seconds * 20, ("authors",), model_measure(options)))}
 
 
 def generation_cells(options, say):
@@ -449,7 +642,7 @@ def generation_cells(options, say):
             return None
         model, _, dictionary = translation_model(norm, options, d, 4 * d, 3, symbols)
         generator = torch.Generator().manual_seed(1)
-        source, lengths, _ = sentences(count, length, symbols, generator, torch)
+        source, lengths, _ = sentences(options, count, length, symbols, generator, torch)
         search = SequenceGenerator([model.eval()], dictionary, beam_size=5, max_len_a=0, max_len_b=length, min_len=length)
         sample = {"net_input": {"src_tokens": source, "src_lengths": lengths}}
 
@@ -459,13 +652,13 @@ def generation_cells(options, say):
 
         return function
 
-    cell = {"level": "generation", "pass": "eval", "rows": count * 5, "channels": d, "dtype": "float32", "masked": True,
-            "threads": torch.get_num_threads()}
+    cell = cell_of(options, "generation", "eval", count * 5, d, options.model_dtype, True)
     say(cell)
-    yield {**cell, "contenders": summarize(in_turns(model_functions(options, make), options.seconds * 5))}
+    yield {**cell, "contenders": summarize(in_turns(model_functions(options, make), options.seconds * 5, (),
+                                                    model_measure(options)))}
 
 
-CELLS = {"layer": layer_cells, "encoder": encoder_cells, "step": step_cells, "generation": generation_cells}
+CELLS = {"accuracy": accuracy_cells, "layer": layer_cells, "encoder": encoder_cells, "step": step_cells, "generation": generation_cells}
 
 
 # ---------------------------------------------------------------- what is said about it
@@ -477,44 +670,67 @@ def named(contenders, name):
 
 
 def checks(cells):
-    """Each target that the cells say something about: description, value, bound, is it met?"""
+    """Each target of the cells' device that they say something about: description, value, bound, is it met?"""
     found = []
-    for text, level, which, dtype, contender, rows, statistic, bound in TARGETS:
-        values = [entry["ratio"] for cell in cells
-                  if (cell["level"], cell["pass"], cell["dtype"]) == (level, which, dtype) and (not rows or cell["rows"] in rows)
-                  for _, entry in named(cell["contenders"], contender)]
-        if values:
-            value = statistic(values)
-            found.append({"target": text, "value": value, "bound": f"<= {bound}", "met": value <= bound})
-    large = [cell for cell in cells if cell["level"] == "layer" and cell["pass"] == "train" and cell["rows"] in LARGE]
-    for text, dtype, bound in SLOWER:
-        values = []
-        for cell in large:
-            ours = {full.rpartition("-")[2]: entry for full, entry in named(cell["contenders"], "power")}
-            values += [entry["seconds"] / ours[full.rpartition("-")[2]]["seconds"]
-                       for full, entry in named(cell["contenders"], "authors")
-                       if cell["dtype"] == dtype and full.rpartition("-")[2] in ours]
-        if values:
-            value = statistics.median(values)
-            found.append({"target": f"{text}, median", "value": value, "bound": f">= {bound}", "met": value >= bound})
-    values = [entry["saved"] for cell in large for _, entry in named(cell["contenders"], "power")]
-    if values:
-        found.append({"target": SAVED[0], "value": max(values), "bound": f"<= {SAVED[1]}", "met": max(values) <= SAVED[1]})
+    device = cells[0]["device"] if cells else "cpu"
+
+    def cells_of(level, which, dtype=None, rows=None):
+        return [cell for cell in cells if (cell["level"], cell["pass"]) == (level, which)
+                and (dtype is None or cell["dtype"] == dtype) and (rows is None or cell["rows"] in rows)]
+
+    def values(cells, contender, key):
+        return [entry[key] for cell in cells for _, entry in named(cell["contenders"], contender)]
+
+    def judge(text, numbers, statistic, bound, at_least=False):
+        if numbers:
+            value = statistic(numbers)
+            met = value >= bound if at_least else value <= bound
+            found.append({"target": text, "value": value, "bound": f"{'>=' if at_least else '<='} {bound}", "met": met})
+
+    for text, level, which, dtype, contender, rows, statistic, bound in TARGETS[device]:
+        judge(text, values(cells_of(level, which, dtype, rows), contender, "ratio"), statistic, bound)
+    if device == "cuda":
+        dtypes, rows, share = FORWARD_SHARE
+        for dtype in dtypes:
+            numbers = values(cells_of("layer", "forward", dtype, rows), "power", "bandwidth_fraction")
+            judge(f"forward pass, {dtype}, share of the bandwidth of a copy", numbers, min, share, at_least=True)
+    for text, dtype, bound in SLOWER if device == "cpu" else ():
+        numbers = []
+        for cell in cells_of("layer", "train", dtype, LARGE):
+            ours = {full.rpartition("-")[2]: entry["seconds"] for full, entry in named(cell["contenders"], "power")}
+            numbers += [entry["seconds"] / ours[full.rpartition("-")[2]]
+                        for full, entry in named(cell["contenders"], "authors") if full.rpartition("-")[2] in ours]
+        judge(f"{text}, median", numbers, statistics.median, bound, at_least=True)
+    for dtype in DTYPES:
+        judge(f"{SAVED[0]}, {dtype}", values(cells_of("layer", "train", dtype, LARGE), "power", "saved"), max, SAVED[1])
+    judge("errors of a training step / tolerances", values(cells_of("accuracy", "train"), "power", "worst"), max, 1.0)
     return found
 
 
 def show(record):
     """The record as Markdown."""
-    lines = ["| level | pass | rows x C | dtype | mask | threads | norm | time (us) | / LayerNorm (quartiles) | of limit "
-             "| saved / x | peak / x |", "|" + " --- |" * 12]
+    timed, accurate = [], []
     for cell in record["cells"]:
         for name, entry in cell["contenders"].items():
+            words = [cell["level"], cell["pass"], f"{cell['rows']} x {cell['channels']}", cell["dtype"],
+                     "yes" if cell["masked"] else "no", str(cell["threads"]), name]
+            if cell["level"] == "accuracy":
+                row = [*words[2:5], name, *(f"{error:.1e}" for error in entry["errors"].values()), f"{entry['worst']:.2f}"]
+                accurate.append("| " + " | ".join(row) + " |")
+                continue
             low, high = entry["ratio_quartiles"]
             optional = [f"{entry[key]:.2f}" if key in entry else "" for key in ("bandwidth_fraction", "saved", "peak")]
-            lines.append("| " + " | ".join([
-                cell["level"], cell["pass"], f"{cell['rows']} x {cell['channels']}", cell["dtype"],
-                "yes" if cell["masked"] else "no", str(cell["threads"]), name, f"{entry['seconds'] * 1e6:,.0f}",
-                f"{entry['ratio']:.2f} ({low:.2f} - {high:.2f})", *optional]) + " |")
+            host = f"{entry['host_seconds'] * 1e6:,.0f}" if "host_seconds" in entry else ""
+            timed.append("| " + " | ".join([*words, f"{entry['seconds'] * 1e6:,.0f}", host,
+                                            f"{entry['ratio']:.2f} ({low:.2f} - {high:.2f})", *optional]) + " |")
+    lines = []
+    if timed:
+        lines += ["| level | pass | rows x C | dtype | mask | threads | norm | time (us) | host (us) | / LayerNorm (quartiles) "
+                  "| of limit | saved / x | peak / x |", "|" + " --- |" * 13, *timed]
+    if accurate:
+        lines += [""] * bool(timed) + [
+            "| rows x C | dtype | mask | norm | output | gradient | weight | bias | psi^2 | nu | worst / tolerance |",
+            "|" + " --- |" * 11, *accurate]
     if record["checks"]:
         lines += ["", "| target | measured | bound | met |", "| --- | --- | --- | --- |"]
         lines += [f"| {c['target']} | {c['value']:.3f} | {c['bound']} | {'yes' if c['met'] else '**no**'} |"
@@ -531,9 +747,13 @@ def draw(record, path):
 
     panels = {}
     for cell in record["cells"]:
+        if cell["level"] == "accuracy":
+            continue
         key = f"{cell['level']}, {cell['pass']}, {cell['dtype']}"
         for name, entry in cell["contenders"].items():
             panels.setdefault(key, {}).setdefault(name, []).append(entry["ratio"])
+    if not panels:
+        return
     figure, axes = pyplot.subplots(len(panels), 1, figsize=(7, 2.2 * len(panels)), layout="constrained", squeeze=False)
     for axis, (title, ratios) in zip(axes[:, 0], panels.items()):
         middle = [statistics.median(values) for values in ratios.values()]
@@ -547,7 +767,12 @@ def draw(record, path):
     pyplot.close(figure)
 
 
-def processor():
+def processor(device):
+    """Name of what is measured."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -572,10 +797,13 @@ def benchmark(arguments):
     import torch
     from fairseq_powernorm import kernels
 
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device 'cuda': torch finds no CUDA device; valid here: cpu")
     set_memory(options.fresh)
-    name, reasons = kernels.explain("cpu", torch.float32)
+    name, reasons = kernels.explain(options.device, torch.float32)
     print(f"kernel: {kernels.KERNELS[name].describe()} {' '.join(reasons)}".rstrip())
-    threads = options.threads or ([1, 2] if (os.cpu_count() or 1) > 1 else [1])
+    own = [torch.get_num_threads()] if options.device == "cuda" else [1, 2] if (os.cpu_count() or 1) > 1 else [1]
+    threads = options.threads or own
     cells = []
 
     def say(cell):
@@ -586,7 +814,8 @@ def benchmark(arguments):
         for level in options.levels:
             cells += CELLS[level](options, say)
     record = {
-        "schema": 1, "kind": "benchmark", "processor": processor(), "cores": os.cpu_count(), "memory": "fresh" if options.fresh else "recycled",
+        "schema": 1, "kind": "benchmark", "device": options.device, "processor": processor(options.device),
+        "cores": os.cpu_count(), "memory": "fresh" if options.fresh else "recycled",
         "kernel": kernels.KERNELS[name].describe(), "quick": options.quick, "arguments": arguments, "cells": cells,
         "checks": [] if options.quick else checks(cells), "versions": {"python": platform.python_version(), **versions(TOOLS)},
     }

@@ -4,9 +4,13 @@ import pathlib
 import random
 
 import pytest
+import torch
 
 # one thread each: several processes run at a time, and OpenMP's threads wait for each other busily
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# read when Triton is imported: without a GPU its kernels are interpreted
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import toy
 

@@ -2,6 +2,7 @@
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -42,13 +43,15 @@ def test_the_command_measures_every_level():
     found = {(row[0].strip("| "), row[6]) for row in rows}
     assert {("layer", name) for name in ("layer", "rms", "batch", "power-g1", "power-g4", "power-torch-g4", "authors-g1",
                                          "torch.nn:RMSNorm")} <= found
+    assert {("8 x 64", name, norm) for name in ("float32", "bfloat16") for norm in ("power-g1", "power-g4")} <= {
+        (row[0].strip("| "), row[1], row[3]) for row in rows}  # accuracy
     for level in ("encoder", "step", "generation"):
         assert {(level, name) for name in ("layer", "power", "power-torch")} <= found
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--shapes", "12"], "must be ROWSxCHANNELS"), (["--levels", "all"], "'all' is unknown; valid: layer, encoder, step, generation"),
-    (["--threads", "0"], "must be positive"), (["--extra", "nowhere:Norm"], "--extra 'nowhere:Norm': must be MODULE:CLASS"),
+    (["--shapes", "12"], "must be ROWSxCHANNELS"), (["--levels", "all"], "'all' is unknown; valid: accuracy, layer, encoder, step, generation"),
+    (["--device", "gpu"], "invalid choice: 'gpu'"), (["--threads", "0"], "must be positive"), (["--extra", "nowhere:Norm"], "--extra 'nowhere:Norm': must be MODULE:CLASS"),
     (["--output", "a/b"], "--output 'a/b': must be a name"), (["--seconds", "0"], "must be positive"),
 ])
 def test_bad_input_is_refused(words, message, capsys):
@@ -58,10 +61,75 @@ def test_bad_input_is_refused(words, message, capsys):
     assert message in capsys.readouterr().err + str(caught.value)
 
 
-def cell(level="layer", which="train", rows=4096, dtype="float32", **ratios):
-    """A cell of a record in which LayerNorm takes a second."""
-    contenders = {name.replace("_", "-"): {"seconds": ratio, "ratio": ratio, "saved": 1.001} for name, ratio in ratios.items()}
-    return {"level": level, "pass": which, "rows": rows, "dtype": dtype, "contenders": contenders}
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there_is_refused():
+    """Before any measuring."""
+    with pytest.raises(benchmark.UserError, match="--device 'cuda': torch finds no CUDA device; valid here: cpu"):
+        benchmark.benchmark(["--device", "cuda"])
+
+
+class Event:
+    """What DeviceEvents uses of torch.cuda.Event, on this machine's clock."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.time = time.perf_counter()
+
+    def synchronize(self):
+        assert self.time
+
+    def elapsed_time(self, end):
+        return (end.time - self.time) * 1000
+
+
+def test_times_of_a_gpu(monkeypatch):
+    """Between two events, behind as much other work as the host needs time; by the clock, between two synchronizations."""
+    empty, order = torch.empty, []
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: empty(size, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
+    monkeypatch.setattr(benchmark.DeviceEvents, "BYTES", 1 << 16)
+    measure = benchmark.DeviceEvents()
+    assert measure.times > 1
+    before = time.perf_counter()
+    taken = measure(lambda: time.sleep(0.05))
+    assert 0.05 <= taken <= time.perf_counter() - before
+    assert benchmark.device_clock(lambda: order.append("call")) > 0 and order == ["wait", "call", "wait"]
+    order.clear()
+    assert benchmark.host_seconds(lambda: time.sleep(0.001)) >= 0.001 and order == ["wait"] * 12
+
+
+def test_models_in_half_precision():
+    """What a GPU measures, by a CPU: a layer, an update by fairseq's own optimizer of --fp16, and a search, in float16."""
+    options = benchmark.parse(["--quick", "--contenders", "rms,batch,power,power-torch,authors"])
+    options.model_dtype = "float16"
+    for level in ("encoder", "step", "generation"):
+        (found,) = benchmark.CELLS[level](options, lambda cell: None)
+        assert found["dtype"] == "float16" and found["device"] == "cpu"
+        assert set(found["contenders"]) == {"layer", "rms", "batch", "power", "power-torch"}
+
+
+def test_an_update_in_half_precision_trains():
+    """The update that is timed changes the parameters and takes one step of the running statistics."""
+    options = benchmark.parse(["--quick"])
+    options.model_dtype = "float16"
+    model, running, _ = benchmark.translation_model("power", options, 16, 32, 1, 40)
+    before = [p.detach().clone() for p in model.parameters()]
+    function = benchmark.update(options, model, running, 4, 8, 40)
+    for _ in range(8):  # the first ones may lower the loss scale
+        function()
+    assert any(not torch.equal(p, q) for p, q in zip(before, model.parameters()))
+    norm = model.encoder.layers[0].self_attn_layer_norm
+    assert float(norm.iters) == 8 and torch.isfinite(norm.ema_gz).all() and norm.ema_gz.any()
+
+
+def cell(level="layer", which="train", rows=4096, dtype="float32", device="cpu", **ratios):
+    """A cell of a record in which LayerNorm takes a second and a copy 0.9."""
+    contenders = {name.replace("_", "-"): {"seconds": ratio, "ratio": ratio, "saved": 1.001, "bandwidth_fraction": 0.9 / ratio,
+                                           "worst": ratio} for name, ratio in ratios.items()}
+    return {"level": level, "pass": which, "rows": rows, "dtype": dtype, "device": device, "contenders": contenders}
 
 
 def test_targets_are_checked():
@@ -75,8 +143,22 @@ def test_targets_are_checked():
     assert verdicts.pop("training, float32, every cell") is False and set(verdicts.values()) == {True}
     assert met([cell(level="step", layer=1.0, power=1.02)]) == {"whole training step": False}
     assert met([cell(rows=1, layer=1.0, power_g1=1.4)]) == {"one row, float32": True}
+    assert set(met([cell(level="accuracy", power_g1=1.01)]).values()) == {False}
     near = cell(layer=1.0, power_g1=0.6, authors_g1=12.0)
     assert met([near])["authors' arithmetic, float32, median"] is False
+
+
+def test_targets_of_a_gpu_are_checked():
+    """Other bounds than a CPU's, and the share of a copy's bandwidth that the forward pass reaches."""
+    met = lambda cells: {each["target"]: each["met"] for each in benchmark.checks(cells)}  # noqa: E731
+    gpu = dict(device="cuda", rows=16384)
+    assert met([cell(**gpu, power_g1=1.0, power_g4=1.1)])["training, float32, every cell"] is False
+    assert met([cell(**gpu, power_g1=1.0)])["training, float32, every cell"] is True
+    assert met([cell(device="cuda", level="step", dtype="float16", power=1.02)]) == {"whole training step, float16": True}
+    for dtype in ("float32", "bfloat16"):
+        for time_taken, verdict in ((1.1, True), (1.15, False)):
+            found = met([cell(**gpu, which="forward", dtype=dtype, power_g1=1.0, power_g4=time_taken)])
+            assert found == {f"forward pass, {dtype}, share of the bandwidth of a copy": verdict}
 
 
 def test_the_sanitizers_script_needs_a_compiler(tmp_path):

@@ -13,14 +13,14 @@ from typing import Dict, Iterator, List, Optional, Set, Tuple
 import torch
 from torch import Tensor
 
-from . import c, reference
+from . import c, reference, triton
 
 __all__ = ["KERNELS", "choose", "evaluate", "explain", "only", "reference", "requested", "wants_gradient"]
 
 logger = logging.getLogger(__name__)
 
 #: name -> kernel; the first that serves a tensor is used
-KERNELS: Dict[str, ModuleType] = {"c": c, "torch": reference}
+KERNELS: Dict[str, ModuleType] = {"triton": triton, "c": c, "torch": reference}
 #: environment variable with the name of the only kernel to use beside ``torch``
 VARIABLE = "POWERNORM_KERNEL"
 
@@ -53,7 +53,7 @@ def explain(device_type: str, dtype: torch.dtype) -> Tuple[str, List[str]]:
     for name, kernel in KERNELS.items():
         if name != "torch" and only not in (None, name):
             reasons.append(f"{name}: {VARIABLE}={only}")
-        elif not kernel.serves(device_type, dtype):
+        elif not kernel.serves(device_type, dtype, asked=only == name):
             reasons.append(f"{name}: not made for {device_type} and {str(dtype).split('.')[-1]}")
         elif kernel.unavailable() is not None:
             reasons.append(f"{name}: {kernel.unavailable()}")

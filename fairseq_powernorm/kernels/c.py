@@ -82,7 +82,7 @@ def unavailable() -> Optional[str]:
     return _unavailable
 
 
-def serves(device_type: str, dtype: torch.dtype) -> bool:
+def serves(device_type: str, dtype: torch.dtype, asked: bool = False) -> bool:
     """Is this kernel made for tensors of that kind?"""
     return device_type == "cpu" and dtype in _DTYPES
 

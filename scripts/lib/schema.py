@@ -66,16 +66,18 @@ FIGURES = {
     "singular_values": Mapping({"checkpoint": str, "values": [NUMBER]}),
 }
 QUARTILES = [NUMBER]
+#: of a norm or a model in a measurement of speed: times, or errors at the level `accuracy`
+CONTENDER = {
+    "seconds?": NUMBER, "seconds_quartiles?": QUARTILES, "ratio?": NUMBER, "ratio_quartiles?": QUARTILES, "rounds?": int,
+    "bandwidth_fraction?": NUMBER, "saved?": NUMBER, "peak?": NUMBER, "host_seconds?": NUMBER,
+    "errors?": Mapping(NUMBER), "tolerances?": [NUMBER], "worst?": NUMBER,
+}
 BENCHMARK = {
-    "schema": {1}, "kind": {"benchmark"}, "processor": str, "cores": int, "memory": {"recycled", "fresh"}, "kernel": str,
-    "quick": bool, "arguments": [str], "versions": Mapping(str), "git_commit": Optional(str),
-    "cells": [{
-        "level": {"layer", "encoder", "step", "generation"}, "pass": {"train", "eval"}, "rows": int, "channels": int,
-        "dtype": str, "masked": bool, "threads": int,
-        "contenders": Mapping({"seconds": NUMBER, "seconds_quartiles": QUARTILES, "ratio": NUMBER,
-                               "ratio_quartiles": QUARTILES, "rounds": int, "bandwidth_fraction?": NUMBER,
-                               "saved?": NUMBER, "peak?": NUMBER}),
-    }],
+    "schema": {1}, "kind": {"benchmark"}, "device": {"cpu", "cuda"}, "processor": str, "cores": int,
+    "memory": {"recycled", "fresh"}, "kernel": str, "quick": bool, "arguments": [str], "versions": Mapping(str),
+    "git_commit": Optional(str),
+    "cells": [{"level": str, "pass": str, "rows": int, "channels": int, "dtype": str, "masked": bool,
+               "device": {"cpu", "cuda"}, "threads": int, "contenders": Mapping(CONTENDER)}],
     "checks": [{"target": str, "value": NUMBER, "bound": str, "met": bool}],
 }
 

@@ -1,0 +1,251 @@
+"""The Triton kernel for GPUs: float32, bfloat16 and float16, any number of channels (code: :mod:`.fused_triton`).
+
+One read of ``x`` and one write of ``y`` forward, one read of ``x`` and ``dy`` and one write of ``dx`` backward, no host
+synchronization. Where the output needs the sums of its own batch (in the warm-up, or a channel that jumps) ``x`` is read
+twice. Results are the same bit for bit from run to run on the same device. Saved for the backward pass are ``x``, one
+float per row and group, and a few per channel.
+"""
+import math
+import os
+from contextlib import nullcontext
+from types import ModuleType
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from .reference import LAYER_SCALE_EPS, Backward, Forward, OwnStep, PowerNormSpec
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: a norm with float32 statistics may leave their step to this kernel
+TAKES_STEPS = True
+#: compute capability of the oldest GPUs that it is compiled for
+CAPABILITY = (8, 0)
+
+_code: Optional[ModuleType] = None
+_unavailable: Optional[str] = None
+
+
+def unavailable() -> Optional[str]:
+    """Why this kernel cannot be used on this machine; None if it can. Triton is imported where there is a GPU only."""
+    global _unavailable
+    if _code is None and _unavailable is None:
+        _unavailable = _load()
+    return _unavailable
+
+
+def _load() -> Optional[str]:
+    """Import Triton and run a kernel; returns why that cannot be done."""
+    global _code
+    device = "cpu" if _interpreted() else "cuda"
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            return "there is no CUDA device"
+        found = torch.cuda.get_device_capability()
+        if found < CAPABILITY:
+            return "the GPU's compute capability is {}.{}, not {}.{} or later".format(*found, *CAPABILITY)
+    try:
+        from . import fused_triton
+    except ImportError as error:
+        return f"Triton cannot be imported: {error}"
+    _code = fused_triton
+    try:
+        evaluate(torch.ones(1, 1, device=device), None, None, None, 1, 1e-5)
+    except Exception as error:  # no C compiler, another version's interface: whatever it is, torch serves
+        _code = None
+        return f"Triton does not work here: {type(error).__name__}: {' '.join(str(error).split())}"
+    return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def serves(device_type: str, dtype: torch.dtype, asked: bool = False) -> bool:
+    """Is this kernel made for tensors of that kind? Interpreted, which is for tests, only if it is ``asked`` for."""
+    if _interpreted():
+        return asked and device_type in ("cpu", "cuda") and dtype in _DTYPES
+    return device_type == "cuda" and dtype in _DTYPES
+
+
+def describe() -> str:
+    """What is in use, for people."""
+    return f"Triton {_code.triton.__version__}" + (" (interpreted)" if _interpreted() else "")
+
+
+def _on(x: Tensor):
+    """Triton launches on the current device: makes it that of ``x``."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _forward(
+    x, run, shape, groups, valid, psi2, weight, bias, eps, *, y=None, r=None, inv=None, sums=None, padding=False
+):  # fmt: skip
+    """Launch :func:`.fused_triton.forward`."""
+    _code.forward[run.grid](
+        x, y, r, valid, psi2, inv, weight, bias, sums, *shape, run.size, eps, LAYER_SCALE_EPS,
+        LAYER_SCALE=groups > 0, OUTPUT=y is not None, SAVE=r is not None, SUMS=sums is not None, PADDING=padding,
+        HAS_PSI2=psi2 is not None, HAS_INV=inv is not None, HAS_VALID=sums is not None and valid is not None,
+        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, TILE_ROWS=run.tile_rows,
+        TILE_COLUMNS=run.tile_columns, STAGES=run.stages, num_warps=run.warps,
+    )  # fmt: skip
+
+
+def _forward_end(x, run, shape, sums, valid, psi2, batch, saved, spec, padding):
+    """Launch :func:`.fused_triton.forward_end`; gives the tally."""
+    channels = shape[1]
+    tally = x.new_empty(channels + 2, dtype=torch.float64)
+    _code.forward_end[(_blocks(channels),)](
+        sums, psi2, batch, saved, tally, *shape, run.grid[0], spec.eps, spec.jump,
+        SAVE=saved is not None, FORWARD_BATCH=spec.forward_batch, BACKWARD_BATCH=spec.backward_batch,
+        JUMP=spec.jump < math.inf, HAS_BATCH=batch is not None, PADDING=padding, HAS_VALID=valid is not None,
+        CHANNELS=_code.END_CHANNELS, PARTS=_code.END_PARTS, num_warps=4,
+    )  # fmt: skip
+    return tally
+
+
+def _blocks(channels: int) -> int:
+    return -(-channels // _code.END_CHANNELS)
+
+
+def _shape(x: Tensor) -> Tuple[int, int]:
+    """Rows and channels."""
+    channels = x.size(-1)
+    return x.numel() // channels, channels
+
+
+def _partial(x: Tensor, run, kinds: int) -> Tensor:
+    """Memory for the partial sums of a sweep."""
+    return x.new_empty(run.grid[0] * (kinds * x.size(-1) + 1), dtype=torch.float32)
+
+
+def _mask(valid: Optional[Tensor], x: Tensor, rows: int) -> Optional[Tensor]:
+    if valid is None:
+        return None
+    if valid.dtype is not torch.bool or valid.numel() != rows or valid.device != x.device:
+        raise ValueError(
+            f"mask of shape {tuple(valid.shape)}, {valid.dtype} on {valid.device}: expected {rows} bool on {x.device}"
+        )
+    return valid.contiguous()
+
+
+def _vector(vector: Optional[Tensor], x: Tensor) -> Optional[Tensor]:
+    """A per-channel tensor as the kernels read it."""
+    if vector is None:
+        return None
+    if vector.numel() != x.size(-1) or vector.device != x.device:
+        raise ValueError(
+            f"per-channel tensor of shape {tuple(vector.shape)} on {vector.device}: "
+            f"expected {x.size(-1)} values on {x.device}"
+        )
+    return vector.contiguous()
+
+
+def second_moment(x: Tensor, valid: Optional[Tensor], groups: int) -> Tensor:
+    """See :func:`.reference.second_moment`."""
+    x, shape = x.contiguous(), _shape(x)
+    valid = _mask(valid, x, shape[0])
+    run = _code.launch(x.device, *shape, groups, _code.FORWARD_PROGRAMS)
+    sums = _partial(x, run, 1)
+    spec = PowerNormSpec(groups, 0.0, 0.0, 1.0, False, False, True)
+    with _on(x):
+        _forward(x, run, shape, groups, valid, None, None, None, 0.0, sums=sums)
+        return _forward_end(x, run, shape, sums, valid, None, None, None, spec, False)
+
+
+def power_forward(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    valid: Optional[Tensor],
+    psi2: Tensor,
+    spec: PowerNormSpec,
+    batch: Optional[Tensor] = None,
+    step: Optional[OwnStep] = None,
+) -> Forward:
+    """See :func:`.reference.power_forward`; takes the step ``step``, if there is one, and gives no tally then."""
+    x, shape, groups = x.contiguous(), _shape(x), spec.groups
+    rows, channels = shape
+    weight, bias, psi2, batch = _vector(weight, x), _vector(bias, x), _vector(psi2, x), _vector(batch, x)
+    valid = _mask(valid, x, rows)
+    run = _code.launch(x.device, rows, channels, groups, _code.FORWARD_PROGRAMS)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    r = x.new_empty((rows, groups), dtype=torch.float32) if groups else None
+    padding = valid is not None and not spec.skip_padding
+    sums, saved = _partial(x, run, 1 + padding), x.new_empty((3, channels), dtype=torch.float32)
+    # does y need the sums? is it to be corrected by them?
+    later = spec.forward_batch and batch is None
+    again = spec.jump < math.inf and not spec.forward_batch
+    divisor = batch if spec.forward_batch else psi2
+    with _on(x):
+        _forward(
+            x, run, shape, groups, valid, None if later else divisor, weight, bias, spec.eps,
+            y=None if later else y, r=r, sums=sums, padding=padding,
+        )
+        tally = _forward_end(x, run, shape, sums, valid, psi2, batch, saved, spec, padding)
+        if later or again:
+            _forward(x, run, shape, groups, None, None if later else divisor, weight, bias, spec.eps, y=y, inv=saved)
+        if step is not None:
+            _code.forward_step[(1,)](
+                tally, step.psi2, step.iters, channels, spec.eps, step.alpha * (1.0 - step.share),
+                1.0 - step.alpha * (1.0 - step.share), step.limit, CHANNELS=_code.STEP_CHANNELS, num_warps=4,
+            )  # fmt: skip
+            increment_version(step.psi2)
+            increment_version(step.iters)
+    return Forward(y, r, saved, tally if step is None else None)
+
+
+def power_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    r: Optional[Tensor],
+    weight: Optional[Tensor],
+    valid: Optional[Tensor],
+    saved: Tensor,
+    nu: Tensor,
+    spec: PowerNormSpec,
+    want_x: bool = True,
+    step: Optional[OwnStep] = None,
+) -> Backward:
+    """See :func:`.reference.power_backward`; takes the step ``step``, if there is one, and gives no tally then."""
+    x, grad_y, rows, channels = x.contiguous(), grad_y.contiguous(), *_shape(x)
+    weight, nu, scale = _vector(weight, x), _vector(nu, x), spec.gradient_scale
+    valid = _mask(valid, x, rows) if spec.skip_padding else None
+    run = _code.launch(x.device, rows, channels, spec.groups, _code.BACKWARD_PROGRAMS)
+    on_device = isinstance(scale, Tensor) and scale.device == x.device  # then the host does not wait for it
+    scale = scale if on_device else float(scale)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if want_x else None
+    sums = _partial(x, run, 2)
+    grad_weight, grad_bias = x.new_empty((2, channels), dtype=torch.float32).unbind()
+    tally = x.new_empty(2 * channels + 2, dtype=torch.float64)
+    with _on(x):
+        _code.backward[run.grid](
+            grad_y, x, r, valid, saved, weight, nu, grad_x, sums, rows, channels, run.size, scale, spec.nu_scale,
+            SCALE_THERE=on_device, LAYER_SCALE=spec.groups > 0, OUTPUT=want_x, HAS_VALID=valid is not None,
+            HAS_WEIGHT=weight is not None, TILE_ROWS=run.tile_rows, TILE_COLUMNS=run.tile_columns, STAGES=run.stages, num_warps=run.warps,
+        )  # fmt: skip
+        _code.backward_end[(_blocks(channels),)](
+            sums, saved, weight, grad_weight, grad_bias, tally, rows, channels, run.grid[0], scale,
+            SCALE_THERE=on_device, HAS_VALID=valid is not None, HAS_WEIGHT=weight is not None,
+            CHANNELS=_code.END_CHANNELS, PARTS=_code.END_PARTS, num_warps=4,
+        )  # fmt: skip
+        if step is not None:
+            _code.backward_step[(1,)](
+                tally, step.nu, channels, step.nu_scale, step.nu_lowest, CHANNELS=_code.STEP_CHANNELS, num_warps=4
+            )  # fmt: skip
+            increment_version(step.nu)
+    return Backward(grad_x, grad_weight, grad_bias, tally if step is None else None)
+
+
+def evaluate(
+    x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], psi2: Optional[Tensor], groups: int, eps: float
+) -> Tensor:
+    """See :func:`.reference.evaluate`, but without gradient."""
+    x, shape = x.contiguous(), _shape(x)
+    weight, bias, psi2 = _vector(weight, x), _vector(bias, x), _vector(psi2, x)
+    run = _code.launch(x.device, *shape, groups, _code.FORWARD_PROGRAMS)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    with _on(x):
+        _forward(x, run, shape, groups, None, psi2, weight, bias, eps, y=y)
+    return y
