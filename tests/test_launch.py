@@ -13,6 +13,9 @@ from fairseq_powernorm.checkpoint import load
 from test_pipeline import SMALL, Scripts, write_text
 
 sys.path.insert(0, str(toy.ROOT / "scripts" / "lib"))
+import launch  # noqa: E402
+import train  # noqa: E402
+from settings import UserError  # noqa: E402
 from slurm_cluster import free_ports  # noqa: E402
 
 #: SGD and unshuffled sentences, as tests/test_distributed.py explains; the batch is given in sentences
@@ -119,6 +122,18 @@ def test_number_of_ranks():
     ranks.check_number(2, 2, {"RANK": "0", "WORLD_SIZE": "4"})
     with pytest.raises(ValueError, match="4 processes .* has 2 of them"):
         ranks.check_number(2, environment={"RANK": "0", "WORLD_SIZE": "4"})
+
+
+def test_same_batch():
+    """--same-batch shares optimization.update_freq out among ranks, of every epoch; what leaves a rest is refused."""
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.create({"optimization": {"update_freq": [16, 8]}, "dataset": {"max_tokens": 100}})
+    assert launch.divided(config, 4, same_batch=True) == ["optimization.update_freq=[4,2]"]
+    assert launch.divided(config, 4, same_batch=False) == launch.divided(config, 1, same_batch=True) == []
+    assert "at most 1,600 tokens (4 x optimization.update_freq 4 x 100)" in train.batch(config, 4, same=True)
+    with pytest.raises(UserError, match=r"16 ranks cannot share out optimization.update_freq=\[16, 8\]"):
+        launch.divided(config, 16, same_batch=True)
 
 
 def test_ranks_with_other_settings():

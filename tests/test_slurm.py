@@ -1,4 +1,5 @@
 """Clusters: what submit.sh refuses and prints, the batch script's logic, status.sh, and all of it on a real SLURM."""
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,8 @@ from test_pipeline import SMALL, Scripts, write_text
 
 sys.path.insert(0, str(toy.ROOT / "scripts" / "lib"))
 import slurm_cluster  # noqa: E402
+import submit  # noqa: E402
+from settings import UserError  # noqa: E402
 
 SLURM = toy.ROOT / "scripts" / "slurm"
 #: tools of the shell and of Python, not of SLURM
@@ -55,10 +58,15 @@ def with_slurm(scripts, tmp_path):
 # ---- submit.sh -----------------------------------------------------------------------------------------------------------
 
 
-def test_submit_refuses(scripts, with_slurm, tmp_path):
+def test_submit_refuses(scripts, with_slurm, tmp_path, monkeypatch):
     """Wrong use is one clear error, and nothing is queued or written."""
-    def refused(*words, **environment):
-        return scripts.refuses("slurm/submit", *words, **{**with_slurm, **environment})
+    for name, value in {**scripts.environment, **with_slurm}.items():
+        monkeypatch.setenv(name, value)
+
+    def refused(*words):
+        with pytest.raises(UserError) as error:
+            submit.submit(words)  # in this process, where fairseq is at hand
+        return str(error.value)
 
     demo = ("demo", "power", "layer", *SMALL)
     assert "benchmark 'dmeo' is unknown; valid: demo, " in refused("dmeo", "power")
@@ -67,7 +75,10 @@ def test_submit_refuses(scripts, with_slurm, tmp_path):
     assert "--arch 'x' is unknown" in refused(*demo, "--arch", "x")
     assert "--gpus 3 cannot be divided among --nodes 2" in refused(*demo, "--nodes", "2", "--gpus", "3")
     assert "--nodes '0': must be a number" in refused(*demo, "--nodes", "0")
-    assert "--array-seeds '1,a': must be numbers" in refused(*demo, "--array-seeds", "1,a")
+    for seeds in ("1,a", "4294967296", "-1", "1.0"):
+        assert "must be a number, 0 to 4294967295" in refused(*demo, f"--array-seeds={seeds}")
+    assert "--array-seeds '1,': must be words separated by commas" in refused(*demo, "--array-seeds", "1,")
+    assert "--array-seeds '1,2,1' names something twice" in refused(*demo, "--array-seeds", "1,2,1")
     assert "both choose the seed" in refused(*demo, "--array-seeds", "1", "common.seed=2")
     assert "power-seed1; each norm and each seed only once" in refused("demo", "power", "power", *SMALL)
     assert "--time '1 hour' is no time limit" in refused(*demo, "--time", "1 hour")
@@ -78,12 +89,20 @@ def test_submit_refuses(scripts, with_slurm, tmp_path):
     assert "without checkpoint.keep_interval_updates fills the disk" in refused(*demo, "checkpoint.keep_interval_updates=-1")
     assert "site file /none does not exist" in refused(*demo, "--site", "/none")
     (tmp_path / "site.sh").write_text("PN_CPUS_PER_TASK=many\n")
-    assert "PN_CPUS_PER_TASK 'many': must be a number" in refused(*demo, "--site", str(tmp_path / "site.sh"))
+    assert "site.sh 'many': must be a number, 1 or more" in refused(*demo, "--site", str(tmp_path / "site.sh"))
+    (tmp_path / "site.sh").write_text("PN_TIME=soon\n")
+    assert "site.sh 'soon' is no time limit" in refused(*demo, "--site", str(tmp_path / "site.sh"))
+    (tmp_path / "site.sh").write_text("echo hello\nPN_ACCOUNT=$UNKNOWN\n")
+    assert "site.sh does not work: " in refused(*demo, "--site", str(tmp_path / "site.sh"))
     (tmp_path / "file").write_text("")
     assert f"--log-dir {tmp_path}/file/logs: {tmp_path}/file is not a directory" in refused(
         *demo, "--log-dir", f"{tmp_path}/file/logs")
     assert "--log-dir /proc/logs cannot be written: /proc: " in refused(*demo, "--log-dir", "/proc/logs")
-    assert "no SLURM on this machine: sbatch is not in PATH" in refused(*demo, PATH=scripts.environment["PATH"])
+    assert "2 ranks cannot share out optimization.update_freq=[1]" in refused(*demo, "--gpus", "2", "--same-batch")
+    monkeypatch.setenv("PATH", scripts.environment["PATH"])
+    assert "no SLURM on this machine: sbatch is not in PATH" in refused(*demo)
+    message = scripts.refuses("slurm/submit", *demo)
+    assert message.startswith("no SLURM on this machine") and message.count("\n") == 1, "as a user sees it"
     assert not (tmp_path / "runs").exists() and not (tmp_path / "calls").exists()
 
 
@@ -107,20 +126,23 @@ def test_submit_refuses_runs_in_use(scripts, with_slurm, tmp_path):
     assert not (tmp_path / "calls").exists()
 
 
-def test_submit_queues_both_jobs_or_none(scripts, with_slurm, tmp_path):
-    """One array over norms x seeds, held until the evaluation is queued behind it; if that is refused, neither is left."""
+def test_submit_queues_all_jobs_or_none(scripts, with_slurm, tmp_path):
+    """One array over norms x seeds, held until evaluations and table are queued behind it; all of them or none."""
     words = ("demo", "power", "layer", "--array-seeds", "4,5", "--gpus", "4", "--nodes", "2", *SMALL)
     output = scripts.ok("slurm/submit", *words, **with_slurm)
     calls = [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
-    assert [call[0] for call in calls] == ["sbatch", "sbatch", "sbatch", "sbatch", "scontrol"]
-    assert "--test-only" in calls[0] and "--test-only" in calls[1] and calls[4][1:] == ["release", "77"]
+    assert [call[0] for call in calls] == ["sbatch"] * 6 + ["scontrol"]
+    assert ["--test-only" in call for call in calls] == [True] * 3 + [False] * 4 and calls[6][1:] == ["release", "77"]
     assert {"--array=0-3", "--hold", "--nodes=2", "--ntasks-per-node=2", "--gres=gpu:2",
-            "--signal=B:USR1@120"} <= set(calls[2])
-    assert "--dependency=afterok:77" in calls[3]
+            "--signal=B:USR1@120"} <= set(calls[3])
+    assert {"--array=0-3", "--dependency=aftercorr:77", "--kill-on-invalid-dep=yes", "--gres=gpu:1"} <= set(calls[4])
+    assert "--dependency=afterany:77" in calls[5]
     (submission,) = (tmp_path / "runs" / "slurm").iterdir()
-    assert f"--job-name={submission.name}" in calls[2] and f"--output={submission}/logs/%A_%a.log" in calls[2]
+    assert f"--job-name={submission.name}" in calls[3] and f"--output={submission}/logs/%A_%a.log" in calls[3]
     assert (submission / "logs").is_dir()
-    tasks = [shlex.split(line) for line in (submission / "tasks").read_text().splitlines()]
+    tasks, evaluations = ([shlex.split(line) for line in (submission / name).read_text().splitlines()]
+                          for name in ("tasks", "evaluations"))
+    assert [words[:2] for words in evaluations] == [["demo", task[task.index("--run-dir") + 1]] for task in tasks]
     assert [(task[1], task[task.index("--run-dir") + 1].rpartition("/")[2]) for task in tasks] == [
         (norm, f"{norm}-seed{seed}") for norm in ("power", "layer") for seed in (4, 5)]
     assert all("--resume" in task and "+model.encoder_layers=1" in task for task in tasks)
@@ -129,12 +151,12 @@ def test_submit_queues_both_jobs_or_none(scripts, with_slurm, tmp_path):
     assert re.search(r"layer-seed4 +queued \(job 77_2: Priority\)", status)
     assert re.search(r"power-seed4 +not started", status)
 
-
-    program(tmp_path / "bin", "sbatch", '[[ $* != *afterok* ]] || { echo "no such qos" >&2; exit 1; }; echo 78')
+    program(tmp_path / "bin", "sbatch", '[[ $* != *afterany* ]] || { echo "no such qos" >&2; exit 1; }; echo 78')
     (tmp_path / "calls").unlink()
     message = scripts.refuses("slurm/submit", "demo", "rms", *SMALL, **with_slurm)  # in squeue's eyes, all are gone
-    assert "no such qos" in message and (tmp_path / "calls").read_text() == "scancel 78\n"
+    assert "no such qos" in message and (tmp_path / "calls").read_text() == "scancel 78\n" * 2
     assert len(list((tmp_path / "runs" / "slurm").iterdir())) == 1
+    assert not list((tmp_path / "runs" / "demo").glob(".rms*")), "no claim is left"
 
 
 def test_dry_run(scripts, tmp_path):
@@ -145,12 +167,13 @@ def test_dry_run(scripts, tmp_path):
                     "PN_CONTAINER=(apptainer exec x)\n")
     output = scripts.ok("slurm/submit", "demo", "power", "--site", str(site), "--time", "1-0", *SMALL, "--dry-run",
                         "--array-seeds", "7")
-    for name in ("train.sbatch", "evaluate.sbatch", "job.sh"):
+    for name in ("train.sbatch", "evaluate.sbatch", "report.sbatch", "job.sh"):
         assert (SLURM / name).read_text() in output
-    array, evaluation, release = output.splitlines()[-3:]
+    array, evaluation, report, release = output.splitlines()[-4:]
     assert {"--account=abc", "--partition=gpus", "--gres=gpu:a100:1", "--time=1-0", "--qos=a b", "--array=0-0"} <= set(
         shlex.split(array))
-    assert "--dependency=afterok:ARRAY" in evaluation and release == "scontrol release ARRAY"
+    assert "--dependency=aftercorr:TRAINING" in evaluation and "--dependency=afterany:EVALUATION" in report
+    assert release == "scontrol release TRAINING"
     assert "demo power" in output and "common.seed=7" in output and "export PYTHON" not in output
     assert sorted(scripts.home.rglob("*")) == before
 
@@ -186,13 +209,13 @@ class Job:
                  "SLURM_JOB_NUM_NODES": str(nodes), "SLURM_RESTART_COUNT": "2"})
 
     def wait_for(self, text):
-        end = time.time() + 30
+        end = time.time() + 300
         while not (self.folder / "calls").exists() or text not in (self.folder / "calls").read_text():
             assert time.time() < end and self.process.poll() is None, text
             time.sleep(0.05)
 
     def end(self):
-        output, _ = self.process.communicate(timeout=60)
+        output, _ = self.process.communicate(timeout=300)
         assert (self.folder / "calls").exists(), output
         return self.process.returncode, output, (self.folder / "calls").read_text()
 
@@ -201,28 +224,45 @@ class Job:
         return self.end()
 
 
-#: an srun that trains until it is stopped
-TRAINS = "echo $$ >{folder}/srun.pid; trap 'exit {status}' TERM; for i in {{1..300}}; do sleep 0.1; done"
+@pytest.fixture
+def job(tmp_path):
+    """Starts a job, whose processes do not survive the test."""
+    started = []
+
+    def start(srun, **options):
+        started.append(Job(tmp_path, srun, **options))
+        return started[-1]
+
+    yield start
+    for job in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.process.pid, signal.SIGKILL)
 
 
-def test_job_that_ends(tmp_path):
+def trains(folder, status):
+    """An srun that trains until it is stopped, and says when it does."""
+    return (f"trap 'exit {status}' TERM; echo $$ >{folder}/srun.pid; echo training >>{folder}/calls; "
+            "while :; do sleep 0.1; done")
+
+
+def test_job_that_ends(job):
     """The job's own line of the submission is trained, on the first node's address and a port of the job's; status 0."""
-    status, output, calls = Job(tmp_path, "exit 0").end()
+    status, output, calls = job("exit 0").end()
     assert status == 0 and "requeue" not in calls
     assert re.search(r"bash scripts/launch.sh demo power --run-dir /b c --slurm demo-1 --master 10.0.0.1:23456\n", calls)
     assert "--kill-on-bad-exit=1" in calls and "job 100_1, restart 2, on node[1-2]" in output
 
 
-def test_job_that_fails_by_its_own_error(tmp_path):
+def test_job_that_fails_by_its_own_error(job):
     """It ends with the error's status, and is not requeued."""
-    status, output, calls = Job(tmp_path, "echo boom; exit 3").end()
+    status, output, calls = job("echo boom; exit 3").end()
     assert status == 3 and "requeue" not in calls and "boom" in output and "status 3" in output
 
 
-def test_job_that_is_warned(tmp_path):
+def test_job_that_is_warned(job, tmp_path):
     """USR1 ends the ranks and requeues this task of the array, once; the script does not leave before SLURM ends it."""
-    job = Job(tmp_path, TRAINS.format(folder=tmp_path, status=143))
-    job.wait_for("launch.sh")
+    job = job(trains(tmp_path, 143))
+    job.wait_for("training")
     os.kill(job.process.pid, signal.SIGUSR1)
     job.wait_for("scontrol requeue 100_1\n")
     time.sleep(0.5)
@@ -232,27 +272,27 @@ def test_job_that_is_warned(tmp_path):
     assert "requeueing job 100_1: time limit or preemption" in output
 
 
-def test_job_that_cannot_be_requeued(tmp_path):
+def test_job_that_cannot_be_requeued(job, tmp_path):
     """It ends with a status other than 0 and the reason."""
-    job = Job(tmp_path, TRAINS.format(folder=tmp_path, status=143), requeue="echo 'slurm_requeue error: denied'; exit 1")
-    job.wait_for("launch.sh")
+    job = job(trains(tmp_path, 143), requeue="echo 'slurm_requeue error: denied'; exit 1")
+    job.wait_for("training")
     os.kill(job.process.pid, signal.SIGUSR1)
     status, output, _ = job.end()
     assert status == 1 and "denied" in output and "ERROR: job 100_1 could not be requeued" in output
 
 
-def test_job_warned_when_it_has_finished(tmp_path):
+def test_job_warned_when_it_has_finished(job, tmp_path):
     """USR1 in the moment in which training ends well: the job has ended well."""
-    job = Job(tmp_path, TRAINS.format(folder=tmp_path, status=0))
-    job.wait_for("launch.sh")
+    job = job(trains(tmp_path, 0))
+    job.wait_for("training")
     os.kill(job.process.pid, signal.SIGUSR1)
     status, _, calls = job.end()
     assert status == 0 and "requeue" not in calls
 
 
-def test_job_preempted_without_a_warning(tmp_path):
+def test_job_preempted_without_a_warning(job):
     """Where SLURM ends the ranks only, it requeues the job itself at the end of the grace time: the script waits for it."""
-    job = Job(tmp_path, "exit 143", preempted="2030-01-01T00:00:00")
+    job = job("exit 143", preempted="2030-01-01T00:00:00")
     for line in job.process.stdout:
         if "job 100_1 is preempted" in line:
             break
@@ -261,9 +301,9 @@ def test_job_preempted_without_a_warning(tmp_path):
     assert "requeue" not in job.kill()[2]
 
 
-def test_job_that_lost_a_node(tmp_path):
+def test_job_that_lost_a_node(job):
     """Ranks that fail on several nodes of which one does not answer: requeued, for SLURM notices much later."""
-    job = Job(tmp_path, "exit 1", nodes=2)
+    job = job("exit 1", nodes=2)
     job.wait_for("scontrol requeue 100_1\n")
     assert "one of its nodes does not answer" in job.kill()[1]
 

@@ -163,9 +163,9 @@ def readme_command():
 
 
 def submitted(output):
-    """(number of the array, number of the evaluation, run directories) from what submit.sh prints."""
+    """(number of the array, number of the evaluations, run directories) from what submit.sh prints."""
     runs = re.findall(r"^job (\d+)_\d+: (.*)$", output, re.M)
-    return runs[0][0], re.search(r"^job (\d+): evaluation", output, re.M)[1], [Path(run) for _, run in runs]
+    return runs[0][0], re.search(r"^job (\d+)_I: evaluation", output, re.M)[1], [Path(run) for _, run in runs]
 
 
 def disturbed_array(check):
@@ -248,11 +248,12 @@ def disturbed_array(check):
     sessions = [len(check.sessions(run)) for run in (first, second)]
     check.done(f"both runs ended at update {UPDATES}, in {sessions[0]} and {sessions[1]} sessions")
     table = (submission / "table.md").read_text()
-    assert [re.match(r"\| demo \| (\w+)", line)[1] for line in table.splitlines()[2:]] == ["power", "layer"], table
-    assert table in (submission / "logs" / "evaluation.log").read_text()
-    check.done(f"evaluation, job {evaluation}, ran after both; table:\n{table.rstrip()}")
+    assert [re.match(r"\| demo \| (\w+)", line)[1] for line in table.splitlines()[2:]] == ["layer", "power"], table
+    assert table in (submission / "logs" / "report.log").read_text()
+    assert len(list((submission / "logs").glob(f"{evaluation}_*-evaluation.log"))) == 2
+    check.done(f"evaluations, job {evaluation}, ran after them, then the report; table:\n{table.rstrip()}")
     again = check.script("slurm/submit.sh", *command, "--resume", "--dry-run")
-    assert "afterok" in again
+    assert "aftercorr" in again
     assert [process.wait(300) for process in alone.values()] == [0, 0]
     tensors = sum(check_same(run, other) for run, other in zip((first, second), alone))
     check.done(f"parameters, statistics and optimizer state are those of undisturbed runs, bit for bit ({tensors} tensors)")

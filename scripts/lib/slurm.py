@@ -29,7 +29,8 @@ def client(*command):
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]} has not answered for {TIMEOUT} s") from None
     if done.returncode:
-        raise UserError(f"{shlex.join(command)} failed: {(done.stderr or done.stdout).strip()}")
+        reason = "; ".join(line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip())
+        raise UserError(f"{shlex.join(command)} failed: {reason or f'exit status {done.returncode}'}")
     return done.stdout
 
 
