@@ -320,7 +320,7 @@ def test_slurm(reproduced, cluster, tmp_path, monkeypatch):
 
     jobs = (("", 0, 77), ("-evaluation", 0, 78), ("-evaluation", 1, 78))
     monkeypatch.setitem(reproduced.environment, "QUEUE", "".join(
-        f"{submission.name}{kind}|{task}|{job}_{task}|PENDING|Dependency\n" for kind, task, job in jobs))
+        f"{task}|{job}_{task}|PENDING|Dependency|{submission.name}{kind}\n" for kind, task, job in jobs))
     status, output, _ = queue()
     assert status is None and not cluster() and "nothing to queue" in output
     assert "layer-12-seed2: job 77_0 is PENDING" in output and "power-12-seed2: job 78_1 is PENDING" in output

@@ -121,7 +121,7 @@ def test_submit_refuses_runs_in_use(scripts, with_slurm, tmp_path):
         message = scripts.refuses("slurm/submit", *words, "--resume", **with_slurm)
         assert "another process is at work in" in message and "power-seed1" in message
     (runs / ".power-seed1.job").write_text(json.dumps({"submission": "demo-x", "task": 3}))
-    message = scripts.refuses("slurm/submit", *words, "--resume", QUEUE="demo-x|3|55_3|PENDING|Priority\n", **with_slurm)
+    message = scripts.refuses("slurm/submit", *words, "--resume", QUEUE="3|55_3|PENDING|Priority|demo-x\n", **with_slurm)
     assert "power-seed1 belongs to job 55_3, which is PENDING; scancel 55_3" in message
     assert not (tmp_path / "calls").exists()
 
@@ -147,7 +147,7 @@ def test_submit_queues_all_jobs_or_none(scripts, with_slurm, tmp_path):
         (norm, f"{norm}-seed{seed}") for norm in ("power", "layer") for seed in (4, 5)]
     assert all("--resume" in task and "+model.encoder_layers=1" in task for task in tasks)
     assert "at most 1,600 tokens (4 x optimization.update_freq 1 x 400; one rank has 400" in output
-    status = scripts.ok("status", QUEUE=f"{submission.name}|2|77_2|PENDING|Priority\n", **with_slurm)
+    status = scripts.ok("status", QUEUE=f"N/A|9|RUNNING|None|a|b\n2|77_2|PENDING|Priority|{submission.name}\n", **with_slurm)
     assert re.search(r"layer-seed4 +queued \(job 77_2: Priority\)", status)
     assert re.search(r"power-seed4 +not started", status)
 
@@ -184,7 +184,7 @@ def test_dry_run(scripts, tmp_path):
 class Job:
     """train.sbatch as SLURM starts it, with stand-ins of srun, scontrol and scancel; squeue and requeues are noted."""
 
-    def __init__(self, folder, srun, preempted="None", requeue="exit 0", nodes=1):
+    def __init__(self, folder, srun, preempted="None", requeue="exit 0", nodes=1, run_time="00:10:00"):
         self.folder = folder
         program(folder / "bin", "srun", f"""
             [[ $* != *--overlap* ]] || {{ echo overlap >>{folder}/calls; exit 1; }}
@@ -194,12 +194,13 @@ class Job:
             case $* in
                 'show hostnames '*) echo node1; echo node2 ;;
                 'show node '*) echo 'NodeName=node1 CoresPerSocket=1 NodeAddr=10.0.0.1 Port=6818' ;;
-                'show job '*) echo 'JobId=9 JobState=RUNNING Reason=None PreemptTime={preempted} X=1' ;;
+                'show job '*) echo 'JobId=9 JobState=RUNNING Reason=None PreemptTime={preempted}' \\
+                    'RunTime={run_time} TimeLimit=1-00:00:00 X=1' ;;
                 requeue*) echo "scontrol $*" >>{folder}/calls; {requeue} ;;
             esac""")
         submission = folder / "demo-1"
         submission.mkdir()
-        (submission / "tasks").write_text("demo layer --run-dir /a\ndemo power --run-dir '/b c'\n")
+        (submission / "tasks").write_text(f"demo layer --run-dir /a\ndemo power --run-dir '{folder}/b c'\n")
         (submission / "submission.sh").write_text(f"PN_SITE={SLURM / 'site.example.sh'}\n")
         self.process = subprocess.Popen(
             ["bash", str(SLURM / "train.sbatch"), str(toy.ROOT), str(submission)], text=True, stdout=subprocess.PIPE,
@@ -249,7 +250,7 @@ def test_job_that_ends(job):
     """The job's own line of the submission is trained, on the first node's address and a port of the job's; status 0."""
     status, output, calls = job("exit 0").end()
     assert status == 0 and "requeue" not in calls
-    assert re.search(r"bash scripts/launch.sh demo power --run-dir /b c --slurm demo-1 --master 10.0.0.1:23456\n", calls)
+    assert re.search(r"bash scripts/launch.sh demo power --run-dir .*/b c --slurm demo-1 --master 10.0.0.1:23456\n", calls)
     assert "--kill-on-bad-exit=1" in calls and "job 100_1, restart 2, on node[1-2]" in output
 
 
@@ -272,6 +273,25 @@ def test_job_that_is_warned(job, tmp_path):
     assert "requeueing job 100_1: time limit or preemption" in output
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_job_whose_time_limit_is_too_short(job, tmp_path, saved):
+    """At the time limit a job in which a checkpoint was saved is requeued; one that would never get so far ends."""
+    job = job(trains(tmp_path, 143), run_time="23:57:30")
+    job.wait_for("training")
+    checkpoints = tmp_path / "b c" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "checkpoint_1_5.pt").write_text("")
+    if not saved:
+        os.utime(checkpoints / "checkpoint_1_5.pt", (1e9, 1e9))  # by the session before
+    os.kill(job.process.pid, signal.SIGUSR1)
+    if saved:
+        job.wait_for("scontrol requeue 100_1\n")
+        return
+    status, output, calls = job.end()
+    assert status == 1 and "requeue" not in calls
+    assert "no checkpoint was saved within the time limit, 1-00:00:00; not requeued" in output
+
+
 def test_job_that_cannot_be_requeued(job, tmp_path):
     """It ends with a status other than 0 and the reason."""
     job = job(trains(tmp_path, 143), requeue="echo 'slurm_requeue error: denied'; exit 1")
@@ -281,9 +301,13 @@ def test_job_that_cannot_be_requeued(job, tmp_path):
     assert status == 1 and "denied" in output and "ERROR: job 100_1 could not be requeued" in output
 
 
-def test_job_warned_when_it_has_finished(job, tmp_path):
-    """USR1 in the moment in which training ends well: the job has ended well."""
+@pytest.mark.parametrize("late", [True, False])
+def test_job_warned_when_it_has_finished(job, tmp_path, late):
+    """USR1 in the moment in which training ends well: the job has ended well. late: it has ended while USR1 is handled."""
     job = job(trains(tmp_path, 0))
+    if late:
+        scancel = tmp_path / "bin" / "scancel"
+        scancel.write_text(scancel.read_text() + "sleep 1\n")
     job.wait_for("training")
     os.kill(job.process.pid, signal.SIGUSR1)
     status, _, calls = job.end()
@@ -341,14 +365,26 @@ def test_status(scripts, tmp_path):
     run("d-failed", [None, 1])
     run("e-cut", [None], saved=((10, True), (20, False)))
     run("f-running", [None, None])
-    with open(tmp_path / "some" / ".f-running.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    run("g-evaluated", [0], finished=True)
+    for name, text in (("h-half", "{"), ("i-other", "[]"), ("j-older", '{"sessions": [{}]}')):
+        (tmp_path / "some" / name).mkdir()
+        (tmp_path / "some" / name / "run.json").write_text(text)
+    (tmp_path / "some" / ".k-claimed.job").write_text("[]")
+    (tmp_path / "some" / "run.json" / "loop").mkdir(parents=True)
+    (tmp_path / "some" / "run.json" / "loop" / "loop").symlink_to(tmp_path)
+    with contextlib.ExitStack() as stack:
+        for name in ("f-running", "g-evaluated"):
+            lock = stack.enter_context(open(tmp_path / "some" / f".{name}.lock", "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
         lines = scripts.ok("status", str(tmp_path)).splitlines()
+    odd = [line for line in lines if " unreadable: " in line]
+    assert [line.split()[0] for line in odd] == ["h-half", "i-other", "j-older", "k-claimed"]
+    lines = [line for line in lines if line not in odd]
     rows = {line.split()[0]: re.split(r" {2,}", line) for line in lines[2:]}
     assert [row[1] for row in rows.values()] == [
-        "finished", "interrupted", "interrupted", "failed", "interrupted", "running"]
+        "finished", "interrupted", "interrupted", "failed", "interrupted", "running", "finished (in evaluation)"]
     assert all(row[2:4] == ["25 of 100", "2.0"] for row in rows.values())
-    assert [row[-1] for row in rows.values()] == ["0", "0", "2", "1", "0", "1"]
+    assert [row[-1] for row in rows.values()] == ["0", "0", "2", "1", "0", "1", "0"]
     assert rows["f-running"][4] == "2 min" and "checkpoint_1_20.pt (20 updates, " in rows["f-running"][5]
     assert any("checkpoint_1_10.pt (10 updates, " in cell for cell in rows["e-cut"]), "only whole checkpoints count"
     assert "no runs in" in scripts.ok("status", str(scripts.programs))

@@ -2,12 +2,13 @@
 
 import argparse
 import os
+import socket
 import sys
 from pathlib import Path
 
 import compose
 import train
-from settings import UserError, cpus, main, read_json, write_json
+from settings import UserError, cpus, main, number, read_json, write_json
 
 PORT = 29400
 SLURM_PATIENCE = 600  # seconds for what a requeued job left behind, on a node that does not answer, to end
@@ -15,20 +16,11 @@ EVALUATION = "-evaluation"  # the evaluations' job is named as the submission, a
 RANK = Path(__file__).with_name("rank.py")
 
 
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
 def parse(arguments):
     """(launcher, arguments of train.sh)"""
     parser = argparse.ArgumentParser(prog="scripts/launch.sh", add_help=False, allow_abbrev=False)
-    parser.add_argument("--ranks", type=positive)
-    parser.add_argument("--nodes", type=positive)
-    parser.add_argument("--node-rank", type=int)
-    parser.add_argument("--master")
+    for name in ("ranks", "nodes", "node-rank", "master"):
+        parser.add_argument(f"--{name}")
     parser.add_argument("--same-batch", action="store_true")
     parser.add_argument("--slurm", metavar="SUBMISSION")
     options, rest = parser.parse_known_args(arguments)
@@ -42,14 +34,26 @@ def launcher_of(options):
         return Slurm(options.slurm, options.master)
     if options.nodes is None and (options.node_rank is not None or options.master is not None):
         raise UserError("--node-rank and --master say where this machine stands among several: give --nodes N as well")
-    nodes = options.nodes or 1
+    ranks = None if options.ranks is None else number("--ranks", options.ranks, 1)
+    nodes = 1 if options.nodes is None else number("--nodes", options.nodes, 1)
     if nodes > 1 and (options.node_rank is None or options.master is None):
         raise UserError(f"--nodes {nodes}: each of the {nodes} machines needs --node-rank I, from 0 to {nodes - 1}, and the "
                         f"same --master HOST[:PORT], the machine of --node-rank 0")
-    node = options.node_rank or 0
-    if not 0 <= node < nodes:
+    node = number("--node-rank", options.node_rank or "0", 0)
+    if node >= nodes:
         raise UserError(f"--node-rank {node}: must be from 0 to {nodes - 1} with --nodes {nodes}")
-    return Torchrun(options.ranks, nodes, node, options.master)
+    return Torchrun(ranks, nodes, node, address(options.master) if nodes > 1 else None)
+
+
+def address(text):
+    """(host, port) of HOST[:PORT]"""
+    host, _, port = text.partition(":")
+    port = number("--master, its port", port or str(PORT), 1, 65535)
+    try:
+        socket.getaddrinfo(host or "?", port)
+    except (OSError, UnicodeError):
+        raise UserError(f"--master {text!r}: the host {host!r} is unknown on this machine") from None
+    return host, port
 
 
 class Launcher:
@@ -131,9 +135,8 @@ class Torchrun(Launcher):
             return command, self.environment(1)
         where = ["--standalone"]
         if self.nodes > 1:
-            host, _, port = self.master.partition(":")
-            where = [f"--nnodes={self.nodes}", f"--node-rank={self.node}", f"--master-addr={host}",
-                     f"--master-port={port or PORT}"]
+            where = [f"--nnodes={self.nodes}", f"--node-rank={self.node}", f"--master-addr={self.master[0]}",
+                     f"--master-port={self.master[1]}"]
         return [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc-per-node={self.ranks}", "--no-python",
                 sys.executable, str(RANK), str(self.world), str(logs), "", *command], self.environment(self.ranks)
 
@@ -209,7 +212,11 @@ def claim_path(run):
 
 
 def read_claim(run):
-    return read_json(claim_path(run)) if claim_path(run).exists() else None
+    path = claim_path(run)
+    claim = read_json(path) if path.exists() else None
+    if claim is not None and not (isinstance(claim, dict) and {"submission", "task"} <= claim.keys()):
+        raise UserError(f"{path} does not say which job it belongs to; if none does, remove it")
+    return claim
 
 
 def write_claim(run, submission, task):
