@@ -324,6 +324,8 @@ def test_slurm(reproduced, cluster, tmp_path, monkeypatch):
     status, output, _ = queue()
     assert status is None and not cluster() and "nothing to queue" in output
     assert "layer-12-seed2: job 77_0 is PENDING" in output and "power-12-seed2: job 78_1 is PENDING" in output
+    status, _, errors = again(reproduced, "--seeds", "2")
+    assert status == 1 and errors.count("layer-12-seed2: job 77_0 is PENDING") == 1, "nor is it trained here"
     queue(seeds="2,3")
     assert "--dependency=afterany:77:78_0:78_1" in cluster()[2], "the report waits for the earlier submission, too"
     shutil.rmtree(reproduced.runs / "slurm")

@@ -249,7 +249,7 @@ def disturbed_array(check):
     check.done(f"both runs ended at update {UPDATES}, in {sessions[0]} and {sessions[1]} sessions")
     table = (submission / "table.md").read_text()
     assert [re.match(r"\| demo \| (\w+)", line)[1] for line in table.splitlines()[2:]] == ["layer", "power"], table
-    assert table in (submission / "logs" / "report.log").read_text()
+    assert table in next((submission / "logs").glob("*-report.log")).read_text()
     assert len(list((submission / "logs").glob(f"{evaluation}_*-evaluation.log"))) == 2
     check.done(f"evaluations, job {evaluation}, ran after them, then the report; table:\n{table.rstrip()}")
     again = check.script("slurm/submit.sh", *command, "--resume", "--dry-run")

@@ -152,10 +152,9 @@ def print_cost(runs):
 
 def submit(options, runs, stem):
     """Queues the runs that are neither done nor queued already, an evaluation of each and, behind all, the report."""
-    with contextlib.suppress(*((UserError,) if options.dry_run else ())):
-        slurm.check_installed()
     queue = {}
     with contextlib.suppress(*((UserError,) if options.dry_run else ())):
+        slurm.check_installed()
         queue = slurm.tasks()
     new, after = [], []
     for run in runs:
@@ -330,6 +329,10 @@ def carry_out(state, run, environment, prefix, lock):
     if done(run, run.record(state.results)):
         print(f"{prefix}{matrix.relative(run.record(state.results))} is there already; nothing to do", flush=True)
         return None
+    if launch.read_claim(run.directory):
+        with contextlib.suppress(UserError):  # without SLURM nothing is queued
+            for job in launch.jobs_of(run.directory, slurm.tasks()):
+                return f"job {job.job} is {job.state}"
     for command in (training(run), run.evaluate_command(state.results)):
         problem = call(state, command, environment, prefix, lock)
         if problem or state.stopped:

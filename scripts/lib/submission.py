@@ -205,7 +205,7 @@ class Submission:
 
     def reporting(self, evaluations):
         return self.job("report.sbatch", f"--dependency=afterany:{':'.join([evaluations, *self.after])}",
-                        f"--output={self.logs}/report.log", name=f"{self.name}-report")
+                        f"--output={self.logs}/%j-report.log", name=f"{self.name}-report")
 
     def show(self):
         """Prints the batch scripts, all files and the commands."""
