@@ -305,10 +305,11 @@ def test_slurm(reproduced, cluster, tmp_path, monkeypatch):
     wanted = {run.name: run for run in of("demo", "transformer_pn_tiny", 12, SMALL, [2])}
     tasks, evaluations = lines(submission / "tasks"), lines(submission / "evaluations")
     for name, task, words in zip(("layer", "power"), tasks, evaluations):
-        run, evaluated = wanted[f"{name}-12-seed2"], evaluate.parse(words)
+        run = wanted[f"{name}-12-seed2"]
         assert task.pop() == "--same-batch"
         assert task == [word if word != matrix.relative(run.directory) else str(reproduced.runs / "demo" / run.name)
                         for word in run.train_command()[2:]]
+        evaluated = evaluate.parse(words)
         assert evaluated.available and evaluated.run_dir == task[task.index("--run-dir") + 1]
         assert evaluated.record == str(reproduced.results / "demo" / f"{run.name}.json")
     (command,) = lines(submission / "report")

@@ -176,8 +176,8 @@ def submit(options, runs, stem):
         print("nothing to queue")
         return None if options.dry_run or after else finish(options, runs, stem, {})
     queued = submission.Submission(
-        options.subject, options, [submission.Run(training(run)[2:], ["--available"] if run.shortened else [],
-                                                  options.results / run.benchmark) for run in new],
+        options.subject, options, [submission.Run(training(run)[2:], run.evaluate_command(options.results)[2:],
+                                                  run.record(options.results)) for run in new],
         lambda _: report_command(options), resume=True, same_batch=True, after=filter(None, after))
     missing = unprepared(options)
     if not options.dry_run:

@@ -85,18 +85,17 @@ class Site:
 class Run:
     """One run of a submission.
 
-    words: arguments of train.sh, --resume among them; evaluation: options of evaluate.sh; records: the directory to
-    which it copies the record, under the run's name
+    words: arguments of train.sh, --resume among them; evaluation: those of evaluate.sh, by default the benchmark and the
+    run's directory; record: the file to which evaluate.sh copies the record, or None
     """
 
-    def __init__(self, words, evaluation=(), records=None):
+    def __init__(self, words, evaluation=None, record=None):
         self.options, self.config = train.parse(words)
         self.benchmark = self.options.benchmark
         self.directory = train.run_directory(self.options, self.config)
-        record = self.record = Path(os.path.abspath(records)) / f"{self.directory.name}.json" if records else None
+        self.record = record
         self.arguments = [*words, *([] if self.options.run_dir else ["--run-dir", str(self.directory)])]
-        self.evaluation = [self.benchmark, str(self.directory), *evaluation,
-                           *(["--record", str(record)] if record else [])]
+        self.evaluation = evaluation or [self.benchmark, str(self.directory)]
         launch.Launcher().check_overrides(self.options.overrides)
 
 

@@ -1,7 +1,9 @@
 """Queues an array of runs on a cluster with SLURM: see scripts/slurm/submit.sh."""
 
 import argparse
+import os
 import sys
+from pathlib import Path
 
 import compose
 import submission
@@ -41,10 +43,13 @@ def submit(arguments):
                 words += [f"--{name}", getattr(options, name)] if getattr(options, name) else []
             words += ["--tensorboard"] if options.tensorboard else []
             # --resume: a job that is requeued goes on
-            runs.append(submission.Run([*words, "--resume"], records=options.records))
-    for run in runs:
-        if run.record and run.record.exists():
-            raise UserError(f"--records {options.records}: {run.record.name} is there already")
+            run = submission.Run([*words, "--resume"])
+            if options.records:
+                run.record = Path(os.path.abspath(options.records)) / f"{run.directory.name}.json"
+                run.evaluation += ["--record", str(run.record)]
+                if run.record.exists():
+                    raise UserError(f"--records {options.records}: {run.record.name} is there already")
+            runs.append(run)
     records = [str(run.directory / "evaluation" / "record.json") for run in runs]
     queued = submission.Submission(options.benchmark, options, runs, lambda directory: table(directory, records),
                                    options.resume, options.same_batch)
