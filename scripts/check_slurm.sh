@@ -6,7 +6,7 @@
 #   scripts/check_slurm.sh [options]
 #
 #   --lean              the array with its disturbances only, without the other checks: ranks on two nodes, jobs that
-#                       fail, hydra's launcher
+#                       fail, the rows of a table, hydra's launcher
 #   --install           install Debian's packages slurmctld, slurmd and slurm-client first, if they are missing (as root)
 #   --record FILE       write what was done and seen to FILE
 #   --keep              leave the temporary directory, with all logs

@@ -8,7 +8,7 @@
 #   --benchmark LIST    default: iwslt14; also wmt14, multi30k, demo, ptb, wikitext103
 #   --rows LIST         default: layer,batch,power-v,power
 #   --seeds LIST        default: 1
-#   --archs, --norms, --updates, --jobs, --gpus, --slurm, --results, --dry-run, --report-only, overrides
+#   --archs, --norms, --updates, --jobs, --gpus, --slurm and its options, --results, --dry-run, --report-only, overrides
 #                       as scripts/reproduce_table1.sh and scripts/reproduce_table2.sh have them
 #
 # The pictures are results/figures-BENCH[-UPDATES].BENCH-ARCH.figure[1-4].png, their data beside them in

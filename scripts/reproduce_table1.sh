@@ -15,16 +15,20 @@
 #                       that is counted in updates, and the number of epochs averaged, shrink in proportion
 #   --jobs N            runs at a time, on the CPU, a thread each unless OMP_NUM_THREADS is set; default: 1
 #   --gpus LIST         a run at a time on each of these GPUs, such as 0,1,2,3
-#   --slurm             not possible yet: needs scripts/slurm/submit.sh
+#   --slurm             queue the runs on a cluster with SLURM, an evaluation of each and, behind all, the report
+#   --nodes N, --time T, --partition P, --site FILE, --log-dir DIR, --gpus G
+#                       with --slurm, as scripts/slurm/submit.sh has them; a run on several GPUs (--gpus G) has the
+#                       batches of one, optimization.update_freq shared out among them
 #   --results DIR       where records and report go; default: results
 #   --dry-run           print every command that would run with an estimate of its GPU hours, and the total
 #   --report-only       write the report of the records that there are
 #   overrides           hydra overrides for every run, such as common.cpu=true or common.fp16=true
 #
-# A run has one GPU at most. The runs lie in runs/BENCH/ROW-UPDATES-seedS ($PN_RUNS_ROOT/BENCH/...), their records in
-# results/BENCH/ROW-UPDATES-seedS.json, the report in results/table1-BENCH[-UPDATES].{html,md,csv} with pictures and
-# their data beside it. Run again, it goes on where it was interrupted, run by run; started twice, the two share the
-# runs. A run that fails does not stop the others: it is named at the end, and the exit status is 1.
+# Without --slurm a run has one GPU at most. The runs lie in runs/BENCH/ROW-UPDATES-seedS ($PN_RUNS_ROOT/BENCH/...),
+# their records in results/BENCH/ROW-UPDATES-seedS.json, the report in results/table1-BENCH[-UPDATES].{html,md,csv} with
+# pictures and their data beside it. Run again, it goes on where it was interrupted, run by run; started twice, the two
+# share the runs; with --slurm, nothing is queued for a run that has a record, or a job. A run that fails does not stop the
+# others: it is named at the end, and the exit status is 1.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
 pn_help "${BASH_SOURCE[0]}" "$@"

@@ -11,7 +11,7 @@
 #                       transformer_lm_pn_wiki103 of wikitext103
 #   --norms LIST        the rows of these norms only, of layer,batch,power-v,power
 #   --rows LIST         these rows only, NORM[-algorithm2][-groups0]: by the paper's algorithm, without layer scale
-#   --seeds, --updates, --jobs, --gpus, --slurm, --results, --dry-run, --report-only, overrides
+#   --seeds, --updates, --jobs, --gpus, --slurm and its options, --results, --dry-run, --report-only, overrides
 #                       as scripts/reproduce_table1.sh has them
 #
 # The runs lie in runs/BENCH/ROW-ARCH-UPDATES-seedS, their records in results/BENCH/ROW-ARCH-UPDATES-seedS.json, the

@@ -13,6 +13,9 @@ from fairseq_powernorm.checkpoint import load
 from test_pipeline import SMALL, Scripts, write_text
 
 sys.path.insert(0, str(toy.ROOT / "scripts" / "lib"))
+import launch  # noqa: E402
+import train  # noqa: E402
+from settings import UserError  # noqa: E402
 from slurm_cluster import free_ports  # noqa: E402
 
 #: SGD and unshuffled sentences, as tests/test_distributed.py explains; the batch is given in sentences
@@ -76,6 +79,8 @@ def test_records_of_several_ranks(two_nodes):
     (["--ranks", "2", "--nodes", "2"], r"--nodes 2: each of the 2 machines needs --node-rank I, from 0 to 1"),
     (["--nodes", "2", "--node-rank", "2", "--master", "h"], r"--node-rank 2: must be from 0 to 1"),
     (["--ranks", "2", "--node-rank", "0"], r"give --nodes N"),
+    (["--nodes", "2", "--node-rank", "0", "--master", "host.invalid:29500"], r"'host.invalid' is unknown on this machine"),
+    (["--nodes", "2", "--node-rank", "0", "--master", "localhost:x"], r"--master, its port 'x': must be a number, 1 to"),
     (["--ranks", "2", "distributed_training.distributed_world_size=2"], r"distributed_world_size is launch.sh's own"),
     (["--ranks", "2", "distributed_training.ddp_backend=pytorch_ddp"], r"pytorch_ddp needs GPUs"),
 ])
@@ -119,6 +124,35 @@ def test_number_of_ranks():
     ranks.check_number(2, 2, {"RANK": "0", "WORLD_SIZE": "4"})
     with pytest.raises(ValueError, match="4 processes .* has 2 of them"):
         ranks.check_number(2, environment={"RANK": "0", "WORLD_SIZE": "4"})
+
+
+def test_a_task_without_a_gpu(monkeypatch):
+    """A task of a cluster that sees no GPU does not train on the processor unless it is told to."""
+    from omegaconf import OmegaConf
+
+    for name, value in (("PROCID", 0), ("STEP_NUM_TASKS", 1), ("LOCALID", 0), ("STEP_NUM_NODES", 1)):
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    task = launch.parse(["demo", "power", "--slurm", "demo-1", "--master", "h:1"])[0]
+    task.check_overrides([])
+    config = OmegaConf.create({"common": {"cpu": False}, "distributed_training": {"ddp_backend": "legacy_ddp"},
+                               "optimization": {"update_freq": [1]}})
+    with pytest.raises(UserError, match="this task sees no GPU .* common.cpu=true"):
+        task.check_devices(config)
+    config.common.cpu = True
+    assert task.check_devices(config) == 1
+
+
+def test_same_batch():
+    """--same-batch shares optimization.update_freq out among ranks, of every epoch; what leaves a rest is refused."""
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.create({"optimization": {"update_freq": [16, 8]}, "dataset": {"max_tokens": 100}})
+    assert launch.divided(config, 4, same_batch=True) == ["optimization.update_freq=[4,2]"]
+    assert launch.divided(config, 4, same_batch=False) == launch.divided(config, 1, same_batch=True) == []
+    assert "at most 1,600 tokens (4 x optimization.update_freq 4 x 100)" in train.batch(config, 4, same=True)
+    with pytest.raises(UserError, match=r"16 ranks cannot share out optimization.update_freq=\[16, 8\]"):
+        launch.divided(config, 16, same_batch=True)
 
 
 def test_ranks_with_other_settings():

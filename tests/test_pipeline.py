@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
+from omegaconf import OmegaConf
 
 from fairseq_powernorm.resume import num_updates
 
@@ -21,6 +23,7 @@ BIN = pathlib.Path(sys.executable).parent
 sys.path.insert(0, str(LIB))
 
 import schema  # noqa: E402
+import train  # noqa: E402
 
 for module in ("fairseq", "sacrebleu", "sacremoses", "subword_nmt", "sentencepiece"):
     pytest.importorskip(module)
@@ -104,7 +107,10 @@ def scripts(tmp_path_factory):
 def trained(scripts):
     """A finished run of PN, evaluated; interrupted on the way and resumed."""
     scripts.run = scripts.runs / "demo" / "power-seed3"
-    scripts.first = scripts.ok("train", "demo", "power", "common.seed=3", *SMALL, "optimization.max_update=12")
+    scripts.run.mkdir(parents=True)
+    (scripts.run / "run.json.partial").write_text("{")  # as of a process killed when it had just made the directory
+    scripts.first = scripts.ok(
+        "train", "demo", "power", "common.seed=3", *SMALL, "optimization.max_update=12", "--resume")
     scripts.second = scripts.ok("train", "demo", "power", "common.seed=3", "--resume", "optimization.max_update=30")
     scripts.third = scripts.ok("evaluate", "demo", scripts.run)
     return scripts
@@ -275,6 +281,7 @@ def test_train_leaves_its_settings(trained):
     assert "seed: 3" in (run / "config.yaml").read_text()
     facts = json.loads((run / "run.json").read_text())
     assert [session["exit_status"] for session in facts["sessions"]] == [0, 0]
+    assert not list(run.glob("*.partial")), "what a process killed before run.json was there left is no run"
     assert "common.seed=3" in facts["overrides"] and "optimization.max_update=30" in facts["overrides"]
     log = (run / "train.log").read_text()
     assert f"num. shared model params: {facts['parameters']:,} " in log, "our count is fairseq's"
@@ -331,6 +338,26 @@ def test_train_lock_and_interruption(trained, tmp_path):
          str(run / "train.log")], cwd=LIB, stdout=subprocess.PIPE, check=True).stdout)
     updates = [entry["updates"] for entry in curve["valid"]]
     assert updates == sorted(set(updates)), "repeated updates count once"
+
+
+def test_statistics_begin_anew(tmp_path):
+    """A run with no whole checkpoint begins anew, and its record of statistics with it; one outside of it stays."""
+    run, other = tmp_path / "run", tmp_path / "other.jsonl"
+    checkpoint, record = run / "checkpoints" / "checkpoint_last.pt", run / "record.jsonl"
+    checkpoint.parent.mkdir(parents=True)
+
+    def dropped(name):
+        record.write_text("{}\n"), other.write_text("{}\n")
+        train.drop_statistics(run, OmegaConf.create({"task": {"norm_record": name}}))
+        return [path.name for path in (record, other) if not path.exists()]
+
+    assert dropped("record.jsonl") == ["record.jsonl"]
+    checkpoint.write_bytes(b"PK cut short")
+    assert dropped("record.jsonl") == ["record.jsonl"]
+    assert dropped(str(other)) == dropped("../other.jsonl") == dropped(None) == []
+    with zipfile.ZipFile(checkpoint, "w") as archive:
+        archive.writestr("data", "x")
+    assert dropped("record.jsonl") == []
 
 
 # ---- evaluate ------------------------------------------------------------------------------------------------------------

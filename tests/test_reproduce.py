@@ -8,12 +8,13 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import signal
-import zipfile
 
 import pytest
 
 from test_pipeline import Scripts, contents, schema, write_text
+from test_slurm import program
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -180,7 +181,7 @@ def test_the_lines_of_the_readme(line, here, capsys):
     (["table1", "--benchmark", "demo", "--rows", "layer-groups0"], "--rows 'layer-groups0' is unknown; valid: layer,"),
     (["table1", "--benchmark", "demo", "--rows", "power", "--norms", "layer"],
      "no row is of --norms layer and of --rows power"),
-    (["table1", "--benchmark", "demo", "--seeds", "1,x"], "--seeds 'x': must be a number, 0 or more"),
+    (["table1", "--benchmark", "demo", "--seeds", "1,x"], "--seeds 'x': must be a number, 0 to 4294967295"),
     (["table1", "--benchmark", "demo", "--seeds", "1,1"], "--seeds '1,1' names something twice"),
     (["table1", "--benchmark", "demo", "--updates", "9"], "--updates '9': must be a number, 10 or more"),
     (["table1", "--benchmark", "demo", "--updates", "many"], "--updates 'many': must be a number"),
@@ -188,7 +189,13 @@ def test_the_lines_of_the_readme(line, here, capsys):
     (["table1", "--benchmark", "demo", "--jobs", "2", "--gpus", "0"], "--gpus and --jobs exclude each other"),
     (["table1", "--benchmark", "demo", "--jobs", "100000"], "--jobs 100000: this machine has "),
     (["table1", "--benchmark", "demo", "--gpus", "99"], "--gpus '99': this machine has "),
-    (["table1", "--benchmark", "demo", "--slurm"], "cannot submit 51 runs: scripts/slurm/submit.sh"),
+    (["table1", "--benchmark", "demo", "--slurm", "--jobs", "2"], "--jobs and --slurm exclude each other"),
+    (["table1", "--benchmark", "demo", "--slurm", "--report-only"], "--report-only and --slurm exclude each other"),
+    (["table1", "--benchmark", "demo", "--time", "60"], "--time goes with --slurm only"),
+    (["table1", "--benchmark", "demo", "--slurm", "--gpus", "0,1"], "--gpus '0,1': must be a number, 1 or more"),
+    (["table1", "--benchmark", "demo", "--slurm", "--gpus", "3", "--nodes", "2"], "--gpus 3 cannot be divided among"),
+    (["table1", "--benchmark", "demo", "--slurm", "--gpus", "2", "--dry-run"],
+     "--gpus 2: demo: 2 ranks cannot share out optimization.update_freq=[1]"),
     (["table1", "--benchmark", "demo", "fast"], "'fast' is no hydra override"),
     (["table1", "--benchmark", "demo", "common.seed=2"], "override common.seed is this script's own; use --seeds"),
     (["table1", "--benchmark", "demo", "+model.norm_groups=2"],
@@ -226,34 +233,19 @@ def test_jobs_have_a_thread_each(here, monkeypatch):
 
 
 def test_going_on_with_a_run(here, monkeypatch):
-    """A run that was killed is gone on with as it was begun. Its record of statistics goes if no checkpoint is whole,
-    since training then begins anew; a run with other settings is refused, and is left as it is."""
+    """A run that was killed is gone on with as it was begun; a run with other settings is refused."""
     run = next(run for run in of("demo", "transformer_pn_tiny", 12, SMALL) if run.row_name == "power")
     commands = []
     monkeypatch.setattr(reproduce, "call", lambda state, command, *_: commands.append(command))
-    (run.directory / "checkpoints").mkdir(parents=True)
-    statistics, checkpoint = run.directory / matrix.NORM_RECORD, run.directory / "checkpoints" / "checkpoint_last.pt"
+    run.directory.mkdir(parents=True)
     settings.write_json(run.directory / "run.json", {"overrides": list(run.overrides)})
-
-    def carry_out():
-        commands.clear()
-        statistics.write_text("{}\n")
-        state = reproduce.State(None, 1, here / "results")
-        assert reproduce.carry_out(state, run, {}, "", None) is None
-        return statistics.exists()
-
-    assert not carry_out()
-    checkpoint.write_bytes(b"PK cut short")
-    assert not carry_out()
-    with zipfile.ZipFile(checkpoint, "w") as archive:
-        archive.writestr("data", "x")
-    assert carry_out()
+    state = reproduce.State(None, 1, here / "results")
+    assert reproduce.carry_out(state, run, {}, "", None) is None
     assert [command[1] for command in commands] == ["scripts/train.sh", "scripts/evaluate.sh"]
     assert commands[0][-1] == "--resume", "with the overrides that it was begun with"
     settings.write_json(run.directory / "run.json", {"overrides": [*run.overrides, "optimization.lr=[0.1]"]})
     with pytest.raises(settings.UserError, match=r"with other overrides \(optimization.lr=\[0.1\], asked for none"):
-        carry_out()
-    assert statistics.exists()
+        reproduce.carry_out(state, run, {}, "", None)
 
 
 def test_a_row_that_another_process_has(here, monkeypatch):
@@ -276,6 +268,99 @@ def test_a_row_that_another_process_has(here, monkeypatch):
         state = reproduce.State(collections.deque([taken, free]), 2, here)
         reproduce.work(state, {}, False)
     assert done == [free, taken] and not state.failed
+
+
+# ---- clusters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cluster(reproduced, tmp_path, monkeypatch):
+    """Stand-ins of SLURM's clients; calls() gives what they were called with, $QUEUE is what squeue prints."""
+    for name, text in (("squeue", 'printf "%b" "${QUEUE:-}"'), *(
+            (name, f'echo "{name} $*" >>{tmp_path}/calls; [[ $* != *--parsable* ]] || echo 77')
+            for name in ("sbatch", "scontrol", "scancel"))):
+        program(tmp_path / "bin", name, text)
+    for name, value in (("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"),
+                        ("PN_SLURM_SITE", str(ROOT / "scripts" / "slurm" / "site.example.sh"))):
+        monkeypatch.setitem(reproduced.environment, name, value)
+
+    def calls():
+        path = tmp_path / "calls"
+        found = [shlex.split(line) for line in path.read_text().splitlines()] if path.exists() else []
+        path.unlink(missing_ok=True)
+        return [call for call in found if "--test-only" not in call]
+
+    return calls
+
+
+def lines(path):
+    return [shlex.split(line) for line in path.read_text().splitlines()]
+
+
+def test_slurm(reproduced, cluster, tmp_path, monkeypatch):
+    """--slurm queues each run that has neither record nor job: its training, behind it an evaluation with the options
+    of the matrix, behind all the report, which waits for the jobs of others, too. Again: nothing is queued."""
+    def queue(*words, seeds="1,2"):
+        return again(reproduced, "--slurm", "--seeds", seeds, "--time", "60", *words, runs=reproduced.runs)
+
+    before = contents(reproduced.runs)
+    status, output, _ = queue("--dry-run")
+    assert status is None and not cluster() and contents(reproduced.runs) == before
+    assert "# ---- scripts/slurm/train.sbatch" in output and "# 2 runs, about" in output
+
+    status, output, _ = queue()
+    assert status is None and output.count(" is there already") == 2
+    training, evaluation, report, release = cluster()
+    assert {"--array=0-1", "--time=60", "--hold"} <= set(training) and release == ["scontrol", "release", "77"]
+    assert {"--array=0-1", "--dependency=aftercorr:77"} <= set(evaluation)
+    assert "--dependency=afterany:77" in report
+    (submission,) = (reproduced.runs / "slurm").iterdir()
+    wanted = {run.name: run for run in of("demo", "transformer_pn_tiny", 12, SMALL, [2])}
+    tasks, evaluations = lines(submission / "tasks"), lines(submission / "evaluations")
+    for name, task, words in zip(("layer", "power"), tasks, evaluations):
+        run = wanted[f"{name}-12-seed2"]
+        assert task.pop() == "--same-batch"
+        assert task == [word if word != matrix.relative(run.directory) else str(reproduced.runs / "demo" / run.name)
+                        for word in run.train_command()[2:]]
+        evaluated = evaluate.parse(words)
+        assert evaluated.available and evaluated.run_dir == task[task.index("--run-dir") + 1]
+        assert evaluated.record == str(reproduced.results / "demo" / f"{run.name}.json")
+    (command,) = lines(submission / "report")
+    assert command[:2] == ["bash", "scripts/reproduce_table1.sh"]
+    with monkeypatch.context() as patch:
+        patch.setattr(reproduce, "finish", lambda options, runs, *_: [run.name for run in runs])
+        assert reproduce.reproduce(["table1", *command[2:]]) == [
+            f"{name}-12-seed{seed}" for seed in (1, 2) for name in ("layer", "power")]
+
+    jobs = (("", 0, 77), ("-evaluation", 0, 78), ("-evaluation", 1, 78))
+    monkeypatch.setitem(reproduced.environment, "QUEUE", "".join(
+        f"{task}|{job}_{task}|PENDING|Dependency|{submission.name}{kind}\n" for kind, task, job in jobs))
+    status, output, _ = queue()
+    assert status is None and not cluster() and "nothing to queue" in output
+    assert "layer-12-seed2: job 77_0 is PENDING" in output and "power-12-seed2: job 78_1 is PENDING" in output
+    status, _, errors = again(reproduced, "--seeds", "2")
+    assert status == 1 and errors.count("layer-12-seed2: job 77_0 is PENDING") == 1, "nor is it trained here"
+    queue(seeds="2,3")
+    assert "--dependency=afterany:77:78_0:78_1" in cluster()[2], "the report waits for the earlier submission, too"
+    shutil.rmtree(reproduced.runs / "slurm")
+    for claim in (reproduced.runs / "demo").glob(".*.job"):
+        claim.unlink()
+
+
+def test_slurm_refuses(reproduced, cluster, tmp_path, monkeypatch):
+    """Before anything is queued: data that is not prepared, a record of another run, other settings, no site file."""
+    def refused(*words, runs=reproduced.runs):
+        with pytest.raises(settings.UserError) as error:
+            again(reproduced, "--slurm", *words, runs=runs)
+        assert not cluster() and not (runs / "slurm").exists()
+        return str(error.value)
+
+    assert "with other overrides" in refused("optimization.lr=[0.1]")
+    (tmp_path / "demo" / "layer-12-seed1").mkdir(parents=True)
+    assert "holds no evaluation that it comes from" in refused(runs=tmp_path)
+    assert "site file /none does not exist" in refused("--site", "/none", "--seeds", "2")
+    monkeypatch.setitem(reproduced.environment, "PN_DATA_ROOT", str(tmp_path / "none"))
+    assert "is not prepared; run: scripts/prepare.sh demo" in refused("--seeds", "2")
 
 
 # ---- end to end ------------------------------------------------------------------------------------------------------

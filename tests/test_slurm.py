@@ -1,4 +1,5 @@
 """Clusters: what submit.sh refuses and prints, the batch script's logic, status.sh, and all of it on a real SLURM."""
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,8 @@ from test_pipeline import SMALL, Scripts, write_text
 
 sys.path.insert(0, str(toy.ROOT / "scripts" / "lib"))
 import slurm_cluster  # noqa: E402
+import submit  # noqa: E402
+from settings import UserError  # noqa: E402
 
 SLURM = toy.ROOT / "scripts" / "slurm"
 #: tools of the shell and of Python, not of SLURM
@@ -55,10 +58,15 @@ def with_slurm(scripts, tmp_path):
 # ---- submit.sh -----------------------------------------------------------------------------------------------------------
 
 
-def test_submit_refuses(scripts, with_slurm, tmp_path):
+def test_submit_refuses(scripts, with_slurm, tmp_path, monkeypatch):
     """Wrong use is one clear error, and nothing is queued or written."""
-    def refused(*words, **environment):
-        return scripts.refuses("slurm/submit", *words, **{**with_slurm, **environment})
+    for name, value in {**scripts.environment, **with_slurm}.items():
+        monkeypatch.setenv(name, value)
+
+    def refused(*words):
+        with pytest.raises(UserError) as error:
+            submit.submit(words)  # in this process, where fairseq is at hand
+        return str(error.value)
 
     demo = ("demo", "power", "layer", *SMALL)
     assert "benchmark 'dmeo' is unknown; valid: demo, " in refused("dmeo", "power")
@@ -67,7 +75,10 @@ def test_submit_refuses(scripts, with_slurm, tmp_path):
     assert "--arch 'x' is unknown" in refused(*demo, "--arch", "x")
     assert "--gpus 3 cannot be divided among --nodes 2" in refused(*demo, "--nodes", "2", "--gpus", "3")
     assert "--nodes '0': must be a number" in refused(*demo, "--nodes", "0")
-    assert "--array-seeds '1,a': must be numbers" in refused(*demo, "--array-seeds", "1,a")
+    for seeds in ("1,a", "4294967296", "-1", "1.0"):
+        assert "must be a number, 0 to 4294967295" in refused(*demo, f"--array-seeds={seeds}")
+    assert "--array-seeds '1,': must be words separated by commas" in refused(*demo, "--array-seeds", "1,")
+    assert "--array-seeds '1,2,1' names something twice" in refused(*demo, "--array-seeds", "1,2,1")
     assert "both choose the seed" in refused(*demo, "--array-seeds", "1", "common.seed=2")
     assert "power-seed1; each norm and each seed only once" in refused("demo", "power", "power", *SMALL)
     assert "--time '1 hour' is no time limit" in refused(*demo, "--time", "1 hour")
@@ -78,12 +89,20 @@ def test_submit_refuses(scripts, with_slurm, tmp_path):
     assert "without checkpoint.keep_interval_updates fills the disk" in refused(*demo, "checkpoint.keep_interval_updates=-1")
     assert "site file /none does not exist" in refused(*demo, "--site", "/none")
     (tmp_path / "site.sh").write_text("PN_CPUS_PER_TASK=many\n")
-    assert "PN_CPUS_PER_TASK 'many': must be a number" in refused(*demo, "--site", str(tmp_path / "site.sh"))
+    assert "site.sh 'many': must be a number, 1 or more" in refused(*demo, "--site", str(tmp_path / "site.sh"))
+    (tmp_path / "site.sh").write_text("PN_TIME=soon\n")
+    assert "site.sh 'soon' is no time limit" in refused(*demo, "--site", str(tmp_path / "site.sh"))
+    (tmp_path / "site.sh").write_text("echo hello\nPN_ACCOUNT=$UNKNOWN\n")
+    assert "site.sh does not work: " in refused(*demo, "--site", str(tmp_path / "site.sh"))
     (tmp_path / "file").write_text("")
     assert f"--log-dir {tmp_path}/file/logs: {tmp_path}/file is not a directory" in refused(
         *demo, "--log-dir", f"{tmp_path}/file/logs")
     assert "--log-dir /proc/logs cannot be written: /proc: " in refused(*demo, "--log-dir", "/proc/logs")
-    assert "no SLURM on this machine: sbatch is not in PATH" in refused(*demo, PATH=scripts.environment["PATH"])
+    assert "2 ranks cannot share out optimization.update_freq=[1]" in refused(*demo, "--gpus", "2", "--same-batch")
+    monkeypatch.setenv("PATH", scripts.environment["PATH"])
+    assert "no SLURM on this machine: sbatch is not in PATH" in refused(*demo)
+    message = scripts.refuses("slurm/submit", *demo)
+    assert message.startswith("no SLURM on this machine") and message.count("\n") == 1, "as a user sees it"
     assert not (tmp_path / "runs").exists() and not (tmp_path / "calls").exists()
 
 
@@ -102,39 +121,42 @@ def test_submit_refuses_runs_in_use(scripts, with_slurm, tmp_path):
         message = scripts.refuses("slurm/submit", *words, "--resume", **with_slurm)
         assert "another process is at work in" in message and "power-seed1" in message
     (runs / ".power-seed1.job").write_text(json.dumps({"submission": "demo-x", "task": 3}))
-    message = scripts.refuses("slurm/submit", *words, "--resume", QUEUE="demo-x|3|55_3|PENDING|Priority\n", **with_slurm)
+    message = scripts.refuses("slurm/submit", *words, "--resume", QUEUE="3|55_3|PENDING|Priority|demo-x\n", **with_slurm)
     assert "power-seed1 belongs to job 55_3, which is PENDING; scancel 55_3" in message
     assert not (tmp_path / "calls").exists()
 
 
-def test_submit_queues_both_jobs_or_none(scripts, with_slurm, tmp_path):
-    """One array over norms x seeds, held until the evaluation is queued behind it; if that is refused, neither is left."""
+def test_submit_queues_all_jobs_or_none(scripts, with_slurm, tmp_path):
+    """One array over norms x seeds, held until evaluations and table are queued behind it; all of them or none."""
     words = ("demo", "power", "layer", "--array-seeds", "4,5", "--gpus", "4", "--nodes", "2", *SMALL)
     output = scripts.ok("slurm/submit", *words, **with_slurm)
     calls = [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
-    assert [call[0] for call in calls] == ["sbatch", "sbatch", "sbatch", "sbatch", "scontrol"]
-    assert "--test-only" in calls[0] and "--test-only" in calls[1] and calls[4][1:] == ["release", "77"]
+    assert [call[0] for call in calls] == ["sbatch"] * 6 + ["scontrol"]
+    assert ["--test-only" in call for call in calls] == [True] * 3 + [False] * 4 and calls[6][1:] == ["release", "77"]
     assert {"--array=0-3", "--hold", "--nodes=2", "--ntasks-per-node=2", "--gres=gpu:2",
-            "--signal=B:USR1@120"} <= set(calls[2])
-    assert "--dependency=afterok:77" in calls[3]
+            "--signal=B:USR1@120"} <= set(calls[3])
+    assert {"--array=0-3", "--dependency=aftercorr:77", "--kill-on-invalid-dep=yes", "--gres=gpu:1"} <= set(calls[4])
+    assert "--dependency=afterany:77" in calls[5]
     (submission,) = (tmp_path / "runs" / "slurm").iterdir()
-    assert f"--job-name={submission.name}" in calls[2] and f"--output={submission}/logs/%A_%a.log" in calls[2]
+    assert f"--job-name={submission.name}" in calls[3] and f"--output={submission}/logs/%A_%a.log" in calls[3]
     assert (submission / "logs").is_dir()
-    tasks = [shlex.split(line) for line in (submission / "tasks").read_text().splitlines()]
+    tasks, evaluations = ([shlex.split(line) for line in (submission / name).read_text().splitlines()]
+                          for name in ("tasks", "evaluations"))
+    assert [words[:2] for words in evaluations] == [["demo", task[task.index("--run-dir") + 1]] for task in tasks]
     assert [(task[1], task[task.index("--run-dir") + 1].rpartition("/")[2]) for task in tasks] == [
         (norm, f"{norm}-seed{seed}") for norm in ("power", "layer") for seed in (4, 5)]
     assert all("--resume" in task and "+model.encoder_layers=1" in task for task in tasks)
     assert "at most 1,600 tokens (4 x optimization.update_freq 1 x 400; one rank has 400" in output
-    status = scripts.ok("status", QUEUE=f"{submission.name}|2|77_2|PENDING|Priority\n", **with_slurm)
+    status = scripts.ok("status", QUEUE=f"N/A|9|RUNNING|None|a|b\n2|77_2|PENDING|Priority|{submission.name}\n", **with_slurm)
     assert re.search(r"layer-seed4 +queued \(job 77_2: Priority\)", status)
     assert re.search(r"power-seed4 +not started", status)
 
-
-    program(tmp_path / "bin", "sbatch", '[[ $* != *afterok* ]] || { echo "no such qos" >&2; exit 1; }; echo 78')
+    program(tmp_path / "bin", "sbatch", '[[ $* != *afterany* ]] || { echo "no such qos" >&2; exit 1; }; echo 78')
     (tmp_path / "calls").unlink()
     message = scripts.refuses("slurm/submit", "demo", "rms", *SMALL, **with_slurm)  # in squeue's eyes, all are gone
-    assert "no such qos" in message and (tmp_path / "calls").read_text() == "scancel 78\n"
+    assert "no such qos" in message and (tmp_path / "calls").read_text() == "scancel 78\n" * 2
     assert len(list((tmp_path / "runs" / "slurm").iterdir())) == 1
+    assert not list((tmp_path / "runs" / "demo").glob(".rms*")), "no claim is left"
 
 
 def test_dry_run(scripts, tmp_path):
@@ -145,12 +167,13 @@ def test_dry_run(scripts, tmp_path):
                     "PN_CONTAINER=(apptainer exec x)\n")
     output = scripts.ok("slurm/submit", "demo", "power", "--site", str(site), "--time", "1-0", *SMALL, "--dry-run",
                         "--array-seeds", "7")
-    for name in ("train.sbatch", "evaluate.sbatch", "job.sh"):
+    for name in ("train.sbatch", "evaluate.sbatch", "report.sbatch", "job.sh"):
         assert (SLURM / name).read_text() in output
-    array, evaluation, release = output.splitlines()[-3:]
+    array, evaluation, report, release = output.splitlines()[-4:]
     assert {"--account=abc", "--partition=gpus", "--gres=gpu:a100:1", "--time=1-0", "--qos=a b", "--array=0-0"} <= set(
         shlex.split(array))
-    assert "--dependency=afterok:ARRAY" in evaluation and release == "scontrol release ARRAY"
+    assert "--dependency=aftercorr:TRAINING" in evaluation and "--dependency=afterany:EVALUATION" in report
+    assert release == "scontrol release TRAINING"
     assert "demo power" in output and "common.seed=7" in output and "export PYTHON" not in output
     assert sorted(scripts.home.rglob("*")) == before
 
@@ -161,7 +184,7 @@ def test_dry_run(scripts, tmp_path):
 class Job:
     """train.sbatch as SLURM starts it, with stand-ins of srun, scontrol and scancel; squeue and requeues are noted."""
 
-    def __init__(self, folder, srun, preempted="None", requeue="exit 0", nodes=1):
+    def __init__(self, folder, srun, preempted="None", requeue="exit 0", nodes=1, run_time="00:10:00"):
         self.folder = folder
         program(folder / "bin", "srun", f"""
             [[ $* != *--overlap* ]] || {{ echo overlap >>{folder}/calls; exit 1; }}
@@ -171,12 +194,13 @@ class Job:
             case $* in
                 'show hostnames '*) echo node1; echo node2 ;;
                 'show node '*) echo 'NodeName=node1 CoresPerSocket=1 NodeAddr=10.0.0.1 Port=6818' ;;
-                'show job '*) echo 'JobId=9 JobState=RUNNING Reason=None PreemptTime={preempted} X=1' ;;
+                'show job '*) echo 'JobId=9 JobState=RUNNING Reason=None PreemptTime={preempted}' \\
+                    'RunTime={run_time} TimeLimit=1-00:00:00 X=1' ;;
                 requeue*) echo "scontrol $*" >>{folder}/calls; {requeue} ;;
             esac""")
         submission = folder / "demo-1"
         submission.mkdir()
-        (submission / "tasks").write_text("demo layer --run-dir /a\ndemo power --run-dir '/b c'\n")
+        (submission / "tasks").write_text(f"demo layer --run-dir /a\ndemo power --run-dir '{folder}/b c'\n")
         (submission / "submission.sh").write_text(f"PN_SITE={SLURM / 'site.example.sh'}\n")
         self.process = subprocess.Popen(
             ["bash", str(SLURM / "train.sbatch"), str(toy.ROOT), str(submission)], text=True, stdout=subprocess.PIPE,
@@ -186,13 +210,13 @@ class Job:
                  "SLURM_JOB_NUM_NODES": str(nodes), "SLURM_RESTART_COUNT": "2"})
 
     def wait_for(self, text):
-        end = time.time() + 30
+        end = time.time() + 300
         while not (self.folder / "calls").exists() or text not in (self.folder / "calls").read_text():
             assert time.time() < end and self.process.poll() is None, text
             time.sleep(0.05)
 
     def end(self):
-        output, _ = self.process.communicate(timeout=60)
+        output, _ = self.process.communicate(timeout=300)
         assert (self.folder / "calls").exists(), output
         return self.process.returncode, output, (self.folder / "calls").read_text()
 
@@ -201,28 +225,45 @@ class Job:
         return self.end()
 
 
-#: an srun that trains until it is stopped
-TRAINS = "echo $$ >{folder}/srun.pid; trap 'exit {status}' TERM; for i in {{1..300}}; do sleep 0.1; done"
+@pytest.fixture
+def job(tmp_path):
+    """Starts a job, whose processes do not survive the test."""
+    started = []
+
+    def start(srun, **options):
+        started.append(Job(tmp_path, srun, **options))
+        return started[-1]
+
+    yield start
+    for job in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.process.pid, signal.SIGKILL)
 
 
-def test_job_that_ends(tmp_path):
+def trains(folder, status):
+    """An srun that trains until it is stopped, and says when it does."""
+    return (f"trap 'exit {status}' TERM; echo $$ >{folder}/srun.pid; echo training >>{folder}/calls; "
+            "while :; do sleep 0.1; done")
+
+
+def test_job_that_ends(job):
     """The job's own line of the submission is trained, on the first node's address and a port of the job's; status 0."""
-    status, output, calls = Job(tmp_path, "exit 0").end()
+    status, output, calls = job("exit 0").end()
     assert status == 0 and "requeue" not in calls
-    assert re.search(r"bash scripts/launch.sh demo power --run-dir /b c --slurm demo-1 --master 10.0.0.1:23456\n", calls)
+    assert re.search(r"bash scripts/launch.sh demo power --run-dir .*/b c --slurm demo-1 --master 10.0.0.1:23456\n", calls)
     assert "--kill-on-bad-exit=1" in calls and "job 100_1, restart 2, on node[1-2]" in output
 
 
-def test_job_that_fails_by_its_own_error(tmp_path):
+def test_job_that_fails_by_its_own_error(job):
     """It ends with the error's status, and is not requeued."""
-    status, output, calls = Job(tmp_path, "echo boom; exit 3").end()
+    status, output, calls = job("echo boom; exit 3").end()
     assert status == 3 and "requeue" not in calls and "boom" in output and "status 3" in output
 
 
-def test_job_that_is_warned(tmp_path):
+def test_job_that_is_warned(job, tmp_path):
     """USR1 ends the ranks and requeues this task of the array, once; the script does not leave before SLURM ends it."""
-    job = Job(tmp_path, TRAINS.format(folder=tmp_path, status=143))
-    job.wait_for("launch.sh")
+    job = job(trains(tmp_path, 143))
+    job.wait_for("training")
     os.kill(job.process.pid, signal.SIGUSR1)
     job.wait_for("scontrol requeue 100_1\n")
     time.sleep(0.5)
@@ -232,27 +273,50 @@ def test_job_that_is_warned(tmp_path):
     assert "requeueing job 100_1: time limit or preemption" in output
 
 
-def test_job_that_cannot_be_requeued(tmp_path):
+@pytest.mark.parametrize("saved", [True, False])
+def test_job_whose_time_limit_is_too_short(job, tmp_path, saved):
+    """At the time limit a job in which a checkpoint was saved is requeued; one that would never get so far ends."""
+    job = job(trains(tmp_path, 143), run_time="23:57:30")
+    job.wait_for("training")
+    checkpoints = tmp_path / "b c" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "checkpoint_1_5.pt").write_text("")
+    if not saved:
+        os.utime(checkpoints / "checkpoint_1_5.pt", (1e9, 1e9))  # by the session before
+    os.kill(job.process.pid, signal.SIGUSR1)
+    if saved:
+        job.wait_for("scontrol requeue 100_1\n")
+        return
+    status, output, calls = job.end()
+    assert status == 1 and "requeue" not in calls
+    assert "no checkpoint was saved within the time limit, 1-00:00:00; not requeued" in output
+
+
+def test_job_that_cannot_be_requeued(job, tmp_path):
     """It ends with a status other than 0 and the reason."""
-    job = Job(tmp_path, TRAINS.format(folder=tmp_path, status=143), requeue="echo 'slurm_requeue error: denied'; exit 1")
-    job.wait_for("launch.sh")
+    job = job(trains(tmp_path, 143), requeue="echo 'slurm_requeue error: denied'; exit 1")
+    job.wait_for("training")
     os.kill(job.process.pid, signal.SIGUSR1)
     status, output, _ = job.end()
     assert status == 1 and "denied" in output and "ERROR: job 100_1 could not be requeued" in output
 
 
-def test_job_warned_when_it_has_finished(tmp_path):
-    """USR1 in the moment in which training ends well: the job has ended well."""
-    job = Job(tmp_path, TRAINS.format(folder=tmp_path, status=0))
-    job.wait_for("launch.sh")
+@pytest.mark.parametrize("late", [True, False])
+def test_job_warned_when_it_has_finished(job, tmp_path, late):
+    """USR1 in the moment in which training ends well: the job has ended well. late: it has ended while USR1 is handled."""
+    job = job(trains(tmp_path, 0))
+    if late:
+        scancel = tmp_path / "bin" / "scancel"
+        scancel.write_text(scancel.read_text() + "sleep 1\n")
+    job.wait_for("training")
     os.kill(job.process.pid, signal.SIGUSR1)
     status, _, calls = job.end()
     assert status == 0 and "requeue" not in calls
 
 
-def test_job_preempted_without_a_warning(tmp_path):
+def test_job_preempted_without_a_warning(job):
     """Where SLURM ends the ranks only, it requeues the job itself at the end of the grace time: the script waits for it."""
-    job = Job(tmp_path, "exit 143", preempted="2030-01-01T00:00:00")
+    job = job("exit 143", preempted="2030-01-01T00:00:00")
     for line in job.process.stdout:
         if "job 100_1 is preempted" in line:
             break
@@ -261,9 +325,9 @@ def test_job_preempted_without_a_warning(tmp_path):
     assert "requeue" not in job.kill()[2]
 
 
-def test_job_that_lost_a_node(tmp_path):
+def test_job_that_lost_a_node(job):
     """Ranks that fail on several nodes of which one does not answer: requeued, for SLURM notices much later."""
-    job = Job(tmp_path, "exit 1", nodes=2)
+    job = job("exit 1", nodes=2)
     job.wait_for("scontrol requeue 100_1\n")
     assert "one of its nodes does not answer" in job.kill()[1]
 
@@ -301,14 +365,26 @@ def test_status(scripts, tmp_path):
     run("d-failed", [None, 1])
     run("e-cut", [None], saved=((10, True), (20, False)))
     run("f-running", [None, None])
-    with open(tmp_path / "some" / ".f-running.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    run("g-evaluated", [0], finished=True)
+    for name, text in (("h-half", "{"), ("i-other", "[]"), ("j-older", '{"sessions": [{}]}')):
+        (tmp_path / "some" / name).mkdir()
+        (tmp_path / "some" / name / "run.json").write_text(text)
+    (tmp_path / "some" / ".k-claimed.job").write_text("[]")
+    (tmp_path / "some" / "run.json" / "loop").mkdir(parents=True)
+    (tmp_path / "some" / "run.json" / "loop" / "loop").symlink_to(tmp_path)
+    with contextlib.ExitStack() as stack:
+        for name in ("f-running", "g-evaluated"):
+            lock = stack.enter_context(open(tmp_path / "some" / f".{name}.lock", "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
         lines = scripts.ok("status", str(tmp_path)).splitlines()
+    odd = [line for line in lines if " unreadable: " in line]
+    assert [line.split()[0] for line in odd] == ["h-half", "i-other", "j-older", "k-claimed"]
+    lines = [line for line in lines if line not in odd]
     rows = {line.split()[0]: re.split(r" {2,}", line) for line in lines[2:]}
     assert [row[1] for row in rows.values()] == [
-        "finished", "interrupted", "interrupted", "failed", "interrupted", "running"]
+        "finished", "interrupted", "interrupted", "failed", "interrupted", "running", "finished (in evaluation)"]
     assert all(row[2:4] == ["25 of 100", "2.0"] for row in rows.values())
-    assert [row[-1] for row in rows.values()] == ["0", "0", "2", "1", "0", "1"]
+    assert [row[-1] for row in rows.values()] == ["0", "0", "2", "1", "0", "1", "0"]
     assert rows["f-running"][4] == "2 min" and "checkpoint_1_20.pt (20 updates, " in rows["f-running"][5]
     assert any("checkpoint_1_10.pt (10 updates, " in cell for cell in rows["e-cut"]), "only whole checkpoints count"
     assert "no runs in" in scripts.ok("status", str(scripts.programs))

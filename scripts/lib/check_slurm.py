@@ -163,9 +163,9 @@ def readme_command():
 
 
 def submitted(output):
-    """(number of the array, number of the evaluation, run directories) from what submit.sh prints."""
+    """(number of the array, number of the evaluations, run directories) from what submit.sh prints."""
     runs = re.findall(r"^job (\d+)_\d+: (.*)$", output, re.M)
-    return runs[0][0], re.search(r"^job (\d+): evaluation", output, re.M)[1], [Path(run) for _, run in runs]
+    return runs[0][0], re.search(r"^job (\d+)_I: evaluation", output, re.M)[1], [Path(run) for _, run in runs]
 
 
 def disturbed_array(check):
@@ -210,9 +210,9 @@ def disturbed_array(check):
     check.done(f"it was writing its last checkpoint; it went on from a whole one, {whole[1]}")
 
     check.wait_training(array, 1, second, 1)
-    # the limit is brought near, in whole minutes: SLURM warns 10 to 40 s before
-    elapsed = client("squeue", "-h", "-r", "-j", f"{array}_1", "-o", "%M").strip().split(":")
-    client("scontrol", "update", f"JobId={array}_1", f"TimeLimit={int(elapsed[-2]) + 1}")
+    # the limit is brought near, in whole minutes, but not nearer than the 40 s before it in which SLURM warns
+    *_, minutes, seconds = client("squeue", "-h", "-r", "-j", f"{array}_1", "-o", "%M").strip().split(":")
+    client("scontrol", "update", f"JobId={array}_1", f"TimeLimit={int(minutes) + (1 if int(seconds) < 15 else 2)}")
     check.wait(lambda: check.job(array, 1)[0] == "PENDING", f"{second.name} to reach its time limit", 400)
     client("scontrol", "update", f"JobId={array}_1", "TimeLimit=30")
     check.wait(lambda: len(check.sessions(second)) > 1, f"{second.name} to go on", 400)
@@ -248,11 +248,12 @@ def disturbed_array(check):
     sessions = [len(check.sessions(run)) for run in (first, second)]
     check.done(f"both runs ended at update {UPDATES}, in {sessions[0]} and {sessions[1]} sessions")
     table = (submission / "table.md").read_text()
-    assert [re.match(r"\| demo \| (\w+)", line)[1] for line in table.splitlines()[2:]] == ["power", "layer"], table
-    assert table in (submission / "logs" / "evaluation.log").read_text()
-    check.done(f"evaluation, job {evaluation}, ran after both; table:\n{table.rstrip()}")
+    assert [re.match(r"\| demo \| (\w+)", line)[1] for line in table.splitlines()[2:]] == ["layer", "power"], table
+    assert table in next((submission / "logs").glob("*-report.log")).read_text()
+    assert len(list((submission / "logs").glob(f"{evaluation}_*-evaluation.log"))) == 2
+    check.done(f"evaluations, job {evaluation}, ran after them, then the report; table:\n{table.rstrip()}")
     again = check.script("slurm/submit.sh", *command, "--resume", "--dry-run")
-    assert "afterok" in again
+    assert "aftercorr" in again
     assert [process.wait(300) for process in alone.values()] == [0, 0]
     tensors = sum(check_same(run, other) for run, other in zip((first, second), alone))
     check.done(f"parameters, statistics and optimizer state are those of undisturbed runs, bit for bit ({tensors} tensors)")
@@ -296,6 +297,24 @@ def ranks_on_nodes(check):
                f"(largest relative difference {error:.1e})")
 
 
+def reproduced_table(check):
+    """Rows x seeds of a table: trained, each evaluated, the report made; nothing of it is queued a second time."""
+    settings = ("optimization.max_update", "checkpoint.save_interval", "dataset.validate_interval", "lr_scheduler")
+    words = ["--benchmark", "demo", "--rows", "layer,power", "--seeds", "1,2", "--updates", "20", "--slurm", "--results",
+             check.home / "results", *(word for word in SMALL if not word.startswith(settings))]
+    output = check.script("reproduce_table1.sh", *words)
+    names = [f"{row}-20-seed{seed}" for seed in (1, 2) for row in ("layer", "power")]
+    assert [run.name for run in submitted(output)[2]] == names, output
+    assert "nothing to queue" in check.script("reproduce_table1.sh", *words)
+    check.wait_idle("the runs of the table")
+    records = [check.home / "results" / "demo" / f"{name}.json" for name in names]
+    assert all(read_json(record)["updates"] == 20 for record in records)
+    report = (check.home / "results" / "table1-demo-20.md").read_text()
+    assert all(f"({record.relative_to(check.home / 'results')})" in report for record in records), report
+    assert check.script("reproduce_table1.sh", *words).count("is there already") == 4
+    check.done("reproduce_table1.sh --slurm, two rows with two seeds: trained, evaluated, in the report; none queued twice")
+
+
 def hydra_launcher(check):
     """fairseq-hydra-train -m with configs/launcher/submitit.yaml queues a job for each norm, and they train."""
     if subprocess.run([sys.executable, "-c", "import submitit, hydra_plugins.hydra_submitit_launcher"],
@@ -333,7 +352,7 @@ def check(arguments):
             with run.cluster:
                 run.done("a SLURM of two nodes is up")
                 disturbed_array(run)
-                for part in () if options.lean else (failing_jobs, ranks_on_nodes, hydra_launcher):
+                for part in () if options.lean else (failing_jobs, ranks_on_nodes, reproduced_table, hydra_launcher):
                     part(run)
         except BaseException:
             print(run.logs(), file=sys.stderr)

@@ -16,13 +16,15 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import checkpoints
 import compose
+import launch
 import matrix
 import report
 import schema
-from settings import (NORMS, ROOT, UserError, architectures, benchmarks, choose, cpus, data_root, load, locked, main,
-                      read_json)
+import slurm
+import submission
+from settings import (NORMS, ROOT, UserError, architectures, benchmarks, choose, cpus, data_root, in_use, listed, load,
+                      lock_path, locked, main, number, read_json, seeds)
 
 WAIT_S = 5
 
@@ -31,9 +33,8 @@ def parse(arguments):
     subject = arguments[0]
     paper, others, default_seeds = matrix.SUBJECTS[subject]
     parser = argparse.ArgumentParser(prog=f"scripts/reproduce_{subject}.sh", add_help=False, allow_abbrev=False)
-    for option in ("--benchmark", "--norms", "--rows", "--archs", "--seeds", "--updates", "--jobs", "--gpus",
-                   "--results"):
-        parser.add_argument(option)
+    for option in ("benchmark", "norms", "rows", "archs", "seeds", "updates", "jobs", "results", *submission.OPTIONS):
+        parser.add_argument(f"--{option}")
     for option in ("--slurm", "--dry-run", "--report-only"):
         parser.add_argument(option, action="store_true")
     parser.add_argument("overrides", nargs="*")
@@ -42,14 +43,19 @@ def parse(arguments):
     options.benchmarks = listed("--benchmark", options.benchmark, (*paper, *others), paper)
     for benchmark in options.benchmarks:
         choose("--benchmark", benchmark, benchmarks())  # those that have a YAML file
-    seeds = listed("--seeds", options.seeds, None, map(str, default_seeds))
-    options.seeds = [number("--seeds", seed, 0) for seed in seeds]
+    options.seeds = list(default_seeds) if options.seeds is None else seeds("--seeds", options.seeds)
     options.updates = None if options.updates is None else number("--updates", options.updates, 10)
     options.results = Path(os.path.abspath(options.results or ROOT / "results"))
-    exclusive = [name for name in ("gpus", "jobs", "slurm") if getattr(options, name)]
-    if len(exclusive) > 1:
-        raise UserError(f"--{exclusive[0]} and --{exclusive[1]} exclude each other")
-    options.gpus = listed("--gpus", options.gpus, None, ())
+    for several in (("jobs", "slurm"), ("report_only", "slurm"), *((("gpus", "jobs"),) if not options.slurm else ())):
+        if all(getattr(options, name) for name in several):
+            raise UserError(" and ".join("--" + name.replace("_", "-") for name in several) + " exclude each other")
+    if options.slurm:
+        submission.check_options(options)
+    else:
+        for name in submission.OPTIONS:
+            if name != "gpus" and getattr(options, name.replace("-", "_")):
+                raise UserError(f"--{name} goes with --slurm only")
+        options.gpus = listed("--gpus", options.gpus, None, ())
     options.jobs = number("--jobs", options.jobs or "1", 1)
     for override in options.overrides:
         key = next(iter(compose.by_key([override])))
@@ -59,25 +65,6 @@ def parse(arguments):
             instead = matrix.OURS[key]
             raise UserError(f"override {key} is this script's own" + (f"; use {instead}" if instead else ""))
     return options
-
-
-def listed(option, text, valid, default):
-    """The words of a comma-separated option, each one of valid and none twice."""
-    words = list(default) if text is None else text.split(",")
-    for word in words:
-        if valid is not None:
-            choose(option, word, valid)
-        elif not word:
-            raise UserError(f"{option} {text!r}: must be words separated by commas")
-    if len(set(words)) < len(words):
-        raise UserError(f"{option} {text!r} names something twice")
-    return words
-
-
-def number(option, text, smallest):
-    if not text.isascii() or not text.isdigit() or int(text) < smallest:
-        raise UserError(f"{option} {text!r}: must be a number, {smallest} or more")
-    return int(text)
 
 
 def chosen(options):
@@ -109,13 +96,18 @@ def reproduce(arguments):
         return finish(options, runs, stem, {})  # from the records that there are
     for run in first_of_each(runs):
         model = load(run.benchmark).model
-        compose.compose(run.benchmark, [
+        config = compose.compose(run.benchmark, [
             *compose.arch_overrides(run.benchmark, run.arch),
             *compose.norm_overrides(model, run.row.norm, run.row.placement or "all"), *run.overrides])
+        if options.slurm:
+            try:
+                launch.divided(config, options.gpus, same_batch=True)
+            except UserError as error:
+                raise UserError(f"--gpus {options.gpus}: {run.benchmark}: {error}") from None
+    if options.slurm:
+        return submit(options, runs, stem)
     if options.dry_run:
         return dry_run(options, runs)
-    if options.slurm:
-        return submit(runs)
     slots = environments(options)
     state = State(collections.deque(runs), len(runs), options.results)
     with interruptible(state):
@@ -137,11 +129,18 @@ def first_of_each(runs):
 
 def dry_run(options, runs):
     """Prints every command that would run, with the estimated cost of the training."""
-    for benchmark in options.benchmarks:
-        if not (data_root() / benchmark / "prepared.json").is_file():
-            print(f"bash scripts/prepare.sh {benchmark}")
+    for benchmark in unprepared(options):
+        print(f"bash scripts/prepare.sh {benchmark}")
     for run in runs:
         print(matrix.plan_line(run, options.results))
+    print_cost(runs)
+
+
+def unprepared(options):
+    return [benchmark for benchmark in options.benchmarks if not (data_root() / benchmark / "prepared.json").is_file()]
+
+
+def print_cost(runs):
     total = collections.Counter()
     for run in runs:
         total[run.benchmark] += run.gpu_hours
@@ -151,11 +150,57 @@ def dry_run(options, runs):
             f"{matrix.OPERATIONS_PER_S / 1e12:.0f} * 10^12 a second")
 
 
-def submit(runs):
-    """The one place that knows the cluster: --slurm hands the runs to scripts/slurm/submit.sh."""
-    script = ROOT / "scripts" / "slurm" / "submit.sh"
-    raise UserError(f"--slurm: this checkout cannot submit {len(runs)} runs: {matrix.relative(script)} "
-                    + ("does not take a matrix yet" if script.exists() else "does not exist"))
+def submit(options, runs, stem):
+    """Queues the runs that are neither done nor queued already, an evaluation of each and, behind all, the report."""
+    queue = {}
+    with contextlib.suppress(*((UserError,) if options.dry_run else ())):
+        slurm.check_installed()
+        queue = slurm.tasks()
+    new, after = [], []
+    for run in runs:
+        jobs, record = launch.jobs_of(run.directory, queue), matrix.relative(run.record(options.results))
+        if jobs:
+            print(f"{run.benchmark}/{run.name}: job {jobs[0].job} is {jobs[0].state}")
+            after.append(jobs[-1].job)
+        elif any(map(in_use, (run.directory, row_place(run)))):
+            print(f"{run.benchmark}/{run.name}: another process is at work on it")
+            after.append(None)
+        elif done(run, run.record(options.results)):
+            print(f"{record} is there already")
+        elif run.record(options.results).is_file():
+            raise UserError(f"{record} is there already, but {matrix.relative(run.directory)} holds no evaluation that "
+                            f"it comes from; move one of them away")
+        else:
+            new.append(run)
+    if not new:
+        print("nothing to queue")
+        return None if options.dry_run or after else finish(options, runs, stem, {})
+    queued = submission.Submission(
+        options.subject, options, [submission.Run(training(run)[2:], run.evaluate_command(options.results)[2:],
+                                                  run.record(options.results)) for run in new],
+        lambda _: report_command(options), resume=True, same_batch=True, after=filter(None, after))
+    missing = unprepared(options)
+    if not options.dry_run:
+        queued.check()
+        queued.queue(f"the report, {matrix.relative(stem)}.html")
+        return None
+    for benchmark in missing:
+        print(f"bash scripts/prepare.sh {benchmark}    # before --slurm can check and queue its runs")
+    if not missing:
+        queued.check(dry_run=True)
+    queued.show()
+    print_cost(new)
+    return None
+
+
+def report_command(options):
+    """The command that makes the report of the same runs."""
+    words = ["bash", f"scripts/reproduce_{options.subject}.sh", "--report-only"]
+    for name, value in (("benchmark", ",".join(options.benchmarks)), ("archs", options.archs), ("norms", options.norms),
+                        ("rows", options.rows), ("seeds", ",".join(map(str, options.seeds))),
+                        ("updates", options.updates), ("results", matrix.relative(options.results))):
+        words += [f"--{name}", str(value)] if value is not None else []
+    return [*words, *options.overrides]
 
 
 def environments(options):
@@ -256,11 +301,16 @@ def work(state, environment, several):
             state.failed[name] = problem
 
 
+def row_place(run):
+    """What stands for a row where locks are concerned: its lock is another than that of its training."""
+    return run.directory.with_name(f"{run.name}.row")
+
+
 @contextlib.contextmanager
 def row_lock(run):
     """Holds a row from its training to its record; yields None if another process is at work on it."""
     run.directory.parent.mkdir(parents=True, exist_ok=True)
-    with open(run.directory.with_name(f".{run.name}.row.lock"), "a") as stream:
+    with open(lock_path(row_place(run)), "a") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with locked(run.directory):
@@ -279,19 +329,24 @@ def carry_out(state, run, environment, prefix, lock):
     if done(run, run.record(state.results)):
         print(f"{prefix}{matrix.relative(run.record(state.results))} is there already; nothing to do", flush=True)
         return None
-    begun = run.directory / "run.json"
-    if begun.is_file():
-        refuse_others(read_json(begun)["overrides"], run, matrix.relative(run.directory))
-    if not any(checkpoints.intact(path) for path in (run.directory / "checkpoints").glob("checkpoint*.pt")):
-        # Nothing to go on from: training begins anew, and its record of statistics with it.
-        with contextlib.suppress(FileNotFoundError):
-            (run.directory / matrix.NORM_RECORD).unlink()
-    commands = [run.train_command([] if begun.is_file() else None), run.evaluate_command(state.results)]
-    for command in commands:
+    if launch.read_claim(run.directory):
+        with contextlib.suppress(UserError):  # without SLURM nothing is queued
+            for job in launch.jobs_of(run.directory, slurm.tasks()):
+                return f"job {job.job} is {job.state}"
+    for command in (training(run), run.evaluate_command(state.results)):
         problem = call(state, command, environment, prefix, lock)
         if problem or state.stopped:
             return problem
     return None
+
+
+def training(run):
+    """The command that trains a run, or goes on with it as it was begun; refuses if that was with other settings."""
+    begun = run.directory / "run.json"
+    if not begun.is_file():
+        return run.train_command()
+    refuse_others(read_json(begun)["overrides"], run, matrix.relative(run.directory))
+    return run.train_command([])
 
 
 def done(run, record):

@@ -19,6 +19,7 @@ CONFIGS = ROOT / "configs"
 PLUGIN = ROOT / "fairseq_powernorm"
 NORMS = ("layer", "rms", "batch", "power-v", "power")
 BPE_TYPES = ("subword_nmt", "sentencepiece")
+LARGEST_SEED = 2**32 - 1  # numpy's
 # The four options that carry a norm's name, and the placements: placement -> does NORM stand there (else LayerNorm)? A
 # language model has the decoder's two options and one placement.
 NORM_OPTIONS = ("encoder_norm_self", "encoder_norm_ff", "decoder_norm_self", "decoder_norm_ff")
@@ -54,6 +55,30 @@ def choose(option, value, valid):
     if value not in valid:
         raise UserError(f"{option} {value!r} is unknown; valid: {', '.join(valid)}")
     return value
+
+
+def listed(option, text, valid, default):
+    """The words of a comma-separated option, each one of valid (None: any) and none twice."""
+    words = list(default) if text is None else text.split(",")
+    for word in words:
+        if valid is not None:
+            choose(option, word, valid)
+        elif not word:
+            raise UserError(f"{option} {text!r}: must be words separated by commas")
+    if len(set(words)) < len(words):
+        raise UserError(f"{option} {text!r} names something twice")
+    return words
+
+
+def number(option, text, smallest, largest=None):
+    if not text.isascii() or not text.isdigit() or not smallest <= int(text) <= (largest or int(text)):
+        raise UserError(f"{option} {text!r}: must be a number, {smallest} {f'to {largest}' if largest else 'or more'}")
+    return int(text)
+
+
+def seeds(option, text):
+    """The numbers of a comma-separated option."""
+    return [number(option, seed, 0, LARGEST_SEED) for seed in listed(option, text, None, ())]
 
 
 def is_lm(config):
@@ -104,9 +129,13 @@ def sha256(path):
 
 
 def write_json(path, content, indent=2):
-    """Writes JSON so that a reader sees the old file or the new one, never a part."""
+    write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+
+
+def write_text(path, text):
+    """Writes a file so that a reader sees the old one or the new one, never a part."""
     partial = Path(f"{path}.partial")
-    partial.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -141,6 +170,10 @@ def cpus():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def lock_path(directory):
+    return directory.with_name(f".{directory.name}.lock")
+
+
 @contextlib.contextmanager
 def locked(directory, patience=1.0):
     """Holds the lock of a directory that need not exist yet; refuses if another process holds it for `patience` seconds.
@@ -149,7 +182,7 @@ def locked(directory, patience=1.0):
     given the file have ended, too. in_use() holds it for an instant, hence the patience.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with open(directory.with_name(f".{directory.name}.lock"), "a") as stream:
+    with open(lock_path(directory), "a") as stream:
         end = time.monotonic() + patience
         while True:
             try:
@@ -168,7 +201,7 @@ def locked(directory, patience=1.0):
 def in_use(directory):
     """Is a process at work in the directory? Leaves no file."""
     try:
-        with open(directory.with_name(f".{directory.name}.lock"), "r") as stream:
+        with open(lock_path(directory), "r") as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

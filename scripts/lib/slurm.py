@@ -29,7 +29,8 @@ def client(*command):
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]} has not answered for {TIMEOUT} s") from None
     if done.returncode:
-        raise UserError(f"{shlex.join(command)} failed: {(done.stderr or done.stdout).strip()}")
+        reason = "; ".join(line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip())
+        raise UserError(f"{shlex.join(command)} failed: {reason or f'exit status {done.returncode}'}")
     return done.stdout
 
 
@@ -47,7 +48,7 @@ def check_options(command):
 def tasks():
     """(name of the job, number in its array) -> Task, of all of the user's jobs in the queue."""
     found = {}
-    for line in client("squeue", "--noheader", "--array", "--me", "--format=%j|%K|%i|%T|%r").splitlines():
-        name, task, job, state, reason = line.strip().split("|")
+    for line in client("squeue", "--noheader", "--array", "--me", "--format=%K|%i|%T|%r|%j").splitlines():
+        task, job, state, reason, name = line.strip().split("|", 4)  # a name may have any characters
         found[name, int(task) if task.isdigit() else None] = Task(job, state, reason)
     return found

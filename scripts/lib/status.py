@@ -8,6 +8,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import launch
 import slurm
 import trainlog
 from settings import UserError, in_use, main, read_json, runs_root
@@ -53,6 +54,13 @@ def found(place):
 
 
 def row(run, name, queue):
+    try:
+        return cells(run, name, queue)
+    except (UserError, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        return (name, f"unreadable: {error}", *[""] * (len(COLUMNS) - 2))
+
+
+def cells(run, name, queue):
     facts = read_json(run / "run.json") if (run / "run.json").is_file() else {"sessions": []}
     sessions, log = facts["sessions"], run / "train.log"
     curve = trainlog.curve(log) if log.is_file() else {"train": [], "valid": []}
@@ -60,23 +68,22 @@ def row(run, name, queue):
     updates = max(updates, trainlog.updates(curve))
     finished = (run / "finished.json").is_file()
     state = state_of(run, finished, sessions, queue)
-    limit = max_update(run)
+    limit, valid = max_update(run), curve["valid"]
     return (name, state, f"{updates:,}" + (f" of {limit:,}" if limit else ""),
-            f"{curve['valid'][-1]['loss']}" if curve["valid"] else "",
+            str(valid[-1].get("loss", "")) if valid else "",
             duration(left) if left is not None and state.startswith("running") else "", last_checkpoint(run, log),
             str(max(0, len(sessions) - 1)))
 
 
 def state_of(run, finished, sessions, queue):
-    claim_file = run.with_name(f".{run.name}.job")
-    claim = read_json(claim_file) if claim_file.is_file() else None
-    job = queue.get((claim["submission"], claim["task"])) if claim and queue else None
-    if in_use(run) or (job and job.state in ("RUNNING", "COMPLETING")):
-        return f"running (job {job.job})" if job else "running"
-    if job:
-        return f"queued (job {job.job}: {job.reason})"
-    if finished:
-        return "finished"
+    claim, jobs = launch.read_claim(run), launch.jobs_of(run, queue or {})
+    if finished:  # what training goes on with has not
+        job = f", job {jobs[-1].job}" if jobs else ""
+        return f"finished (in evaluation{job})" if in_use(run) else "finished"
+    if in_use(run) or any(job.state in ("RUNNING", "COMPLETING") for job in jobs):
+        return f"running (job {jobs[0].job})" if jobs else "running"
+    if jobs:
+        return f"queued (job {jobs[0].job}: {jobs[0].reason})"
     if not sessions:
         return "not started" if queue is not None or not claim else f"queued, unless ended ({claim['submission']})"
     ended = sessions[-1]["exit_status"]

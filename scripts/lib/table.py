@@ -5,13 +5,14 @@ Runs that differ in their seed only share a line, with the mean and, behind ±, 
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from dataclasses import dataclass
 
 import schema
 from matrix import BASELINE, NORMS, VARIANTS, Row
-from settings import PLACEMENTS, UserError, main
+from settings import PLACEMENTS, UserError, main, write_text
 
 # Settings in which runs of a table may differ: those that name its lines, those that change nothing in the training.
 OF_THE_LINE = {f"model.{key}" for key in (
@@ -186,8 +187,19 @@ def tables(records):
 
 def table(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", metavar="FILE", help="write the tables to FILE as well")
+    parser.add_argument("--available", action="store_true",
+                        help="leave out records that do not exist; name them, and end with exit status 1")
     parser.add_argument("records", nargs="+", metavar="RECORD")
-    print(tables({path: schema.read_record(path) for path in parser.parse_args(arguments).records}), end="")
+    options = parser.parse_args(arguments)
+    missing = [path for path in options.records if options.available and not os.path.exists(path)]
+    text = tables({path: schema.read_record(path) for path in options.records if path not in missing})
+    print(text, end="")
+    if options.output:
+        write_text(options.output, text)
+    for path in missing:
+        print(f"error: no record {path}", file=sys.stderr)
+    return 1 if missing else 0
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import checkpoints
 import compose
 import trainlog
 import perplexity
@@ -95,7 +96,8 @@ def train(arguments, launcher=None):
         command = [tool("fairseq-hydra-train"), "--config-dir", str(CONFIGS), "--config-name", options.benchmark,
                    f"hydra.run.dir={compose.quote(run)}", "hydra.output_subdir=hydra", "hydra/job_logging=stdout", *complete]
         if leads:
-            print(f"{options.benchmark}, {world} rank{'s' * (world > 1)}: {batch(resolved, world)}", flush=True)
+            print(f"{options.benchmark}, {world} rank{'s' * (world > 1)}: "
+                  f"{batch(resolved, world, launcher is not None and launcher.same_batch)}", flush=True)
         return session(run, facts, command, resolved, lock, launcher)
 
 
@@ -112,8 +114,8 @@ def run_directory(options, config):
 
 
 def begun(run):
-    """Does the run's directory hold anything but what other ranks, which may be quicker, write there?"""
-    return run.exists() and any(path.name != "logs" for path in run.iterdir())
+    """Does the run's directory hold anything but what is there before run.json: other ranks' logs, a part of it?"""
+    return run.exists() and any(path.name not in ("logs", "run.json.partial") for path in run.iterdir())
 
 
 def started(options, data, run):
@@ -174,17 +176,17 @@ def check_world(config, launcher):
     return world
 
 
-def batch(config, world):
-    """What an update is made of, in words."""
+def batch(config, world, same=False):
+    """What an update is made of, in words. same: as much as with one rank"""
     units = (("max_tokens", "tokens"), ("batch_size", "sentences or blocks"))
     sizes = [(key, config.dataset[key], unit) for key, unit in units if config.dataset.get(key)]
-    frequency = config.optimization.update_freq[0]
+    frequency = config.optimization.update_freq[0] // (world if same else 1)
     text = "an update takes at most " + " and ".join(f"{size * frequency * world:,} {unit}" for _, size, unit in sizes)
     if frequency == world == 1 or not sizes:
         return text
     text += f" ({world} x optimization.update_freq {frequency} x {' and '.join(f'{size:,}' for _, size, _ in sizes)}"
     return text + (f"; one rank has {' and '.join(f'{size * frequency:,}' for _, size, _ in sizes)}: to keep that, divide "
-                   f"optimization.update_freq or dataset.{sizes[0][0]} by {world})" if world > 1 else ")")
+                   f"optimization.update_freq or dataset.{sizes[0][0]} by {world})" if world > 1 and not same else ")")
 
 
 def session(run, facts, command, config, lock, launcher=None):
@@ -202,6 +204,8 @@ def session(run, facts, command, config, lock, launcher=None):
     this = {"command": command, "threads": int((environment or os.environ).get("OMP_NUM_THREADS") or cpus()),
             **(launcher.facts() if launcher else {}),
             "wall_s": None, "cpu_s": None, "exit_status": None}  # null to the end of a session that is killed
+    if facts["sessions"]:
+        drop_statistics(run, config)
     facts["sessions"].append(this)
     write_json(run / "run.json", facts)
     (run / "config.yaml").write_text(OmegaConf.to_yaml(config), encoding="utf-8")
@@ -246,6 +250,15 @@ def session(run, facts, command, config, lock, launcher=None):
     write_json(run / "finished.json", {"updates": updates, "overrides": facts["overrides"]})
     print(f"finished {run}: {updates:,} updates in {this['wall_s'] / 60:.1f} min")
     return 0
+
+
+def drop_statistics(run, config):
+    """Removes the run's own record of statistics (--norm-record) if no checkpoint is whole: training begins anew."""
+    record = config.task.get("norm_record")
+    path = Path(os.path.abspath(run / record)) if record else run
+    if run in path.parents and not any(map(checkpoints.intact, (run / "checkpoints").glob("checkpoint*.pt"))):
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
 
 
 def follow(command, environment):
