@@ -2,12 +2,11 @@
 import os
 from typing import Any, Dict, Mapping
 
-#: settings that say where a rank stands or where its files lie; they may differ
+#: settings that say where a rank stands or where its files lie; they may differ, in whatever part of the configuration
+#: they stand (an optimizer without a dataclass has a copy of the whole command line)
 PLACES = (
-    "distributed_training.distributed_rank", "distributed_training.device_id", "distributed_training.local_rank",
-    "distributed_training.distributed_init_method", "distributed_training.distributed_port",
-    "distributed_training.distributed_num_procs", "common.user_dir", "common.tensorboard_logdir", "checkpoint.save_dir",
-    "task.data", "job_logging_cfg",
+    "distributed_rank", "device_id", "local_rank", "distributed_init_method", "distributed_port",
+    "distributed_num_procs", "user_dir", "tensorboard_logdir", "save_dir", "data", "job_logging_cfg",
 )  # fmt: skip
 
 
@@ -48,7 +47,7 @@ def facts(cfg, task) -> Dict[str, Any]:
     found = {}
 
     def flatten(value, name=""):
-        if name in PLACES:
+        if name.rpartition(".")[2] in PLACES:
             return
         if isinstance(value, dict):
             for key, inner in value.items():

@@ -15,6 +15,18 @@ if not torch.cuda.is_available():
 import toy
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+#: files that take long, in this order before the others: the last process to end should not end alone
+FIRST = ("test_slurm", "test_lm_pipeline", "test_reproduce", "test_distributed", "test_pipeline", "test_launch")
+
+
+def pytest_configure(config):
+    if getattr(config.option, "loadscopereorder", False):  # pytest-xdist's own order: files with many tests first
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(FIRST)))
 
 
 @pytest.fixture(scope="session")
