@@ -51,13 +51,19 @@ def layer_scale_rsqrt(x: Tensor, groups: int) -> Optional[Tensor]:
     return torch.rsqrt(norm.square() * (groups / x.size(1)) + LAYER_SCALE_EPS)
 
 
-def scale_rows(x: Tensor, r: Optional[Tensor]) -> Tensor:
-    """``u = r * x`` with ``r`` (``N x G``) spread over each group's channels; ``x`` itself without ``r``."""
+def scale_rows(x: Tensor, r: Optional[Tensor], out: Optional[Tensor] = None) -> Tensor:
+    """``u = r * x`` with ``r`` (``N x G``) spread over each group's channels; ``x`` itself without ``r``.
+
+    ``out`` (outside autograd only) is the memory for ``u`` and may be ``x`` itself.
+    """
     if r is None:
         return x
     if r.size(1) == 1:
-        return x * r
-    return (_by_group(x, r.size(1)) * r.unsqueeze(-1)).view_as(x)
+        return torch.mul(x, r, out=out)
+    groups = r.size(1)
+    return torch.mul(
+        _by_group(x, groups), r.unsqueeze(-1), out=None if out is None else _by_group(out, groups)
+    ).view_as(x)
 
 
 def layer_scale(x: Tensor, groups: int) -> Tensor:
@@ -74,16 +80,16 @@ def layer_scale(x: Tensor, groups: int) -> Tensor:
     return scale_rows(rows, layer_scale_rsqrt(rows, groups)).view(x.shape)
 
 
-def scale_rows_backward(grad_u: Tensor, u: Tensor, r: Optional[Tensor]) -> Tensor:
+def scale_rows_backward(grad_u: Tensor, u: Tensor, r: Optional[Tensor], spare: Optional[Tensor] = None) -> Tensor:
     """Gradient of :func:`scale_rows` and its reciprocal root: ``r * (grad_u - u * mean over the group of grad_u * u)``.
 
-    Overwrites ``grad_u``.
+    Overwrites ``grad_u``, and ``spare``, memory of the same size, if it is given.
     """
     if r is None:
         return grad_u
+    products = torch.mul(grad_u, u, out=spare)
     grad, u = _by_group(grad_u, r.size(1)), _by_group(u, r.size(1))
-    dot = torch.linalg.vecdot(grad, u).unsqueeze_(-1)
-    grad.addcmul_(u, dot, value=-1.0 / u.size(-1))
+    grad.addcmul_(u, _by_group(products, r.size(1)).sum(-1, keepdim=True), value=-1.0 / u.size(-1))
     return grad.mul_(r.unsqueeze(-1)).view_as(grad_u)
 
 
@@ -152,9 +158,14 @@ def affine(
     return _affine(u, scale, None if bias is None else bias.to(inv.dtype), out)
 
 
-def grad_sums(grad: Tensor, u: Tensor, valid: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
-    """Per-channel ``sum of dy`` and ``sum of dy * u``, over the rows where ``valid`` is True (all rows if None)."""
-    return masked_column_sum(grad, valid), masked_column_sum(grad * u, valid)
+def grad_sums(
+    grad: Tensor, u: Tensor, valid: Optional[Tensor], spare: Optional[Tensor] = None
+) -> Tuple[Tensor, Tensor]:
+    """Per-channel ``sum of dy`` and ``sum of dy * u``, over the rows where ``valid`` is True (all rows if None).
+
+    Overwrites ``spare``, memory of the size of ``u``, if it is given.
+    """
+    return masked_column_sum(grad, valid), masked_column_sum(torch.mul(grad, u, out=spare), valid)
 
 
 # ---------------------------------------------------------------- Power Normalization: what each kernel offers
@@ -253,15 +264,38 @@ def mean_of(tally: Tensor, otherwise: Tensor) -> Tensor:
     return Moment(tally[:-2], tally[-2]).mean(otherwise).to(otherwise.dtype)
 
 
-#: elements of a block of rows in float32: its temporaries stay in a core's cache
-BLOCK = 1 << 18
+#: elements of a block of rows: few enough for a core's cache, enough to be worth a dozen calls of torch
+BLOCK = 1 << 19
 
 
-def _blocks(rows: Tensor) -> Iterator[slice]:
-    """Slices of rows: a CPU works on blocks that fit its cache, any other device on all rows at once."""
-    number = rows.size(0)
-    size = max(1, BLOCK // rows.size(1)) if rows.device.type == "cpu" else max(1, number)
-    return (slice(begin, min(begin + size, number)) for begin in range(0, number, size))
+class _Block(NamedTuple):
+    """Some rows to work on, and memory for what is computed of them, which the next block uses again.
+
+    Attributes:
+        rows: which
+        u, spare: as many rows, in the dtype in which is computed
+    """
+
+    rows: slice
+    u: Tensor
+    spare: Tensor
+
+
+def _blocks(rows: Tensor, dtype: torch.dtype) -> Iterator[_Block]:
+    """A CPU works on blocks of rows that fit its cache, any other device on all rows at once."""
+    number, channels = rows.shape
+    size = min(max(1, BLOCK // channels), number) if rows.device.type == "cpu" else number
+    u, spare = rows.new_empty(2, size, channels, dtype=dtype)
+    for begin in range(0, number, max(1, size)):
+        end = min(begin + size, number)
+        yield _Block(slice(begin, end), u[: end - begin], spare[: end - begin])
+
+
+def _scaled(x: Tensor, groups: int, out: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
+    """``u`` and ``r`` of the rows ``x``; ``u`` lies in ``out``, or is ``x`` where nothing is to be computed."""
+    wide = x if x.dtype == out.dtype else out.copy_(x)
+    r = layer_scale_rsqrt(wide, groups)
+    return scale_rows(wide, r, out=out), r
 
 
 def _part(valid: Optional[Tensor], block: slice) -> Optional[Tensor]:
@@ -273,10 +307,9 @@ def second_moment(x: Tensor, valid: Optional[Tensor], groups: int) -> Tensor:
     rows = x.reshape(-1, x.size(-1))
     total = rows.new_zeros(rows.size(1), dtype=compute_dtype(x))
     with torch.autocast(x.device.type, enabled=False):
-        for block in _blocks(rows):
-            wide = rows[block].to(total.dtype)
-            u = scale_rows(wide, layer_scale_rsqrt(wide, groups))
-            total += masked_column_sum(u * u, _part(valid, block))
+        for block in _blocks(rows, total.dtype):
+            u, _ = _scaled(rows[block.rows], groups, block.u)
+            total += masked_column_sum(torch.mul(u, u, out=block.spare), _part(valid, block.rows))
     return tally(total, rows=row_count(total, valid) if valid is not None else total.new_full((), rows.size(0)))
 
 
@@ -314,20 +347,18 @@ def power_forward(
         inv = inverse_root(batch if spec.forward_batch else running, spec.eps)
         scale = inv if weight is None else inv * weight.to(dtype)
         shift = None if bias is None else bias.to(dtype)
-        for block in _blocks(rows):
-            wide = rows[block].to(dtype)
-            root = layer_scale_rsqrt(wide, spec.groups)
+        for block in _blocks(rows, dtype):
+            u, root = _scaled(rows[block.rows], spec.groups, block.u)
             if root is not None:
-                r[block] = root
-            u = scale_rows(wide, root)
-            squares = u * u
+                r[block.rows] = root
+            squares = torch.mul(u, u, out=block.spare)
             if valid is not None and not spec.skip_padding:
                 everything += column_sum(squares)
-            total += masked_column_sum(squares, _part(valid, block))
-            if dtype == x.dtype:
-                _affine(u, scale, shift, out=flat[block])
-            else:
-                flat[block] = _affine(u, scale, shift)
+            total += masked_column_sum(squares, _part(valid, block.rows))
+            target = flat[block.rows]
+            found = _affine(u, scale, shift, out=target if dtype == x.dtype else block.spare)
+            if dtype != x.dtype:
+                target.copy_(found)
     count = total.new_full((), rows.size(0)) if valid is None else row_count(total, valid)
     own = tally(total, rows=count)
     if batch is None and spec.backward_batch:
@@ -371,17 +402,18 @@ def power_backward(
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if want_x else None
     grad_sum, grad_u_sum = rows.new_zeros(2, rows.size(1), dtype=dtype)
     with torch.autocast(x.device.type, enabled=False):
-        for block in _blocks(rows):
-            part, root = _part(counted, block), None if r is None else r[block]
-            u = scale_rows(rows[block].to(dtype), root)
-            grad = grads[block].to(dtype)
-            sums = grad_sums(grad, u, part)
+        for block in _blocks(rows, dtype):
+            part, root = _part(counted, block.rows), None if r is None else r[block.rows]
+            wide = rows[block.rows]
+            u = scale_rows(wide if wide.dtype == dtype else block.u.copy_(wide), root, out=block.u)
+            grad = grads[block.rows].to(dtype)
+            sums = grad_sums(grad, u, part, spare=block.spare)
             grad_sum += sums[0]
             grad_u_sum += sums[1]
             if want_x:
-                target = grad_x.view(rows.shape)[block]
+                target = grad_x.view(rows.shape)[block.rows]
                 grad_u = torch.mul(grad, scale, out=target if dtype == x.dtype else None).addcmul_(u, through)
-                found = mask_rows_(scale_rows_backward(grad_u, u, root), part)
+                found = mask_rows_(scale_rows_backward(grad_u, u, root, spare=block.spare), part)
                 if dtype != x.dtype:
                     target.copy_(found)
     grad_z_sum = grad_u_sum * inv_forward
