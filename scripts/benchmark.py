@@ -9,13 +9,14 @@
 Levels: `accuracy` (a training step of PN against the authors' arithmetic in float64), `layer` (a norm alone, training and
 evaluation), `encoder` (one Transformer layer, training), `step` (a whole update on 4,096 tokens: on a CPU of a 3+3-layer
 Transformer, on a GPU of one as large as IWSLT's, in float16), `generation` (beam search). All contenders of a cell run in one
-process in turns, so that whatever else the machine does meets them all; a ratio is the median over rounds of a contender's time
-divided by LayerNorm's in the same round. Memory is recycled between calls, as it is in a long training; --fresh maps new pages
-in every call instead (CPU). The fraction of the bandwidth limit is the time in which a copy moves as many bytes as must be moved
-(training: five tensors; forward pass alone and evaluation: two), divided by the time taken. On a GPU a norm alone is timed by
-the GPU's own events, behind other work, with caches that hold nothing of it: without the time in which the host prepares it, which
-is given beside it; whole models are timed by the clock. --extra adds module:Class, built as Class(channels) and called as
-norm(x) on N x C. Timings mean something on a machine that does nothing else.
+process in turns, so that whatever else the machine does meets them all, each time once untimed and once timed; a ratio is the
+median over rounds of a contender's time divided by LayerNorm's in the same round. Memory is recycled between calls, as it is
+in a long training; --fresh maps new pages in every call instead (CPU). The fraction of the bandwidth limit is the time in
+which a copy moves as many bytes as must be moved (training: five tensors; forward pass alone and evaluation: two), divided by
+the time taken. On a GPU a norm alone is timed by the GPU's own events, behind other work, with caches that hold nothing of it:
+without the time in which the host prepares it, which is given beside it; whole models are timed by the clock. --extra adds
+module:Class, built as Class(channels) and called as norm(x) on N x C. Timings mean something on a machine that does nothing
+else.
 """
 
 import argparse
@@ -205,13 +206,13 @@ def in_turns(functions, seconds, slow=(), measure=clock):
     """name -> times in seconds, one per round; those named in `slow` take part in the first five rounds only."""
     for function in functions.values():
         function()
-        if seconds:
-            function()
     times = {name: [] for name in functions}
     begin, order = time.perf_counter(), list(functions)
     for number in itertools.count():
         for name in order:
             if number < 5 or name not in slow:
+                if seconds:  # what is timed is the state that a contender leaves to itself, not that of the one before
+                    functions[name]()
                 times[name].append(measure(functions[name]))
         order = order[1:] + order[:1]
         if number >= 4 and time.perf_counter() - begin > seconds or not seconds:
