@@ -9,14 +9,14 @@
 Levels: `accuracy` (a training step of PN against the authors' arithmetic in float64), `layer` (a norm alone, training and
 evaluation), `encoder` (one Transformer layer, training), `step` (a whole update on 4,096 tokens: on a CPU of a 3+3-layer
 Transformer, on a GPU of one as large as IWSLT's, in float16), `generation` (beam search). All contenders of a cell run in one
-process in turns, so that whatever else the machine does meets them all, each time once untimed and once timed; a ratio is the
-median over rounds of a contender's time divided by LayerNorm's in the same round. Memory is recycled between calls, as it is
-in a long training; --fresh maps new pages in every call instead (CPU). The fraction of the bandwidth limit is the time in
-which a copy moves as many bytes as must be moved (training: five tensors; forward pass alone and evaluation: two), divided by
-the time taken. On a GPU a norm alone is timed by the GPU's own events, behind other work, with caches that hold nothing of it:
-without the time in which the host prepares it, which is given beside it; whole models are timed by the clock. --extra adds
-module:Class, built as Class(channels) and called as norm(x) on N x C. Timings mean something on a machine that does nothing
-else.
+process in turns, so that whatever else the machine does meets them all, each time once untimed, if that is quick, and once
+timed; a ratio is the median over rounds of a contender's time divided by LayerNorm's in the same round. Memory is recycled
+between calls, as it is in a long training; --fresh maps new pages in every call instead (CPU). The fraction of the bandwidth
+limit is the time in which a copy moves as many bytes as must be moved (training: five tensors; forward pass alone and
+evaluation: two), divided by the time taken. On a GPU a norm alone is timed by the GPU's own events, behind other work, with
+caches that hold nothing of it: without the time in which the host prepares it, which is given beside it; whole models are
+timed by the clock. --extra adds module:Class, built as Class(channels) and called as norm(x) on N x C. Timings mean something
+on a machine that does nothing else.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def parse(arguments):
     parser.add_argument("--contenders", type=words(CONTENDERS), default=list(CONTENDERS),
                         help=f"of {', '.join(CONTENDERS)} (all; `layer` always)")
     parser.add_argument("--extra", action="append", default=[], metavar="MODULE:CLASS", help="another norm beside them")
-    parser.add_argument("--seconds", type=float, default=2.0, help="measuring time of a cell (2), at least five rounds")
+    parser.add_argument("--seconds", type=float, default=2.0, help="measuring time of a cell (2), at least five rounds, 15 of models")
     parser.add_argument("--fresh", action="store_true", help="map new pages in every call instead of recycling memory")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and one round: shows that it runs, times mean nothing")
     parser.add_argument("--check", action="store_true", help="exit with status 1 if a target is missed")
@@ -146,6 +146,12 @@ def set_memory(fresh):
     mallopt(mmap_max, 65536 if fresh else 0)
     mallopt(mmap_threshold, 128 * 1024)
     mallopt(trim_threshold, 128 * 1024 if fresh else 2**31 - 1)
+
+
+#: seconds; a longer call is not repeated untimed
+QUICK = 0.2
+#: of whole models, of which a norm is so small a part that few rounds do not show it
+ROUNDS_OF_MODELS = 15
 
 
 def clock(function):
@@ -202,20 +208,25 @@ def host_seconds(function):
     return statistics.median(found)
 
 
-def in_turns(functions, seconds, slow=(), measure=clock):
-    """name -> times in seconds, one per round; those named in `slow` take part in the first five rounds only."""
+def in_turns(functions, seconds, slow=(), measure=clock, rounds=5):
+    """name -> times in seconds, one per round; those named in `slow` take part in the first five rounds only.
+
+    seconds: for how long, but at least that many rounds; 0: one round. A timed call follows an untimed one, where that is
+    quick: what is timed is then the state that a contender leaves to itself, not that of the one before.
+    """
     for function in functions.values():
         function()
+    quick = [name for name, function in functions.items() if seconds and clock(function) < QUICK]
     times = {name: [] for name in functions}
     begin, order = time.perf_counter(), list(functions)
-    for number in itertools.count():
+    for number in itertools.count(1):
         for name in order:
-            if number < 5 or name not in slow:
-                if seconds:  # what is timed is the state that a contender leaves to itself, not that of the one before
+            if number <= 5 or name not in slow:
+                if name in quick:
                     functions[name]()
                 times[name].append(measure(functions[name]))
         order = order[1:] + order[:1]
-        if number >= 4 and time.perf_counter() - begin > seconds or not seconds:
+        if number >= rounds and time.perf_counter() - begin > seconds or not seconds:
             return times
 
 
@@ -536,7 +547,7 @@ def encoder_cells(options, say):
     cell = cell_of(options, "encoder", "train", length * count, d, options.model_dtype, True)
     say(cell)
     yield {**cell, "contenders": summarize(in_turns(model_functions(options, make), options.seconds * 3, ("authors",),
-                                                    model_measure(options)))}
+                                                    model_measure(options), ROUNDS_OF_MODELS))}
 
 
 class HalfPrecision:
@@ -629,7 +640,8 @@ def step_cells(options, say):
     cell = cell_of(options, "step", "train", length * count, d, options.model_dtype, True)
     say(cell)
     functions = model_functions(options, make)
-    yield {**cell, "contenders": summarize(in_turns(functions, options.seconds * 20, ("authors",), model_measure(options)))}
+    yield {**cell, "contenders": summarize(in_turns(functions, options.seconds * 20, ("authors",), model_measure(options),
+                                                    ROUNDS_OF_MODELS))}
 
 
 def generation_cells(options, say):
@@ -656,7 +668,7 @@ def generation_cells(options, say):
     cell = cell_of(options, "generation", "eval", count * 5, d, options.model_dtype, True)
     say(cell)
     yield {**cell, "contenders": summarize(in_turns(model_functions(options, make), options.seconds * 5, (),
-                                                    model_measure(options)))}
+                                                    model_measure(options), ROUNDS_OF_MODELS))}
 
 
 CELLS = {"accuracy": accuracy_cells, "layer": layer_cells, "encoder": encoder_cells, "step": step_cells, "generation": generation_cells}
