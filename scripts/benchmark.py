@@ -752,30 +752,48 @@ def show(record):
 
 
 def draw(record, path):
-    """Ratios to LayerNorm, a bar for each contender (median of its cells), a panel for each pass and dtype of a layer."""
+    """Ratios to LayerNorm: a panel for each level, pass and dtype, in it a row for each contender, in it a mark for each size,
+    the median of its cells, with their range."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     panels = {}
     for cell in record["cells"]:
         if cell["level"] == "accuracy":
             continue
-        key = f"{cell['level']}, {cell['pass']}, {cell['dtype']}"
+        contenders = panels.setdefault((cell["level"], cell["pass"], cell["dtype"]), {})
         for name, entry in cell["contenders"].items():
-            panels.setdefault(key, {}).setdefault(name, []).append(entry["ratio"])
+            contenders.setdefault(name, {}).setdefault((cell["rows"], cell["channels"]), []).append(entry["ratio"])
     if not panels:
         return
-    figure, axes = pyplot.subplots(len(panels), 1, figsize=(7, 2.2 * len(panels)), layout="constrained", squeeze=False)
-    for axis, (title, ratios) in zip(axes[:, 0], panels.items()):
-        middle = [statistics.median(values) for values in ratios.values()]
-        error = [[m - min(v) for m, v in zip(middle, ratios.values())], [max(v) - m for m, v in zip(middle, ratios.values())]]
-        axis.barh(list(ratios), middle, xerr=error)
+    heights = [1 + 0.25 * len(contenders) for contenders in panels.values()]
+    figure, axes = pyplot.subplots(len(panels), 1, figsize=(8, sum(heights)), height_ratios=heights, layout="constrained",
+                                   squeeze=False)
+    for axis, ((level, which, dtype), contenders) in zip(axes[:, 0], panels.items()):
+        known = [name for contender in CONTENDERS for name, _ in named(contenders, contender)]
+        names = list(dict.fromkeys([*known, *contenders]))
+        sizes = sorted({size for each in contenders.values() for size in each})
+        for number, size in enumerate(sizes):
+            here = [(row, contenders[name][size]) for row, name in enumerate(names) if size in contenders[name]]
+            offset = 0.6 * ((number + 0.5) / len(sizes) - 0.5)
+            middle = [statistics.median(values) for _, values in here]
+            error = [[m - min(values) for m, (_, values) in zip(middle, here)],
+                     [max(values) - m for m, (_, values) in zip(middle, here)]]
+            axis.errorbar(middle, [row + offset for row, _ in here], xerr=error, fmt="o", markersize=4, elinewidth=1.5,
+                          label=f"{size[0]} x {size[1]}")
         axis.axvline(1.0, color="black", linewidth=0.8)
-        axis.set_xscale("log")
-        axis.set_title(f"{title}: time / LayerNorm, median and range of the cells", fontsize=9)
+        axis.set_yticks(range(len(names)), names)
         axis.invert_yaxis()
+        if level == "layer":
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_minor_locator(ticker.NullLocator())
+        axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_title(f"{level}, {which}, {dtype}: time / LayerNorm", fontsize=9)
+        axis.legend(title="rows x C", fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
