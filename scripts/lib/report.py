@@ -3,7 +3,8 @@
 python scripts/lib/report.py --readme [--check]
 
 writes the tables of README.md: between <!-- records: PATTERN... --> and <!-- end of records --> the table of the
-records that the patterns name, or what a record of scripts/benchmark.py says in short. With --check it changes nothing and fails if a table is not that of its records.
+records that the patterns name, or what a record of scripts/benchmark.py says in short. With --check it changes nothing
+and fails if a table is not that of its records.
 """
 
 import argparse
