@@ -22,6 +22,9 @@ from . import functional, kernels
 
 VARIANTS = ("reference", "algorithm2")
 
+# torch.compiler.disable loads the compiler at once, a second at the start of every process; this one at the first call.
+_outside_of_compiled_code = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+
 
 class MaskSlot:
     """Holds the padding mask of the layer call in progress, for norms that are called without one."""
@@ -236,6 +239,8 @@ class RunningNorm(nn.Module):
         """Check the input; return its mask, the slot's if the call gave none."""
         if x.dim() not in (2, 3) or x.size(-1) != self.dim:
             raise ValueError(f"input of shape {tuple(x.shape)}: expected T x B x {self.dim} or N x {self.dim}")
+        if not x.is_floating_point():
+            raise ValueError(f"input of dtype {x.dtype}: expected float16, bfloat16, float32 or float64")
         if padding_mask is None and self.mask_slot is not None:
             padding_mask = self.mask_slot.padding_mask
         if padding_mask is None:
@@ -273,7 +278,7 @@ class RunningNorm(nn.Module):
             valid = torch.zeros(x.numel() // self.dim, dtype=torch.bool, device=x.device)
         return (self._train_uncompiled if torch.compiler.is_compiling() else self._train)(x, valid)
 
-    @torch.compiler.disable
+    @_outside_of_compiled_code
     def _train_uncompiled(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
         """Buffers that change inside a compiled region give wrong gradients: training stays outside of it."""
         return self._train(x, valid)

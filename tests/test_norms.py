@@ -691,20 +691,23 @@ def test_bad_arguments_are_named(arguments, message):
 
 @pytest.mark.parametrize("kind", RUNNING)
 @pytest.mark.parametrize(
-    "shape,mask,message",
+    "x,mask,message",
     [
-        ((5, 3, 7), None, r"\(5, 3, 7\): expected T x B x 8"),
-        ((8,), None, r"\(8,\): expected"),
-        ((5, 3, 8), torch.zeros(5, 3, dtype=torch.bool), r"padding_mask of shape \(5, 3\): expected \(3, 5\)"),
-        ((5, 8), torch.zeros(4, dtype=torch.bool), r"padding_mask of shape \(4,\): expected \(5,\)"),
-        ((5, 3, 8), torch.zeros(3, 5), r"dtype torch.float32: expected bool"),
+        (torch.randn(5, 3, 7), None, r"\(5, 3, 7\): expected T x B x 8"),
+        (torch.randn(8), None, r"\(8,\): expected"),
+        (torch.ones(5, 8, dtype=torch.long), None, r"input of dtype torch.int64: expected float16"),
+        (torch.ones(5, 8, dtype=torch.complex64), None, r"input of dtype torch.complex64: expected float16"),
+        (torch.randn(5, 3, 8), torch.zeros(5, 3, dtype=torch.bool),
+         r"padding_mask of shape \(5, 3\): expected \(3, 5\)"),
+        (torch.randn(5, 8), torch.zeros(4, dtype=torch.bool), r"padding_mask of shape \(4,\): expected \(5,\)"),
+        (torch.randn(5, 3, 8), torch.zeros(3, 5), r"dtype torch.float32: expected bool"),
     ],
 )
 @pytest.mark.parametrize("training", [True, False])
-def test_bad_inputs_are_named(kind, shape, mask, message, training):
-    """A wrong shape of input or mask raises ValueError stating the shape found and the one expected."""
+def test_bad_inputs_are_named(kind, x, mask, message, training):
+    """A wrong shape or dtype of input or mask raises ValueError stating the one found and the one expected."""
     with pytest.raises(ValueError, match=message):
-        build_norm(kind, 8).train(training)(torch.randn(shape), mask)
+        build_norm(kind, 8).train(training)(x, mask)
 
 
 def test_build_norm():
