@@ -6,7 +6,8 @@
 import argparse
 import os
 import sys
-from typing import Any, Container, Dict, List, Optional, Sequence
+from contextlib import contextmanager
+from typing import Any, Container, Dict, Iterator, List, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -53,20 +54,30 @@ def check_output(path: str, overwrite: bool) -> None:
         raise ValueError(f"output {path!r}: its directory does not exist")
 
 
-def save(state: State, path: str, overwrite: bool = False) -> None:
-    """Write a checkpoint whole or not at all.
+@contextmanager
+def whole_file(path: str, overwrite: bool = False) -> Iterator[str]:
+    """Yields the name of a temporary file, which becomes ``path`` when the block ends well and vanishes when it does not.
 
     Raises:
-        ValueError: ``path`` exists and ``overwrite`` is False, or its directory does not exist
+        ValueError: ``path`` exists and ``overwrite`` is False, its directory does not exist, or it cannot be written
     """
     check_output(path, overwrite)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        torch.save(state, temporary)
+        yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(f"output {path!r}: cannot be written: {error.strerror or error}") from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def save(state: State, path: str, overwrite: bool = False) -> None:
+    """Write a checkpoint whole or not at all; raises ValueError as :func:`whole_file`."""
+    # given a name, torch does not say why a file cannot be written
+    with whole_file(path, overwrite) as temporary, open(temporary, "wb") as stream:
+        torch.save(state, stream)
 
 
 def norm_in(names: Container[str], prefix: str) -> Optional[str]:

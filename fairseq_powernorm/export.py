@@ -11,7 +11,6 @@ there.
 """
 import argparse
 import copy
-import os
 import sys
 import warnings
 from typing import Callable, Dict, List, Optional, Tuple
@@ -113,7 +112,8 @@ def to_torchscript(model: nn.Module, path: str) -> Callable[[Inputs], Tensor]:
     """Write a model as TorchScript; returns a function that runs the file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scripting itself is deprecated
-        torch.jit.save(torch.jit.script(scriptable(model)), path)
+        with open(path, "wb") as stream:
+            torch.jit.save(torch.jit.script(scriptable(model)), stream)
         loaded = torch.jit.load(path)
     padding = model.decoder.padding_idx
 
@@ -184,7 +184,8 @@ def export(model: nn.Module, format: str, path: str, overwrite: bool = False) ->
         largest difference of log-probabilities between model and file on a few random batches
 
     Raises:
-        ValueError: the format is unknown, the file exists, the model cannot be exported, or the file computes others
+        ValueError: the format is unknown, the file exists or cannot be written, the model cannot be exported, or the file
+            computes others
     """
     if format not in FORMATS:
         raise ValueError(f"format {format!r}: must be one of {', '.join(FORMATS)}")
@@ -193,17 +194,12 @@ def export(model: nn.Module, format: str, path: str, overwrite: bool = False) ->
     model = copy.deepcopy(model).eval()
     expected = [LogProbabilities(model)(**inputs) for inputs in examples(model)]
     batches = examples(model)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
+    with checkpoint.whole_file(path, overwrite) as temporary:
         run = FORMATS[format](model, temporary)
         difference = max(float((run(inputs) - each).abs().max()) for inputs, each in zip(batches, expected))
         largest = max(float(each.abs().max()) for each in expected)
         if not difference <= TOLERANCE * max(1.0, largest):
             raise ValueError(f"log-probabilities of the exported model differ by {difference:.1e}: nothing is written")
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
     return difference
 
 

@@ -110,6 +110,22 @@ def test_the_command_refuses_to_overwrite(runs, tmp_path):
     assert "model" in checkpoint.load(str(output))
 
 
+def test_a_full_disk(tmp_path):
+    """A disk that is full is named, and leaves nothing; what stood there stays."""
+    output = tmp_path / "out.pt"
+    output.write_text("precious")
+    program = (
+        "import resource, torch\n"
+        "from fairseq_powernorm import checkpoint\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        f"checkpoint.save({{'model': {{'w': torch.zeros(1000)}}}}, {str(output)!r}, overwrite=True)\n"
+    )
+    done = toy.command("python", "-c", program, check=False)
+    assert done.returncode == 1 and done.stderr.endswith(f"ValueError: output {str(output)!r}: cannot be written: "
+                                                         "File too large\n"), done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out.pt"] and output.read_text() == "precious"
+
+
 def test_loading_executes_no_code(tmp_path):
     """A checkpoint that would run code when unpickled is refused, and the code does not run."""
 

@@ -270,6 +270,7 @@ def test_train_refuses(scripts, tmp_path):
     assert set(contents(scripts.runs)) - locks == set(before) - locks
     message = Scripts(tmp_path).refuses("train", "demo", "power")
     assert "is not prepared; run: scripts/prepare.sh demo" in message
+    assert "/dev/null/x cannot be made: /dev/null: File exists" in scripts.refuses("train", "demo", "power", "--run-dir", "/dev/null/x")
 
 
 def test_train_leaves_its_settings(trained):
@@ -338,6 +339,28 @@ def test_train_lock_and_interruption(trained, tmp_path):
          str(run / "train.log")], cwd=LIB, stdout=subprocess.PIPE, check=True).stdout)
     updates = [entry["updates"] for entry in curve["valid"]]
     assert updates == sorted(set(updates)), "repeated updates count once"
+
+
+def test_train_on_a_full_disk(scripts, tmp_path):
+    """A log that cannot be written is one clear line and the end of the training; --resume goes on with it."""
+    arguments = ["demo", "power", "--run-dir", tmp_path / "run", "--resume", *SMALL, "optimization.max_update=2"]
+    limited = "ulimit -f 12; exec bash \"$@\""  # kilobytes a file
+    done = subprocess.run(["bash", "-c", limited, "bash", ROOT / "scripts" / "train.sh", *arguments], text=True,
+                          env=scripts.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 2 and "Traceback" not in done.stdout and done.stdout.count("error: ") == 1, done.stdout
+    assert "error: File too large: cannot go on logging to " in done.stdout
+    assert "finished" in scripts.ok("train", *arguments), "no process holds the run any more"
+
+
+@pytest.mark.parametrize("command,status,message", [
+    ("reproduce_table1.sh --dry-run | head -n 1", 128 + signal.SIGPIPE, "bash scripts/prepare.sh iwslt14\n"),
+    ("reproduce_table1.sh --dry-run > /dev/full", 2, "error: cannot write: No space left on device\n"),
+])
+def test_output_that_nobody_takes(command, status, message):
+    """A pipe that is closed, and a full disk, end a script without a traceback."""
+    done = subprocess.run(["bash", "-c", f"bash scripts/{command}; exit ${{PIPESTATUS[0]}}"], cwd=ROOT, text=True,
+                          env={**os.environ, "PYTHON": sys.executable}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert (done.returncode, done.stdout) == (status, message)
 
 
 def test_statistics_begin_anew(tmp_path):

@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,20 +27,40 @@ NORM_OPTIONS = ("encoder_norm_self", "encoder_norm_ff", "decoder_norm_self", "de
 PLACEMENTS = {"encoder": (True, True, False, False), "all": (True, True, True, True)}
 
 
+# What a disk says that is full, read-only or broken, and a path that leads nowhere.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+
+
 class UserError(Exception):
     """Input that a script refuses; the message names the option, the value and what is valid."""
 
 
 def main(function, *arguments):
-    """Runs a script's main function; a refusal is one line on stderr and exit status 2."""
+    """Runs a script's main function; a refusal, the disk's too, is one line on stderr and exit status 2."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal need not know every character
     try:
-        sys.exit(function(*arguments))
-    except UserError as error:
+        status = function(*arguments)
         sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(status)
+    except UserError as error:
+        refuse(error)
+    except BrokenPipeError:  # "| head" has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        refuse(f"{error.filename or 'cannot write'}: {error.strerror}")
+    except KeyboardInterrupt:
+        refuse("interrupted", 128 + signal.SIGINT)
+
+
+def refuse(reason, status=2):
+    with contextlib.suppress(OSError):  # the disk that is full
+        sys.stdout.flush()
+    print(f"error: {reason}", file=sys.stderr)
+    sys.exit(status)
 
 
 def data_root():
@@ -181,8 +202,12 @@ def locked(directory, patience=1.0):
     The lock is a file beside the directory. It opens when the process ends, however it ends, and the children that were
     given the file have ended, too. in_use() holds it for an instant, hence the patience.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock_path(directory), "a") as stream:
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(lock_path(directory), "a")
+    except OSError as error:
+        raise UserError(f"{directory} cannot be made: {error.filename}: {error.strerror}") from None
+    with stream:
         end = time.monotonic() + patience
         while True:
             try:

@@ -223,14 +223,21 @@ def session(run, facts, command, config, lock, launcher=None):
                                pass_fds=(lock.fileno(),), env=environment)
     stopped = stop_with_us(process)
     tail = collections.deque(maxlen=20)
-    with open(run / "train.log", "a", encoding="utf-8") as log, Rhythm() as rhythm:
-        for line in process.stdout:
-            log.write(line)
-            log.flush()
-            tail.append(line)
-            short = trainlog.brief(line.rstrip("\n"), max_update, remark)
-            if short is not None:
-                rhythm.show(short)
+    try:
+        with open(run / "train.log", "a", encoding="utf-8") as log, Rhythm() as rhythm:
+            for line in process.stdout:
+                log.write(line)
+                log.flush()
+                tail.append(line)
+                short = trainlog.brief(line.rstrip("\n"), max_update, remark)
+                if short is not None:
+                    rhythm.show(short)
+    except OSError as error:  # a disk that is full, or nobody who reads what is shown
+        stop(process)
+        process.stdout.close()
+        process.wait()
+        raise UserError(f"{error.strerror}: cannot go on logging to {run / 'train.log'}; training was stopped, and --resume "
+                        f"goes on with it") from None
     status = process.wait()
     if stopped and status:
         status = -stopped[0]  # whatever the launcher made of it
@@ -275,16 +282,21 @@ def stop_with_us(process):
     """Lets SIGTERM and SIGINT to this process end the other, too; gives the list of signals that have come."""
     stopped = []
 
-    def stop(number, _frame):
+    def pass_on(number, _frame):
         stopped.append(number)
-        process.terminate()
-        timer = threading.Timer(STOP_PATIENCE, process.kill)
-        timer.daemon = True
-        timer.start()
+        stop(process)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+        signal.signal(number, pass_on)
     return stopped
+
+
+def stop(process):
+    """Ends another process, by force if it takes its time."""
+    process.terminate()
+    timer = threading.Timer(STOP_PATIENCE, process.kill)
+    timer.daemon = True
+    timer.start()
 
 
 class Rhythm:
