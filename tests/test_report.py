@@ -405,6 +405,14 @@ def test_language_models_table():
     assert report.CAUSALITY in report.notes(part)
 
 
+def test_significance_in_words():
+    """Each seed's difference from LN and p; a seed without a test, and one whose scores are equal, have none."""
+    tests = [{"score": 30.5, "baseline": 30.0, "p_value": 0.0412}, None,
+             {"score": 29.0, "baseline": 31.25, "p_value": 0.001}, {"score": 30.0, "baseline": 30.0, "p_value": None}]
+    assert report.by_seed({"tests": tests}) == "+0.50 (0.041), -, -2.25 (0.001), +0.00"
+    assert report.by_seed({"tests": [None, None]}) == ""
+
+
 def test_significance_belongs_to_its_records(texts, tmp_path, monkeypatch):
     """p-values come from the translations of a record's run; they are kept as long as the scores are the records',
     and no longer; translations that are not those of the record give none."""

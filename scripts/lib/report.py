@@ -213,7 +213,7 @@ def add_table(part, records, tests):
                                     ("benchmark", "architecture", "seeds", "subset", *metrics)},
             "numbers": {name: cell(line, name, metrics) for name in metrics},
             "difference": mean(differences) if common and line is not baseline else None,
-            "p_values": [tests.get(name, {}).get("p_value") for name in line.names],
+            "tests": [tests.get(name) for name in line.names],
             "paper": PAPER.get((part["benchmark"], part["arch"]), {}).get(line.row.norm) if published else None,
             "seeds": [{"seed": record["seed"], "score": f"{value(record):.2f}", "name": name,
                        "anchor": name.replace("/", "-"), "record": f"{name}.json"}
@@ -222,10 +222,19 @@ def add_table(part, records, tests):
     part["has_paper"] = any(row["paper"] is not None for row in part["rows"])
 
 
-def p_values(row):
-    """The significance of a row as text: a p-value for each seed."""
-    return ", ".join("-" if p is None else f"{p:.3f}" for p in row["p_values"]) if any(
-        p is not None for p in row["p_values"]) else ""
+#: heading of the column that by_seed() fills
+BY_SEED = "sacreBLEU against LN by seed (p)"
+
+
+def by_seed(row):
+    """The paired tests of a row as text: the difference for each seed, and its p-value unless there is none."""
+    def text(test):
+        if test is None:
+            return "-"
+        difference = signed(test["score"] - test["baseline"])
+        return difference if test["p_value"] is None else f"{difference} ({test['p_value']:.3f})"
+
+    return ", ".join(map(text, row["tests"])) if any(row["tests"]) else ""
 
 
 def signed(number):
@@ -239,7 +248,7 @@ def notes(part):
     if several:
         found.append("Mean ± standard deviation over the seeds.")
     if part["tested"]:
-        found.append("p: sacreBLEU's paired bootstrap test (1,000 samples) against LN of the same seed, for each seed.")
+        found.append("By seed: the difference from LN of the same seed, and p of sacreBLEU's paired bootstrap test (1,000 samples).")
     elif not part["lm"]:
         found.append("No significance: it needs the translations of LN and of another norm, in the run directories.")
     if part["lm"] and part["has_paper"]:
@@ -251,13 +260,13 @@ def notes(part):
 
 def plain_rows(part):
     """(headings, rows) of a section's table as text."""
-    headings = [*part["rows"][0]["cells"], *part["metrics"], "against LN", *(["p"] if part["tested"] else []),
+    headings = [*part["rows"][0]["cells"], *part["metrics"], "against LN", *([BY_SEED] if part["tested"] else []),
                 *(["paper"] if part["has_paper"] else [])]
     rows = []
     for row in part["rows"]:
         paper = [] if not part["has_paper"] else ["" if row["paper"] is None else f"{row['paper']:.1f}"]
         rows.append([*map(str, row["cells"].values()), *row["numbers"].values(), signed(row["difference"]),
-                     *([p_values(row)] if part["tested"] else []), *paper])
+                     *([by_seed(row)] if part["tested"] else []), *paper])
     return headings, rows
 
 
@@ -280,7 +289,7 @@ def as_csv(parts):
     names = list(dict.fromkeys(name for part in parts for name in part["metrics"]))
     fields = ["benchmark", "architecture", "norm", "placement", "layer scale", "variant", "updates", "seeds"]
     writer = csv.DictWriter(stream, [*fields, *(f"{name} {of}" for name in names for of in ("mean", "deviation")),
-                                     "against LN", "p", "paper"], lineterminator="\n")
+                                     "against LN", BY_SEED, "paper"], lineterminator="\n")
     writer.writeheader()
     for part in parts:
         for row in part["rows"]:
@@ -294,8 +303,7 @@ def as_csv(parts):
                 **told, "architecture": part["arch"], "placement": line.row.placement,
                 "updates": " ".join(str(record["updates"]) for record in line.records),
                 "seeds": " ".join(str(seed["seed"]) for seed in row["seeds"]), **numbers,
-                "against LN": row["difference"], "p": " ".join("-" if p is None else str(p) for p in row["p_values"])
-                if part["tested"] else "", "paper": row["paper"]})
+                "against LN": row["difference"], BY_SEED: by_seed(row), "paper": row["paper"]})
     return stream.getvalue()
 
 
@@ -309,7 +317,7 @@ def as_html(subject, parts, missing, records):
                           for i, picture in part["pictures"]]
     return environment.get_template("report.html.j2").render(
         title=TITLES[subject], parts=parts, missing=missing, records=records, notes=notes, signed=signed,
-        p_values=p_values)
+        by_seed=by_seed, by_seed_heading=BY_SEED)
 
 
 # ---- README.md -------------------------------------------------------------------------------------------------------
