@@ -344,8 +344,7 @@ for threads in (3, 3, 1):
     leaf = x.clone().requires_grad_()
     norm(leaf).pow(3).sum().backward()
     results.append([leaf.grad, norm.weight.grad, norm.running_phi, norm.ema_gz])
-after = count()
-assert after == before, (before, after)
+    assert count() <= before, (threads, before, count())  # some versions of torch end threads that they no longer need
 runtimes = {line.split()[-1] for line in open("/proc/self/maps") if any(n in line for n in ("libgomp", "libiomp", "libomp"))}
 assert len(runtimes) == 1, runtimes
 assert all(torch.equal(a, b) for a, b in zip(results[0], results[1]))
