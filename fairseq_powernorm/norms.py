@@ -22,7 +22,7 @@ from . import functional, kernels
 
 VARIANTS = ("reference", "algorithm2")
 
-# torch.compiler.disable loads the compiler at once, a second at the start of every process; this one at the first call.
+# torch.compiler.disable loads torch's compiler at once, in every process; this one when it is first called.
 _outside_of_compiled_code = getattr(torch, "_disable_dynamo", torch.compiler.disable)
 
 

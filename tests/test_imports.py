@@ -83,8 +83,8 @@ def test_imports_point_down(root):
 
 
 def test_norms_work_without_fairseq(root):
-    """``from fairseq_powernorm.norms import PowerNorm`` trains a step where fairseq is not installed, without torch's
-    compiler, which takes a second to load."""
+    """``from fairseq_powernorm.norms import PowerNorm`` trains a step where fairseq is not installed, and does not load
+    torch's compiler."""
     blocked = "fairseq"
     program = (
         "import importlib.abc, sys, importlib.util, torch\n"

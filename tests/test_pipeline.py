@@ -348,12 +348,12 @@ def test_train_on_a_full_disk(scripts, tmp_path):
     done = subprocess.run(["bash", "-c", limited, "bash", ROOT / "scripts" / "train.sh", *arguments], text=True,
                           env=scripts.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 2 and "Traceback" not in done.stdout and done.stdout.count("error: ") == 1, done.stdout
-    assert "error: File too large: cannot go on logging to " in done.stdout
+    assert "error: File too large: progress can no longer be shown and logged in " in done.stdout
     assert "finished" in scripts.ok("train", *arguments), "no process holds the run any more"
 
 
 @pytest.mark.parametrize("command,status,message", [
-    ("reproduce_table1.sh --dry-run | head -n 1", 128 + signal.SIGPIPE, "bash scripts/prepare.sh iwslt14\n"),
+    ("reproduce_table1.sh --dry-run | true", 128 + signal.SIGPIPE, ""),
     ("reproduce_table1.sh --dry-run > /dev/full", 2, "error: cannot write: No space left on device\n"),
 ])
 def test_output_that_nobody_takes(command, status, message):

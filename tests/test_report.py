@@ -410,7 +410,8 @@ def test_significance_in_words():
     tests = [{"score": 30.5, "baseline": 30.0, "p_value": 0.0412}, None,
              {"score": 29.0, "baseline": 31.25, "p_value": 0.001}, {"score": 30.0, "baseline": 30.0, "p_value": None}]
     assert report.by_seed({"tests": tests}) == "+0.50 (0.041), -, -2.25 (0.001), +0.00"
-    assert report.by_seed({"tests": [None, None]}) == ""
+    assert report.unrounded({"tests": tests}) == {"sacreBLEU against LN by seed": "0.5 - -2.25 0.0", "p": "0.0412 - 0.001 -"}
+    assert report.by_seed({"tests": [None, None]}) == "" and report.unrounded({"tests": [None, None]}) == {}
 
 
 def test_significance_belongs_to_its_records(texts, tmp_path, monkeypatch):

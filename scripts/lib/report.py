@@ -237,6 +237,15 @@ def by_seed(row):
     return ", ".join(map(text, row["tests"])) if any(row["tests"]) else ""
 
 
+def unrounded(row):
+    """The same numbers, unrounded, as two columns of a CSV file."""
+    def column(value):
+        return " ".join("-" if test is None or value(test) is None else str(value(test)) for test in row["tests"])
+
+    return {"sacreBLEU against LN by seed": column(lambda test: test["score"] - test["baseline"]),
+            "p": column(lambda test: test["p_value"])} if any(row["tests"]) else {}
+
+
 def signed(number):
     return "" if number is None else f"{number:+.2f}"
 
@@ -248,7 +257,8 @@ def notes(part):
     if several:
         found.append("Mean ± standard deviation over the seeds.")
     if part["tested"]:
-        found.append("By seed: the difference from LN of the same seed, and p of sacreBLEU's paired bootstrap test (1,000 samples).")
+        found.append("By seed: the difference from LN of the same seed, and p of sacreBLEU's paired bootstrap test (1,000 "
+                     "samples).")
     elif not part["lm"]:
         found.append("No significance: it needs the translations of LN and of another norm, in the run directories.")
     if part["lm"] and part["has_paper"]:
@@ -289,7 +299,7 @@ def as_csv(parts):
     names = list(dict.fromkeys(name for part in parts for name in part["metrics"]))
     fields = ["benchmark", "architecture", "norm", "placement", "layer scale", "variant", "updates", "seeds"]
     writer = csv.DictWriter(stream, [*fields, *(f"{name} {of}" for name in names for of in ("mean", "deviation")),
-                                     "against LN", BY_SEED, "paper"], lineterminator="\n")
+                                     "against LN", "sacreBLEU against LN by seed", "p", "paper"], lineterminator="\n")
     writer.writeheader()
     for part in parts:
         for row in part["rows"]:
@@ -303,7 +313,7 @@ def as_csv(parts):
                 **told, "architecture": part["arch"], "placement": line.row.placement,
                 "updates": " ".join(str(record["updates"]) for record in line.records),
                 "seeds": " ".join(str(seed["seed"]) for seed in row["seeds"]), **numbers,
-                "against LN": row["difference"], BY_SEED: by_seed(row), "paper": row["paper"]})
+                "against LN": row["difference"], **unrounded(row), "paper": row["paper"]})
     return stream.getvalue()
 
 

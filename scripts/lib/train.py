@@ -236,8 +236,8 @@ def session(run, facts, command, config, lock, launcher=None):
         stop(process)
         process.stdout.close()
         process.wait()
-        raise UserError(f"{error.strerror}: cannot go on logging to {run / 'train.log'}; training was stopped, and --resume "
-                        f"goes on with it") from None
+        raise UserError(f"{error.strerror}: progress can no longer be shown and logged in {run / 'train.log'}; training was "
+                        f"stopped, and --resume goes on with it") from None
     status = process.wait()
     if stopped and status:
         status = -stopped[0]  # whatever the launcher made of it
