@@ -398,7 +398,7 @@ def accuracy_cells(options, say):
     """Largest errors of a training step of PN against the authors' arithmetic in float64, by the tolerance of a kernel."""
     import torch
     from authors_norm import AuthorsPowerNorm
-    from fairseq_powernorm.kernels.reference import TOLERANCE
+    from fairseq_powernorm.kernels.interface import TOLERANCE
     from fairseq_powernorm.norms import PowerNorm
 
     for (rows, channels), name, masked in itertools.product(options.shapes, options.dtype, (False, True)):

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from fairseq_powernorm import kernels
-from fairseq_powernorm.kernels import build, c, reference, triton
+from fairseq_powernorm.kernels import build, c, eager as reference, triton
 from fairseq_powernorm.kernels.__main__ import main as command
-from fairseq_powernorm.kernels.reference import TOLERANCE, PowerNormSpec
+from fairseq_powernorm.kernels.interface import TOLERANCE, PowerNormSpec
 from fairseq_powernorm.norms import PowerNorm, build_norm
 
 needs_c = pytest.mark.skipif(c.unavailable() is not None, reason=f"the C kernel cannot be used: {c.unavailable()}")
@@ -329,7 +329,7 @@ THREADS = """
 import importlib.util, os, torch
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == "fairseq" else find(name, *a)  # which brings an OpenMP of its own
-from fairseq_powernorm.kernels import c, reference
+from fairseq_powernorm.kernels import c, eager as reference
 from fairseq_powernorm.norms import PowerNorm
 count = lambda: len(os.listdir("/proc/self/task"))
 torch.set_num_threads(3)
@@ -427,7 +427,7 @@ def test_triton_is_for_gpus(monkeypatch):
 def test_without_a_gpu_triton_is_not_imported(root):
     """The package and its norms leave the module that imports Triton alone; a request for it is one line that says why it cannot be."""
     program = "import sys, fairseq_powernorm.norms as n, torch; n.PowerNorm(8)(torch.ones(3, 8))"
-    program += "; print('fairseq_powernorm.kernels.fused_triton' in sys.modules)"
+    program += "; print('fairseq_powernorm.kernels.triton_device' in sys.modules)"
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", kernels.VARIABLE)}
     environment["CUDA_VISIBLE_DEVICES"] = ""
     run = lambda *words, **more: subprocess.run(  # noqa: E731
@@ -453,11 +453,11 @@ def test_why_triton_cannot_be_used(monkeypatch):
     assert reason() == "the GPU's compute capability is 7.5, not 8.0 or later"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "fairseq_powernorm.kernels.fused_triton", raising=False)
-    monkeypatch.delattr(kernels, "fused_triton", raising=False)
+    monkeypatch.delitem(sys.modules, "fairseq_powernorm.kernels.triton_device", raising=False)
+    monkeypatch.delattr(kernels, "triton_device", raising=False)
     assert reason().startswith("Triton cannot be imported: ")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setitem(sys.modules, "fairseq_powernorm.kernels.fused_triton", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "fairseq_powernorm.kernels.triton_device", SimpleNamespace())
     assert reason().startswith("Triton does not work here: AttributeError: ") and triton._code is None
 
 

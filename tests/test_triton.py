@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import toy
 from fairseq_powernorm import kernels
-from fairseq_powernorm.kernels import reference
+from fairseq_powernorm.kernels import eager as reference
 from fairseq_powernorm.kernels import triton as kernel
 from fairseq_powernorm.kernels.__main__ import main as command
-from fairseq_powernorm.kernels.reference import TOLERANCE, PowerNormSpec
+from fairseq_powernorm.kernels.interface import TOLERANCE, PowerNormSpec
 from fairseq_powernorm.norms import PowerNorm
 from fairseq_powernorm.statistics import RunningStatistics
 from test_kernels import (
@@ -311,16 +311,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from importlib.util import module_from_spec, spec_from_file_location
 
-spec = spec_from_file_location("fused_triton", "fairseq_powernorm/kernels/fused_triton.py")
-fused_triton = module_from_spec(spec)  # alone: without the package, which imports fairseq
-spec.loader.exec_module(fused_triton)
+spec = spec_from_file_location("triton_device", "fairseq_powernorm/kernels/triton_device.py")
+triton_device = module_from_spec(spec)  # alone: without the package, which imports fairseq
+spec.loader.exec_module(triton_device)
 FLOATS = ("r", "psi2", "batch", "inv", "weight", "bias", "nu", "sums", "saved", "grad_weight", "grad_bias", "iters")
 TENSORS = {**{name + "_ptr": "*fp32" for name in FLOATS}, "valid_ptr": "*i1", "tally_ptr": "*fp64"}
 TYPES = {**TENSORS, **dict.fromkeys(("rows", "channels", "size", "parts"), "i32")}  # all else: a number
 TRUE = ("LAYER_SCALE", "OUTPUT", "SAVE", "SUMS", "HAS_PSI2", "BACKWARD_BATCH", "HAS_VALID", "HAS_WEIGHT", "HAS_BIAS")
 FALSE = ("PADDING", "HAS_INV", "FORWARD_BATCH", "JUMP", "HAS_BATCH", "SCALE_THERE")
 FLAGS = {**dict.fromkeys(TRUE, True), **dict.fromkeys(FALSE, False), "inv_ptr": None, "batch_ptr": None}
-FLAGS.update(TILE_ROWS=4, TILE_COLUMNS=512, STAGES=2, PARTS=fused_triton.END_PARTS)
+FLAGS.update(TILE_ROWS=4, TILE_COLUMNS=512, STAGES=2, PARTS=triton_device.END_PARTS)
 SWEEPS = ("forward", "backward")
 OTHERS = [  # with what differs from FLAGS
     ("forward_end", {}), ("forward_end", dict(FORWARD_BATCH=True, JUMP=True, HAS_BATCH=True, PADDING=True)),
@@ -334,8 +334,8 @@ OTHERS = [  # with what differs from FLAGS
 
 
 def compiled(capability, dtype, name, changes={}):
-    kernel = getattr(fused_triton, name)
-    size = fused_triton.STEP_CHANNELS if name.endswith("step") else fused_triton.END_CHANNELS
+    kernel = getattr(triton_device, name)
+    size = triton_device.STEP_CHANNELS if name.endswith("step") else triton_device.END_CHANNELS
     flags, names = {**FLAGS, "CHANNELS": size, **changes}, kernel.arg_names
     flags = {each: value for each, value in flags.items() if each in names}
     for each, needed in (("inv_ptr", "HAS_INV"), ("batch_ptr", "HAS_BATCH")):
