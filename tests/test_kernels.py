@@ -221,11 +221,12 @@ def test_bad_rows_stay_bad_and_alone(dtype, bad):
 def test_wrong_tensors_are_refused():
     """A per-channel tensor or a mask of the wrong size or kind is a ValueError, not a read out of bounds."""
     x, dy, weight, bias, psi2, nu = inputs((4, 8), torch.float32)
-    with pytest.raises(ValueError, match=r"shape \(7,\) on cpu: expected 8 values"):
-        kernels.evaluate(x, weight[:7])
-    spec = PowerNormSpec(1, 1e-5, 0.1, 1.0, False, True, False)
-    with pytest.raises(ValueError, match="expected 4 bool on cpu"):
-        c.power_forward(x, weight, bias, torch.ones(3, dtype=torch.bool), psi2, spec)
+    for wrong in (weight[:7], weight[:1], torch.cat([weight, weight])):
+        with pytest.raises(ValueError, match=rf"shape \({wrong.numel()},\): expected 8 values"):
+            kernels.evaluate(x, wrong)
+    for mask in (torch.ones(3, dtype=torch.bool), torch.ones(4, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="expected 4 bool"):
+            kernels.choose(x, weight, valid=mask)
 
 
 # ---------------------------------------------------------------- the modules on them
@@ -251,7 +252,7 @@ def compare_modules(name, options, device="cpu"):
     x, dy = (each.to(device) for each in inputs((9, 4, 32), torch.float32)[:2])
     mask = torch.arange(9).unsqueeze(0) >= torch.tensor([9, 5, 1, 7]).unsqueeze(1)
     mask, results = mask.to(device), []
-    for kernel in (name, "torch"):
+    for kernel in (name, "eager"):
         with kernels.only(kernel):
             assert kernels.choose(x) is kernels.KERNELS[kernel]
             norm = PowerNorm(32, **options).to(device)
@@ -372,11 +373,11 @@ def test_the_command_says_which_kernel_is_in_use_and_why(monkeypatch, capsys):
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
     assert command([]) == 0
     lines = {tuple(line.split()[:2]): line for line in capsys.readouterr().out.splitlines()}
-    assert "plain torch (triton: not made for cpu and float64; c: not made for cpu and float64)" in lines["cpu", "float64"]
+    assert "eager (plain torch) (triton: not made for cpu and float64; c: not made for cpu and float64)" in lines["cpu", "float64"]
     for dtype in ("float32", "bfloat16"):
         reason, why = c.unavailable(), f"triton: not made for cpu and {dtype}"
         assert lines["cpu", dtype].endswith(
-            f"{c.describe()} ({why})" if reason is None else f"plain torch ({why}; c: {reason})"
+            f"{c.describe()} ({why})" if reason is None else f"eager (plain torch) ({why}; c: {reason})"
         )
 
 
@@ -389,11 +390,11 @@ def test_the_environment_variable_chooses(root):
 
 
 def test_torch_can_be_asked_for(monkeypatch, capsys):
-    """POWERNORM_KERNEL=torch: said by the command, and so."""
-    monkeypatch.setenv(kernels.VARIABLE, "torch")
+    """POWERNORM_KERNEL=eager, or torch, its earlier name: said by the command, and so."""
+    monkeypatch.setenv(kernels.VARIABLE, "eager")
     monkeypatch.setattr(kernels, "_chosen", {})
     assert command([]) == 0
-    assert "plain torch (triton: POWERNORM_KERNEL=torch; c: POWERNORM_KERNEL=torch)" in capsys.readouterr().out.splitlines()[0]
+    assert "eager (plain torch) (triton: POWERNORM_KERNEL=eager; c: POWERNORM_KERNEL=eager)" in capsys.readouterr().out.splitlines()[0]
     assert kernels.choose(torch.randn(3, 8)) is reference
 
 
@@ -419,8 +420,8 @@ def test_triton_is_for_gpus(monkeypatch):
         found = {(device, dtype): kernels.explain(device, dtype)[0] for device in ("cpu", "cuda") for dtype in
                  (*TOLERANCE, torch.float64)}
         assert "triton" not in {name for (device, _), name in found.items() if device == "cpu"}
-        expected = "triton" if interpret == "0" and reason is None else "torch"
-        assert {found["cuda", dtype] for dtype in TOLERANCE} == {expected} and found["cuda", torch.float64] == "torch"
+        expected = "triton" if interpret == "0" and reason is None else "eager"
+        assert {found["cuda", dtype] for dtype in TOLERANCE} == {expected} and found["cuda", torch.float64] == "eager"
     assert kernels.explain("cuda", torch.float16)[1][0] == "triton: no reason"
 
 
@@ -478,7 +479,7 @@ def test_without_the_library_torch_serves(monkeypatch, tmp_path, caplog):
             for _ in range(2):
                 PowerNorm(8)(torch.randn(3, 8))
         (line,) = [record.getMessage() for record in caplog.records]
-        assert "kernel plain torch" in line and reason in line
+        assert "kernel eager (plain torch)" in line and reason in line
 
 
 def test_a_build_without_a_compiler_says_so(monkeypatch, tmp_path, capsys):

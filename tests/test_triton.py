@@ -148,7 +148,7 @@ def test_steps(options):
     """A batch of padding alone counts as a step and changes psi^2 no more than one that is not finite; a jump is bounded."""
     x, dy = (each.to(DEVICE) for each in inputs((12, 1030), torch.float32)[:2])
     results = []
-    for name in ("triton", "torch"):
+    for name in ("triton", "eager"):
         norm, seen = PowerNorm(1030, **options).to(DEVICE), []
         with kernels.only(name):
             for scale in (1.0, None, 2.0, float("nan"), 1e3):
@@ -169,7 +169,7 @@ def test_a_bfloat16_module():
     """Parameters in bfloat16: gradients in their dtype, equal to the torch kernel's to their precision."""
     x, dy, *_ = given((64, 32), torch.bfloat16)
     results = []
-    for name in ("triton", "torch"):
+    for name in ("triton", "eager"):
         with kernels.only(name):
             results.append(trained(PowerNorm(32, variant="algorithm2").bfloat16().to(DEVICE), x, dy, None))
     for got, want in zip(*results):
@@ -192,7 +192,7 @@ def test_autocast():
 def test_gradients_of_an_evaluation():
     """First and second derivative of a norm in evaluation: the torch kernel's."""
     found = []
-    for name in ("triton", "torch"):
+    for name in ("triton", "eager"):
         with kernels.only(name):
             norm, x = PowerNorm(8).to(DEVICE).eval(), torch.linspace(-2, 3, 40, device=DEVICE).view(5, 8).requires_grad_()
             (first,) = torch.autograd.grad(norm(x).pow(3).sum(), x, create_graph=True)
@@ -291,7 +291,7 @@ def test_the_interpreter_serves_only_if_asked(monkeypatch, capsys):
     """TRITON_INTERPRET=1 alone changes no choice; with POWERNORM_KERNEL=triton the command shows it."""
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
     x = torch.randn(3, 8)
-    with kernels.only("torch"):
+    with kernels.only("eager"):
         assert kernels.choose(x) is reference
     assert kernels.explain("cpu", torch.float32)[0] != "triton"
     with kernels.only("triton"):
