@@ -48,6 +48,11 @@ def in_transform() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def _transformed_gradient(grad_y: Tensor) -> bool:
+    """Does a backward pass run under a transform: several gradients at once, or the gradient of a gradient?"""
+    return in_transform() or torch._C._functorch.is_legacy_batchedtensor(grad_y)
+
+
 def unwrapped(tensor: Tensor) -> Tensor:
     """The tensor beneath the wrappers of ``torch.func.grad``."""
     while torch._C._functorch.is_gradtrackingtensor(tensor):
@@ -122,7 +127,7 @@ class _PowerNorm(torch.autograd.Function):
 def _backward(ctx, grad_y):
     if grad_y is None:
         return None, None, None, None
-    if in_transform():
+    if _transformed_gradient(grad_y):
         raise RuntimeError(
             "several gradients at once (vmap, is_grads_batched) through PowerNorm in training: each would be a step of nu; "
             "compute them one by one, or in evaluation mode"
@@ -306,7 +311,7 @@ class _BatchNorm(torch.autograd.Function):
             return None, None, None, None
         x, r, weight, bias, valid, mean, inv, own_count, count, denominator = ctx.saved_tensors
         _, _, _, spec, collect, reduce = ctx.call
-        if torch.is_grad_enabled() or in_transform():
+        if torch.is_grad_enabled() or _transformed_gradient(grad_y):
             # the gradient is itself to be differentiated or transformed: that of the formula
             if reduce is not None:
                 raise RuntimeError("second derivatives are not available where statistics are reduced in every pass (sync 'exact')")
@@ -391,8 +396,6 @@ def batch_norm(
 class _FinitePaddingGradient(torch.autograd.Function):
     """Identity; a gradient that is not finite does not pass where ``valid`` is False."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x, valid):
         return x.clone()
@@ -400,12 +403,17 @@ class _FinitePaddingGradient(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(inputs[1])
-        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx, grad):
         (valid,) = ctx.saved_tensors
         return torch.where(valid | torch.isfinite(grad), grad, 0.0), None
+
+
+class _TransformedFinitePaddingGradient(_FinitePaddingGradient):
+    """The same with what function transforms need and compilers do not take."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def jvp(ctx, tangent, _):
@@ -453,7 +461,8 @@ def batch_norm_formula(
     )
     y = eager.affine(u, eager.inverse_root(found, spec.eps), weight, bias)
     if row_valid is not None:
-        y = _FinitePaddingGradient.apply(y, row_valid)
+        compiling = torch.compiler.is_compiling()
+        y = (_FinitePaddingGradient if compiling else _TransformedFinitePaddingGradient).apply(y, row_valid)
     return y.to(x.dtype).reshape(x.shape), tally
 
 
@@ -474,7 +483,7 @@ class _Evaluation(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         x, r, weight, bias, saved, psi2 = ctx.saved_tensors
-        if torch.is_grad_enabled() or in_transform():
+        if torch.is_grad_enabled() or _transformed_gradient(grad_y):
             # the gradient is itself to be differentiated or transformed: ordinary autograd
             with torch.enable_grad():
                 inputs = [each for each, needed in zip((x, weight, bias), ctx.needs_input_grad) if needed]

@@ -186,10 +186,12 @@ def transformed() -> bool:
 def plain(tensor: Tensor) -> bool:
     """Is this tensor nothing but strided memory of its own class?
 
-    Not a subclass (fake, distributed, quantized ... tensors), not sparse or nested, not one of torch's lazy views (negation)
-    or zeros, and none whose storage has been released.
+    Not a subclass (fake, distributed, quantized ... tensors), not sparse or nested, not wrapped by a transform, not one of
+    torch's lazy views (negation) or zeros, and none whose storage has been released.
     """
-    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_neg() or tensor._is_zerotensor():
+    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or not torch._C._has_storage(tensor):
+        return False
+    if tensor.is_neg() or tensor._is_zerotensor():
         return False
     return tensor.data_ptr() != 0 or tensor.numel() == 0
 

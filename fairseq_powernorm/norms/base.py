@@ -296,6 +296,9 @@ class RunningNorm(nn.Module):
     def statistic(self, name: str) -> Tensor:
         """A statistic to change in place: one that is none of inference mode's, and wide, whatever was done to it."""
         buffer = self._buffers[name]
+        if torch.compiler.is_compiling():
+            return buffer
+        buffer = functional.unwrapped(buffer)
         if buffer.dtype is torch.float32 and not buffer.is_inference():
             return buffer
         if buffer.is_inference() and not torch.is_inference_mode_enabled():

@@ -198,7 +198,7 @@ class PowerNorm(SecondMomentNorm):
 
     def _train_alone(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
         """Training without a stage: each forward pass takes a step, and one that is repeated must see what it saw."""
-        psi2, recomputations = functional.unwrapped(self.statistic("running_phi")), self._recomputations
+        psi2, recomputations = self.statistic("running_phi"), self._recomputations
         if inside_backward() and recomputations:
             rows = x.detach()
             tally = choose(rows, valid=valid).second_moment(rows, valid, self.groups)
@@ -224,7 +224,7 @@ class PowerNorm(SecondMomentNorm):
                 remember(tally)
 
         parameters = self._parameters
-        nu = functional.unwrapped(self.statistic("ema_gz"))
+        nu = self.statistic("ema_gz")
         return functional.power_norm(
             x, parameters["weight"], parameters["bias"], valid, psi2, nu, spec, collect, self._reduce, self._lock
         )
@@ -241,8 +241,6 @@ class PowerNorm(SecondMomentNorm):
 
     def step_(self, part: str, tally: Tensor, buffers: State) -> None:
         statistics = (buffers["running_phi"], buffers["iters"]) if part == "forward" else (buffers["ema_gz"],)
-        if functional.in_transform():
-            statistics = tuple(functional.unwrapped(each) for each in statistics)
         backend = choose_for_step(tally, *statistics)
         if part == "forward":
             backend.advance_forward(tally, *statistics, self._step_spec())
