@@ -13,10 +13,9 @@ from typing import Any, Callable, ContextManager, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .kernels import choose, choose_for_gradient, eager, wants_gradient
-from .kernels.interface import Backend, PowerNormSpec, plain
+from .kernels.interface import Backend, OwnStep, PowerNormSpec, plain, writable
 
 __all__ = ["BatchSpec", "PowerNormSpec", "batch_norm", "batch_norm_formula", "layer_scale", "power_norm", "running_norm"]
 
@@ -73,17 +72,21 @@ class _Call(NamedTuple):
     collect: Collect
     reduce: Optional[Reduce]
     guard: ContextManager[Any]
+    step: Optional[OwnStep]
 
 
 def _power_forward(x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], call: _Call):
     """The backend, and what it made of a forward pass."""
-    valid, psi2, _, spec, collect, reduce, _ = call
+    valid, psi2, _, spec, collect, reduce, _, step = call
     backend = choose(x, weight, bias, psi2, valid=valid)
     batch = None
     if reduce is not None and (spec.forward_batch or spec.backward_batch or spec.jump < math.inf):
         batch = eager.mean_of(reduce(backend.second_moment(x, valid, spec.groups)), psi2)
-    y, r, saved, tally = backend.power_forward(x, weight, bias, valid, psi2, spec, batch)
-    collect("forward", tally)
+    if step is not None and backend is not eager and writable(step.psi2) and writable(step.iters):
+        y, r, saved, _ = backend.power_forward(x, weight, bias, valid, psi2, spec, batch, step)
+    else:
+        y, r, saved, tally = backend.power_forward(x, weight, bias, valid, psi2, spec, batch)
+        collect("forward", tally)
     return backend, y, r, saved
 
 
@@ -104,8 +107,10 @@ def _power_backward(
     # nu is read when the backward pass runs, by the method's definition: it is not a saved tensor
     with call.guard:
         backend = choose_for_gradient(backend, grad_y, x, r, weight, saved, valid, call.nu)
-        grads = backend.power_backward(grad_y, x, r, weight, valid, saved, call.nu, call.spec, want_x=want_x)
-        call.collect("backward", grads.tally)
+        step = call.step if backend is not eager and call.step is not None and writable(call.step.nu) else None
+        grads = backend.power_backward(grad_y, x, r, weight, valid, saved, call.nu, call.spec, want_x=want_x, step=step)
+        if step is None:
+            call.collect("backward", grads.tally)
     return grads.x, None if weight is None else grads.weight, grads.bias
 
 
@@ -120,8 +125,13 @@ class _PowerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y):
-        # the wrapper, which makes a second derivative an error, costs as much as a small kernel
-        return _backward_once(ctx, grad_y) if torch.is_grad_enabled() else _backward(ctx, grad_y)
+        if not torch.is_grad_enabled():
+            return _backward(ctx, grad_y)
+        with torch.no_grad():
+            grads = [None if each is None else each.requires_grad_() for each in _backward(ctx, grad_y)]
+        # whoever differentiates the approximate gradient once more gets an error, not a part of the derivative
+        error = torch._C._functions.DelayedError(b"the gradient of PowerNorm in training is an approximation: it can't be differentiated", len(grads))
+        return error(*grads)
 
 
 def _backward(ctx, grad_y):
@@ -137,9 +147,6 @@ def _backward(ctx, grad_y):
         grad_y, x, r, weight, saved, valid, ctx.call, ctx.kernel, ctx.needs_input_grad[0]
     )
     return grad_x, grad_weight, grad_bias if ctx.needs_input_grad[2] else None, None
-
-
-_backward_once = once_differentiable(_backward)
 
 
 class _TransformedPowerNorm(torch.autograd.Function):
@@ -182,6 +189,7 @@ def power_norm(
     collect: Collect,
     reduce: Optional[Reduce] = None,
     guard: ContextManager[Any] = nullcontext(),
+    step: Optional[OwnStep] = None,
 ) -> Tensor:
     """Layer scale and Power Normalization of rows, with the method's approximate gradient (Algorithm 2).
 
@@ -196,11 +204,12 @@ def power_norm(
             backward pass with those of ``weight * dy * z`` (gradient scale taken out) and ``z^2``
         reduce: makes the batch's second moment that of all processes, where ``spec`` divides by it
         guard: entered while the backward pass reads nu and calls ``collect``
+        step: the step of the running statistics that a backend may take in place of ``collect``
 
     Returns:
         shape and dtype of ``x``
     """
-    call = _Call(valid, psi2, nu, spec, collect, reduce, guard)
+    call = _Call(valid, psi2, nu, spec, collect, reduce, guard, step)
     if in_transform():
         return _TransformedPowerNorm.apply(x, weight, bias, call)[0]
     return _PowerNorm.apply(x, weight, bias, call)

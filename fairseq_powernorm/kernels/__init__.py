@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import c, eager, triton
-from .interface import Backend, plain, readable, transformed, whole, writable
+from .interface import Backend, plain, readable, transformed, writable
 
 __all__ = ["KERNELS", "choose", "choose_for_gradient", "choose_for_step", "eager", "evaluate", "explain", "only", "requested"]
 
@@ -126,11 +126,9 @@ def choose(x: Tensor, *vectors: Optional[Tensor], valid: Optional[Tensor] = None
     for each in vectors:
         if each is not None and not readable(each, x):
             return eager
-    if valid is not None and not (
-        plain(valid) and valid.device == x.device and valid.is_contiguous() and whole(valid)
-    ):
+    if valid is not None and not (plain(valid) and valid.device == x.device and valid.is_contiguous()):
         return eager
-    return backend if whole(x) else eager
+    return backend
 
 
 def choose_for_gradient(
@@ -155,7 +153,6 @@ def choose_for_gradient(
             and each.dtype is dtype
             and each.device == x.device
             and (each.shape == shape if shape is not None else each.is_contiguous())
-            and whole(each)
         ):
             return eager
     return backend
@@ -163,7 +160,7 @@ def choose_for_gradient(
 
 def choose_for_step(tally: Tensor, *statistics: Tensor) -> Backend:
     """The backend for a step of running statistics, which it writes: float32 memory that is wholly their own."""
-    if transformed() or not (plain(tally) and tally.dtype is torch.float64 and tally.is_contiguous() and whole(tally)):
+    if transformed() or not (plain(tally) and tally.dtype is torch.float64 and tally.is_contiguous()):
         return eager
     key = (tally.device.type, torch.float32)
     backend = _chosen.get(key) or _find(key)

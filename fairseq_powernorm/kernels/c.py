@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import build, eager
-from .interface import Backward, Forward, PowerNormSpec, StepSpec
+from .interface import Backward, Forward, OwnStep, PowerNormSpec, StepSpec
 
 #: number of an element type in the C code
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _CPU = torch.device("cpu")
+_NO_FORWARD_STEP = None, None, 0.0, 0.0, 0.0, 0.0
+_NO_BACKWARD_STEP = None, 0.0, 0.0
 #: what the functions of the C code return
 _NO_MEMORY, _NOT_FINITE = 1, 2
 _FORWARD_BATCH, _BACKWARD_BATCH, _SKIP_PADDING = 1, 2, 4
@@ -37,8 +39,10 @@ def _load(library) -> ctypes.CDLL:
     rows = [pointer, size, size, size]
     shape = [number, size, size, size, number]
     loaded.pn_evaluate.argtypes = [*shape, *rows, pointer, pointer, pointer, real, pointer]
-    loaded.pn_forward.argtypes = [*shape, *rows, *[pointer] * 5, real, real, number, *[pointer] * 4]
-    loaded.pn_backward.argtypes = [*shape, *rows, *rows, *[pointer] * 5, real, real, *[pointer] * 4]
+    loaded.pn_forward.argtypes = [
+        *shape, *rows, *[pointer] * 5, real, real, number, *[pointer] * 6, real, real, real, real
+    ]
+    loaded.pn_backward.argtypes = [*shape, *rows, *rows, *[pointer] * 5, real, real, *[pointer] * 5, real, real]
     loaded.pn_advance_forward.argtypes = [size, size, *[pointer] * 3, *[real] * 5]
     loaded.pn_advance_backward.argtypes = [size, size, pointer, pointer, real, real]
     loaded.pn_use_instructions.argtypes, loaded.pn_use_instructions.restype = [number], ctypes.c_char_p
@@ -143,7 +147,7 @@ def second_moment(x: Tensor, valid: Optional[Tensor], groups: int) -> Tensor:
     saved, tally = _empty(3, channels), _empty(channels + 2, dtype=torch.float64)
     _check(_library.pn_forward(
         *shape, _at(x), *strides, _at(valid), None, None, _at(ones), None, 0.0, float("inf"), _SKIP_PADDING, None, None,
-        _at(saved), _at(tally),
+        _at(saved), _at(tally), *_NO_FORWARD_STEP,
     ))
     return tally
 
@@ -156,21 +160,33 @@ def power_forward(
     psi2: Tensor,
     spec: PowerNormSpec,
     batch: Optional[Tensor] = None,
+    step: Optional[OwnStep] = None,
 ) -> Forward:
     """See :func:`.eager.power_forward`."""
     shape = _shape(x, spec.groups)
     _, rows, channels, _, _ = shape
     weight, bias, psi2, batch = _floats(weight), _floats(bias), _floats(psi2), _floats(batch)
-    y, saved, tally = _like(x), _empty(3, channels), _empty(channels + 2, dtype=torch.float64)
+    y, saved = _like(x), _empty(3, channels)
     r = _empty(rows, spec.groups) if spec.groups else None
+    if step is None:
+        tally, stepping = _empty(channels + 2, dtype=torch.float64), _NO_FORWARD_STEP
+    else:
+        constants = step.spec
+        tally, stepping = None, (
+            step.psi2.data_ptr(), step.iters.data_ptr(), constants.alpha_fwd, constants.warmup, constants.trusted_after,
+            constants.jump,
+        )
     flags = (
         _FORWARD_BATCH * spec.forward_batch + _BACKWARD_BATCH * spec.backward_batch + _SKIP_PADDING * spec.skip_padding
     )
     x, *strides = _rows(x)
     _check(_library.pn_forward(
         *shape, x.data_ptr(), *strides, _at(valid), _at(weight), _at(bias), psi2.data_ptr(), _at(batch), spec.eps, spec.jump,
-        flags, y.data_ptr(), _at(r), saved.data_ptr(), tally.data_ptr(),
+        flags, y.data_ptr(), _at(r), saved.data_ptr(), _at(tally), *stepping,
     ))
+    if step is not None:
+        increment_version(step.psi2)
+        increment_version(step.iters)
     return Forward(y, r, saved, tally)
 
 
@@ -185,6 +201,7 @@ def power_backward(
     spec: PowerNormSpec,
     *,
     want_x: bool = True,
+    step: Optional[OwnStep] = None,
 ) -> Backward:
     """See :func:`.eager.power_backward`."""
     shape = _shape(x, spec.groups)
@@ -192,18 +209,23 @@ def power_backward(
     given_weight, weight, nu = weight, _floats(weight), _floats(nu)
     grad_x = _like(x) if want_x else None
     grad_weight, grad_bias = _empty(channels), _empty(channels)
-    tally = _empty(2 * channels + 2, dtype=torch.float64)
+    if step is None:
+        tally, stepping = _empty(2 * channels + 2, dtype=torch.float64), _NO_BACKWARD_STEP
+    else:
+        tally, stepping = None, (step.nu.data_ptr(), step.spec.nu_scale, step.spec.nu_lowest)
     scale = float(spec.gradient_scale)
     rows, *strides = _rows(x)
     grads, *grad_strides = _rows(grad_y)
     status = _library.pn_backward(
         *shape, rows.data_ptr(), *strides, grads.data_ptr(), *grad_strides, _at(r),
         _at(valid) if spec.skip_padding else None, _at(weight), saved.data_ptr(), nu.data_ptr(), scale * spec.nu_scale, scale,
-        _at(grad_x), grad_weight.data_ptr(), grad_bias.data_ptr(), tally.data_ptr(),
+        _at(grad_x), grad_weight.data_ptr(), grad_bias.data_ptr(), _at(tally), *stepping,
     )
     _check(status)
-    if status == _NOT_FINITE and valid is not None and not spec.skip_padding:
-        return eager.power_backward(grad_y, x, r, given_weight, valid, saved, nu, spec, want_x=want_x)
+    if status == _NOT_FINITE and valid is not None and not spec.skip_padding:  # it has taken no step either
+        return eager.power_backward(grad_y, x, r, given_weight, valid, saved, nu, spec, want_x=want_x, step=step)
+    if step is not None:
+        increment_version(step.nu)
     return Backward(grad_x, grad_weight, grad_bias, tally)
 
 

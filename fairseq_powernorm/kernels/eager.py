@@ -9,7 +9,7 @@ from typing import Iterator, List, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from .interface import LAYER_SCALE_EPS, Backward, Forward, PowerNormSpec, StepSpec
+from .interface import LAYER_SCALE_EPS, Backward, Forward, OwnStep, PowerNormSpec, StepSpec
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -240,6 +240,7 @@ def power_forward(
     psi2: Tensor,
     spec: PowerNormSpec,
     batch: Optional[Tensor] = None,
+    step: Optional[OwnStep] = None,
 ) -> Forward:
     """Forward pass of PN in training.
 
@@ -250,6 +251,7 @@ def power_forward(
         psi2: ``C``, running second moment psi^2(t-1)
         spec: constants of the call
         batch: ``C``, the batch's own second moment, if it is not that of these rows alone
+        step: the step that the running statistics take, see :class:`OwnStep`
     """
     rows = x.reshape(-1, x.size(-1))
     dtype = compute_dtype(x)
@@ -285,7 +287,9 @@ def power_forward(
     inv_backward = inverse_root(batch if spec.backward_batch else running, spec.eps)
     squares = total if valid is None or spec.skip_padding else everything
     saved = torch.stack([inv, inv_backward, squares * inv.square()])
-    return Forward(y, r, saved, own)
+    if step is not None:
+        advance_forward(own, step.psi2, step.iters, step.spec)
+    return Forward(y, r, saved, own if step is None else None)
 
 
 def power_backward(
@@ -299,6 +303,7 @@ def power_backward(
     spec: PowerNormSpec,
     *,
     want_x: bool = True,
+    step: Optional[OwnStep] = None,
 ) -> Backward:
     """Backward pass of PN: the approximate gradient of Algorithm 2.
 
@@ -311,19 +316,29 @@ def power_backward(
         nu: ``C``; ``spec.nu_scale * nu`` is the paper's nu(t-1)
         spec: constants of the call
         want_x: is the gradient of ``x`` wanted?
+        step: the step that nu takes, see :class:`OwnStep`
     """
+    found = _power_backward(grad_y, x, r, weight, valid, saved, nu, spec, want_x=want_x)
+    if step is None:
+        return found
+    advance_backward(found.tally, step.nu, step.spec)
+    return found._replace(tally=None)
+
+
+def _power_backward(grad_y, x, r, weight, valid, saved, nu, spec, *, want_x) -> Backward:
+    """The same without a step."""
     rows, grads = x.reshape(-1, x.size(-1)), grad_y.reshape(-1, x.size(-1))
     if valid is None or spec.skip_padding:
-        return _power_backward(grads, rows, x, r, weight, valid, saved, nu, spec, want_x)
+        return _rows_backward(grads, rows, x, r, weight, valid, saved, nu, spec, want_x)
     if x.device.type == "cpu":  # where looking at a result costs nothing
-        found = _power_backward(grads, rows, x, r, weight, None, saved, nu, spec, want_x)
+        found = _rows_backward(grads, rows, x, r, weight, None, saved, nu, spec, want_x)
         if torch.isfinite(found.weight).all():
             return found
     grads, rows, r = finite_padding(valid, grads, rows, r)
-    return _power_backward(grads, rows, x, r, weight, None, saved, nu, spec, want_x)
+    return _rows_backward(grads, rows, x, r, weight, None, saved, nu, spec, want_x)
 
 
-def _power_backward(grads, rows, x, r, weight, counted, saved, nu, spec, want_x) -> Backward:
+def _rows_backward(grads, rows, x, r, weight, counted, saved, nu, spec, want_x) -> Backward:
     """The same for rows ``N x C``; ``counted``: the rows that count and receive a gradient, None for all."""
     dtype = compute_dtype(x)
     inv_forward, inv_backward, z_square = saved

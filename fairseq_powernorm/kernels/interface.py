@@ -8,7 +8,7 @@ Notation, for ``x`` of shape ``N x C`` (one row per token): ``r`` is the recipro
 ``u = r * x``; ``inv`` is ``1 / sqrt(psi^2 + eps)`` per channel; ``z = inv * u``; ``y = weight * z + bias``.
 """
 import math
-from typing import NamedTuple, Optional, Protocol
+from typing import NamedTuple, Optional, Protocol, Set
 
 import torch
 from torch import Tensor
@@ -69,6 +69,20 @@ class StepSpec(NamedTuple):
     nu_lowest: float
 
 
+class OwnStep(NamedTuple):
+    """Running statistics that take their step within a pass: the same step as ``advance_forward`` and ``advance_backward``.
+
+    Attributes:
+        psi2, nu: ``C``; iters: scalar; they have passed :func:`writable`
+        spec: constants
+    """
+
+    psi2: Tensor
+    iters: Tensor
+    nu: Tensor
+    spec: StepSpec
+
+
 class Forward(NamedTuple):
     """What a forward pass gives.
 
@@ -77,13 +91,13 @@ class Forward(NamedTuple):
         r: reciprocal root of the layer scale, ``N x groups``; None for ``groups == 0``
         saved: ``3 x C``, for the backward pass: ``1 / sqrt(psi^2 + eps)`` of the output, that of the gradient, and the
             sum of z^2 over the rows that count in the backward statistics
-        tally: ``C + 2``: sums of u^2 over the rows that count, their number, 1
+        tally: ``C + 2``: sums of u^2 over the rows that count, their number, 1; None after an :class:`OwnStep`
     """
 
     y: Tensor
     r: Optional[Tensor]
     saved: Tensor
-    tally: Tensor
+    tally: Optional[Tensor]
 
 
 class Backward(NamedTuple):
@@ -92,20 +106,22 @@ class Backward(NamedTuple):
     Attributes:
         x: gradient of ``x``, or None if it is not wanted
         weight, bias: gradients (``C``), in the precision of the computation
-        tally: ``2 C + 2``: sums of ``weight * dy * z`` (gradient scale taken out) and of z^2, number of rows, 1
+        tally: ``2 C + 2``: sums of ``weight * dy * z`` (gradient scale taken out) and of z^2, number of rows, 1; None after
+            an :class:`OwnStep`
     """
 
     x: Optional[Tensor]
     weight: Tensor
     bias: Tensor
-    tally: Tensor
+    tally: Optional[Tensor]
 
 
 class Backend(Protocol):
     """A kernel backend: a module with these functions. ``docs`` of the arguments stand in :mod:`.eager`.
 
     ``power_forward``, ``power_backward``, ``second_moment`` and ``evaluate`` take tensors that :func:`readable` lets
-    through; ``advance_forward`` and ``advance_backward`` write to statistics that :func:`writable` lets through.
+    through; ``advance_forward`` and ``advance_backward`` write to statistics that :func:`writable` lets through. A pass with
+    ``step`` takes that step as well.
     """
 
     def serves(self, device_type: str, dtype: torch.dtype, *, asked: bool = False) -> bool:
@@ -129,6 +145,7 @@ class Backend(Protocol):
         psi2: Tensor,
         spec: PowerNormSpec,
         batch: Optional[Tensor] = None,
+        step: Optional[OwnStep] = None,
     ) -> Forward:
         """Forward pass of PN in training."""
 
@@ -144,6 +161,7 @@ class Backend(Protocol):
         spec: PowerNormSpec,
         *,
         want_x: bool = True,
+        step: Optional[OwnStep] = None,
     ) -> Backward:
         """Backward pass of PN."""
 
@@ -168,6 +186,13 @@ class Backend(Protocol):
 # ---------------------------------------------------------------- the gate
 
 
+_is_compiling = torch.compiler.is_compiling
+_function_transforms = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._get_tracing_state
+_forward_ad = torch.autograd.forward_ad
+
+
 def transformed() -> bool:
     """Is torch doing something else with operations than computing them?
 
@@ -175,40 +200,48 @@ def transformed() -> bool:
     tensors, selective checkpointing, counters): raw pointers would bypass it.
     """
     return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
+        _is_compiling()
+        or _function_transforms()
+        or _dispatch_modes() > 0
+        or _forward_ad._current_level >= 0
+        or _tracing() is not None
     )
+
+
+_keys_of = torch._C._dispatch_keys
+#: sets of dispatch keys that plain tensors were found to have
+_plain_keys: Set[int] = set()
+#: no memory lies below: what is left of a pointer whose storage was released is the tensor's offset
+_LOWEST = 1 << 32
 
 
 def plain(tensor: Tensor) -> bool:
     """Is this tensor nothing but strided memory of its own class?
 
     Not a subclass (fake, distributed, quantized ... tensors), not sparse or nested, not wrapped by a transform, not one of
-    torch's lazy views (negation) or zeros, and none whose storage has been released.
+    torch's lazy views (negation) or zeros, and none whose storage has been released. All but the last are dispatch keys.
     """
-    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or not torch._C._has_storage(tensor):
+    if type(tensor) not in _PLAIN:
         return False
-    if tensor.is_neg() or tensor._is_zerotensor():
-        return False
-    return tensor.data_ptr() != 0 or tensor.numel() == 0
+    keys = _keys_of(tensor).raw_repr()
+    if keys not in _plain_keys:
+        if tensor.layout is not torch.strided or not torch._C._has_storage(tensor) or tensor.is_neg() or tensor._is_zerotensor():
+            return False
+        _plain_keys.add(keys)
+    return tensor.data_ptr() > _LOWEST or _whole(tensor)
 
 
-def whole(tensor: Tensor) -> bool:
-    """Does the storage of a plain tensor hold all of its elements? Sharding releases and resizes storages."""
+def _whole(tensor: Tensor) -> bool:
+    """Does the storage hold all elements?"""
     if tensor.numel() == 0:
         return True
-    last = tensor.storage_offset()
-    for size, stride in zip(tensor.size(), tensor.stride()):
-        last += (size - 1) * stride
+    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride()))
     return (last + 1) * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def readable(tensor: Tensor, like: Tensor) -> bool:
     """May a backend that serves ``like`` read the floating-point vector ``tensor``?"""
-    return plain(tensor) and tensor.device == like.device and tensor.dtype in _FLOATS and whole(tensor)
+    return plain(tensor) and tensor.device == like.device and tensor.dtype in _FLOATS
 
 
 def writable(tensor: Tensor) -> bool:
@@ -219,5 +252,4 @@ def writable(tensor: Tensor) -> bool:
         and tensor.is_contiguous()
         and not tensor.requires_grad
         and (not tensor.is_inference() or torch.is_inference_mode_enabled())
-        and whole(tensor)
     )

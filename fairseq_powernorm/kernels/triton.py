@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .interface import LAYER_SCALE_EPS, Backward, Forward, PowerNormSpec, StepSpec
+from .interface import LAYER_SCALE_EPS, Backward, Forward, OwnStep, PowerNormSpec, StepSpec
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: compute capability of the oldest GPUs that it is compiled for
@@ -142,6 +142,7 @@ def power_forward(
     psi2: Tensor,
     spec: PowerNormSpec,
     batch: Optional[Tensor] = None,
+    step: Optional[OwnStep] = None,
 ) -> Forward:
     """See :func:`.eager.power_forward`."""
     x, shape, groups = x.contiguous(), _shape(x), spec.groups
@@ -164,7 +165,9 @@ def power_forward(
         tally = _forward_end(x, run, shape, sums, valid, psi2, batch, saved, spec, padding)
         if later or again:
             _forward(x, run, shape, groups, None, None if later else divisor, weight, bias, spec.eps, y=y, inv=saved)
-    return Forward(y, r, saved, tally)
+    if step is not None:
+        advance_forward(tally, step.psi2, step.iters, step.spec)
+    return Forward(y, r, saved, tally if step is None else None)
 
 
 def power_backward(
@@ -178,6 +181,7 @@ def power_backward(
     spec: PowerNormSpec,
     *,
     want_x: bool = True,
+    step: Optional[OwnStep] = None,
 ) -> Backward:
     """See :func:`.eager.power_backward`."""
     x, grad_y, rows, channels = x.contiguous(), grad_y.contiguous(), *_shape(x)
@@ -201,7 +205,9 @@ def power_backward(
             SCALE_THERE=on_device, HAS_VALID=valid is not None, HAS_WEIGHT=weight is not None,
             CHANNELS=_code.END_CHANNELS, PARTS=_code.END_PARTS, num_warps=4,
         )  # fmt: skip
-    return Backward(grad_x, grad_weight, grad_bias, tally)
+    if step is not None:
+        advance_backward(tally, step.nu, step.spec)
+    return Backward(grad_x, grad_weight, grad_bias, tally if step is None else None)
 
 
 def advance_forward(tally: Tensor, psi2: Tensor, iters: Tensor, step: StepSpec) -> None:

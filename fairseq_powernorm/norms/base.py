@@ -1,7 +1,6 @@
 """The base of the norms with running statistics: checks, masks, buffers that stay in float32, transforms of torch."""
 import threading
-from contextlib import nullcontext
-from typing import Any, Callable, ContextManager, Dict, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +67,8 @@ class RunningNorm(nn.Module):
     SUMS: Mapping[str, Tuple[str, ...]] = {"forward": (), "backward": ()}
     #: buffers -> their values at the beginning
     STATISTICS: Mapping[str, float] = {}
+    #: the buffers that a step of a part changes
+    STEPS: Mapping[str, Tuple[str, ...]] = {"forward": (), "backward": ()}
 
     weight: Optional[nn.Parameter]
     bias: Optional[nn.Parameter]
@@ -156,11 +157,13 @@ class RunningNorm(nn.Module):
         """As in any module, but the value of a statistic is widened to float32."""
         if isinstance(value, Tensor) and name in self.__dict__.get("_buffers", {}):
             value = _widened(value)
+        elif not name.startswith("_"):
+            self.__dict__["_constants"] = {}
         super().__setattr__(name, value)
 
     def __getstate__(self) -> Dict[str, Any]:
         """A copy, or what is read back from a pickle, is on its own: it applies its statistics itself."""
-        state = {**self.__dict__, "stage": None, "_steps": None}
+        state = {**self.__dict__, "stage": None, "_steps": None, "_constants": {}}
         del state["_lock"]
         return state
 
@@ -298,27 +301,21 @@ class RunningNorm(nn.Module):
         buffer = self._buffers[name]
         if torch.compiler.is_compiling():
             return buffer
-        buffer = functional.unwrapped(buffer)
-        if buffer.dtype is torch.float32 and not buffer.is_inference():
+        if buffer.dtype is torch.float32 and torch._C._has_storage(buffer) and not buffer.is_inference():
             return buffer
+        buffer = functional.unwrapped(buffer)
         if buffer.is_inference() and not torch.is_inference_mode_enabled():
             buffer = self._buffers[name] = buffer.clone()
         if _widened(buffer) is not buffer:
             buffer = self._buffers[name] = _widened(buffer)
         return buffer
 
-    def _guard(self) -> ContextManager[Any]:
-        """Held around a pass that reads and changes statistics."""
-        return nullcontext() if torch.compiler.is_compiling() else self._lock
-
     def _take(self, part: str, tally: Tensor) -> None:
         """Take in the tally of one pass: into the stage, or as one step of the running statistics."""
-        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-            if self.stage is not None:
-                self.stage.add(part, tally)
-            else:
-                buffers = {name: self.statistic(name) for name in ("iters", *self.STATISTICS)}
-                self.step_(part, tally, buffers)
+        if self.stage is not None:
+            self.stage.add(part, tally)
+        else:
+            self.step_(part, tally, {name: self.statistic(name) for name in self.STEPS[part]})
 
     def step_(self, part: str, tally: Tensor, buffers: State) -> None:
         """One step of the running statistics of n norms with these settings, in place.
@@ -326,7 +323,7 @@ class RunningNorm(nn.Module):
         Args:
             part: ``forward`` or ``backward``
             tally: ``n x (sums + 2)``: the sums of the part, rows, calls; a norm without a call takes no step
-            buffers: by name, ``n x C`` (``iters``: ``n``), or those of one norm
+            buffers: those of ``STEPS[part]`` by name, ``n x C`` (``iters``: ``n``), or those of one norm
         """
         tally = tally.view(-1, tally.size(-1))
         count = tally.size(0)

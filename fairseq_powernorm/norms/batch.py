@@ -50,6 +50,7 @@ class MaskedBatchNorm(ExactNorm):
 
     VARIANTS = VARIANTS
     STATISTICS = {"running_mean": 0.0, "running_var": 1.0}
+    STEPS = {"forward": ("iters", "running_mean", "running_var"), "backward": ()}
 
     running_mean: Tensor
     running_var: Tensor

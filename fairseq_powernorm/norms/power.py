@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import functional, operators
 from ..kernels import choose, choose_for_step, eager
-from ..kernels.interface import StepSpec
+from ..kernels.interface import OwnStep, PowerNormSpec, StepSpec
 from .base import RunningNorm, State, check_interval, inside_backward, size_of
 from .recomputation import Recomputations, recomputable
 from .staging import Sums
@@ -100,6 +100,7 @@ class PowerNorm(SecondMomentNorm):
     SUMS = {"forward": ("u^2",), "backward": ("weight * dy * z", "z^2")}
     VARIANTS = VARIANTS
     STATISTICS = {"running_phi": 1.0, "ema_gz": 0.0}
+    STEPS = {"forward": ("running_phi", "iters"), "backward": ("ema_gz",)}
     #: without layer scale: growth of a second moment in one step beyond which psi^2 is no measure of it
     JUMP = 10.0
 
@@ -174,8 +175,27 @@ class PowerNorm(SecondMomentNorm):
             jump=self._jump,
         )
 
+    def _spec_at(self, steps: int) -> PowerNormSpec:
+        """The constants of a pass after ``steps`` steps, made once for all passes alike."""
+        switches = None if self.stage is None else self.stage.switches
+        kind = steps < self.warmup_updates, steps >= max(1, self.warmup_updates), steps > 0
+        if switches is not None:
+            if isinstance(switches.gradient_scale, Tensor):
+                return self._spec().at(steps)
+            kind += switches.counting, switches.gradient_scale, switches.batch_statistics
+        known = self._constants.get(kind)
+        if known is None:
+            known = self._constants[kind] = self._spec().at(steps)
+        return known
+
     def _step_spec(self) -> StepSpec:
         """The constants of a step of the statistics."""
+        known = self._constants.get("step")
+        if known is None:
+            known = self._constants["step"] = self._make_step_spec()
+        return known
+
+    def _make_step_spec(self) -> StepSpec:
         return StepSpec(
             alpha_fwd=self.alpha_fwd,
             nu_scale=1.0 - self.alpha_bkw,
@@ -194,7 +214,9 @@ class PowerNorm(SecondMomentNorm):
         with self._lock:
             if self.stage is None:
                 return self._train_alone(x, valid)
-            return self._pass(x, valid, self._spec().at(self.steps()), self._buffers["running_phi"], take_forward=not inside_backward())
+            return self._pass(
+                x, valid, self._spec_at(self.steps()), self.statistic("running_phi"), take_forward=not inside_backward()
+            )
 
     def _train_alone(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
         """Training without a stage: each forward pass takes a step, and one that is repeated must see what it saw."""
@@ -205,16 +227,17 @@ class PowerNorm(SecondMomentNorm):
             known = recomputations.recall(tally)
             return self._pass(x, valid, known.spec, known.psi2, take_forward=False)
         steps = self.steps()
-        spec = self._spec().at(steps)
+        spec = self._spec_at(steps)
         if not recomputable():
-            y = self._pass(x, valid, spec, psi2)
+            own = OwnStep(psi2, self.statistic("iters"), self.statistic("ema_gz"), self._step_spec())
+            y = self._pass(x, valid, spec, psi2, own=own)
         else:
             before = psi2.clone()
             y = self._pass(x, valid, spec, psi2, remember=lambda tally: recomputations.remember(before, spec, tally))
         self.remember_steps(steps + 1)
         return y
 
-    def _pass(self, x, valid, spec, psi2, *, take_forward=True, remember=None) -> Tensor:
+    def _pass(self, x, valid, spec, psi2, *, take_forward=True, remember=None, own=None) -> Tensor:
         """One forward pass with given statistics and constants; its backward pass follows when it will."""
 
         def collect(part: str, tally: Tensor) -> None:
@@ -224,9 +247,9 @@ class PowerNorm(SecondMomentNorm):
                 remember(tally)
 
         parameters = self._parameters
-        nu = self.statistic("ema_gz")
+        nu = self.statistic("ema_gz") if own is None else own.nu
         return functional.power_norm(
-            x, parameters["weight"], parameters["bias"], valid, psi2, nu, spec, collect, self._reduce, self._lock
+            x, parameters["weight"], parameters["bias"], valid, psi2, nu, spec, collect, self._reduce, self._lock, own
         )
 
     def _train_opaque(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
@@ -240,7 +263,7 @@ class PowerNorm(SecondMomentNorm):
     # ------------------------------------------------------------------ statistics
 
     def step_(self, part: str, tally: Tensor, buffers: State) -> None:
-        statistics = (buffers["running_phi"], buffers["iters"]) if part == "forward" else (buffers["ema_gz"],)
+        statistics = [buffers[name] for name in self.STEPS[part]]
         backend = choose_for_step(tally, *statistics)
         if part == "forward":
             backend.advance_forward(tally, *statistics, self._step_spec())

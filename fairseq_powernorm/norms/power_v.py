@@ -35,6 +35,7 @@ class PowerNormV(ExactNorm, SecondMomentNorm):
 
     SUMS = {"forward": ("u^2",), "backward": ("weight * dy * z",)}
     STATISTICS = {"running_phi": 1.0}
+    STEPS = {"forward": ("running_phi", "iters"), "backward": ()}
 
     def __init__(
         self,

@@ -18,12 +18,14 @@ MOST = 128
 TOLERANCE = 1e-4
 
 
+_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
 def recomputable() -> bool:
     """May the forward pass in progress be repeated? Checkpointing runs it without gradient, or with hooks on saved tensors."""
     if not torch.is_grad_enabled():
         return True
-    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return hooks is None or hooks(False) is not None
+    return _hooks is None or _hooks(False) is not None
 
 
 class Pass(NamedTuple):

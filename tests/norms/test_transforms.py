@@ -114,7 +114,7 @@ def test_what_has_no_meaning_for_the_approximate_gradient_is_refused(variant):
     leaf = x.clone().requires_grad_()
     with pytest.raises(RuntimeError, match="several gradients at once"):
         torch.autograd.grad(norm(leaf), leaf, torch.stack([dy, dy]), is_grads_batched=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
+    with pytest.raises(RuntimeError, match="can't be differentiated"):
         torch.autograd.grad(norm(leaf), leaf, dy, create_graph=True)[0].sum().backward()
 
 

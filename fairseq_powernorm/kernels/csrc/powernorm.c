@@ -508,13 +508,63 @@ static int set_roots(
     return other;
 }
 
+INLINE int is_finite(float value)
+{
+    return value - value == 0.0f;
+}
+
+INLINE float next_psi2(float old, double moment, double alpha, double share, double limit, double eps)
+{
+    const double most = limit * (old + eps), taken = moment > most ? most : moment;
+    return (float)(alpha * (old * (1.0 - share) + taken * share) + (1.0 - alpha) * taken);
+}
+
+INLINE float next_nu(float old, double grad_z, double z_square, double scale, double lowest)
+{
+    const double kept = 1.0 - scale * z_square;
+    return (float)(old * (kept < lowest ? lowest : kept) + grad_z);
+}
+
+/* One step of psi^2 and of the step count with the sums of u^2 over rows; psi^2 stays without a row or where it is not finite. */
+static void advance_psi2(
+    int64_t channels, const double *sums, double rows, float *psi2, float *iters, double alpha, double eps, double warmup,
+    double trusted_after, double jump)
+{
+    const double number = (double)*iters + 1.0;
+    *iters = (float)number;
+    if (!(rows > 0.0))
+        return;
+    const double mean = 1.0 / rows, share = number < warmup ? 1.0 / number : 0.0;
+    const double limit = number > trusted_after && alpha > 0.0 ? jump : INFINITY;
+    int bad = 0;
+    for (int64_t c = 0; c < channels; c++)
+        bad |= !is_finite(next_psi2(psi2[c], sums[c] * mean, alpha, share, limit, eps));
+    for (int64_t c = 0; c < channels && !bad; c++)
+        psi2[c] = next_psi2(psi2[c], sums[c] * mean, alpha, share, limit, eps);
+}
+
+/* One step of nu with the sums of weight * dy * z and of z^2 over rows; it stays without a row or where it is not finite. */
+static void advance_nu(
+    int64_t channels, const double *grad_z, const double *z_square, double rows, float *nu, double scale, double lowest)
+{
+    if (!(rows > 0.0))
+        return;
+    const double mean = 1.0 / rows;
+    int bad = 0;
+    for (int64_t c = 0; c < channels; c++)
+        bad |= !is_finite(next_nu(nu[c], grad_z[c] * mean, z_square[c] * mean, scale, lowest));
+    for (int64_t c = 0; c < channels && !bad; c++)
+        nu[c] = next_nu(nu[c], grad_z[c] * mean, z_square[c] * mean, scale, lowest);
+}
+
 /*
  * Forward pass of training.
  *
  * valid: rows bytes, 0 at padding, or NULL. psi2: C. batch: C, the batch's second moment if it is known already, or NULL: that
  * of these rows. jump: see PowerNormSpec. y: rows x C, or NULL (sums only). r: rows x groups, or NULL. saved: 3 x C, for the
  * backward pass: 1 / sqrt(psi^2 + eps) of the output, that of the gradient, sum of z^2. tally: C + 2: sums of u^2 over valid
- * rows, their number, 1; or NULL.
+ * rows, their number, 1; or NULL. step_psi2 (C), step_iters (1): statistics that take their step here, see pn_advance_forward; or
+ * NULL.
  *
  * One sweep, and another one for y only where y needs the sums: FORWARD_BATCH without batch, or a channel that jumps.
  */
@@ -522,7 +572,7 @@ EXPORT int pn_forward(
     int dtype, int64_t rows, int64_t channels, int64_t groups, int threads, const void *x, int64_t inner,
     int64_t outer_stride, int64_t inner_stride, const uint8_t *valid, const float *weight, const float *bias,
     const float *psi2, const float *batch, double eps, double jump, int flags, void *y, float *r, float *saved,
-    double *tally)
+    double *tally, float *step_psi2, float *step_iters, double alpha, double warmup, double trusted_after, double step_jump)
 {
     const int64_t C = channels;
     const struct input in = {x, inner, outer_stride, inner_stride};
@@ -565,6 +615,8 @@ EXPORT int pn_forward(
     }
     for (int64_t c = 0; c < C; c++)
         z_square[c] = (float)((sums[c] + others[c]) * inv_forward[c] * inv_forward[c]);
+    if (step_psi2 && status == OK)
+        advance_psi2(C, sums, (double)counted, step_psi2, step_iters, alpha, eps, warmup, trusted_after, step_jump);
     free(sums);
     return status;
 }
@@ -576,13 +628,17 @@ EXPORT int pn_forward(
  * gradient. dx: rows x C or NULL. grad_weight, grad_bias: C. tally: 2 C + 2: sums of weight * dy * z / gradient_scale and of
  * z^2, number of rows, 1; or NULL.
  *
- * Returns NOT_FINITE where a gradient of weight is not: the caller may leave out the padding that made it so.
+ * step_nu (C): the statistic that takes its step here, see pn_advance_backward, or NULL.
+ *
+ * Returns NOT_FINITE where a gradient of weight is not, and takes no step then: the caller may leave out the padding that made
+ * it so.
  */
 EXPORT int pn_backward(
     int dtype, int64_t rows, int64_t channels, int64_t groups, int threads, const void *x, int64_t inner,
     int64_t outer_stride, int64_t inner_stride, const void *dy, int64_t dy_inner, int64_t dy_outer_stride,
     int64_t dy_inner_stride, const float *r, const uint8_t *valid, const float *weight, const float *saved,
-    const float *nu, double nu_factor, double gradient_scale, void *dx, float *grad_weight, float *grad_bias, double *tally)
+    const float *nu, double nu_factor, double gradient_scale, void *dx, float *grad_weight, float *grad_bias, double *tally,
+    float *step_nu, double step_scale, double lowest)
 {
     const int64_t C = channels, blocks = groups > 0 ? groups : 1, width = C / blocks;
     const float *inv_forward = saved, *inv_backward = saved + C, *z_square = saved + 2 * C;
@@ -618,35 +674,19 @@ EXPORT int pn_backward(
         grad_weight[c] = (float)grad_z;
         zero += grad_z * 0.0; /* NaN as soon as one value is not finite */
         sums[c] = grad_z * (weight ? weight[c] : 1.0f) * unscale;
+        sums[C + c] = z_square[c];
     }
     if (tally) {
-        memcpy(tally, sums, (size_t)C * sizeof(double));
-        for (int64_t c = 0; c < C; c++)
-            tally[C + c] = z_square[c];
+        memcpy(tally, sums, 2 * (size_t)C * sizeof(double));
         tally[2 * C] = (double)counted;
         tally[2 * C + 1] = 1.0;
     }
     if (status == OK && zero != 0.0)
         status = NOT_FINITE;
+    if (step_nu && status == OK)
+        advance_nu(C, sums, sums + C, (double)counted, step_nu, step_scale, lowest);
     free(sums);
     return status;
-}
-
-INLINE int is_finite(float value)
-{
-    return value - value == 0.0f;
-}
-
-INLINE float next_psi2(float old, double moment, double alpha, double share, double limit, double eps)
-{
-    const double most = limit * (old + eps), taken = moment > most ? most : moment;
-    return (float)(alpha * (old * (1.0 - share) + taken * share) + (1.0 - alpha) * taken);
-}
-
-INLINE float next_nu(float old, double grad_z, double z_square, double scale, double lowest)
-{
-    const double kept = 1.0 - scale * z_square;
-    return (float)(old * (kept < lowest ? lowest : kept) + grad_z);
 }
 
 /*
@@ -659,21 +699,9 @@ EXPORT void pn_advance_forward(
     double trusted_after, double jump)
 {
     const int64_t C = channels;
-    for (int64_t n = 0; n < norms; n++, tally += C + 2, psi2 += C) {
-        const double rows = tally[C], number = (double)iters[n] + 1.0;
-        if (!(tally[C + 1] > 0.0))
-            continue;
-        iters[n] = (float)number;
-        if (!(rows > 0.0))
-            continue;
-        const double mean = 1.0 / rows, share = number < warmup ? 1.0 / number : 0.0;
-        const double limit = number > trusted_after && alpha > 0.0 ? jump : INFINITY;
-        int bad = 0;
-        for (int64_t c = 0; c < C; c++)
-            bad |= !is_finite(next_psi2(psi2[c], tally[c] * mean, alpha, share, limit, eps));
-        for (int64_t c = 0; c < C && !bad; c++)
-            psi2[c] = next_psi2(psi2[c], tally[c] * mean, alpha, share, limit, eps);
-    }
+    for (int64_t n = 0; n < norms; n++, tally += C + 2)
+        if (tally[C + 1] > 0.0)
+            advance_psi2(C, tally, tally[C], psi2 + n * C, iters + n, alpha, eps, warmup, trusted_after, jump);
 }
 
 /*
@@ -684,14 +712,7 @@ EXPORT void pn_advance_backward(
     int64_t norms, int64_t channels, const double *tally, float *nu, double scale, double lowest)
 {
     const int64_t C = channels;
-    for (int64_t n = 0; n < norms; n++, tally += 2 * C + 2, nu += C) {
-        if (!(tally[2 * C] > 0.0 && tally[2 * C + 1] > 0.0))
-            continue;
-        const double mean = 1.0 / tally[2 * C];
-        int bad = 0;
-        for (int64_t c = 0; c < C; c++)
-            bad |= !is_finite(next_nu(nu[c], tally[c] * mean, tally[C + c] * mean, scale, lowest));
-        for (int64_t c = 0; c < C && !bad; c++)
-            nu[c] = next_nu(nu[c], tally[c] * mean, tally[C + c] * mean, scale, lowest);
-    }
+    for (int64_t n = 0; n < norms; n++, tally += 2 * C + 2)
+        if (tally[2 * C + 1] > 0.0)
+            advance_nu(C, tally, tally + C, tally[2 * C], nu + n * C, scale, lowest);
 }
