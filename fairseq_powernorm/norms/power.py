@@ -257,7 +257,7 @@ class PowerNorm(SecondMomentNorm):
         parts = self.stage.parts if self.stage is not None and self.stage.switches.counting else {}
         return operators.power_norm(
             x, self.weight, self.bias, valid, self.running_phi, self.ema_gz, self.iters, parts.get("forward"),
-            parts.get("backward"), self._spec(), self._step_spec() if self.stage is None else None,
+            parts.get("backward"), self._spec(), self._make_step_spec() if self.stage is None else None,
         )
 
     # ------------------------------------------------------------------ statistics
