@@ -86,6 +86,33 @@ def test_builds(benchmark, norm, placement, data, tmp_path):
         assert config.model.norm_warmup_updates == config.lr_scheduler.warmup_updates, "the warm-up is one number"
 
 
+@pytest.mark.parametrize("benchmark, arch, overrides", [
+    *((name, settings.architectures(name)[0], []) for name in ("demo", "multi30k", "iwslt14")),
+    *(("ptb", arch, ["dataset.batch_size=7", "+optimizer.adam_eps=0.125"]) for arch in settings.architectures("ptb"))])
+def test_differences_are_all_of_a_configuration(benchmark, arch, overrides, data, tmp_path):
+    """The settings that a record keeps, filled up with fairseq's own defaults, are the settings of the run."""
+    from fairseq.dataclass.configs import FairseqConfig
+    from fairseq.dataclass.initialize import add_defaults
+    from omegaconf import OmegaConf
+
+    paths = [f"common.user_dir={settings.PLUGIN}", f"task.data={data}", f"checkpoint.save_dir={tmp_path}"]
+    config, *_ = compose.build(compose.compose(benchmark, [*paths, *compose.arch_overrides(benchmark, arch), *overrides]))
+    kept = compose.differences(config)
+    defaults = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(FairseqConfig), enum_to_str=True))
+    defaults.merge_with({group: {"_name": value["_name"]} for group, value in kept.items() if "_name" in value})
+    add_defaults(defaults)
+    whole = OmegaConf.merge(OmegaConf.to_container(defaults, enum_to_str=True), kept, OmegaConf.from_dotlist(paths))
+    whole, wanted = OmegaConf.to_container(whole, resolve=True), OmegaConf.to_container(config)
+    for group, value in wanted.items():
+        if isinstance(value, dict):
+            assert {key: whole[group].get(key) for key in value} == value
+        else:
+            assert whole.get(group) == value
+    leaves = sum(len(group) if isinstance(group, dict) else 1 for group in kept.values())
+    assert leaves < 80 and str(tmp_path) not in str(kept)
+    assert kept["model"]["_name"] == arch and all(f"{override.lstrip('+').split('=')[1]}" in str(kept) for override in overrides)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_header(path):
     """The head of each YAML file is hydra's package line and then the command that uses the file."""

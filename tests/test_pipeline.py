@@ -391,7 +391,7 @@ def test_record_schema(record, trained):
     assert (record["benchmark"], record["norm"], record["placement"], record["seed"]) == ("demo", "power", "encoder", 3)
     assert (record["updates"], record["sentences"], record["averaged"], record["beam"]) == (30, 16, 3, 2)
     assert [point["updates"] for point in record["curve"]["valid"]][-1] == 30 and len(record["curve"]["train"]) >= 2
-    assert record["config"]["model"]["encoder_norm_self"] == "power" and record["training"]["wall_s"] > 0
+    assert record["config"]["model"]["_name"] == "transformer_pn_tiny" and record["training"]["wall_s"] > 0
     assert set(record["checkpoints"]) == {path.name for path in (trained.run / "checkpoints").glob("checkpoint_*_*.pt")}
     text = json.dumps(record)
     assert str(trained.data.parent) not in text and str(ROOT) not in text and str(BIN) not in text

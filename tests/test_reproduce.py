@@ -450,9 +450,9 @@ def test_a_row_that_fails(reproduced):
     record = reproduced.results / "demo" / "layer-12-seed1.json"
     content = record.read_text()
     try:
-        record.write_text(content.replace('"schema": 1', '"schema": 2', 1))
+        record.write_text(content.replace('"schema": 2', '"schema": 3', 1))
         status, output, errors = again(reproduced)
     finally:
         record.write_text(content)
-    assert status == 1 and "1 of 2 runs are not in the report" in errors and "schema is 2; valid: 1" in errors
+    assert status == 1 and "1 of 2 runs are not in the report" in errors and "schema is 3; valid: 2" in errors
     assert "| power | encoder |" in output and "| layer |" not in output

@@ -151,8 +151,33 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def write_json(path, content, indent=2):
-    write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+def write_json(path, content):
+    write_text(path, json_text(content) + "\n")
+
+
+def json_text(content, indent=0, width=160):
+    """JSON, indented. What fits into a line of `width` characters is one, and so is a list of numbers of any length; the
+    numbers, texts and lists of numbers of an object share lines."""
+    text = json.dumps(content, ensure_ascii=False)
+    if indent + len(text) <= width or is_plain(content):
+        return text
+    margin, lines, shares = "\n" + " " * indent, [], False
+    is_object = isinstance(content, dict)
+    for key, value in content.items() if is_object else ((None, value) for value in content):
+        line = (f"{json.dumps(key, ensure_ascii=False)}: " if is_object else "") + json_text(value, indent + 2, width)
+        if shares and is_plain(value) and indent + len(lines[-1]) + len(line) + 4 <= width:
+            lines[-1] += f", {line}"
+        else:
+            lines.append(line)
+        shares = is_plain(value)
+    return text[0] + ",".join(f"{margin}  {line}" for line in lines) + margin + text[-1]
+
+
+def is_plain(value):
+    """Is it a number, a text, true, false or null, or a list of numbers?"""
+    if isinstance(value, list):
+        return not any(isinstance(inner, (dict, list, str)) for inner in value)
+    return not isinstance(value, dict)
 
 
 def write_text(path, text):

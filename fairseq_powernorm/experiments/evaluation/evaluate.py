@@ -16,7 +16,7 @@ from ..settings import (PLUGIN, ROOT, TOOLS, UserError, benchmarks, call, choose
 from . import perplexity
 from .score import lines_of, sacrebleu_scores, tokenized_bleu
 
-SCHEMA = 1
+SCHEMA = 2
 SUBSETS = ("test", "valid")
 
 
@@ -121,13 +121,8 @@ def started(run, options):
 
 def about(run, facts, config):
     """What the record says of the training."""
-    from omegaconf import OmegaConf
-
     norm, placement = compose.norms_of(config.model)
     curve = finite(trainlog.curve(run / "train.log"))
-    resolved = OmegaConf.to_container(config)
-    for group, key in (("common", "user_dir"), ("task", "data"), ("checkpoint", "save_dir")):
-        resolved[group][key] = anonymous(resolved[group][key], run)
     sessions = facts["sessions"]
 
     def total(key):
@@ -141,7 +136,7 @@ def about(run, facts, config):
         "finished": (run / "finished.json").is_file(),
         "training": {"wall_s": total("wall_s"), "cpu_s": total("cpu_s"), "sessions": len(sessions),
                      "threads": sessions[-1]["threads"]},
-        "curve": curve, "overrides": facts["overrides"], "config": resolved,
+        "curve": curve, "overrides": facts["overrides"], "config": compose.differences(config),
     }
 
 

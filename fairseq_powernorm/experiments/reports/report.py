@@ -1,4 +1,4 @@
-"""Reports of a matrix of runs: Markdown, CSV and a self-contained HTML page, from the records and what runs left.
+"""Reports of a matrix of runs: Markdown with pictures, CSV and a self-contained HTML page, from the records and what runs left.
 
 python -m fairseq_powernorm.experiments report --readme [--check]
 
@@ -63,12 +63,12 @@ def write(subject, path, runs, missing, results):
             if subject not in TITLES or run.row_name in FIGURE_ROWS:
                 pictured.setdefault((run.benchmark, run.arch, run.row), run)
         data = figures.data_of(pictured.values(), earlier(f"{path}.figures.json"))
-        write_json(f"{path}.figures.json", data, indent=None)
+        write_json(f"{path}.figures.json", data)
         found = [section(group, records, data) for group in grouped(runs)]
         written = [f"{path}.figures.json"]
         for part in found:
             for i, picture in part["pictures"]:
-                written.append(f"{path}.{part['name']}.figure{i + 1}.png")
+                written.append(picture_path(path, part, i))
                 write_whole(written[-1], picture)
         if subject in TITLES:
             tests = significance(runs, records, earlier(f"{path}.significance.json"))
@@ -77,13 +77,18 @@ def write(subject, path, runs, missing, results):
                 written.append(f"{path}.significance.json")
             for part in found:
                 add_table(part, records, tests)
-            contents = {".md": as_markdown(subject, found, missing), ".csv": as_csv(found),
+            contents = {".md": as_markdown(subject, path, found, missing), ".csv": as_csv(found),
                         ".html": as_html(subject, found, missing, records)}
             print(contents[".md"])
             for end, content in contents.items():
                 written.append(f"{path}{end}")
                 write_whole(written[-1], content.encode())
     print("report: " + ", ".join(relative(Path(name)) for name in written))
+
+
+def picture_path(path, part, i):
+    """Where picture i of a section of the report lies."""
+    return f"{path}.{part['name']}.figure{i + 1}.png"
 
 
 def earlier(path):
@@ -135,7 +140,7 @@ def differing(table):
     settings = [settings_of(line.first) for line in table]
     found = {}
     for key in sorted({key for each in settings for key in each} - OF_THE_LINE):
-        values = sorted({str(each.get(key)) for each in settings})
+        values = sorted({str(each.get(key, "default")) for each in settings})
         if len(values) > 1:
             found[key] = values
     return found
@@ -278,7 +283,7 @@ def plain_rows(part):
     return headings, rows
 
 
-def as_markdown(subject, parts, missing):
+def as_markdown(subject, path, parts, missing):
     found = [f"# {TITLES[subject]}\n"]
     for part in parts:
         headings, rows = plain_rows(part)
@@ -286,6 +291,7 @@ def as_markdown(subject, parts, missing):
         found.append(f"## {part['benchmark']}, {part['arch']}\n")
         found.append(markdown([*headings, "records by seed"], [[*row, link] for row, link in zip(rows, links)]))
         found += [note + "\n" for note in notes(part)]
+        found += [f"![{CAPTIONS[i]}]({Path(picture_path(path, part, i)).name})\n" for i, _ in part["pictures"]]
     if missing:
         found.append("Not in the table: " + ", ".join(missing) + ".\n")
     return "\n".join(found)

@@ -35,7 +35,7 @@ SERIES = [Optional(NUMBER)]
 # A kind is a type or several, {key: kind} with exactly these keys ("key?" may be missing), [kind] for a list of any
 # length, or a set of valid values.
 RUN = {
-    "schema": {1}, "benchmark": str, "norm": {*NORMS, "custom"}, "placement": {"encoder", "all", "custom"},
+    "schema": {2}, "benchmark": str, "norm": {*NORMS, "custom"}, "placement": {"encoder", "all", "custom"},
     "variant": Optional({"reference", "algorithm2"}), "seed": int, "parameters": int, "updates": int, "finished": bool,
     "training": {"wall_s": Optional(NUMBER), "cpu_s": Optional(NUMBER), "sessions": int, "threads": int},
     "curve": {"train": [POINT], "valid": [POINT]}, "overrides": [str], "config": dict, "subset": {"test", "valid"},

@@ -36,12 +36,12 @@ def row_of(record):
     """The line of the matrix that a record belongs to."""
     model, norm = record["config"]["model"], record["norm"]
     running = norm in NORMS and norm != BASELINE
-    return Row(norm, "" if norm == BASELINE else record["placement"], model["norm_groups"] != 0 if running else None,
+    return Row(norm, "" if norm == BASELINE else record["placement"], model.get("norm_groups") != 0 if running else None,
                record["variant"] or VARIANTS[0] if norm == "power" else None)
 
 
 def settings_of(record):
-    """Every setting that tells runs apart, but for the seed, as key -> value."""
+    """Every setting that is not the default and tells runs apart, but for the seed, as key -> value."""
     flat = {}
 
     def walk(prefix, value):
@@ -116,7 +116,7 @@ def layer_scale(line):
     """What stands before the norm, as text."""
     if line.row.layer_scale is None:
         return ""
-    groups = line.first["config"]["model"]["norm_groups"]
+    groups = line.first["config"]["model"].get("norm_groups")
     return "no" if groups == 0 else "yes" if groups is None else f"{groups} groups"
 
 
