@@ -133,12 +133,16 @@ def load(benchmark, arch=None):
     return config
 
 
-def script_setting(config, key, default):
-    """A setting of the scripts for which fairseq has no key: hydra.job.env_set.KEY of what load gives."""
+def data_settings(benchmark):
+    """configs/data/BENCH.yaml, how a benchmark's text is prepared and scored; empty for a language model's, used as it is."""
     from omegaconf import OmegaConf
 
-    value = OmegaConf.select(config, f"hydra.job.env_set.{key}")
-    return default if value is None else value
+    if is_lm(load(benchmark)):
+        return {}
+    path = CONFIGS / "data" / f"{benchmark}.yaml"
+    if not path.is_file():
+        raise UserError(f"benchmark {benchmark!r}: {path}, which says how its text is prepared, does not exist")
+    return OmegaConf.to_container(OmegaConf.load(path)) or {}
 
 
 def sha256(path):
