@@ -17,8 +17,7 @@
 #   --gpus LIST         a run at a time on each of these GPUs, such as 0,1,2,3
 #   --slurm             queue the runs on a cluster with SLURM, an evaluation of each and, behind all, the report
 #   --nodes N, --time T, --partition P, --site FILE, --log-dir DIR, --gpus G
-#                       with --slurm, as scripts/slurm/submit.sh has them; a run on several GPUs (--gpus G) has the
-#                       batches of one, optimization.update_freq shared out among them
+#                       with --slurm, as scripts/slurm/submit.sh has them
 #   --results DIR       where records and report go; default: results
 #   --dry-run           print every command that would run with an estimate of its GPU hours, and the total
 #   --report-only       write the report of the records that there are

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -19,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 PLUGIN = ROOT / "fairseq_powernorm"
 NORMS = ("layer", "rms", "batch", "power-v", "power")
+#: The authors' BN, of which the paper's values are; plain "batch" has true statistics of the tokens that are not padding.
+BATCH_REFERENCE = "batch:variant=reference"
 BPE_TYPES = ("subword_nmt", "sentencepiece")
 LARGEST_SEED = 2**32 - 1  # numpy's
 # The four options that carry a norm's name, and the placements: placement -> does NORM stand there (else LayerNorm)? A
@@ -100,6 +103,16 @@ def number(option, text, smallest, largest=None):
 def seeds(option, text):
     """The numbers of a comma-separated option."""
     return [number(option, seed, 0, LARGEST_SEED) for seed in listed(option, text, None, ())]
+
+
+def norm_name(norm):
+    """The name of a norm that may have options: NAME[:OPTION=VALUE[,...]]."""
+    return norm.partition(":")[0]
+
+
+def norm_in_names(norm):
+    """A norm with its options as a part of names of files and rows, such as batch-reference."""
+    return re.sub("[:,=]", "-", norm.replace(":variant=", "-"))
 
 
 def is_lm(config):

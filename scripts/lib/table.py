@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import schema
 from matrix import BASELINE, NORMS, VARIANTS, Row
-from settings import PLACEMENTS, UserError, main, write_text
+from settings import BATCH_REFERENCE, PLACEMENTS, UserError, main, write_text
 
 # Settings in which runs of a table may differ: those that name its lines, those that change nothing in the training.
 OF_THE_LINE = {f"model.{key}" for key in (
@@ -114,6 +114,8 @@ def layer_scale(line):
     """What stands before the norm, as text."""
     if line.row.layer_scale is None:
         return ""
+    if line.row.norm == BATCH_REFERENCE:
+        return "1 group"  # its own, whatever --norm-groups says
     groups = line.first["config"]["model"]["norm_groups"]
     return "no" if groups == 0 else "yes" if groups is None else f"{groups} groups"
 
