@@ -15,6 +15,7 @@ sys.path.insert(0, str(LIB))
 
 import compose  # noqa: E402
 import perplexity  # noqa: E402
+import prepare  # noqa: E402
 import settings  # noqa: E402
 
 
@@ -60,7 +61,8 @@ def test_language_models_build(benchmark, arch, norm, data, tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted(
-    path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "launcher"), ids=lambda path: path.stem)
+    path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name not in ("launcher", "data")),
+    ids=lambda path: path.stem)
 def test_files_of_architectures(path):
     """configs/BENCH/ARCH.yaml begins as configs/BENCH.yaml does and chooses the architecture that it is named after."""
     package, launch = path.read_text(encoding="utf-8").split("\n")[:2]
@@ -68,6 +70,36 @@ def test_files_of_architectures(path):
     assert launch.startswith(f"# bash scripts/train.sh {path.parent.name} ") and launch.endswith(f" --arch {path.stem}")
     config = compose.compose(path.parent.name, compose.arch_overrides(path.parent.name, path.stem))
     assert config.model._name == path.stem
+
+
+def test_data_settings():
+    """Each translation benchmark has a file of data settings that the scripts take, and no language model has one; none of
+    them goes through hydra, which would export it into every training process."""
+    assert sorted(path.stem for path in (ROOT / "configs" / "data").glob("*.yaml")) == benchmarks(lm=False)
+    for name in benchmarks(lm=False):
+        assert prepare.checked(name, settings.data_settings(name)) == settings.data_settings(name)
+    for name in benchmarks(lm=True):
+        assert settings.data_settings(name) == {}
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        assert "env_set" not in path.read_text(encoding="utf-8"), path
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"bpe_sise": 3}, "configs/data/demo.yaml: 'bpe_sise' is unknown; valid: bpe, bpe_size, "),
+    ({"bpe_size": "many"}, "configs/data/demo.yaml: bpe_size: 'many' is str, not int"),
+    ({"lowercase": 1}, "lowercase: 1 is int, not bool"),
+    ({"clean_max": True}, "clean_max: True is bool, not int"),
+    ({"clean_ratio": None}, "clean_ratio: None is NoneType, not float"),
+    ({"bpe": None}, "bpe: None is NoneType, not str"),
+    ({}, "configs/data/demo.yaml: bpe is missing"),
+])
+def test_wrong_data_settings(change, message):
+    """A misspelt, missing or mistyped data setting is refused by name; a whole number serves where a fraction may stand."""
+    found = {**settings.data_settings("demo"), **change} if change else {}
+    with pytest.raises(settings.UserError) as error:
+        prepare.checked("demo", found)
+    assert message in str(error.value)
+    assert prepare.checked("demo", {**settings.data_settings("demo"), "clean_ratio": 2})["clean_ratio"] == 2.0
 
 
 @pytest.mark.parametrize("placement", settings.PLACEMENTS)

@@ -125,7 +125,10 @@ def reproduce(arguments):
 
 
 def first_of_each(runs):
-    return {(run.benchmark, run.arch): run for run in reversed(runs)}.values()
+    found = {}
+    for run in runs:
+        found.setdefault((run.benchmark, run.arch), run)
+    return found.values()
 
 
 def dry_run(options, runs):
