@@ -5,7 +5,7 @@
 #
 #   BENCH               name of a file in configs/ (demo, iwslt14, multi30k, ptb, wikitext103, wmt14), prepared by
 #                       scripts/prepare.sh
-#   NORM                layer, rms, batch, power-v or power
+#   NORM                layer, rms, batch, power-v or power, with options as in batch:variant=reference, the authors' BN
 #   --arch ARCH         another architecture than that of configs/BENCH.yaml, with the settings of
 #                       configs/BENCH/ARCH.yaml: ptb has transformer_lm_pn_ptb, wikitext103 has transformer_lm_pn_wiki103
 #   --placement WHERE   encoder (default: NORM in the encoder's layers, layer in the decoder's, as in the paper) or all;
