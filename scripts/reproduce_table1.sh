@@ -26,7 +26,8 @@
 #   --report-only       write the report of the records that there are
 #   overrides           hydra overrides for every run, such as common.cpu=true or common.fp16=true
 #
-# Without --slurm a run has one GPU at most. With it, G GPUs share out the batches of one. The runs lie in runs/BENCH/ROW-UPDATES-seedS ($PN_RUNS_ROOT/BENCH/...),
+# Without --slurm a run has one GPU at most; with it, its G GPUs share out the batches of one. UPDATES in names is early-stop
+# where only early stopping ends training. The runs lie in runs/BENCH/ROW-UPDATES-seedS ($PN_RUNS_ROOT/BENCH/...),
 # their records in results/BENCH/ROW-UPDATES-seedS.json, the report in results/table1-BENCH[-UPDATES].{html,md,csv} with
 # pictures and their data beside it. Run again, it goes on where it was interrupted, run by run; started twice, the two
 # share the runs; with --slurm, nothing is queued for a run that has a record, or a job. A run that fails does not stop the
