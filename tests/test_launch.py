@@ -39,8 +39,8 @@ def two_nodes(scripts):
     process with all of them in one batch."""
     (port,) = free_ports(1)
     run = scripts.runs / "ranks"
-    words = ["demo", "power", *EXACT, "dataset.batch_size=4", "optimization.update_freq=[4]", "--run-dir", run, "--nodes", 2, "--ranks", 2, "--master",
-             f"127.0.0.1:{port}", "--tensorboard"]
+    words = ["demo", "power", *EXACT, "dataset.batch_size=4", "optimization.update_freq=[4]", "--run-dir", run,
+             "--nodes", 2, "--ranks", 2, "--master", f"127.0.0.1:{port}", "--tensorboard"]
     machines = [scripts.start("launch", *words, "--node-rank", node, PN_PROGRESS_SECONDS="1") for node in (1, 0)]
     outputs = [machine.communicate(timeout=400)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], outputs
@@ -66,7 +66,8 @@ def test_records_of_several_ranks(two_nodes):
     assert [(session["ranks"], session["exit_status"]) for session in facts["sessions"]] == [(4, 0)]
     assert json.loads((run / "finished.json").read_text())["updates"] == 8
     assert "an update takes 4 x 4 = 16 sentences: 4 ranks x 4 x update_freq 1\n" in output
-    assert "optimization.update_freq=[4]" in facts["overrides"] and "optimization.update_freq=[1]" in facts["sessions"][0]["command"]
+    assert "optimization.update_freq=[4]" in facts["overrides"]
+    assert "optimization.update_freq=[1]" in facts["sessions"][0]["command"]
     assert sorted(path.name for path in (run / "logs").iterdir()) == ["rank1.log", "rank2.log", "rank3.log"]
     assert (run / "train.log").read_text().count('"train_num_updates": "8"') == 1
     assert "at work, without news for" in output, "progress at a steady rhythm"

@@ -100,7 +100,8 @@ def test_compound_split_bleu_is_multi_bleus(texts, tmp_path, capsys):
     assert bleu["score"] == pytest.approx(wanted.score, abs=1e-9) and bleu["precisions"] == pytest.approx(wanted.precisions)
     assert (bleu["hypothesis_length"], bleu["reference_length"]) == (wanted.sys_len, wanted.ref_len)
     assert bleu["brevity_penalty"] == pytest.approx(wanted.bp) and bleu["split_compounds"] is True
-    assert re.fullmatch(r"BLEU = [\d.]+, ([\d.]+/){3}[\d.]+ \(BP=[\d.]+, ratio=[\d.]+, hyp_len=\d+, ref_len=\d+\)", bleu["text"])
+    assert re.fullmatch(r"BLEU = [\d.]+, ([\d.]+/){3}[\d.]+ \(BP=[\d.]+, ratio=[\d.]+, hyp_len=\d+, ref_len=\d+\)",
+                        bleu["text"])
     assert "a ##AT##-##AT## b-c" == score.split_compounds("a-b-c"), "matches do not overlap, as in perl"
 
 
@@ -516,7 +517,8 @@ def test_paired_test_in_the_report(tmp_path):
     assert any("Student's test of the differences in tokenized BLEU" in note for note in report.notes(part))
     lines = list(csv.DictReader(io.StringIO(report.as_csv([part]))))
     assert [line["degrees of freedom"] for line in lines] == ["", "2"]
-    assert float(lines[1]["t"]) == pytest.approx(math.sqrt(7)) and float(lines[1]["p of t"]) == pytest.approx(0.11808, abs=1e-5)
+    assert float(lines[1]["t"]) == pytest.approx(math.sqrt(7))
+    assert float(lines[1]["p of t"]) == pytest.approx(0.11808, abs=1e-5)
     assert "t = 2.65, df = 2, p = 0.118" in report.as_html("table1", [{**part, "pictures": []}], [], records)
 
 

@@ -31,7 +31,8 @@ import train  # noqa: E402
 SMALL = ["dataset.max_tokens=400", "generation.max_len_b=20", "generation.beam=2", "+model.encoder_layers=1",
          "+model.decoder_layers=1", "common.cpu=true"]
 DEMO = ["--benchmark", "demo", "--updates", "12", "--seeds", "1", "--rows", "layer,power"]
-TRANSLATION = """layer batch-reference batch-reference-all batch batch-groups0 batch-all batch-all-groups0 power-v power-v-groups0 power-v-all
+TRANSLATION = """layer batch-reference batch-reference-all batch batch-groups0 batch-all batch-all-groups0
+    power-v power-v-groups0 power-v-all
     power-v-all-groups0 power power-groups0 power-all power-all-groups0 power-algorithm2 power-algorithm2-groups0
     power-all-algorithm2 power-all-algorithm2-groups0""".split()
 LM = """layer batch-reference batch batch-groups0 power-v power-v-groups0 power power-groups0 power-algorithm2
@@ -193,7 +194,8 @@ def test_the_lines_of_the_readme(line, here, capsys):
     (["table1", "--benchmark", "dmeo"], "--benchmark 'dmeo' is unknown; valid: "),
     (["table1", "--benchmark", "ptb"], "--benchmark 'ptb' is unknown; valid: iwslt14, wmt14, multi30k, demo"),
     (["table1", "--benchmark", "demo,demo"], "names something twice"),
-    (["table1", "--benchmark", "demo", "--norms", "powr"], "--norms 'powr' is unknown; valid: layer, batch:variant=reference, batch, power-v"),
+    (["table1", "--benchmark", "demo", "--norms", "powr"],
+     "--norms 'powr' is unknown; valid: layer, batch:variant=reference, batch, power-v"),
     (["table1", "--benchmark", "demo", "--rows", "layer-groups0"], "--rows 'layer-groups0' is unknown; valid: layer,"),
     (["table1", "--benchmark", "demo", "--rows", "power", "--norms", "layer"],
      "no row is of --norms layer and of --rows power"),

@@ -55,11 +55,12 @@ def sizes_of(config):
 
 def described(config, ranks):
     """What an update takes, in words: at most so much, as batches are cut at the ends of sentences."""
-    unit = {SIZES[0]: "tokens", SIZES[1]: f"blocks of {config.task.tokens_per_sample} tokens" if is_lm(config) else "sentences"}
+    sentences = f"blocks of {config.task.tokens_per_sample} tokens" if is_lm(config) else "sentences"
+    unit = dict(zip(SIZES, ("tokens", sentences)))
     stated, own = update_freq(config), update_freq(config, ranks)
     parts = []
     for epoch, (batches, gathered) in enumerate(zip(stated, own), 1):
-        limits = " or ".join(f"{batches} x {size} = {batches * size:,} {unit[key]}: {ranks} rank{'s' * (ranks > 1)} x {size} x "
-                             f"update_freq {gathered}" for key, size in sizes_of(config))
+        limits = " or ".join(f"{batches} x {size} = {batches * size:,} {unit[key]}: {ranks} rank{'s' * (ranks > 1)} "
+                             f"x {size} x update_freq {gathered}" for key, size in sizes_of(config))
         parts.append((f"in epoch {epoch}: " if len(stated) > 1 else "") + limits)
     return "an update takes " + "; ".join(parts)

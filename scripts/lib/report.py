@@ -208,7 +208,8 @@ def add_table(part, records, tests):
         own = {record["seed"]: value(record) for record in line.records}
         common = [seed for seed in own if seed in of_baseline]
         differences = [own[seed] - of_baseline[seed] for seed in common]
-        published = line.row.published("all" if lm else next(iter(PLACEMENTS))) and all(map(scored_as_published, line.records))
+        published = (line.row.published("all" if lm else next(iter(PLACEMENTS)))
+                     and all(map(scored_as_published, line.records)))
         part["rows"].append({
             "line": line, "cells": {key: text for key, text in cells(line).items() if key not in
                                     ("benchmark", "architecture", "seeds", "subset", *metrics)},
@@ -296,8 +297,8 @@ def notes(part):
     elif not part["lm"]:
         found.append("No bootstrap test: it needs the translations of LN and of another norm, in the run directories.")
     if part["has_t"]:
-        found.append(f"Paired t: Student's test of the differences in {part['heading']} from LN of the same seed, two-sided, not "
-                     f"corrected for the number of rows.")
+        found.append(f"Paired t: Student's test of the differences in {part['heading']} from LN of the same seed, two-sided, "
+                     f"not corrected for the number of rows.")
     if part["lm"] and part["has_paper"]:
         found.append(CAUSALITY)
     changed = departures(part["rows"])

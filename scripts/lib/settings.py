@@ -147,7 +147,7 @@ def load(benchmark, arch=None):
 
 
 def data_settings(benchmark):
-    """configs/data/BENCH.yaml, how a benchmark's text is prepared and scored; empty for a language model's, used as it is."""
+    """configs/data/BENCH.yaml, how a benchmark's text is prepared and scored; empty for a language model's text."""
     from omegaconf import OmegaConf
 
     if is_lm(load(benchmark)):
