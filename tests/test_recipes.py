@@ -15,6 +15,7 @@ import batch  # noqa: E402
 import compose  # noqa: E402
 import matrix  # noqa: E402
 import settings  # noqa: E402
+import train  # noqa: E402
 
 #: The authors' settings, by the keys of fairseq's configuration. IWSLT14 and WMT14: the scripts that train them. PTB and
 #: WikiText-103: the tensorized Transformer's. Baevski & Auli: the recipe in fairseq's examples/language_model for 8 GPUs.
@@ -217,3 +218,39 @@ def test_the_papers_values_are_of_the_authors_norms():
     assert all("batch" not in values and settings.BATCH_REFERENCE in values for values in matrix.PAPER.values())
     rows = [row.norm for row in matrix.rows(settings.load("iwslt14").model)]
     assert rows.count(settings.BATCH_REFERENCE) == 2 and "batch" in rows
+
+
+@pytest.mark.parametrize("overrides, cpu, gpus, world", [
+    ({}, False, 8, 1), ({}, False, 0, 1), ({}, True, 8, 1), ({"distributed_training.distributed_world_size": 4}, False, 8, 4),
+    ({"distributed_training.distributed_world_size": 1}, True, 0, 1),
+    ({"distributed_training.distributed_world_size": 4}, False, 2, None),
+    ({"distributed_training.distributed_world_size": 4}, True, 8, None)])
+def test_train_takes_one_gpu_unless_told_otherwise(overrides, cpu, gpus, world, monkeypatch):
+    """train.sh is one rank however many GPUs there are, unless an override asks for more, which must be there."""
+    import torch
+    from omegaconf import OmegaConf
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    config = OmegaConf.create({"common": {"cpu": cpu}, "distributed_training": {"distributed_world_size": max(1, gpus)}})
+    for key, value in overrides.items():
+        OmegaConf.update(config, key, value)
+    if world is not None:
+        assert train.check_world(config, overrides, None) == world
+    else:
+        with pytest.raises(settings.UserError, match="distributed_world_size=4: .* use scripts/launch.sh --ranks 4"):
+            train.check_world(config, overrides, None)
+
+
+@pytest.mark.parametrize("norm, name", [
+    ("power", "power-seed1"), ("batch:variant=reference", "batch-reference-seed1"),
+    ("power:alpha_fwd=0.95,groups=2", "power-alpha_fwd-0.95-groups-2-seed1")])
+def test_norms_with_options(norm, name, tmp_path, monkeypatch):
+    """train.sh takes NAME:OPTION=VALUE, gives it to the model as it is, and its directory a name that every shell takes."""
+    monkeypatch.setenv("PN_RUNS_ROOT", str(tmp_path))
+    options, config = train.parse(["demo", norm])
+    assert train.run_directory(options, config) == tmp_path / "demo" / name
+    composed = compose.compose("demo", compose.norm_overrides(config.model, options.norm, options.placement))
+    assert compose.norms_of(composed.model) == (norm, "encoder")
+    with pytest.raises(settings.UserError, match="norm 'btach' is unknown; valid: layer, "):
+        train.parse(["demo", norm.replace(settings.norm_name(norm), "btach")])

@@ -238,6 +238,8 @@ def test_committed_records(path):
     (lambda r: r.update(seed=True), "seed is True, not int"),
     (lambda r: r.update(schema=2), "schema is 2; valid: 1"),
     (lambda r: r.update(norm="powr"), "norm is 'powr'; valid: 'batch', 'custom', 'layer', 'power', 'power-v', 'rms'"),
+    (lambda r: r.update(norm="powr:groups=2"), "norm is 'powr'; valid: 'batch'"),
+    (lambda r: r.update(norm=3), "norm is 3; valid: 'batch'"),
     (lambda r: r["training"].update(threads=None), "training.threads is None, not int"),
     (lambda r: r["curve"]["valid"][3].update(loss=math.nan), "curve.valid[3].loss is nan"),
     (lambda r: r["curve"]["valid"][3].update(lost=1), "curve.valid[3].lost is not a key"),
@@ -253,6 +255,11 @@ def test_schema_refuses(change, message):
     with pytest.raises(settings.UserError) as error:
         schema.check(record, "file")
     assert message in str(error.value)
+
+
+def test_norms_with_options_in_records():
+    """A record's norm may have options, as in batch:variant=reference."""
+    schema.check({**RECORD, "norm": settings.BATCH_REFERENCE}, "file")
 
 
 def test_schema_of_no_object():
