@@ -1,21 +1,15 @@
 """The recipes: each setting of configs/ against that of the authors' scripts, and the one rule for the batch."""
 
 import math
-import pathlib
 import re
-import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts" / "lib"))
 pytest.importorskip("fairseq")
 
-import batch  # noqa: E402
-import compose  # noqa: E402
-import matrix  # noqa: E402
-import settings  # noqa: E402
-import train  # noqa: E402
+from fairseq_powernorm.experiments import settings  # noqa: E402
+from fairseq_powernorm.experiments.reports import matrix  # noqa: E402
+from fairseq_powernorm.experiments.runs import batch, compose, train  # noqa: E402
 
 #: The authors' settings, by the keys of fairseq's configuration. IWSLT14 and WMT14: the scripts that train them. PTB and
 #: WikiText-103: the tensorized Transformer's. Baevski & Auli: the recipe in fairseq's examples/language_model for 8 GPUs.

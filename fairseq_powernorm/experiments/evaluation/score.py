@@ -1,0 +1,153 @@
+"""Scores hypotheses against references, line by line, and prints JSON:
+
+python -m fairseq_powernorm.experiments score HYP REF
+    tokenized text: BLEU as fairseq-score computes it
+python -m fairseq_powernorm.experiments score HYP REF --split-compounds
+    tokenized text: compounds split, BLEU as multi-bleu.perl computes it
+python -m fairseq_powernorm.experiments score HYP REF --detokenized [--lowercase]
+    detokenized text: sacreBLEU and chrF
+"""
+
+import argparse
+import collections
+import json
+import math
+import re
+
+from ..settings import UserError
+
+
+def lines_of(path):
+    """The lines of a text; raises UserError if there is none or it is not UTF-8."""
+    try:
+        with open(path, encoding="utf-8", newline="\n") as stream:
+            text = stream.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not text:
+        raise UserError(f"{path} is empty")
+    return [line.rstrip("\r") for line in (text[:-1] if text.endswith("\n") else text).split("\n")]
+
+
+def check_equal_length(hypotheses, references):
+    if len(hypotheses) != len(references):
+        raise UserError(f"{len(hypotheses):,} hypotheses for {len(references):,} references; a score of a part of the "
+                        f"text would be compared with scores of the whole")
+
+
+def split_compounds(line):
+    """a-b -> a ##AT##-##AT## b, as the scores of WMT14 En-De are usually computed (Vaswani et al., 2017)."""
+    return re.sub(r"(\S)-(\S)", r"\1 ##AT##-##AT## \2", line)
+
+
+def tokenized_bleu(hypotheses, references, compounds=False):
+    """BLEU of tokenized text by the arithmetic that the paper's scores have, unrounded.
+
+    That of IWSLT14 is fairseq_bleu's, that of WMT14, whose compounds are split, is multi_bleu's.
+
+    compounds: split them on both sides first, which the result then says
+    """
+    check_equal_length(hypotheses, references)
+    if not compounds:
+        return fairseq_bleu(hypotheses, references)
+    return {**multi_bleu(map(split_compounds, hypotheses), map(split_compounds, references)), "split_compounds": True}
+
+
+def fairseq_bleu(hypotheses, references):
+    """BLEU as fairseq-score and fairseq-generate compute it.
+
+    It equals multi_bleu but for three things: a line without words counts as one word, the end of the sentence, on either
+    side; <unk> in a hypothesis matches nothing; <pad> at the ends of a line and </s> at its end are no words.
+    """
+    from fairseq.data import Dictionary
+    from fairseq.scoring.bleu import BleuConfig, Scorer
+
+    dictionary = Dictionary()
+    scorer = Scorer(BleuConfig(pad=dictionary.pad(), eos=dictionary.eos(), unk=dictionary.unk()))
+    for hypothesis, reference in zip(hypotheses, references):
+        # Hypothesis first, as there: the dictionary grows along the way.
+        encoded = dictionary.encode_line(hypothesis)
+        scorer.add(dictionary.encode_line(reference), encoded)
+    return {"score": scorer.score() if scorer.stat.predlen else 0.0,
+            "precisions": [100 * precision for precision in scorer.precision()],
+            "brevity_penalty": scorer.brevity(), "ratio": scorer.stat.predlen / scorer.stat.reflen,
+            "hypothesis_length": scorer.stat.predlen, "reference_length": scorer.stat.reflen,
+            "text": scorer.result_string()}
+
+
+def multi_bleu(hypotheses, references):
+    """BLEU as Moses' multi-bleu.perl computes it with one reference: exp(mean of log p_n, n = 1 to 4) x brevity penalty.
+
+    p_n is the share of the hypotheses' n-grams that match, each at most as often as its reference has it. Without a match
+    of some n, BLEU is 0. Words end at the white space of ASCII, for Perl reads bytes.
+    """
+    matches, totals, lengths = [0] * 4, [0] * 4, [0, 0]
+    for pair in zip(hypotheses, references):
+        words = [re.findall(r"[^ \t\n\r\f\v]+", line) for line in pair]
+        lengths = [length + len(side) for length, side in zip(lengths, words)]
+        for n in range(4):
+            found, wanted = (collections.Counter(zip(*(side[i:] for i in range(n + 1)))) for side in words)
+            matches[n] += sum((found & wanted).values())
+            totals[n] += sum(found.values())
+    precisions = [100 * match / total if total else 0.0 for match, total in zip(matches, totals)]
+    hypothesis, reference = lengths
+    brevity = 1.0 if hypothesis >= reference else math.exp(1 - reference / hypothesis) if hypothesis else 0.0
+    ratio = hypothesis / reference if reference else 0.0
+    score = brevity * math.exp(sum(map(math.log, precisions)) / 4) if min(precisions) > 0 else 0.0
+    return {"score": score, "precisions": precisions, "brevity_penalty": brevity, "ratio": ratio,
+            "hypothesis_length": hypothesis, "reference_length": reference,
+            "text": f"BLEU = {score:.2f}, {'/'.join(f'{precision:.1f}' for precision in precisions)} (BP={brevity:.3f}, "
+                    f"ratio={ratio:.3f}, hyp_len={hypothesis}, ref_len={reference})"}
+
+
+def sacrebleu_scores(hypotheses, references, lowercase):
+    """sacreBLEU and chrF of detokenized text, with their signatures."""
+    from sacrebleu.metrics import BLEU, CHRF
+
+    check_equal_length(hypotheses, references)
+    scores = {}
+    for name, metric in (("sacrebleu", BLEU(lowercase=lowercase)), ("chrf", CHRF(lowercase=lowercase))):
+        score = metric.corpus_score(hypotheses, [references])
+        scores[name] = {"score": score.score, "signature": str(metric.get_signature())}
+    return scores
+
+
+def paired_bootstrap(baseline, systems, references, lowercase):
+    """Significance of each system's difference from the baseline, by sacreBLEU's paired bootstrap test of BLEU.
+
+    systems: name -> hypotheses. Returns name -> {"baseline", "score", "p_value", "signature"}. The p-value is None
+    where the two scores are equal, for which sacreBLEU's arithmetic gives the smallest one there is.
+    """
+    from sacrebleu.metrics import BLEU
+    from sacrebleu.significance import PairedTest
+
+    for hypotheses in (baseline, *systems.values()):
+        check_equal_length(hypotheses, references)
+    test = PairedTest([("", baseline), *systems.items()], {"BLEU": BLEU(lowercase=lowercase, references=[references])},
+                      references=None, test_type="bs")
+    signatures, scores = test()
+    own = float(scores["BLEU"][0].score)
+    return {name: {"baseline": own, "score": float(found.score), "signature": str(signatures["BLEU"]),
+                   "p_value": None if found.score == own else float(found.p_value)}
+            for name, found in zip(systems, scores["BLEU"][1:])}
+
+
+def score(arguments):
+    parser = argparse.ArgumentParser(prog="python -m fairseq_powernorm.experiments score", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("hyp", metavar="HYP")
+    parser.add_argument("ref", metavar="REF")
+    parser.add_argument("--split-compounds", action="store_true")
+    parser.add_argument("--detokenized", action="store_true")
+    parser.add_argument("--lowercase", action="store_true")
+    options = parser.parse_args(arguments)
+    if options.detokenized and options.split_compounds:
+        raise UserError("--split-compounds is for tokenized text; valid with --detokenized: --lowercase")
+    if options.lowercase and not options.detokenized:
+        raise UserError("--lowercase is for --detokenized text; tokenized text is scored as it is")
+    hypotheses, references = lines_of(options.hyp), lines_of(options.ref)
+    if options.detokenized:
+        found = sacrebleu_scores(hypotheses, references, options.lowercase)
+    else:
+        found = {"bleu_tokenized": tokenized_bleu(hypotheses, references, options.split_compounds)}
+    print(json.dumps({**found, "sentences": len(hypotheses)}, indent=2))
