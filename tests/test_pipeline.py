@@ -227,9 +227,9 @@ def test_sentencepiece(scripts, tmp_path):
     copy = tmp_path / "copy"
     for name in ("scripts", "configs", "fairseq_powernorm"):
         shutil.copytree(ROOT / name, copy / name)
-    config = copy / "configs" / "demo.yaml"
-    config.write_text(re.sub(r"PN_BPE_SIZE: \d+", "PN_BPE_SIZE: 60", config.read_text()))
-    assert "cannot learn PN_BPE_SIZE" in mine.refuses("prepare", "demo", "--text-dir", scripts.text, "--bpe", "sentencepiece")
+    config = copy / "configs" / "data" / "demo.yaml"
+    config.write_text(re.sub(r"bpe_size: \d+", "bpe_size: 60", config.read_text()))
+    assert "cannot learn bpe_size" in mine.refuses("prepare", "demo", "--text-dir", scripts.text, "--bpe", "sentencepiece")
     done = subprocess.run(["bash", str(copy / "scripts" / "prepare.sh"), "demo", "--text-dir", str(scripts.text), "--bpe",
                            "sentencepiece"], env=mine.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout

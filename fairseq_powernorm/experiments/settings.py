@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -19,6 +20,8 @@ PLUGIN = Path(__file__).resolve().parents[1]
 ROOT = PLUGIN.parent
 CONFIGS = ROOT / "configs"
 NORMS = ("layer", "rms", "batch", "power-v", "power")
+#: The authors' BN, of which the paper's values are; plain "batch" has true statistics of the tokens that are not padding.
+BATCH_REFERENCE = "batch:variant=reference"
 BPE_TYPES = ("subword_nmt", "sentencepiece")
 LARGEST_SEED = 2**32 - 1  # numpy's
 # The four options that carry a norm's name, and the placements: placement -> does NORM stand there (else LayerNorm)? A
@@ -102,6 +105,16 @@ def seeds(option, text):
     return [number(option, seed, 0, LARGEST_SEED) for seed in listed(option, text, None, ())]
 
 
+def norm_name(norm):
+    """The name of a norm that may have options: NAME[:OPTION=VALUE[,...]]."""
+    return norm.partition(":")[0]
+
+
+def norm_in_names(norm):
+    """A norm with its options as a part of names of files and rows, such as batch-reference."""
+    return re.sub("[:,=]", "-", norm.replace(":variant=", "-"))
+
+
 def is_lm(config):
     """Is this the configuration of a language model (else: of translation)?"""
     return config.task._name == "language_modeling_pn"
@@ -135,12 +148,16 @@ def load(benchmark, arch=None):
     return config
 
 
-def script_setting(config, key, default):
-    """A setting of the scripts for which fairseq has no key: hydra.job.env_set.KEY of what load gives."""
+def data_settings(benchmark):
+    """configs/data/BENCH.yaml, how a benchmark's text is prepared and scored; empty for a language model's text."""
     from omegaconf import OmegaConf
 
-    value = OmegaConf.select(config, f"hydra.job.env_set.{key}")
-    return default if value is None else value
+    if is_lm(load(benchmark)):
+        return {}
+    path = CONFIGS / "data" / f"{benchmark}.yaml"
+    if not path.is_file():
+        raise UserError(f"benchmark {benchmark!r}: {path}, which says how its text is prepared, does not exist")
+    return OmegaConf.to_container(OmegaConf.load(path)) or {}
 
 
 def sha256(path):

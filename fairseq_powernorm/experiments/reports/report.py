@@ -18,11 +18,12 @@ import sys
 from pathlib import Path
 
 from ..evaluation import score
-from ..settings import PLACEMENTS, ROOT, UserError, locked, read_json, runs_root, write_json
+from ..runs import compose
+from ..settings import PLACEMENTS, ROOT, UserError, data_settings, locked, read_json, runs_root, write_json
 from . import figures, schema, speed
 from .matrix import BASELINE, FIGURE_ROWS, NORMS, PAPER, relative
-from .table import (LM_METRICS, METRICS, OF_THE_LINE, cell, cells, is_lm_record, lines, markdown, mean, settings_of,
-                    spread, tables)
+from .table import (IRRELEVANT, LM_METRICS, METRICS, OF_THE_LINE, cell, cells, is_lm_record, lines, markdown, mean,
+                    paired_t, settings_of, spread, tables)
 
 TITLES = {"table1": "Table 1: machine translation", "table2": "Table 2: language modelling"}
 CAPTIONS = (
@@ -210,12 +211,14 @@ def add_table(part, records, tests):
         own = {record["seed"]: value(record) for record in line.records}
         common = [seed for seed in own if seed in of_baseline]
         differences = [own[seed] - of_baseline[seed] for seed in common]
-        published = line.row.published("all" if lm else next(iter(PLACEMENTS)))
+        published = (line.row.published("all" if lm else next(iter(PLACEMENTS)))
+                     and all(map(scored_as_published, line.records)))
         part["rows"].append({
             "line": line, "cells": {key: text for key, text in cells(line).items() if key not in
                                     ("benchmark", "architecture", "seeds", "subset", *metrics)},
             "numbers": {name: cell(line, name, metrics) for name in metrics},
             "difference": mean(differences) if common and line is not baseline else None,
+            "t": paired_t(differences) if line is not baseline else None,
             "tests": [tests.get(name) for name in line.names],
             "paper": PAPER.get((part["benchmark"], part["arch"]), {}).get(line.row.norm) if published else None,
             "seeds": [{"seed": record["seed"], "score": f"{value(record):.2f}", "name": name,
@@ -223,6 +226,38 @@ def add_table(part, records, tests):
                       for record, name in zip(line.records, line.names)],
         })
     part["has_paper"] = any(row["paper"] is not None for row in part["rows"])
+    part["paper_heading"] = LM_PAPER if lm else "paper"
+    part["has_t"] = any(row["t"] is not None for row in part["rows"])
+
+
+def scored_as_published(record):
+    """Is this the paper's kind of number: of the test set, of the published text, and with compounds split where its are?"""
+    if record["subset"] != "test":
+        return False
+    if is_lm_record(record):
+        return record["tokens"]["published_corpus"]
+    return record["bleu_tokenized"].get("split_compounds", False) == data_settings(record["benchmark"]).get(
+        "split_compounds", False)
+
+
+def departures(rows):
+    """The overrides of runs that change the recipe of configs/BENCH.yaml: all but those that name a line of the table."""
+    found = {}
+    for record in (record for row in rows for record in row["line"].records):
+        found.update({override: None for key, override in compose.by_key(record["overrides"]).items()
+                      if key not in OF_THE_LINE | IRRELEVANT})
+    return list(found)
+
+
+#: heading of the paper's perplexities
+LM_PAPER = "paper, non-causal"
+#: heading of the column that of_t() fills
+T_TEST = "paired t over seeds"
+
+
+def of_t(row):
+    """The paired t-test of a row as text."""
+    return "" if row["t"] is None else "t = {:.2f}, df = {}, p = {:.3f}".format(*row["t"])
 
 
 #: heading of the column that by_seed() fills
@@ -263,9 +298,15 @@ def notes(part):
         found.append("By seed: the difference from LN of the same seed, and p of sacreBLEU's paired bootstrap test (1,000 "
                      "samples).")
     elif not part["lm"]:
-        found.append("No significance: it needs the translations of LN and of another norm, in the run directories.")
+        found.append("No bootstrap test: it needs the translations of LN and of another norm, in the run directories.")
+    if part["has_t"]:
+        found.append(f"Paired t: Student's test of the differences in {part['heading']} from LN of the same seed, two-sided, "
+                     f"not corrected for the number of rows.")
     if part["lm"] and part["has_paper"]:
         found.append(CAUSALITY)
+    changed = departures(part["rows"])
+    if part["has_paper"] and changed:
+        found.append(f"The paper's values come from the whole recipe; here it was changed by {', '.join(changed)}.")
     for key, values in part["differing"].items():
         found.append(f"The runs differ in {key}: {', '.join(values)}.")
     return found
@@ -273,13 +314,13 @@ def notes(part):
 
 def plain_rows(part):
     """(headings, rows) of a section's table as text."""
-    headings = [*part["rows"][0]["cells"], *part["metrics"], "against LN", *([BY_SEED] if part["tested"] else []),
-                *(["paper"] if part["has_paper"] else [])]
+    headings = [*part["rows"][0]["cells"], *part["metrics"], "against LN", *([T_TEST] if part["has_t"] else []),
+                *([BY_SEED] if part["tested"] else []), *([part["paper_heading"]] if part["has_paper"] else [])]
     rows = []
     for row in part["rows"]:
         paper = [] if not part["has_paper"] else ["" if row["paper"] is None else f"{row['paper']:.1f}"]
         rows.append([*map(str, row["cells"].values()), *row["numbers"].values(), signed(row["difference"]),
-                     *([by_seed(row)] if part["tested"] else []), *paper])
+                     *([of_t(row)] if part["has_t"] else []), *([by_seed(row)] if part["tested"] else []), *paper])
     return headings, rows
 
 
@@ -303,7 +344,8 @@ def as_csv(parts):
     names = list(dict.fromkeys(name for part in parts for name in part["metrics"]))
     fields = ["benchmark", "architecture", "norm", "placement", "layer scale", "variant", "updates", "seeds"]
     writer = csv.DictWriter(stream, [*fields, *(f"{name} {of}" for name in names for of in ("mean", "deviation")),
-                                     "against LN", "sacreBLEU against LN by seed", "p", "paper"], lineterminator="\n")
+                                     "against LN", "t", "degrees of freedom", "p of t", "sacreBLEU against LN by seed", "p",
+                                     *dict.fromkeys(part["paper_heading"] for part in parts)], lineterminator="\n")
     writer.writeheader()
     for part in parts:
         for row in part["rows"]:
@@ -317,7 +359,9 @@ def as_csv(parts):
                 **told, "architecture": part["arch"], "placement": line.row.placement,
                 "updates": " ".join(str(record["updates"]) for record in line.records),
                 "seeds": " ".join(str(seed["seed"]) for seed in row["seeds"]), **numbers,
-                "against LN": row["difference"], **unrounded(row), "paper": row["paper"]})
+                "against LN": row["difference"],
+                **dict(zip(("t", "degrees of freedom", "p of t"), row["t"] or ())),
+                **unrounded(row), part["paper_heading"]: row["paper"]})
     return stream.getvalue()
 
 
@@ -331,7 +375,7 @@ def as_html(subject, parts, missing, records):
                           for i, picture in part["pictures"]]
     return environment.get_template("report.html.j2").render(
         title=TITLES[subject], parts=parts, missing=missing, records=records, notes=notes, signed=signed,
-        by_seed=by_seed, by_seed_heading=BY_SEED)
+        by_seed=by_seed, by_seed_heading=BY_SEED, of_t=of_t, t_heading=T_TEST)
 
 
 # ---- README.md -------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ def places(model, placement):
 
 def norm_overrides(model, norm, placement):
     """The hydra overrides that put NORM at a placement of a model (its configuration), and LayerNorm elsewhere."""
-    return [f"model.{option}={norm if chosen else 'layer'}" for option, chosen in places(model, placement).items()]
+    return [f"model.{option}={quote(norm) if chosen else 'layer'}" for option, chosen in places(model, placement).items()]
 
 
 def arch_overrides(benchmark, arch):
