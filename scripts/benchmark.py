@@ -769,7 +769,7 @@ def draw(record, path):
         return
     heights = [1 + 0.25 * len(contenders) for contenders in panels.values()]
     figure, axes = pyplot().subplots(len(panels), 1, figsize=(8, sum(heights)), height_ratios=heights, layout="constrained",
-                                   squeeze=False)
+                                     squeeze=False)
     for axis, ((level, which, dtype), contenders) in zip(axes[:, 0], panels.items()):
         known = [name for contender in CONTENDERS for name, _ in named(contenders, contender)]
         names = list(dict.fromkeys([*known, *contenders]))
@@ -855,7 +855,8 @@ def benchmark(arguments):
         "schema": 1, "kind": "benchmark", "device": options.device, "processor": processor(options.device),
         "cores": os.cpu_count(), "memory": "fresh" if options.fresh else "recycled",
         "kernel": kernels.KERNELS[name].describe(), "quick": options.quick, "arguments": arguments, "cells": cells,
-        "checks": [] if options.quick else rounded(checks(cells)), "versions": {"python": platform.python_version(), **versions(TOOLS)},
+        "checks": [] if options.quick else rounded(checks(cells)),
+        "versions": {"python": platform.python_version(), **versions(TOOLS)},
     }
     print(show(record), end="")
     if target is not None:

@@ -58,7 +58,8 @@ def test_splits_are_disjoint_and_sized(corpus):
 
 
 LEXICON = demo.read_lexicon()
-ADJECTIVES = {word["german"] + ending: word["german"] for word in LEXICON["adjective"] for ending in ("e", "en", "er", "es", "em")}
+ADJECTIVES = {word["german"] + ending: word["german"] for word in LEXICON["adjective"]
+              for ending in ("e", "en", "er", "es", "em")}
 NOUNS = {modifier + (form.lower() if modifier else form): word["german"] for word in LEXICON["noun"]
          for form in (word["german"], *([word["plural"], f"{word['plural']}n"] if word["plural"] else []))
          for modifier in ("", *(each["german"] for each in LEXICON["modifier"]))}
@@ -85,7 +86,8 @@ def test_what_is_held_out(corpus):
 
 def test_translation_is_a_function():
     """Equal German sentences have equal English ones; no German word of the lexicon has two translations."""
-    grammar = small_grammar("Frau Lehrer Junge Buch Käse Schule lesen essen fragen helfen geben gehen ein|schlafen alt gut Anna")
+    grammar = small_grammar(
+        "Frau Lehrer Junge Buch Käse Schule lesen essen fragen helfen geben gehen ein|schlafen alt gut Anna")
     translations, repeated = {}, 0
     for _ in range(30000):
         german, english = grammar.sentence()
@@ -129,7 +131,8 @@ def test_noun_phrases_agree(noun, singular, plural):
     ("lesen Buch d er wann", "Wann konnte er das Buch nicht lesen?", "When couldn't he read the book?"),
     ("lachen weil er", "Er lacht, weil er nicht lacht.", "He laughs because he doesn't laugh."),
     ("ein|schlafen weil wir", "Weil wir einschlafen, schlafen wir ein.", "Because we fall asleep, we fall asleep."),
-    ("lachen weinen Frau d", "Gestern hat die Frau, die nicht weint, gelacht.", "The woman that doesn't cry laughed yesterday."),
+    ("lachen weinen Frau d", "Gestern hat die Frau, die nicht weint, gelacht.",
+     "The woman that doesn't cry laughed yesterday."),
     ("lesen Buch drei zwanzig", "Sie liest dreiundzwanzig Bücher.", "She reads twenty-three books."),
     ("lesen Buch ihr Lieblings", "Ich lese ihr altes Lieblingsbuch.", "I read her old favorite book."),
 ])

@@ -392,7 +392,8 @@ def test_table_of_the_report(written):
     assert [row[heading.index("variant")] for row in rows] == ["", "", "reference", "algorithm2"]
     targets = re.findall(r"\]\(([^)]*)\)", text)
     assert all((results / target).is_file() for target in targets)
-    assert {path.name for path in results.glob("*.png")} == {target for target in targets if target.endswith(".png")} != set()
+    pictures = {target for target in targets if target.endswith(".png")}
+    assert pictures and {path.name for path in results.glob("*.png")} == pictures
     assert "No bootstrap test" in text and "Not in the table: multi30k/power-all-algorithm2-4000-seed2." in text
     assert "differ in" not in text
     with open(results / "table1-multi30k-4000.csv", encoding="utf-8", newline="") as stream:
@@ -562,12 +563,14 @@ def test_settings_that_differ_are_said(written):
     records = {path.stem: json.loads(path.read_text()) for path in sorted((results / "multi30k").glob("*seed1.json"))}
     records["power-4000-seed1"]["config"]["optimization"]["lr"] = [0.1]
     records["layer-4000-seed1"]["config"]["dataset"]["seed"] = 5
-    assert report.differing(table.lines(records)) == {"optimization.lr": ["[0.005]", "[0.1]"], "dataset.seed": ["5", "default"]}
+    assert report.differing(table.lines(records)) == {
+        "optimization.lr": ["[0.005]", "[0.1]"], "dataset.seed": ["5", "default"]}
 
 
 @pytest.mark.parametrize("content", [
     None, [], {}, "ä", 0.5, {"a": []}, [[1, 2], [3]], {"text": "x" * 300, "list": [True, None, "y" * 300, {"deep": [{}]}]},
-    {"row": {"a": 1, "b": [0.25] * 200, "c": {"d": "e" * 150}}, "next": [{"n": i, "name": "ü" * 60} for i in range(5)]}, RECORD,
+    {"row": {"a": 1, "b": [0.25] * 200, "c": {"d": "e" * 150}}, "next": [{"n": i, "name": "ü" * 60} for i in range(5)]},
+    RECORD,
 ], ids=lambda content: str(content)[:20])
 def test_json_of_records(content):
     """What is written reads as what was given; what fits into a line is one; only texts and lists of numbers are longer."""

@@ -87,7 +87,7 @@ class Grammar:
             german, english = clause.question + "?", clause.english_question + "?"
         elif kind < 0.85:
             clause, word = self.clause(is_bare=True), self.pick("question")
-            german, english = (f"{word['german']} {clause.question}?", f"{word['english']} {clause.english_question}?")
+            german, english = f"{word['german']} {clause.question}?", f"{word['english']} {clause.english_question}?"
         else:
             word, clause, main = self.pick("conjunction"), self.clause(), self.clause()
             german, english = f"{word['german']} {clause.subordinate}", f"{word['english']} {clause.english}"
@@ -104,8 +104,8 @@ class Grammar:
         """A clause, of this subject, if given, which is of this kind; a bare one says neither when nor where."""
         verb = self.pick("verb", subjects=kind)
         subject = subject or self.subject(verb["subjects"])
-        tense = self.random()
-        tense = "present" if tense < 0.4 else "past" if tense < 0.85 or is_bare else "future"
+        chance = self.random()
+        tense = "present" if chance < 0.4 else "past" if chance < 0.85 or is_bare else "future"
         has_time = tense == "future" or not is_bare and self.chance(0.4)
         time = self.pick("time", tense=tense) if has_time else {"german": "", "english": ""}
         modal = self.pick("modal") if tense != "future" and self.chance(0.2) else None
@@ -153,7 +153,8 @@ class Grammar:
         head = self.noun_phrase(kind, is_definite=True)
         pronoun = head.german["nom"].split()[0]  # the same as the article
         clause = self.clause(Phrase({"nom": pronoun}, "that", head.person), kind, is_bare=True)
-        return Phrase({"nom": f"{head.german['nom']}, {clause.subordinate},"}, f"{head.english} {clause.english}", head.person)
+        german, english = f"{head.german['nom']}, {clause.subordinate},", f"{head.english} {clause.english}"
+        return Phrase({"nom": german}, english, head.person)
 
     def noun_phrase(self, classes: str, *, is_definite: bool = False) -> Phrase:
         """A determiner, perhaps an adjective, and a noun of one of the classes, perhaps a compound."""
@@ -176,13 +177,14 @@ class Grammar:
         english = f"{'an' if article == 'a' and english[0] in 'aeiou' else article} {english}"
         german = {}
         for case, ending in zip(CASES, ENDINGS[gender]):
-            has_ending = determiner["adjective"] == "weak" or determiner["adjective"] == "mixed" and (gender, case) not in BARE
-            word = determiner["german"] + ending * has_ending
+            kind = determiner["adjective"]
+            has_ending = kind == "weak" or kind == "mixed" and (gender, case) not in BARE  # a strong adjective has it itself
+            article = determiner["german"] + ending * has_ending
             if has_ending:
                 ending = "e" if not is_plural and (case == "nom" or case == "acc" and gender != "m") else "en"
-            form = plural if is_plural or case != "nom" and noun["gender"].endswith("w") else singular
+            form = plural if is_plural or case != "nom" and noun["gender"].endswith("w") else singular  # w: den Jungen
             form += "n" * (is_plural and case == "dat" and form[-1] not in "ns")
-            german[case] = join({"de": "die", "des": "das"}.get(word, word), adjective and adjective + ending, form)
+            german[case] = join({"de": "die", "des": "das"}.get(article, article), adjective and adjective + ending, form)
         return Phrase(german, english, "p" if is_plural else "s")
 
     def determiner(self, column: str, *, is_mass: bool, is_definite: bool) -> Word:
@@ -228,7 +230,8 @@ def german_verb(verb: Word, modal: Optional[Word], tense: str, person: str) -> T
         return finite, prefix, prefix + finite
     if modal:
         final = prefix + infinitive
-        finite = modal["past"] + "n" * (person == "p") if tense == "past" else modal["plural" if person == "p" else "singular"]
+        column = "past" if tense == "past" else "plural" if person == "p" else "singular"
+        finite = modal[column] + "n" * (person == "p" and tense == "past")
     else:
         auxiliary, final = verb["perfect"].split()
         finite = AUXILIARIES[auxiliary][PERSONS.index(person)]
@@ -256,7 +259,9 @@ def is_held_out(pair: Tuple[str, str]) -> bool:
 
 def generate(seed: int = 1) -> Dict[str, List[Tuple[str, str]]]:
     """Split -> its (German, English) sentences, none of which occurs in another split, on either side."""
-    grammar, splits, known = Grammar(seed), {}, set()
+    grammar = Grammar(seed)
+    splits: Dict[str, List[Tuple[str, str]]] = {}
+    known: Set[str] = set()
     for split, size in SIZES.items():
         drawn: Dict[str, str] = {}
         taken = {text for sentences in splits.values() for pair in sentences for text in pair}

@@ -1,4 +1,4 @@
-"""Reports of a matrix of runs: Markdown with pictures, CSV and a self-contained HTML page, from the records and what runs left.
+"""Reports of a matrix of runs: Markdown and pictures, CSV, a self-contained HTML page, from records and what runs left.
 
 python -m fairseq_powernorm.experiments report --readme [--check]
 
