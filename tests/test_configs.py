@@ -213,7 +213,7 @@ def documented():
 
 
 def settings_in(table, column):
-    """key -> value of the rows of a table that name settings of fairseq's: `a.b`, or `a.b`, `a.c` with a value each or one."""
+    """key -> value of the rows of a table that name settings: `a.b`, or `a.b`, `a.c` with a value each or one for all."""
     found = {}
     for row in table:
         keys = re.findall(r"`(\w+\.\w+)`", row["setting"])

@@ -215,7 +215,8 @@ def test_the_papers_values_are_of_the_authors_norms():
 
 
 @pytest.mark.parametrize("overrides, cpu, gpus, world", [
-    ({}, False, 8, 1), ({}, False, 0, 1), ({}, True, 8, 1), ({"distributed_training.distributed_world_size": 4}, False, 8, 4),
+    ({}, False, 8, 1), ({}, False, 0, 1), ({}, True, 8, 1),
+    ({"distributed_training.distributed_world_size": 4}, False, 8, 4),
     ({"distributed_training.distributed_world_size": 1}, True, 0, 1),
     ({"distributed_training.distributed_world_size": 4}, False, 2, None),
     ({"distributed_training.distributed_world_size": 4}, True, 8, None)])

@@ -113,7 +113,8 @@ def test_where_fairseqs_bleu_is_not_multi_bleus(hypothesis, reference, same):
     keys = ("score", "precisions", "hypothesis_length", "reference_length")
     assert all(fairseqs[key] == pytest.approx(multi[key], rel=1e-6) for key in keys) == same
     wanted = unsmoothed(hypotheses, references)
-    assert multi["score"] == pytest.approx(wanted.score, abs=1e-9) and multi["precisions"] == pytest.approx(wanted.precisions)
+    assert multi["score"] == pytest.approx(wanted.score, abs=1e-9)
+    assert multi["precisions"] == pytest.approx(wanted.precisions)
 
 
 def test_multi_bleu_of_texts_without_matches():
@@ -473,7 +474,8 @@ def test_no_paper_value_beside_another_kind_of_number(arch, change, shown):
 
 def test_the_recipe_that_was_changed_is_said():
     """Where the paper's values stand beside runs with overrides, the report lists those that change the recipe."""
-    run_ = next(matrix.runs("iwslt14", "transformer_pn_iwslt_de_en", [1], 1000, ["optimization.lr=[0.1]", "common.cpu=true"]))
+    overrides = ["optimization.lr=[0.1]", "common.cpu=true"]
+    run_ = next(matrix.runs("iwslt14", "transformer_pn_iwslt_de_en", [1], 1000, overrides))
     record = {**record_of(run_, 0), "benchmark": "iwslt14", "overrides": list(run_.overrides)}
     (said,) = [note for note in report.notes(paper_section(run_.benchmark, run_.arch, {"run": record})) if "recipe" in note]
     for override in ("optimization.max_update=1000", "lr_scheduler.warmup_updates=80", "optimization.lr=[0.1]"):

@@ -177,6 +177,7 @@ def test_dry_run_of_the_whole(subject, here, capsys):
     assert len(hours) == rows * len(there) and min(hours) > 0
     total = float(re.match(rf"# {len(hours)} runs, about ([\d.,]+) GPU hours", lines[-1])[1].replace(",", ""))
     assert total == pytest.approx(sum(hours), rel=0.05)
+    assert ("100,000 updates of iwslt14 until it stops early" in lines[-1]) == ("iwslt14" in there)
     assert not list(here.iterdir()), "nothing was made"
 
 

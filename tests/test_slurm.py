@@ -104,6 +104,14 @@ def test_submit_refuses(scripts, with_slurm, tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists() and not (tmp_path / "calls").exists()
 
 
+def test_norms_and_overrides_of_submit():
+    """Words with a norm's options are norms, KEY=VALUE and ~KEY are overrides, whatever their order."""
+    words = ["batch:variant=reference", "common.seed=2", "power", "~optimizer.adam_betas", "a.b='c:d'"]
+    options = submit.parse(["demo", *words])
+    assert options.norms == ["batch:variant=reference", "power"]
+    assert options.overrides == ["common.seed=2", "~optimizer.adam_betas", "a.b='c:d'"]
+
+
 def test_submit_refuses_runs_in_use(scripts, with_slurm, tmp_path):
     """A run directory that exists, in which a process works, or that a queued job will use, is refused."""
     import fcntl

@@ -147,7 +147,7 @@ class Run:
 
     @property
     def final_warmup_matters(self):
-        """Does the warm-up of the norms after the stacks change the training? PN's (reference), which post-norm models lack."""
+        """Does the warm-up of the norms after the stacks matter? To PN (reference) in pre-norm models, which have them."""
         return self.row.norm == "power" and self.row.variant == VARIANTS[0] and not self.arch.startswith("tensorized")
 
 

@@ -300,8 +300,8 @@ def notes(part):
     elif not part["lm"]:
         found.append("No bootstrap test: it needs the translations of LN and of another norm, in the run directories.")
     if part["has_t"]:
-        found.append(f"Paired t: Student's test of the differences in {part['heading']} from LN of the same seed, two-sided, "
-                     f"not corrected for the number of rows.")
+        found.append(f"Paired t: Student's test of the differences in {part['heading']} from LN of the same seed, "
+                     f"two-sided, not corrected for the number of rows.")
     if part["lm"] and part["has_paper"]:
         found.append(CAUSALITY)
     changed = departures(part["rows"])

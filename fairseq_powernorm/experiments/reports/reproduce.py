@@ -140,13 +140,16 @@ def unprepared(options):
 
 
 def print_cost(runs):
-    total = collections.Counter()
+    total, assumed = collections.Counter(), {}
     for run in runs:
         total[run.benchmark] += run.gpu_hours
+        if run.updates is None:
+            typical = matrix.TYPICAL_UPDATES[run.benchmark]
+            assumed[run.benchmark] = f"{typical:,} updates of {run.benchmark} until it stops early, "
     print(f"# {len(runs)} runs, about {matrix.hours(sum(total.values()))} GPU hours for training ("
           + ", ".join(f"{benchmark} {matrix.hours(hours)}" for benchmark, hours in total.items())
-          + f"), an estimate: {matrix.UPDATE_S} s an update, and 6 operations per parameter and token at "
-            f"{matrix.OPERATIONS_PER_S / 1e12:.0f} * 10^12 a second")
+          + f"), an estimate: {''.join(assumed.values())}{matrix.UPDATE_S} s an update, and 6 operations per parameter "
+            f"and token at {matrix.OPERATIONS_PER_S / 1e12:.0f} * 10^12 a second")
 
 
 def submit(options, runs, stem):

@@ -30,8 +30,8 @@ def update_freq(config, ranks=1):
         advice = ("; the same updates of smaller batches: "
                   + " ".join(f"{key}={size // smaller}" for key, size in sizes)
                   + f" {override([number * smaller for number in stated])}")
-    raise UserError(f"{ranks} ranks cannot share out optimization.update_freq={stated}, the batches of an update on one GPU; "
-                    f"valid numbers of ranks: {', '.join(map(str, valid))}{advice}")
+    raise UserError(f"{ranks} ranks cannot share out optimization.update_freq={stated}, the batches of an update on one "
+                    f"GPU; valid numbers of ranks: {', '.join(map(str, valid))}{advice}")
 
 
 def override(frequencies):
