@@ -754,10 +754,9 @@ def show(record):
 def draw(record, path):
     """Ratios to LayerNorm: a panel for each level, pass and dtype, in it a row for each contender, in it a mark for each size,
     the median of its cells, with their range."""
-    import matplotlib
+    from matplotlib import ticker
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
+    from fairseq_powernorm.experiments.reports.figures import png, pyplot
 
     panels = {}
     for cell in record["cells"]:
@@ -769,8 +768,8 @@ def draw(record, path):
     if not panels:
         return
     heights = [1 + 0.25 * len(contenders) for contenders in panels.values()]
-    figure, axes = pyplot.subplots(len(panels), 1, figsize=(8, sum(heights)), height_ratios=heights, layout="constrained",
-                                   squeeze=False)
+    figure, axes = pyplot().subplots(len(panels), 1, figsize=(8, sum(heights)), height_ratios=heights, layout="constrained",
+                                     squeeze=False)
     for axis, ((level, which, dtype), contenders) in zip(axes[:, 0], panels.items()):
         known = [name for contender in CONTENDERS for name, _ in named(contenders, contender)]
         names = list(dict.fromkeys([*known, *contenders]))
@@ -794,8 +793,16 @@ def draw(record, path):
         axis.grid(axis="x", alpha=0.3)
         axis.set_title(f"{level}, {which}, {dtype}: time / LayerNorm", fontsize=9)
         axis.legend(title="rows x C", fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    path.write_bytes(png(figure, dpi=150))
+
+
+def rounded(value):
+    """What was measured, to six significant digits; it repeats to fewer."""
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [rounded(inner) for inner in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def processor(device):
@@ -843,12 +850,13 @@ def benchmark(arguments):
     for number in threads:
         torch.set_num_threads(number)
         for level in options.levels:
-            cells += CELLS[level](options, say)
+            cells += rounded(CELLS[level](options, say))
     record = {
         "schema": 1, "kind": "benchmark", "device": options.device, "processor": processor(options.device),
         "cores": os.cpu_count(), "memory": "fresh" if options.fresh else "recycled",
         "kernel": kernels.KERNELS[name].describe(), "quick": options.quick, "arguments": arguments, "cells": cells,
-        "checks": [] if options.quick else checks(cells), "versions": {"python": platform.python_version(), **versions(TOOLS)},
+        "checks": [] if options.quick else rounded(checks(cells)),
+        "versions": {"python": platform.python_version(), **versions(TOOLS)},
     }
     print(show(record), end="")
     if target is not None:

@@ -7,10 +7,10 @@
 #   --nodes N           machines; the same command is started on each of them, with
 #   --node-rank I       the number of the machine, from 0; the first one writes the run's records
 #   --master HOST:PORT  the first machine, and a free port there (default port: 29400)
-#   --same-batch        optimization.update_freq is what one rank gathers: it is shared out among the ranks
 #
-# All machines need the prepared data, the same checkout and a common file system for the run directory. More ranks make
-# larger batches, without --same-batch or a divided dataset.max_tokens: what an update takes is printed.
+# All machines need the prepared data, the same checkout and a common file system for the run directory.
+# An update takes as much as on one GPU: the ranks share out optimization.update_freq, which their number must divide. What
+# an update takes is printed.
 # Interrupted, a run goes on with --resume on all machines. rank 0's output is train.log, that of the others logs/.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"

@@ -6,9 +6,9 @@
 #   scripts/prepare.sh BENCH [options]
 #
 #   BENCH               name of a file in configs/ (demo, iwslt14, multi30k, ptb, wikitext103, wmt14)
-#   --bpe TYPE          subword_nmt or sentencepiece; default: PN_BPE in configs/BENCH.yaml
-#   --bpe-size N        merges (subword_nmt) or pieces (sentencepiece); default: PN_BPE_SIZE in configs/BENCH.yaml
-#   --news-commentary V wmt14: v12, or v9, that of WMT 2014; default: PN_NEWS_COMMENTARY in configs/wmt14.yaml
+#   --bpe TYPE          subword_nmt or sentencepiece; default: bpe in configs/data/BENCH.yaml
+#   --bpe-size N        merges (subword_nmt) or pieces (sentencepiece); default: bpe_size in configs/data/BENCH.yaml
+#   --news-commentary V wmt14: v12, or v9, that of WMT 2014; default: news_commentary in configs/data/wmt14.yaml
 #   --archive-dir DIR   take the corpus files from DIR/BENCH/ or DIR/ instead of downloading them; default: $DATA_ARCHIVES
 #   --archive FILE      iwslt14, ptb, wikitext103: take the text from FILE, laid out as the published archive (de-en.tgz
 #                       or 2014-01.tgz, simple-examples.tgz, wikitext-103-v1.zip) but not held to its SHA-256

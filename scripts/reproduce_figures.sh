@@ -6,7 +6,7 @@
 #   scripts/reproduce_figures.sh [options] [overrides]
 #
 #   --benchmark LIST    default: iwslt14; also wmt14, multi30k, demo, ptb, wikitext103
-#   --rows LIST         default: layer,batch,power-v,power
+#   --rows LIST         default: layer,batch-reference,batch,power-v,power
 #   --seeds LIST        default: 1
 #   --archs, --norms, --updates, --jobs, --gpus, --slurm and its options, --results, --dry-run, --report-only, overrides
 #                       as scripts/reproduce_table1.sh and scripts/reproduce_table2.sh have them

@@ -1,6 +1,7 @@
 """Every YAML file in configs/ builds with every norm, and says all of what the scripts read from it."""
 
 import pathlib
+import re
 import subprocess
 
 import pytest
@@ -11,6 +12,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 pytest.importorskip("fairseq")
 
 from fairseq_powernorm.experiments import settings  # noqa: E402
+from fairseq_powernorm.experiments.data import prepare  # noqa: E402
 from fairseq_powernorm.experiments.evaluation import perplexity  # noqa: E402
 from fairseq_powernorm.experiments.runs import compose  # noqa: E402
 
@@ -57,7 +59,8 @@ def test_language_models_build(benchmark, arch, norm, data, tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted(
-    path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "launcher"), ids=lambda path: path.stem)
+    path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name not in ("launcher", "data")),
+    ids=lambda path: path.stem)
 def test_files_of_architectures(path):
     """configs/BENCH/ARCH.yaml begins as configs/BENCH.yaml does and chooses the architecture that it is named after."""
     package, launch = path.read_text(encoding="utf-8").split("\n")[:2]
@@ -65,6 +68,36 @@ def test_files_of_architectures(path):
     assert launch.startswith(f"# bash scripts/train.sh {path.parent.name} ") and launch.endswith(f" --arch {path.stem}")
     config = compose.compose(path.parent.name, compose.arch_overrides(path.parent.name, path.stem))
     assert config.model._name == path.stem
+
+
+def test_data_settings():
+    """Each translation benchmark has a file of data settings that the scripts take, and no language model has one; none of
+    them goes through hydra, which would export it into every training process."""
+    assert sorted(path.stem for path in (ROOT / "configs" / "data").glob("*.yaml")) == benchmarks(lm=False)
+    for name in benchmarks(lm=False):
+        assert prepare.checked(name, settings.data_settings(name)) == settings.data_settings(name)
+    for name in benchmarks(lm=True):
+        assert settings.data_settings(name) == {}
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        assert "env_set" not in path.read_text(encoding="utf-8"), path
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"bpe_sise": 3}, "configs/data/demo.yaml: 'bpe_sise' is unknown; valid: bpe, bpe_size, "),
+    ({"bpe_size": "many"}, "configs/data/demo.yaml: bpe_size: 'many' is str, not int"),
+    ({"lowercase": 1}, "lowercase: 1 is int, not bool"),
+    ({"clean_max": True}, "clean_max: True is bool, not int"),
+    ({"clean_ratio": None}, "clean_ratio: None is NoneType, not float"),
+    ({"bpe": None}, "bpe: None is NoneType, not str"),
+    ({}, "configs/data/demo.yaml: bpe is missing"),
+])
+def test_wrong_data_settings(change, message):
+    """A misspelt, missing or mistyped data setting is refused by name; a whole number serves where a fraction may stand."""
+    found = {**settings.data_settings("demo"), **change} if change else {}
+    with pytest.raises(settings.UserError) as error:
+        prepare.checked("demo", found)
+    assert message in str(error.value)
+    assert prepare.checked("demo", {**settings.data_settings("demo"), "clean_ratio": 2})["clean_ratio"] == 2.0
 
 
 @pytest.mark.parametrize("placement", settings.PLACEMENTS)
@@ -84,6 +117,34 @@ def test_builds(benchmark, norm, placement, data, tmp_path):
     assert (encoder is decoder) == (norm == "layer" or placement == "all")
     if "warmup_updates" in config.lr_scheduler:
         assert config.model.norm_warmup_updates == config.lr_scheduler.warmup_updates, "the warm-up is one number"
+
+
+@pytest.mark.parametrize("benchmark, arch, overrides", [
+    *((name, settings.architectures(name)[0], []) for name in ("demo", "multi30k", "iwslt14")),
+    *(("ptb", arch, ["dataset.batch_size=7", "+optimizer.adam_eps=0.125"]) for arch in settings.architectures("ptb"))])
+def test_differences_are_all_of_a_configuration(benchmark, arch, overrides, data, tmp_path):
+    """The settings that a record keeps, filled up with fairseq's own defaults, are the settings of the run."""
+    from fairseq.dataclass.configs import FairseqConfig
+    from fairseq.dataclass.initialize import add_defaults
+    from omegaconf import OmegaConf
+
+    paths = [f"common.user_dir={settings.PLUGIN}", f"task.data={data}", f"checkpoint.save_dir={tmp_path}"]
+    config, *_ = compose.build(compose.compose(benchmark, [*paths, *compose.arch_overrides(benchmark, arch), *overrides]))
+    kept = compose.differences(config)
+    defaults = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(FairseqConfig), enum_to_str=True))
+    defaults.merge_with({group: {"_name": value["_name"]} for group, value in kept.items() if "_name" in value})
+    add_defaults(defaults)
+    whole = OmegaConf.merge(OmegaConf.to_container(defaults, enum_to_str=True), kept, OmegaConf.from_dotlist(paths))
+    whole, wanted = OmegaConf.to_container(whole, resolve=True), OmegaConf.to_container(config)
+    for group, value in wanted.items():
+        if isinstance(value, dict):
+            assert {key: whole[group].get(key) for key in value} == value
+        else:
+            assert whole.get(group) == value
+    leaves = sum(len(group) if isinstance(group, dict) else 1 for group in kept.values())
+    assert leaves < 80 and str(tmp_path) not in str(kept)
+    assert kept["model"]["_name"] == arch
+    assert all(OmegaConf.select(OmegaConf.create(kept), key) is not None for key in compose.by_key(overrides))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -128,3 +189,70 @@ def test_plain_commands_help():
                               env={"PATH": "/usr/bin:/bin"})
         assert done.returncode == 0, done.stdout
         assert str(script.relative_to(ROOT)) in done.stdout and "set -euo" not in done.stdout, done.stdout
+
+
+# ---- configs/README.md -----------------------------------------------------------------------------------------------
+
+
+def parsed(text):
+    """Values as a YAML file gives them."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]
+
+
+def documented():
+    """heading -> its tables in configs/README.md, each a list of {column: text}."""
+    sections = re.split(r"^## (.*)\n", (ROOT / "configs" / "README.md").read_text(encoding="utf-8"), flags=re.M)
+    found = {}
+    for heading, text in zip(sections[1::2], sections[2::2]):
+        tables = re.findall(r"(?:^\|.*\|\n)+", text, re.M)
+        rows = [[[cell.strip() for cell in line.split("|")[1:-1]] for line in lines.splitlines()] for lines in tables]
+        found[heading.strip("`")] = [[dict(zip(table[0], row)) for row in table[2:]] for table in rows]
+    return found
+
+
+def settings_in(table, column):
+    """key -> value of the rows of a table that name settings: `a.b`, or `a.b`, `a.c` with a value each or one for all."""
+    found = {}
+    for row in table:
+        keys = re.findall(r"`(\w+\.\w+)`", row["setting"])
+        values = row[column].split(", ") if len(keys) > 1 else [row[column]]
+        for key, value in zip(keys, values if len(values) == len(keys) else values * len(keys)):
+            assert key not in found, f"{key} stands there twice"
+            found[key] = parsed(value)
+    return found
+
+
+def settings_of_file(path):
+    """key -> value of a YAML file, but for those that train.sh gives."""
+    from omegaconf import OmegaConf
+
+    content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    return {f"{group}.{key}": value for group, inner in content.items() for key, value in inner.items() if value != "???"}
+
+
+@pytest.mark.parametrize("path", [*CONFIGS, *sorted(
+    path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name not in ("launcher", "data"))],
+    ids=lambda path: path.stem)
+def test_every_setting_is_documented(path):
+    """The tables of configs/README.md name each setting of a YAML file with its value, and no other."""
+    sections, common = documented(), settings_in(documented()["Settings of all benchmarks"][0], "value")
+    if path in CONFIGS:
+        wanted = settings_of_file(path)
+        assert {key: wanted.pop(key) for key in common} == common
+        assert settings_in(sections[path.stem][0], "ours") == wanted
+    else:
+        tables = sections[path.parent.name][1:]
+        found = [settings_in(table, "ours") for table in tables]
+        assert settings_of_file(path) in found, "the table of its architecture"
+
+
+def test_every_data_setting_is_documented():
+    """The table of data settings names each one of each benchmark with its value, and no other."""
+    (table,) = documented()["The text"]
+    for name in benchmarks(lm=False):
+        told = {row["setting"].strip("`"): parsed(row[name]) for row in table if row[name]}
+        assert told == settings.data_settings(name)
+    assert {row["setting"].strip("`") for row in table} == {
+        key for name in benchmarks(lm=False) for key in settings.data_settings(name)}

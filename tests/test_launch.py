@@ -11,7 +11,7 @@ import toy
 from checks.slurm_cluster import free_ports
 from fairseq_powernorm import ranks
 from fairseq_powernorm.checkpoint import load
-from fairseq_powernorm.experiments.runs import launch, train
+from fairseq_powernorm.experiments.runs import launch
 from fairseq_powernorm.experiments.settings import UserError
 from test_pipeline import SMALL, Scripts, write_text
 
@@ -33,11 +33,12 @@ def scripts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_nodes(scripts):
-    """Two machines (one, over loopback) with two ranks each, by hand; and one process."""
+    """Two machines (one, over loopback) with two ranks each, by hand, which share out the batches of one GPU; and one
+    process with all of them in one batch."""
     (port,) = free_ports(1)
     run = scripts.runs / "ranks"
-    words = ["demo", "power", *EXACT, "dataset.batch_size=4", "--run-dir", run, "--nodes", 2, "--ranks", 2, "--master",
-             f"127.0.0.1:{port}", "--tensorboard"]
+    words = ["demo", "power", *EXACT, "dataset.batch_size=4", "optimization.update_freq=[4]", "--run-dir", run,
+             "--nodes", 2, "--ranks", 2, "--master", f"127.0.0.1:{port}", "--tensorboard"]
     machines = [scripts.start("launch", *words, "--node-rank", node, PN_PROGRESS_SECONDS="1") for node in (1, 0)]
     outputs = [machine.communicate(timeout=400)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], outputs
@@ -46,7 +47,7 @@ def two_nodes(scripts):
 
 
 def test_two_nodes_of_two_ranks(scripts, two_nodes):
-    """Two nodes x two ranks = one process with four times the batch: parameters and statistics within 1e-5."""
+    """Two nodes x two ranks, a batch each = one process with the four in one: parameters and statistics within 1e-5."""
     states = [load(str(run / "checkpoints" / "checkpoint_last.pt")) for run in (two_nodes[0], scripts.runs / "alone")]
     assert [state["optimizer_history"][-1]["num_updates"] for state in states] == [8, 8]
     ranks_, alone = (state["model"] for state in states)
@@ -62,7 +63,9 @@ def test_records_of_several_ranks(two_nodes):
     facts = json.loads((run / "run.json").read_text())
     assert [(session["ranks"], session["exit_status"]) for session in facts["sessions"]] == [(4, 0)]
     assert json.loads((run / "finished.json").read_text())["updates"] == 8
-    assert "an update takes at most 16 sentences" in output and "one rank has 4" in output
+    assert "an update takes 4 x 4 = 16 sentences: 4 ranks x 4 x update_freq 1\n" in output
+    assert "optimization.update_freq=[4]" in facts["overrides"]
+    assert "optimization.update_freq=[1]" in facts["sessions"][0]["command"]
     assert sorted(path.name for path in (run / "logs").iterdir()) == ["rank1.log", "rank2.log", "rank3.log"]
     assert (run / "train.log").read_text().count('"train_num_updates": "8"') == 1
     assert "at work, without news for" in output, "progress at a steady rhythm"
@@ -78,6 +81,9 @@ def test_records_of_several_ranks(two_nodes):
     (["--ranks", "2", "--node-rank", "0"], r"give --nodes N"),
     (["--nodes", "2", "--node-rank", "0", "--master", "host.invalid:29500"], r"'host.invalid' is unknown on this machine"),
     (["--nodes", "2", "--node-rank", "0", "--master", "localhost:x"], r"--master, its port 'x': must be a number, 1 to"),
+    (["--ranks", "2", "common.cpu=true"], r"2 ranks cannot share out optimization.update_freq=\[1\].*numbers of ranks: 1; .*"
+                                          r"dataset.max_tokens=512 optimization.update_freq=\[2\]"),
+    (["--ranks", "3", "common.cpu=true", "optimization.update_freq=[4]"], r"3 ranks .* valid numbers of ranks: 1, 2, 4"),
     (["--ranks", "2", "distributed_training.distributed_world_size=2"], r"distributed_world_size is launch.sh's own"),
     (["--ranks", "2", "distributed_training.ddp_backend=pytorch_ddp"], r"pytorch_ddp needs GPUs"),
 ])
@@ -138,18 +144,6 @@ def test_a_task_without_a_gpu(monkeypatch):
         task.check_devices(config)
     config.common.cpu = True
     assert task.check_devices(config) == 1
-
-
-def test_same_batch():
-    """--same-batch shares optimization.update_freq out among ranks, of every epoch; what leaves a rest is refused."""
-    from omegaconf import OmegaConf
-
-    config = OmegaConf.create({"optimization": {"update_freq": [16, 8]}, "dataset": {"max_tokens": 100}})
-    assert launch.divided(config, 4, same_batch=True) == ["optimization.update_freq=[4,2]"]
-    assert launch.divided(config, 4, same_batch=False) == launch.divided(config, 1, same_batch=True) == []
-    assert "at most 1,600 tokens (4 x optimization.update_freq 4 x 100)" in train.batch(config, 4, same=True)
-    with pytest.raises(UserError, match=r"16 ranks cannot share out optimization.update_freq=\[16, 8\]"):
-        launch.divided(config, 16, same_batch=True)
 
 
 def test_ranks_with_other_settings():

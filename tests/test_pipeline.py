@@ -227,9 +227,9 @@ def test_sentencepiece(scripts, tmp_path):
     copy = tmp_path / "copy"
     for name in ("scripts", "configs", "fairseq_powernorm"):
         shutil.copytree(ROOT / name, copy / name)
-    config = copy / "configs" / "demo.yaml"
-    config.write_text(re.sub(r"PN_BPE_SIZE: \d+", "PN_BPE_SIZE: 60", config.read_text()))
-    assert "cannot learn PN_BPE_SIZE" in mine.refuses("prepare", "demo", "--text-dir", scripts.text, "--bpe", "sentencepiece")
+    config = copy / "configs" / "data" / "demo.yaml"
+    config.write_text(re.sub(r"bpe_size: \d+", "bpe_size: 60", config.read_text()))
+    assert "cannot learn bpe_size" in mine.refuses("prepare", "demo", "--text-dir", scripts.text, "--bpe", "sentencepiece")
     done = subprocess.run(["bash", str(copy / "scripts" / "prepare.sh"), "demo", "--text-dir", str(scripts.text), "--bpe",
                            "sentencepiece"], env=mine.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout
@@ -391,7 +391,7 @@ def test_record_schema(record, trained):
     assert (record["benchmark"], record["norm"], record["placement"], record["seed"]) == ("demo", "power", "encoder", 3)
     assert (record["updates"], record["sentences"], record["averaged"], record["beam"]) == (30, 16, 3, 2)
     assert [point["updates"] for point in record["curve"]["valid"]][-1] == 30 and len(record["curve"]["train"]) >= 2
-    assert record["config"]["model"]["encoder_norm_self"] == "power" and record["training"]["wall_s"] > 0
+    assert record["config"]["model"]["_name"] == "transformer_pn_tiny" and record["training"]["wall_s"] > 0
     assert set(record["checkpoints"]) == {path.name for path in (trained.run / "checkpoints").glob("checkpoint_*_*.pt")}
     text = json.dumps(record)
     assert str(trained.data.parent) not in text and str(ROOT) not in text and str(BIN) not in text

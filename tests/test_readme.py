@@ -82,7 +82,7 @@ def test_the_results_are_those_of_the_records(tmp_path):
     assert toy.command(*command, "--check", cwd=tmp_path, check=False).returncode == 1
     toy.command(*command, cwd=tmp_path)
     written = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert written == README.replace("| 40.25 | 40.25 |", "| 41.25 | 40.25 |") != README
+    assert written == README.replace("| 1 | 40.25 |", "| 1 | 41.25 |") != README
     record.write_text("{}")
     assert "is not a valid record" in toy.command(*command, cwd=tmp_path, check=False).stderr
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == written

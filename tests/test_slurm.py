@@ -96,12 +96,20 @@ def test_submit_refuses(scripts, with_slurm, tmp_path, monkeypatch):
     assert f"--log-dir {tmp_path}/file/logs: {tmp_path}/file is not a directory" in refused(
         *demo, "--log-dir", f"{tmp_path}/file/logs")
     assert "--log-dir /proc/logs cannot be written: /proc: " in refused(*demo, "--log-dir", "/proc/logs")
-    assert "2 ranks cannot share out optimization.update_freq=[1]" in refused(*demo, "--gpus", "2", "--same-batch")
+    assert "2 ranks cannot share out optimization.update_freq=[1]" in refused(*demo, "--gpus", "2")
     monkeypatch.setenv("PATH", scripts.environment["PATH"])
     assert "no SLURM on this machine: sbatch is not in PATH" in refused(*demo)
     message = scripts.refuses("slurm/submit", *demo)
     assert message.startswith("no SLURM on this machine") and message.count("\n") == 1, "as a user sees it"
     assert not (tmp_path / "runs").exists() and not (tmp_path / "calls").exists()
+
+
+def test_norms_and_overrides_of_submit():
+    """Words with a norm's options are norms, KEY=VALUE and ~KEY are overrides, whatever their order."""
+    words = ["batch:variant=reference", "common.seed=2", "power", "~optimizer.adam_betas", "a.b='c:d'"]
+    options = submit.parse(["demo", *words])
+    assert options.norms == ["batch:variant=reference", "power"]
+    assert options.overrides == ["common.seed=2", "~optimizer.adam_betas", "a.b='c:d'"]
 
 
 def test_submit_refuses_runs_in_use(scripts, with_slurm, tmp_path):
@@ -126,7 +134,8 @@ def test_submit_refuses_runs_in_use(scripts, with_slurm, tmp_path):
 
 def test_submit_queues_all_jobs_or_none(scripts, with_slurm, tmp_path):
     """One array over norms x seeds, held until evaluations and table are queued behind it; all of them or none."""
-    words = ("demo", "power", "layer", "--array-seeds", "4,5", "--gpus", "4", "--nodes", "2", *SMALL)
+    words = ("demo", "power", "layer", "--array-seeds", "4,5", "--gpus", "4", "--nodes", "2", *SMALL,
+             "dataset.max_tokens=100", "optimization.update_freq=[4]")
     output = scripts.ok("slurm/submit", *words, **with_slurm)
     calls = [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
     assert [call[0] for call in calls] == ["sbatch"] * 6 + ["scontrol"]
@@ -144,7 +153,7 @@ def test_submit_queues_all_jobs_or_none(scripts, with_slurm, tmp_path):
     assert [(task[1], task[task.index("--run-dir") + 1].rpartition("/")[2]) for task in tasks] == [
         (norm, f"{norm}-seed{seed}") for norm in ("power", "layer") for seed in (4, 5)]
     assert all("--resume" in task and "+model.encoder_layers=1" in task for task in tasks)
-    assert "at most 1,600 tokens (4 x optimization.update_freq 1 x 400; one rank has 400" in output
+    assert "an update takes 4 x 100 = 400 tokens: 4 ranks x 100 x update_freq 1\n" in output
     status = scripts.ok("status", QUEUE=f"N/A|9|RUNNING|None|a|b\n2|77_2|PENDING|Priority|{submission.name}\n", **with_slurm)
     assert re.search(r"layer-seed4 +queued \(job 77_2: Priority\)", status)
     assert re.search(r"power-seed4 +not started", status)

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -19,6 +20,8 @@ PLUGIN = Path(__file__).resolve().parents[1]
 ROOT = PLUGIN.parent
 CONFIGS = ROOT / "configs"
 NORMS = ("layer", "rms", "batch", "power-v", "power")
+#: The authors' BN, of which the paper's values are; plain "batch" has true statistics of the tokens that are not padding.
+BATCH_REFERENCE = "batch:variant=reference"
 BPE_TYPES = ("subword_nmt", "sentencepiece")
 LARGEST_SEED = 2**32 - 1  # numpy's
 # The four options that carry a norm's name, and the placements: placement -> does NORM stand there (else LayerNorm)? A
@@ -102,6 +105,16 @@ def seeds(option, text):
     return [number(option, seed, 0, LARGEST_SEED) for seed in listed(option, text, None, ())]
 
 
+def norm_name(norm):
+    """The name of a norm that may have options: NAME[:OPTION=VALUE[,...]]."""
+    return norm.partition(":")[0]
+
+
+def norm_in_names(norm):
+    """A norm with its options as a part of names of files and rows, such as batch-reference."""
+    return re.sub("[:,=]", "-", norm.replace(":variant=", "-"))
+
+
 def is_lm(config):
     """Is this the configuration of a language model (else: of translation)?"""
     return config.task._name == "language_modeling_pn"
@@ -135,12 +148,16 @@ def load(benchmark, arch=None):
     return config
 
 
-def script_setting(config, key, default):
-    """A setting of the scripts for which fairseq has no key: hydra.job.env_set.KEY of what load gives."""
+def data_settings(benchmark):
+    """configs/data/BENCH.yaml, how a benchmark's text is prepared and scored; empty for a language model's text."""
     from omegaconf import OmegaConf
 
-    value = OmegaConf.select(config, f"hydra.job.env_set.{key}")
-    return default if value is None else value
+    if is_lm(load(benchmark)):
+        return {}
+    path = CONFIGS / "data" / f"{benchmark}.yaml"
+    if not path.is_file():
+        raise UserError(f"benchmark {benchmark!r}: {path}, which says how its text is prepared, does not exist")
+    return OmegaConf.to_container(OmegaConf.load(path)) or {}
 
 
 def sha256(path):
@@ -151,8 +168,33 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def write_json(path, content, indent=2):
-    write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+def write_json(path, content):
+    write_text(path, json_text(content) + "\n")
+
+
+def json_text(content, indent=0, width=160):
+    """JSON, indented. What fits into a line of `width` characters is one, and so is a list of numbers of any length; the
+    numbers, texts and lists of numbers of an object share lines."""
+    text = json.dumps(content, ensure_ascii=False)
+    if indent + len(text) <= width or is_plain(content):
+        return text
+    margin, lines, shares = "\n" + " " * indent, [], False
+    is_object = isinstance(content, dict)
+    for key, value in content.items() if is_object else ((None, value) for value in content):
+        line = (f"{json.dumps(key, ensure_ascii=False)}: " if is_object else "") + json_text(value, indent + 2, width)
+        if shares and is_plain(value) and indent + len(lines[-1]) + len(line) + 4 <= width:
+            lines[-1] += f", {line}"
+        else:
+            lines.append(line)
+        shares = is_plain(value)
+    return text[0] + ",".join(f"{margin}  {line}" for line in lines) + margin + text[-1]
+
+
+def is_plain(value):
+    """Is it a number, a text, true, false or null, or a list of numbers?"""
+    if isinstance(value, list):
+        return not any(isinstance(inner, (dict, list, str)) for inner in value)
+    return not isinstance(value, dict)
 
 
 def write_text(path, text):

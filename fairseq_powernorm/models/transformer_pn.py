@@ -187,6 +187,6 @@ def wmt_en_de(args):
 
 @register_architecture("transformer_pn", "transformer_pn_wmt_en_de_big")
 def wmt_en_de_big(args):
-    """The authors' WMT14 En-De model, Transformer-big: 6+6 layers, d=1024, FFN 4096, 16 heads."""
+    """The authors' WMT14 En-De model, Transformer-big as in tensor2tensor: 6+6 layers, d=1024, FFN 4096, 16 heads."""
     _pre_norm(args)
-    transformer_legacy.transformer_wmt_en_de_big(args)
+    transformer_legacy.transformer_wmt_en_de_big_t2t(args)

@@ -7,9 +7,8 @@
 #   BENCH, NORM         as in scripts/train.sh, as are --arch, --placement, --tensorboard and overrides
 #   --array-seeds LIST  seeds, such as 1,2,3; default: common.seed of configs/BENCH.yaml
 #   --nodes N           nodes of each run; default: 1
-#   --gpus G            GPUs of each run, all nodes together, with a rank (a task) each; default: one per node
-#   --same-batch        optimization.update_freq is what one GPU gathers: it is shared out among the ranks; without it G
-#                       GPUs make batches G times as large
+#   --gpus G            GPUs of each run, all nodes together, with a rank (a task) each; default: one per node. An update
+#                       takes as much as on one: they share out optimization.update_freq, which G must divide
 #   --time T            time limit of a job, as sbatch takes it; default: the site's. A run may need longer: its job stops
 #                       before the limit and requeues itself
 #   --partition P       default: the site's

@@ -280,10 +280,10 @@ def ranks_on_nodes(check):
              "model.dropout=0", "+model.norm_variant=algorithm2", "optimizer._name=sgd", "~optimizer.adam_betas",
              "optimization.lr=[0.1]", "+optimizer.lr=[0.1]", "+optimizer.momentum=0.0", "+optimizer.weight_decay=0.0",
              "dataset.max_tokens=null"]
-    output = check.script("slurm/submit.sh", *words, "dataset.batch_size=4", "--nodes", "2", "--gpus", "4", "--site",
-                          check.home / "no-gpus.sh")
+    output = check.script("slurm/submit.sh", *words, "dataset.batch_size=4", "optimization.update_freq=[4]", "--nodes", "2",
+                          "--gpus", "4", "--site", check.home / "no-gpus.sh")
     _, _, (run,) = submitted(output)
-    assert "at most 16 sentences" in output
+    assert "an update takes 4 x 4 = 16 sentences: 4 ranks x 4 x update_freq 1" in output
     alone = check.runs / "one-process"
     check.script("train.sh", *words, "dataset.batch_size=16", "--run-dir", alone)
     check.wait_idle("the ranks and their evaluation")

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ..runs import launch, train
+from ..runs import batch, launch, train
 from ..settings import ROOT, UserError, data_root, in_use, number, prepared, runs_root
 from . import slurm
 
@@ -101,13 +101,12 @@ class Run:
 class Submission:
     """Runs to be queued together, and what makes a report of them.
 
-    options: those of OPTIONS, checked by check_options(); resume: may runs be there already?; same_batch: is
-    optimization.update_freq what one rank is to gather?; report: words of the command, given the submission's directory;
-    after: jobs of others that the report is to wait for
+    options: those of OPTIONS, checked by check_options(); resume: may runs be there already?; report: words of the command,
+    given the submission's directory; after: jobs of others that the report is to wait for
     """
 
-    def __init__(self, label, options, runs, report, resume, same_batch=False, after=()):
-        self.options, self.runs, self.resume, self.same_batch = options, runs, resume, same_batch
+    def __init__(self, label, options, runs, report, resume, after=()):
+        self.options, self.runs, self.resume = options, runs, resume
         self.site = Site(options)
         self.directory = runs_root() / "slurm" / f"{label}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         self.name = self.directory.name
@@ -158,7 +157,7 @@ class Submission:
             if key in built:  # seeds make no difference
                 continue
             built[key] = config = train.composed(run.options, run.config, facts, data[run.benchmark], run.directory)[1]
-            launch.divided(config, self.options.gpus, self.same_batch)
+            batch.update_freq(config, self.options.gpus)
         ranks = self.options.gpus // self.options.nodes
         told = set()
         for (benchmark, arch, _), config in built.items():
@@ -170,13 +169,12 @@ class Submission:
                       "of one (checkpoint.save_interval_updates=N checkpoint.keep_interval_updates=K saves, and "
                       "validates, within)")
             print(f"each run of {arch}: {self.options.nodes} node(s) x {ranks} rank(s); "
-                  f"{train.batch(config, self.options.gpus, self.same_batch)}")
+                  f"{batch.described(config, self.options.gpus)}")
 
     def files(self):
         """What stands in the submission's directory: name -> text. Task i of an array takes line i + 1."""
-        launching = ["--same-batch"] if self.same_batch else []
         return {
-            "tasks": "".join(shlex.join([*run.arguments, *launching]) + "\n" for run in self.runs),
+            "tasks": "".join(shlex.join(run.arguments) + "\n" for run in self.runs),
             "evaluations": "".join(shlex.join(run.evaluation) + "\n" for run in self.runs),
             "report": shlex.join(self.report) + "\n",
             "submission.sh": "".join(f"export {name}={shlex.quote(str(value))}\n" for name, value in (

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from ..runs import compose, train
-from ..settings import UserError, seeds
+from ..settings import UserError, norm_name, seeds
 from . import submission
 
 
@@ -14,11 +14,11 @@ def parse(arguments):
     parser.add_argument("benchmark")
     for name in ("arch", "placement", "array-seeds", "records", *submission.OPTIONS):
         parser.add_argument(f"--{name}")
-    for name in ("tensorboard", "resume", "dry-run", "same-batch"):
+    for name in ("tensorboard", "resume", "dry-run"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("words", nargs="*")
     options = parser.parse_intermixed_args(arguments)
-    options.norms = [word for word in options.words if "=" not in word and not word.startswith("~")]
+    options.norms = [word for word in options.words if "=" not in norm_name(word) and not word.startswith("~")]
     options.overrides = [word for word in options.words if word not in options.norms]
     if not options.norms:
         raise UserError(f"which norms? submit.sh {options.benchmark} NORM...; valid: {', '.join(train.NORMS)}")
@@ -50,7 +50,7 @@ def submit(arguments):
             runs.append(run)
     records = [str(run.directory / "evaluation" / "record.json") for run in runs]
     queued = submission.Submission(options.benchmark, options, runs, lambda directory: table(directory, records),
-                                   options.resume, options.same_batch)
+                                   options.resume)
     queued.check(options.dry_run)
     if options.dry_run:
         queued.show()

@@ -57,7 +57,7 @@ def learn_sentencepiece(train, directory, size):
             model_writer=model, model_type="bpe", vocab_size=size, character_coverage=1.0,
             normalization_rule_name="identity", num_threads=1, minloglevel=2)
     except RuntimeError as error:
-        raise UserError(f"sentencepiece cannot learn PN_BPE_SIZE={size} pieces from this text: {error}") from None
+        raise UserError(f"sentencepiece cannot learn bpe_size {size} pieces from this text: {error}") from None
     (directory / "sentencepiece.model").write_bytes(model.getvalue())
 
 

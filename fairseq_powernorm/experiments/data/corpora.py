@@ -3,11 +3,10 @@
 import collections
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from ..settings import UserError, sha256
+from . import demo
 from .archives import download, gunzip, unpack
 
 SPLITS = ("train", "valid", "test")
@@ -101,18 +100,13 @@ NEWS_COMMENTARY = ("v12", "v9")
 
 
 class Generated:
-    """The artificial corpus of `demo`, written by demo_corpus.py."""
-
-    script = Path(__file__).with_name("demo_corpus.py")
+    """The artificial corpus of `demo`, drawn by demo.py from the words of its lexicon."""
 
     def identity(self):
-        if not self.script.is_file():
-            raise UserError(f"{self.script} is missing")
-        return {"generator demo_corpus.py": sha256(self.script)}
+        return {path.name: sha256(path) for path in (Path(demo.__file__), demo.LEXICON)}
 
     def write(self, directory):
-        directory.rmdir()  # the script makes it
-        subprocess.run([sys.executable, self.script, directory], check=True)
+        demo.write(directory)
 
 
 class Downloaded:

@@ -16,12 +16,13 @@ import threading
 import time
 from pathlib import Path
 
-from ..settings import (BPE_TYPES, DATA_TOOLS, UserError, choose, cpus, data_root, is_lm, load, locked, put_back,
-                        read_json, resumable_directory, same, sha256, tool, versions, write_json)
+from ..settings import (BPE_TYPES, DATA_TOOLS, UserError, choose, cpus, data_root, data_settings, is_lm, load, locked,
+                        put_back, read_json, resumable_directory, same, sha256, tool, versions, write_json)
 from . import bpe, corpora, moses
 
 SCHEMA = 1
-# Settings of a YAML file that not every benchmark has: setting -> type.
+# Settings of configs/data/BENCH.yaml: setting -> type. Each file has the first ones.
+REQUIRED = {"bpe": str, "bpe_size": int, "lowercase": bool, "normalize_punctuation": bool}
 OPTIONAL = {
     "lowercase_last": bool,   # lower-case after tokenization, not before it
     "normalize_train": bool,  # the training text: normalize punctuation, spaces for what is no printable character
@@ -32,6 +33,10 @@ OPTIONAL = {
     "clean_pieces": bool,     # they are counted after BPE, not before it
     "valid_every": int,       # every such training pair that is left is one of the validation text
     "news_commentary": str,
+}
+# Those of scripts/evaluate.sh, on which the prepared data do not depend.
+SCORING = {
+    "split_compounds": bool,  # tokenized BLEU counts a ##AT##-##AT## b for a-b
 }
 # Moses' clean-corpus-n drops pairs with a longer word, too.
 LONGEST_WORD = 1000
@@ -52,33 +57,42 @@ def parse(arguments):
 
 
 def settings_of(config, options):
-    """How the text is to be prepared: the YAML's settings and the options over them."""
-    own = {} if is_lm(config) else config.hydra.job.env_set
+    """How the text is to be prepared: the settings of configs/data/BENCH.yaml and the options over them."""
+    own = {} if is_lm(config) else checked(options.benchmark, data_settings(options.benchmark))
     for option, value in (("--bpe", options.bpe), ("--bpe-size", options.bpe_size)):
         if is_lm(config) and value is not None:
             raise UserError(f"{option} {value!r}: the text of {options.benchmark} is used word by word, as it is")
-    if options.news_commentary is not None and "PN_NEWS_COMMENTARY" not in own:
+    if options.news_commentary is not None and "news_commentary" not in own:
         raise UserError(f"--news-commentary {options.news_commentary!r}: {options.benchmark} has no such part; "
                         f"valid with: wmt14")
     if is_lm(config):
         return {}
-    size = own.PN_BPE_SIZE if options.bpe_size is None else options.bpe_size
+    size = own["bpe_size"] if options.bpe_size is None else options.bpe_size
     if not re.fullmatch(r"[1-9]\d*", str(size)):
         raise UserError(f"--bpe-size {size!r} is no number of merges or pieces; valid: 1 or more")
     settings = {
         "languages": [config.task.source_lang, config.task.target_lang],
-        "bpe": choose("--bpe", options.bpe or own.PN_BPE, BPE_TYPES),
+        **{name: value for name, value in own.items() if name not in SCORING},
+        "bpe": choose("--bpe", options.bpe or own["bpe"], BPE_TYPES),
         "bpe_size": int(size),
-        "lowercase": bool(own.PN_LOWERCASE),
-        "normalize_punctuation": bool(own.PN_NORMALIZE_PUNCTUATION),
     }
-    for name, kind in OPTIONAL.items():
-        if f"PN_{name.upper()}" in own:
-            settings[name] = kind(own[f"PN_{name.upper()}"])
     if "news_commentary" in settings:
         settings["news_commentary"] = choose(
             "--news-commentary", options.news_commentary or settings["news_commentary"], corpora.NEWS_COMMENTARY)
     return settings
+
+
+def checked(benchmark, settings):
+    """The settings of configs/data/BENCH.yaml, numbers as their types; refuses a name or a value that cannot be."""
+    where, valid = f"configs/data/{benchmark}.yaml:", {**REQUIRED, **OPTIONAL, **SCORING}
+    for name, value in settings.items():
+        kind = valid[choose(where, name, valid)]
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise UserError(f"{where} {name}: {value!r} is {type(value).__name__}, not {kind.__name__}")
+    for name in REQUIRED:
+        if name not in settings:
+            raise UserError(f"{where} {name} is missing")
+    return {name: valid[name](value) for name, value in settings.items()}
 
 
 def prepare(arguments):

@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 from ..runs import checkpoints, compose, trainlog
-from ..settings import (PLUGIN, ROOT, TOOLS, UserError, benchmarks, call, choose, data_root, is_lm, load, locked, main,
-                        prepared, read_json, script_setting, sha256, tool, versions, whole_directory, write_json)
+from ..settings import (PLUGIN, ROOT, TOOLS, UserError, benchmarks, call, choose, data_root, data_settings, is_lm, locked,
+                        prepared, read_json, sha256, tool, versions, whole_directory, write_json)
 from . import perplexity
 from .score import lines_of, sacrebleu_scores, tokenized_bleu
 
-SCHEMA = 1
+SCHEMA = 2
 SUBSETS = ("test", "valid")
 
 
@@ -121,13 +121,8 @@ def started(run, options):
 
 def about(run, facts, config):
     """What the record says of the training."""
-    from omegaconf import OmegaConf
-
     norm, placement = compose.norms_of(config.model)
     curve = finite(trainlog.curve(run / "train.log"))
-    resolved = OmegaConf.to_container(config)
-    for group, key in (("common", "user_dir"), ("task", "data"), ("checkpoint", "save_dir")):
-        resolved[group][key] = anonymous(resolved[group][key], run)
     sessions = facts["sessions"]
 
     def total(key):
@@ -141,7 +136,7 @@ def about(run, facts, config):
         "finished": (run / "finished.json").is_file(),
         "training": {"wall_s": total("wall_s"), "cpu_s": total("cpu_s"), "sessions": len(sessions),
                      "threads": sessions[-1]["threads"]},
-        "curve": curve, "overrides": facts["overrides"], "config": resolved,
+        "curve": curve, "overrides": facts["overrides"], "config": compose.differences(config),
     }
 
 
@@ -187,7 +182,7 @@ def translate_and_score(directory, data, stamp, config, inputs, subset, lock):
     speed = re.search(r"Translated [\d,]+ sentences \(([\d,]+) tokens\) in ([\d.]+)s .* ([\d.]+) tokens/s", output)
     return {
         "bleu_tokenized": tokenized_bleu(texts["hyp.tok"], texts["ref.tok"],
-                                         script_setting(load(stamp["benchmark"]), "PN_SPLIT_COMPOUNDS", False)),
+                                         data_settings(stamp["benchmark"]).get("split_compounds", False)),
         **sacrebleu_scores(texts["hyp.detok"], texts["ref.detok"], lowercase),
         "sentences": len(hypotheses), "beam": generation.beam, "lenpen": generation.lenpen, "averaged": len(inputs),
         "tokens_per_s": float(speed[3]) if speed else None,

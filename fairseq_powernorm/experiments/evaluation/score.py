@@ -1,13 +1,17 @@
 """Scores hypotheses against references, line by line, and prints JSON:
 
-python -m fairseq_powernorm.experiments score HYP REF [--split-compounds]
+python -m fairseq_powernorm.experiments score HYP REF
     tokenized text: BLEU as fairseq-score computes it
+python -m fairseq_powernorm.experiments score HYP REF --split-compounds
+    tokenized text: compounds split, BLEU as multi-bleu.perl computes it
 python -m fairseq_powernorm.experiments score HYP REF --detokenized [--lowercase]
     detokenized text: sacreBLEU and chrF
 """
 
 import argparse
+import collections
 import json
+import math
 import re
 
 from ..settings import UserError
@@ -37,16 +41,27 @@ def split_compounds(line):
 
 
 def tokenized_bleu(hypotheses, references, compounds=False):
-    """BLEU of tokenized text as in the paper: the arithmetic of fairseq-score (which is that of multi-bleu), unrounded.
+    """BLEU of tokenized text by the arithmetic that the paper's scores have, unrounded.
+
+    That of IWSLT14 is fairseq_bleu's, that of WMT14, whose compounds are split, is multi_bleu's.
 
     compounds: split them on both sides first, which the result then says
+    """
+    check_equal_length(hypotheses, references)
+    if not compounds:
+        return fairseq_bleu(hypotheses, references)
+    return {**multi_bleu(map(split_compounds, hypotheses), map(split_compounds, references)), "split_compounds": True}
+
+
+def fairseq_bleu(hypotheses, references):
+    """BLEU as fairseq-score and fairseq-generate compute it.
+
+    It equals multi_bleu but for three things: a line without words counts as one word, the end of the sentence, on either
+    side; <unk> in a hypothesis matches nothing; <pad> at the ends of a line and </s> at its end are no words.
     """
     from fairseq.data import Dictionary
     from fairseq.scoring.bleu import BleuConfig, Scorer
 
-    check_equal_length(hypotheses, references)
-    if compounds:
-        hypotheses, references = map(split_compounds, hypotheses), map(split_compounds, references)
     dictionary = Dictionary()
     scorer = Scorer(BleuConfig(pad=dictionary.pad(), eos=dictionary.eos(), unk=dictionary.unk()))
     for hypothesis, reference in zip(hypotheses, references):
@@ -57,7 +72,32 @@ def tokenized_bleu(hypotheses, references, compounds=False):
             "precisions": [100 * precision for precision in scorer.precision()],
             "brevity_penalty": scorer.brevity(), "ratio": scorer.stat.predlen / scorer.stat.reflen,
             "hypothesis_length": scorer.stat.predlen, "reference_length": scorer.stat.reflen,
-            "text": scorer.result_string(), **({"split_compounds": True} if compounds else {})}
+            "text": scorer.result_string()}
+
+
+def multi_bleu(hypotheses, references):
+    """BLEU as Moses' multi-bleu.perl computes it with one reference: exp(mean of log p_n, n = 1 to 4) x brevity penalty.
+
+    p_n is the share of the hypotheses' n-grams that match, each at most as often as its reference has it. Without a match
+    of some n, BLEU is 0. Words end at the white space of ASCII, for Perl reads bytes.
+    """
+    matches, totals, lengths = [0] * 4, [0] * 4, [0, 0]
+    for pair in zip(hypotheses, references):
+        words = [re.findall(r"[^ \t\n\r\f\v]+", line) for line in pair]
+        lengths = [length + len(side) for length, side in zip(lengths, words)]
+        for n in range(4):
+            found, wanted = (collections.Counter(zip(*(side[i:] for i in range(n + 1)))) for side in words)
+            matches[n] += sum((found & wanted).values())
+            totals[n] += sum(found.values())
+    precisions = [100 * match / total if total else 0.0 for match, total in zip(matches, totals)]
+    hypothesis, reference = lengths
+    brevity = 1.0 if hypothesis >= reference else math.exp(1 - reference / hypothesis) if hypothesis else 0.0
+    ratio = hypothesis / reference if reference else 0.0
+    score = brevity * math.exp(sum(map(math.log, precisions)) / 4) if min(precisions) > 0 else 0.0
+    return {"score": score, "precisions": precisions, "brevity_penalty": brevity, "ratio": ratio,
+            "hypothesis_length": hypothesis, "reference_length": reference,
+            "text": f"BLEU = {score:.2f}, {'/'.join(f'{precision:.1f}' for precision in precisions)} (BP={brevity:.3f}, "
+                    f"ratio={ratio:.3f}, hyp_len={hypothesis}, ref_len={reference})"}
 
 
 def sacrebleu_scores(hypotheses, references, lowercase):

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Tuple
 
-from ..runs import compose
-from ..settings import ROOT, UserError, architectures, is_lm, load, placements, runs_root, script_setting
+from ..runs import batch, compose
+from ..settings import (BATCH_REFERENCE, ROOT, UserError, architectures, is_lm, load, norm_in_names, placements,
+                        runs_root)
 
 #: what is reproduced -> (the paper's benchmarks, which are the default; others of the same kind; default seeds)
 SUBJECTS = {
@@ -15,17 +16,19 @@ SUBJECTS = {
     "figures": (("iwslt14",), ("wmt14", "multi30k", "demo", "ptb", "wikitext103"), (1,)),
 }
 #: norm -> what varies: (layer scale off as well?, both variants?)
-NORMS = {"layer": (False, False), "batch": (True, False), "power-v": (True, False), "power": (True, True)}
+NORMS = {"layer": (False, False), BATCH_REFERENCE: (False, False), "batch": (True, False), "power-v": (True, False),
+         "power": (True, True)}
 BASELINE = "layer"
 VARIANTS = ("reference", "algorithm2")
 
-#: The paper's values, tokenized BLEU and perplexity, for the norms where it has them, with layer scale. The published
-#: perplexities come from code whose attention sees the words that it has to predict (README, Causality).
+#: The paper's values, tokenized BLEU and perplexity, for the norms where it has them, with layer scale; its BN is that of
+#: the authors' code. The published perplexities come from code whose attention sees the words that it has to predict
+#: (README, Causality).
 PAPER = {
-    ("iwslt14", "transformer_pn_iwslt_de_en"): {"layer": 35.5, "batch": 34.4, "power-v": 35.5, "power": 35.9},
-    ("wmt14", "transformer_pn_wmt_en_de_big"): {"layer": 29.5, "batch": 28.2, "power": 30.1},
-    ("ptb", "tensorized_lm_pn_ptb"): {"layer": 53.2, "batch": 60.7, "power-v": 55.3, "power": 47.6},
-    ("wikitext103", "tensorized_lm_pn_wiki103"): {"layer": 20.9, "batch": 27.2, "power-v": 21.3, "power": 17.9},
+    ("iwslt14", "transformer_pn_iwslt_de_en"): {"layer": 35.5, BATCH_REFERENCE: 34.4, "power-v": 35.5, "power": 35.9},
+    ("wmt14", "transformer_pn_wmt_en_de_big"): {"layer": 29.5, BATCH_REFERENCE: 28.2, "power": 30.1},
+    ("ptb", "tensorized_lm_pn_ptb"): {"layer": 53.2, BATCH_REFERENCE: 60.7, "power-v": 55.3, "power": 47.6},
+    ("wikitext103", "tensorized_lm_pn_wiki103"): {"layer": 20.9, BATCH_REFERENCE: 27.2, "power-v": 21.3, "power": 17.9},
 }
 
 #: Assumptions of the estimates. Trainable scalars with the benchmark's own dictionary, and the time of an update on one
@@ -36,15 +39,21 @@ PARAMETERS = {
     "tensorized_lm_pn_ptb": 6.7e6, "transformer_lm_pn_ptb": 5.7e6,
     "tensorized_lm_pn_wiki103": 85e6, "transformer_lm_pn_wiki103": 247e6,
 }
+#: Where only early stopping ends training, so many updates are assumed; --updates shortens it in proportion to them.
+TYPICAL_UPDATES = {"iwslt14": 100_000, "wmt14": 30_000}
+#: Stands for the number of updates in names where only early stopping ends training.
+EARLY_STOP = "early-stop"
 UPDATE_S = 0.05
 OPERATIONS_PER_S = 20e12
 
 #: The rows that the figures compare, by default and in the report of a table.
-FIGURE_ROWS = ("layer", "batch", "power-v", "power")
+FIGURE_ROWS = ("layer", norm_in_names(BATCH_REFERENCE), "batch", "power-v", "power")
 
+#: The warm-up of PN (reference) in the norms after the stacks.
+FINAL_WARMUP = "model.norm_final_warmup_updates"
 #: settings in updates, which --updates scales with the length of training
 SCALED = ("lr_scheduler.warmup_updates", "lr_scheduler.lr_period_updates", "dataset.validate_interval_updates",
-          "checkpoint.save_interval_updates")
+          "checkpoint.save_interval_updates", FINAL_WARMUP)
 #: override -> the option to use instead
 OURS = {"optimization.max_update": "--updates", "common.seed": "--seeds", "model.norm_groups": "--rows",
         "model.norm_variant": "--rows", "model.encoder_norm_self": "--rows", "model.encoder_norm_ff": "--rows",
@@ -65,7 +74,7 @@ class Row:
 
     def name(self, default_placement):
         """NORM[-PLACEMENT][-VARIANT][-groups0]; defaults are not named."""
-        parts = [self.norm]
+        parts = [norm_in_names(self.norm)]
         parts += [self.placement] if self.placement not in ("", default_placement) else []
         parts += [self.variant] if self.variant not in (None, VARIANTS[0]) else []
         parts += ["groups0"] if self.layer_scale is False else []
@@ -100,7 +109,7 @@ class Run:
     row: Row
     row_name: str
     seed: int
-    updates: int
+    updates: Optional[int]  # None: until early stopping ends it
     tokens: int  # of an update
     average: Optional[int]  # checkpoints to average, where a shortened run has other ones than its YAML file says
     overrides: Tuple[str, ...]
@@ -109,7 +118,7 @@ class Run:
     def name(self):
         """ROW[-ARCH]-UPDATES-seedS, ARCH where the benchmark has several: of the run directory and of the record."""
         arch = [self.arch] if len(architectures(self.benchmark)) > 1 else []
-        return "-".join([self.row_name, *arch, str(self.updates), f"seed{self.seed}"])
+        return "-".join([self.row_name, *arch, str(self.updates or EARLY_STOP), f"seed{self.seed}"])
 
     @property
     def directory(self):
@@ -134,7 +143,12 @@ class Run:
     def gpu_hours(self):
         """The estimate for its training; see PARAMETERS."""
         seconds = UPDATE_S + 6 * PARAMETERS[self.arch] * self.tokens / OPERATIONS_PER_S
-        return self.updates * seconds / 3600
+        return (self.updates or TYPICAL_UPDATES[self.benchmark]) * seconds / 3600
+
+    @property
+    def final_warmup_matters(self):
+        """Does the warm-up of the norms after the stacks matter? To PN (reference) in pre-norm models, which have them."""
+        return self.row.norm == "power" and self.row.variant == VARIANTS[0] and not self.arch.startswith("tensorized")
 
 
 def relative(path):
@@ -142,16 +156,27 @@ def relative(path):
     return str(path.relative_to(ROOT)) if ROOT in Path(path).parents else str(path)
 
 
-def length(benchmark, config, updates):
-    """(updates of a run, the overrides that make it so): every setting in updates is scaled in proportion."""
+def whole(benchmark, config):
+    """The updates of a whole training: optimization.max_update or, where only early stopping ends it, what is typical."""
     from omegaconf import OmegaConf
 
-    full = OmegaConf.select(config, "optimization.max_update") or 0
-    if full <= 0:
+    found = OmegaConf.select(config, "optimization.max_update") or TYPICAL_UPDATES.get(benchmark)
+    if not found:
         raise UserError(f"configs/{benchmark}.yaml has no optimization.max_update, by which runs are named and which "
                         f"--updates replaces")
-    if updates in (None, full):
-        return full, []
+    return found
+
+
+def length(benchmark, config, updates):
+    """(updates of a run, the overrides that make it so): every setting in updates is scaled in proportion.
+
+    None as the number of updates: until early stopping ends training
+    """
+    from omegaconf import OmegaConf
+
+    full, limit = whole(benchmark, config), OmegaConf.select(config, "optimization.max_update") or None
+    if updates in (None, limit):
+        return limit, []
     overrides = [f"optimization.max_update={updates}"]
     for key in SCALED:
         value = OmegaConf.select(config, key)
@@ -160,7 +185,7 @@ def length(benchmark, config, updates):
     return updates, overrides
 
 
-def average(config, updates):
+def average(benchmark, config, updates):
     """Checkpoints to average of a run of so many updates, None: as many as its YAML file says, or those of an LM.
 
     Epochs do not get shorter: their number shrinks in proportion. Checkpoints after a number of updates follow one another
@@ -170,30 +195,25 @@ def average(config, updates):
         return None
     epochs = config.checkpoint.get("keep_last_epochs", 0)
     if epochs > 0:
-        return max(1, min(epochs, epochs * updates // config.optimization.max_update))
+        return max(1, min(epochs, epochs * updates // whole(benchmark, config)))
     return config.checkpoint.keep_interval_updates
 
 
 def runs(benchmark, arch, seeds, updates, overrides):
-    """Every run of a benchmark's architecture: all rows with the first seed, then all with the second, and so on.
-
-    A run has one GPU; where configs/BENCH.yaml is written for several (PN_GPUS), it gathers as many batches instead.
-    """
+    """Every run of a benchmark's architecture: all rows with the first seed, then all with the second, and so on."""
     config = load(benchmark, arch)
     number, scaled = length(benchmark, config, updates)
-    gpus = int(script_setting(config, "PN_GPUS", 1))
-    update_freq = (config.optimization.get("update_freq") or [1])[0] * gpus
+    interval = max(1, (number or whole(benchmark, config)) // 100)
     for seed in seeds:
         for row in rows(config.model):
             own = [f"common.seed={seed}", *scaled]
-            own += [f"optimization.update_freq=[{update_freq}]"] if gpus > 1 else []
             own += ["+model.norm_groups=0"] if row.layer_scale is False else []
             own += [f"+model.norm_variant={row.variant}"] if row.variant not in (None, VARIANTS[0]) else []
             if row.norm != BASELINE:
-                own += [f"+task.norm_record={NORM_RECORD}", f"+task.norm_record_interval={max(1, number // 100)}"]
+                own += [f"+task.norm_record={NORM_RECORD}", f"+task.norm_record_interval={interval}"]
             merged = {**compose.by_key(own), **compose.by_key(overrides)}
             yield Run(benchmark, arch, row, row.name(placements(config.model)[0]), seed, number,
-                      tokens_of(config, merged), average(config, updates), tuple(merged.values()))
+                      tokens_of(config, merged), average(benchmark, config, updates), tuple(merged.values()))
 
 
 def tokens_of(config, overrides):
@@ -202,13 +222,14 @@ def tokens_of(config, overrides):
 
     given = [override.lstrip("+") for override in overrides.values() if not override.startswith("~")]
     config = OmegaConf.merge(config, OmegaConf.from_dotlist(given))
-    batch = config.dataset.get("max_tokens") or config.dataset.batch_size * config.task.tokens_per_sample
-    return batch * (config.optimization.get("update_freq") or [1])[0]
+    size = config.dataset.get("max_tokens") or config.dataset.batch_size * config.task.tokens_per_sample
+    return size * batch.update_freq(config)[0]
 
 
-def identity(overrides):
-    """Overrides by key, without those that change nothing in the training."""
-    return {key: value for key, value in compose.by_key(overrides).items() if not key.startswith("task.norm_record")}
+def identity(overrides, run):
+    """Overrides by key, without those that change nothing in the training of a run."""
+    return {key: value for key, value in compose.by_key(overrides).items()
+            if not key.startswith("task.norm_record") and (key != FINAL_WARMUP or run.final_warmup_matters)}
 
 
 def plan_line(run, results):

@@ -1,4 +1,4 @@
-"""Reports of a matrix of runs: Markdown, CSV and a self-contained HTML page, from the records and what runs left.
+"""Reports of a matrix of runs: Markdown and pictures, CSV, a self-contained HTML page, from records and what runs left.
 
 python -m fairseq_powernorm.experiments report --readme [--check]
 
@@ -18,11 +18,12 @@ import sys
 from pathlib import Path
 
 from ..evaluation import score
-from ..settings import PLACEMENTS, ROOT, UserError, locked, read_json, runs_root, write_json
+from ..runs import compose
+from ..settings import PLACEMENTS, ROOT, UserError, data_settings, locked, read_json, runs_root, write_json
 from . import figures, schema, speed
 from .matrix import BASELINE, FIGURE_ROWS, NORMS, PAPER, relative
-from .table import (LM_METRICS, METRICS, OF_THE_LINE, cell, cells, is_lm_record, lines, markdown, mean, settings_of,
-                    spread, tables)
+from .table import (IRRELEVANT, LM_METRICS, METRICS, OF_THE_LINE, cell, cells, is_lm_record, lines, markdown, mean,
+                    paired_t, settings_of, spread, tables)
 
 TITLES = {"table1": "Table 1: machine translation", "table2": "Table 2: language modelling"}
 CAPTIONS = (
@@ -63,12 +64,12 @@ def write(subject, path, runs, missing, results):
             if subject not in TITLES or run.row_name in FIGURE_ROWS:
                 pictured.setdefault((run.benchmark, run.arch, run.row), run)
         data = figures.data_of(pictured.values(), earlier(f"{path}.figures.json"))
-        write_json(f"{path}.figures.json", data, indent=None)
+        write_json(f"{path}.figures.json", data)
         found = [section(group, records, data) for group in grouped(runs)]
         written = [f"{path}.figures.json"]
         for part in found:
             for i, picture in part["pictures"]:
-                written.append(f"{path}.{part['name']}.figure{i + 1}.png")
+                written.append(picture_path(path, part, i))
                 write_whole(written[-1], picture)
         if subject in TITLES:
             tests = significance(runs, records, earlier(f"{path}.significance.json"))
@@ -77,13 +78,18 @@ def write(subject, path, runs, missing, results):
                 written.append(f"{path}.significance.json")
             for part in found:
                 add_table(part, records, tests)
-            contents = {".md": as_markdown(subject, found, missing), ".csv": as_csv(found),
+            contents = {".md": as_markdown(subject, path, found, missing), ".csv": as_csv(found),
                         ".html": as_html(subject, found, missing, records)}
             print(contents[".md"])
             for end, content in contents.items():
                 written.append(f"{path}{end}")
                 write_whole(written[-1], content.encode())
     print("report: " + ", ".join(relative(Path(name)) for name in written))
+
+
+def picture_path(path, part, i):
+    """Where picture i of a section of the report lies."""
+    return f"{path}.{part['name']}.figure{i + 1}.png"
 
 
 def earlier(path):
@@ -135,7 +141,7 @@ def differing(table):
     settings = [settings_of(line.first) for line in table]
     found = {}
     for key in sorted({key for each in settings for key in each} - OF_THE_LINE):
-        values = sorted({str(each.get(key)) for each in settings})
+        values = sorted({str(each.get(key, "default")) for each in settings})
         if len(values) > 1:
             found[key] = values
     return found
@@ -205,12 +211,14 @@ def add_table(part, records, tests):
         own = {record["seed"]: value(record) for record in line.records}
         common = [seed for seed in own if seed in of_baseline]
         differences = [own[seed] - of_baseline[seed] for seed in common]
-        published = line.row.published("all" if lm else next(iter(PLACEMENTS)))
+        published = (line.row.published("all" if lm else next(iter(PLACEMENTS)))
+                     and all(map(scored_as_published, line.records)))
         part["rows"].append({
             "line": line, "cells": {key: text for key, text in cells(line).items() if key not in
                                     ("benchmark", "architecture", "seeds", "subset", *metrics)},
             "numbers": {name: cell(line, name, metrics) for name in metrics},
             "difference": mean(differences) if common and line is not baseline else None,
+            "t": paired_t(differences) if line is not baseline else None,
             "tests": [tests.get(name) for name in line.names],
             "paper": PAPER.get((part["benchmark"], part["arch"]), {}).get(line.row.norm) if published else None,
             "seeds": [{"seed": record["seed"], "score": f"{value(record):.2f}", "name": name,
@@ -218,6 +226,38 @@ def add_table(part, records, tests):
                       for record, name in zip(line.records, line.names)],
         })
     part["has_paper"] = any(row["paper"] is not None for row in part["rows"])
+    part["paper_heading"] = LM_PAPER if lm else "paper"
+    part["has_t"] = any(row["t"] is not None for row in part["rows"])
+
+
+def scored_as_published(record):
+    """Is this the paper's kind of number: of the test set, of the published text, and with compounds split where its are?"""
+    if record["subset"] != "test":
+        return False
+    if is_lm_record(record):
+        return record["tokens"]["published_corpus"]
+    return record["bleu_tokenized"].get("split_compounds", False) == data_settings(record["benchmark"]).get(
+        "split_compounds", False)
+
+
+def departures(rows):
+    """The overrides of runs that change the recipe of configs/BENCH.yaml: all but those that name a line of the table."""
+    found = {}
+    for record in (record for row in rows for record in row["line"].records):
+        found.update({override: None for key, override in compose.by_key(record["overrides"]).items()
+                      if key not in OF_THE_LINE | IRRELEVANT})
+    return list(found)
+
+
+#: heading of the paper's perplexities
+LM_PAPER = "paper, non-causal"
+#: heading of the column that of_t() fills
+T_TEST = "paired t over seeds"
+
+
+def of_t(row):
+    """The paired t-test of a row as text."""
+    return "" if row["t"] is None else "t = {:.2f}, df = {}, p = {:.3f}".format(*row["t"])
 
 
 #: heading of the column that by_seed() fills
@@ -258,9 +298,15 @@ def notes(part):
         found.append("By seed: the difference from LN of the same seed, and p of sacreBLEU's paired bootstrap test (1,000 "
                      "samples).")
     elif not part["lm"]:
-        found.append("No significance: it needs the translations of LN and of another norm, in the run directories.")
+        found.append("No bootstrap test: it needs the translations of LN and of another norm, in the run directories.")
+    if part["has_t"]:
+        found.append(f"Paired t: Student's test of the differences in {part['heading']} from LN of the same seed, "
+                     f"two-sided, not corrected for the number of rows.")
     if part["lm"] and part["has_paper"]:
         found.append(CAUSALITY)
+    changed = departures(part["rows"])
+    if part["has_paper"] and changed:
+        found.append(f"The paper's values come from the whole recipe; here it was changed by {', '.join(changed)}.")
     for key, values in part["differing"].items():
         found.append(f"The runs differ in {key}: {', '.join(values)}.")
     return found
@@ -268,17 +314,17 @@ def notes(part):
 
 def plain_rows(part):
     """(headings, rows) of a section's table as text."""
-    headings = [*part["rows"][0]["cells"], *part["metrics"], "against LN", *([BY_SEED] if part["tested"] else []),
-                *(["paper"] if part["has_paper"] else [])]
+    headings = [*part["rows"][0]["cells"], *part["metrics"], "against LN", *([T_TEST] if part["has_t"] else []),
+                *([BY_SEED] if part["tested"] else []), *([part["paper_heading"]] if part["has_paper"] else [])]
     rows = []
     for row in part["rows"]:
         paper = [] if not part["has_paper"] else ["" if row["paper"] is None else f"{row['paper']:.1f}"]
         rows.append([*map(str, row["cells"].values()), *row["numbers"].values(), signed(row["difference"]),
-                     *([by_seed(row)] if part["tested"] else []), *paper])
+                     *([of_t(row)] if part["has_t"] else []), *([by_seed(row)] if part["tested"] else []), *paper])
     return headings, rows
 
 
-def as_markdown(subject, parts, missing):
+def as_markdown(subject, path, parts, missing):
     found = [f"# {TITLES[subject]}\n"]
     for part in parts:
         headings, rows = plain_rows(part)
@@ -286,6 +332,7 @@ def as_markdown(subject, parts, missing):
         found.append(f"## {part['benchmark']}, {part['arch']}\n")
         found.append(markdown([*headings, "records by seed"], [[*row, link] for row, link in zip(rows, links)]))
         found += [note + "\n" for note in notes(part)]
+        found += [f"![{CAPTIONS[i]}]({Path(picture_path(path, part, i)).name})\n" for i, _ in part["pictures"]]
     if missing:
         found.append("Not in the table: " + ", ".join(missing) + ".\n")
     return "\n".join(found)
@@ -297,7 +344,8 @@ def as_csv(parts):
     names = list(dict.fromkeys(name for part in parts for name in part["metrics"]))
     fields = ["benchmark", "architecture", "norm", "placement", "layer scale", "variant", "updates", "seeds"]
     writer = csv.DictWriter(stream, [*fields, *(f"{name} {of}" for name in names for of in ("mean", "deviation")),
-                                     "against LN", "sacreBLEU against LN by seed", "p", "paper"], lineterminator="\n")
+                                     "against LN", "t", "degrees of freedom", "p of t", "sacreBLEU against LN by seed", "p",
+                                     *dict.fromkeys(part["paper_heading"] for part in parts)], lineterminator="\n")
     writer.writeheader()
     for part in parts:
         for row in part["rows"]:
@@ -311,7 +359,9 @@ def as_csv(parts):
                 **told, "architecture": part["arch"], "placement": line.row.placement,
                 "updates": " ".join(str(record["updates"]) for record in line.records),
                 "seeds": " ".join(str(seed["seed"]) for seed in row["seeds"]), **numbers,
-                "against LN": row["difference"], **unrounded(row), "paper": row["paper"]})
+                "against LN": row["difference"],
+                **dict(zip(("t", "degrees of freedom", "p of t"), row["t"] or ())),
+                **unrounded(row), part["paper_heading"]: row["paper"]})
     return stream.getvalue()
 
 
@@ -325,7 +375,7 @@ def as_html(subject, parts, missing, records):
                           for i, picture in part["pictures"]]
     return environment.get_template("report.html.j2").render(
         title=TITLES[subject], parts=parts, missing=missing, records=records, notes=notes, signed=signed,
-        by_seed=by_seed, by_seed_heading=BY_SEED)
+        by_seed=by_seed, by_seed_heading=BY_SEED, of_t=of_t, t_heading=T_TEST)
 
 
 # ---- README.md -------------------------------------------------------------------------------------------------------

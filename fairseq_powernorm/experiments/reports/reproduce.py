@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..cluster import slurm, submission
-from ..runs import compose, launch
-from ..settings import (NORMS, ROOT, UserError, architectures, benchmarks, choose, cpus, data_root, in_use, listed, load,
+from ..runs import batch, compose, launch
+from ..settings import (ROOT, UserError, architectures, benchmarks, choose, cpus, data_root, in_use, listed, load,
                         lock_path, locked, number, read_json, seeds)
 from . import matrix, report, schema
 
@@ -76,7 +76,7 @@ def chosen(options):
     names = dict.fromkeys(run.row_name for run in found)
     default = matrix.FIGURE_ROWS if options.subject == "figures" else names
     rows = listed("--rows", options.rows, names, default)
-    norms = listed("--norms", options.norms, [norm for norm in NORMS if norm in matrix.NORMS], matrix.NORMS)
+    norms = listed("--norms", options.norms, matrix.NORMS, matrix.NORMS)
     found = [run for run in found if run.row_name in rows and run.row.norm in norms]
     if not found:
         raise UserError(f"no row is of --norms {','.join(norms)} and of --rows {','.join(rows)}")
@@ -95,11 +95,11 @@ def reproduce(arguments):
         config = compose.compose(run.benchmark, [
             *compose.arch_overrides(run.benchmark, run.arch),
             *compose.norm_overrides(model, run.row.norm, run.row.placement or "all"), *run.overrides])
-        if options.slurm:
-            try:
-                launch.divided(config, options.gpus, same_batch=True)
-            except UserError as error:
-                raise UserError(f"--gpus {options.gpus}: {run.benchmark}: {error}") from None
+        try:
+            told = batch.described(config, options.gpus if options.slurm else 1)
+        except UserError as error:
+            raise UserError(f"--gpus {options.gpus}: {run.benchmark}: {error}") from None
+        print(f"# each run of {run.benchmark}, {run.arch}: {told}", flush=True)
     if options.slurm:
         return submit(options, runs, stem)
     if options.dry_run:
@@ -120,7 +120,10 @@ def reproduce(arguments):
 
 
 def first_of_each(runs):
-    return {(run.benchmark, run.arch): run for run in reversed(runs)}.values()
+    found = {}
+    for run in runs:
+        found.setdefault((run.benchmark, run.arch), run)
+    return found.values()
 
 
 def dry_run(options, runs):
@@ -137,13 +140,16 @@ def unprepared(options):
 
 
 def print_cost(runs):
-    total = collections.Counter()
+    total, assumed = collections.Counter(), {}
     for run in runs:
         total[run.benchmark] += run.gpu_hours
+        if run.updates is None:
+            typical = matrix.TYPICAL_UPDATES[run.benchmark]
+            assumed[run.benchmark] = f"{typical:,} updates of {run.benchmark} until it stops early, "
     print(f"# {len(runs)} runs, about {matrix.hours(sum(total.values()))} GPU hours for training ("
           + ", ".join(f"{benchmark} {matrix.hours(hours)}" for benchmark, hours in total.items())
-          + f"), an estimate: {matrix.UPDATE_S} s an update, and 6 operations per parameter and token at "
-            f"{matrix.OPERATIONS_PER_S / 1e12:.0f} * 10^12 a second")
+          + f"), an estimate: {''.join(assumed.values())}{matrix.UPDATE_S} s an update, and 6 operations per parameter "
+            f"and token at {matrix.OPERATIONS_PER_S / 1e12:.0f} * 10^12 a second")
 
 
 def submit(options, runs, stem):
@@ -174,7 +180,7 @@ def submit(options, runs, stem):
     queued = submission.Submission(
         options.subject, options, [submission.Run(training(run)[2:], run.evaluate_command(options.results)[2:],
                                                   run.record(options.results)) for run in new],
-        lambda _: report_command(options), resume=True, same_batch=True, after=filter(None, after))
+        lambda _: report_command(options), resume=True, after=filter(None, after))
     missing = unprepared(options)
     if not options.dry_run:
         queued.check()
@@ -357,7 +363,7 @@ def done(run, record):
 
 def refuse_others(overrides, run, what):
     """Refuses to take a run or a record for one with other settings."""
-    there, wanted = matrix.identity(overrides), matrix.identity(run.overrides)
+    there, wanted = matrix.identity(overrides, run), matrix.identity(run.overrides, run)
     differing = [key for key in {**there, **wanted} if there.get(key) != wanted.get(key)]
     if differing:
         key = differing[0]

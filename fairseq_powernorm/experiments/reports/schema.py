@@ -6,7 +6,7 @@ python -m fairseq_powernorm.experiments schema FILE...
 
 import math
 
-from ..settings import NORMS, UserError, read_json
+from ..settings import NORMS, UserError, norm_name, read_json
 
 NUMBER = (int, float)
 SHA256 = str
@@ -26,6 +26,13 @@ class Mapping:
         self.kind = kind
 
 
+class Named:
+    """A name, one of a set, and perhaps its options: NAME[:OPTION=VALUE[,...]]."""
+
+    def __init__(self, names):
+        self.names = names
+
+
 POINT = {"updates": int, "epoch": Optional(int), "loss?": Optional(NUMBER), "nll_loss?": Optional(NUMBER),
          "ppl?": Optional(NUMBER)}
 SCORE = {"score": NUMBER, "signature": str}
@@ -35,7 +42,7 @@ SERIES = [Optional(NUMBER)]
 # A kind is a type or several, {key: kind} with exactly these keys ("key?" may be missing), [kind] for a list of any
 # length, or a set of valid values.
 RUN = {
-    "schema": {1}, "benchmark": str, "norm": {*NORMS, "custom"}, "placement": {"encoder", "all", "custom"},
+    "schema": {2}, "benchmark": str, "norm": Named({*NORMS, "custom"}), "placement": {"encoder", "all", "custom"},
     "variant": Optional({"reference", "algorithm2"}), "seed": int, "parameters": int, "updates": int, "finished": bool,
     "training": {"wall_s": Optional(NUMBER), "cpu_s": Optional(NUMBER), "sessions": int, "threads": int},
     "curve": {"train": [POINT], "valid": [POINT]}, "overrides": [str], "config": dict, "subset": {"test", "valid"},
@@ -97,6 +104,8 @@ def problems(value, kind, where=""):
     """What is wrong with a value, one text each."""
     if isinstance(kind, Optional):
         return [] if value is None else problems(value, kind.kind, where)
+    if isinstance(kind, Named):
+        return problems(norm_name(value) if isinstance(value, str) else value, kind.names, where)
     if isinstance(kind, set):
         valid = any(value == choice and type(value) is type(choice) for choice in kind)
         return [] if valid else [f"{where} is {value!r}; valid: {', '.join(sorted(map(repr, kind)))}"]

@@ -7,12 +7,13 @@ Runs that differ in their seed only share a line, with the mean and, behind ±, 
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
 from dataclasses import dataclass
 
-from ..settings import PLACEMENTS, UserError, write_text
+from ..settings import BATCH_REFERENCE, PLACEMENTS, UserError, write_text
 from . import schema
 from .matrix import BASELINE, NORMS, VARIANTS, Row
 
@@ -36,12 +37,12 @@ def row_of(record):
     """The line of the matrix that a record belongs to."""
     model, norm = record["config"]["model"], record["norm"]
     running = norm in NORMS and norm != BASELINE
-    return Row(norm, "" if norm == BASELINE else record["placement"], model["norm_groups"] != 0 if running else None,
+    return Row(norm, "" if norm == BASELINE else record["placement"], model.get("norm_groups") != 0 if running else None,
                record["variant"] or VARIANTS[0] if norm == "power" else None)
 
 
 def settings_of(record):
-    """Every setting that tells runs apart, but for the seed, as key -> value."""
+    """Every setting that is not the default and tells runs apart, but for the seed, as key -> value."""
     flat = {}
 
     def walk(prefix, value):
@@ -80,6 +81,31 @@ def spread(values):
     return None if None in values or len(values) < 2 else statistics.stdev(values)
 
 
+def paired_t(differences):
+    """Student's paired test of differences that one seed each has: (t, degrees of freedom, two-sided p).
+
+    t = mean / (s / sqrt(n)) with s the standard deviation (n - 1) of n differences, n - 1 degrees of freedom. None for fewer
+    than two differences, and where all are equal, which leaves t undefined.
+    """
+    if len(differences) < 2 or None in differences or len(set(differences)) == 1:
+        return None
+    freedom = len(differences) - 1
+    t = statistics.fmean(differences) / (statistics.stdev(differences) / math.sqrt(len(differences)))
+    return t, freedom, 1 - within_t(abs(t), freedom)
+
+
+def within_t(t, freedom):
+    """P(|T| < t) of Student's distribution: the finite series for a whole number of degrees of freedom."""
+    angle = math.atan(t / math.sqrt(freedom))
+    total = term = math.cos(angle) if freedom % 2 else 1.0
+    for k in range(3 if freedom % 2 else 2, freedom, 2):
+        term *= (k - 1) / k * math.cos(angle) ** 2
+        total += term
+    if freedom % 2 == 0:
+        return math.sin(angle) * total
+    return 2 / math.pi * (angle + (math.sin(angle) * total if freedom > 1 else 0.0))
+
+
 def shown(values, digits=2):
     """The mean and the spread of values as text."""
     if None in values:
@@ -116,7 +142,9 @@ def layer_scale(line):
     """What stands before the norm, as text."""
     if line.row.layer_scale is None:
         return ""
-    groups = line.first["config"]["model"]["norm_groups"]
+    if line.row.norm == BATCH_REFERENCE:
+        return "1 group"  # its own, whatever --norm-groups says
+    groups = line.first["config"]["model"].get("norm_groups")
     return "no" if groups == 0 else "yes" if groups is None else f"{groups} groups"
 
 
@@ -128,6 +156,7 @@ def last_valid_loss(record):
 # heading -> (what of a record, digits shown)
 METRICS = {
     "tokenized BLEU": (lambda record: record["bleu_tokenized"]["score"], 2),
+    "length ratio": (lambda record: record["bleu_tokenized"]["ratio"], 3),
     "sacreBLEU": (lambda record: record["sacrebleu"]["score"], 2),
     "chrF": (lambda record: record["chrf"]["score"], 2),
     "valid loss": (last_valid_loss, 3),

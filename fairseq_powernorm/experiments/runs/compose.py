@@ -15,7 +15,7 @@ def places(model, placement):
 
 def norm_overrides(model, norm, placement):
     """The hydra overrides that put NORM at a placement of a model (its configuration), and LayerNorm elsewhere."""
-    return [f"model.{option}={norm if chosen else 'layer'}" for option, chosen in places(model, placement).items()]
+    return [f"model.{option}={quote(norm) if chosen else 'layer'}" for option, chosen in places(model, placement).items()]
 
 
 def arch_overrides(benchmark, arch):
@@ -84,6 +84,49 @@ def build(config):
         except Exception as error:  # whatever fairseq or the plugin objects to
             raise UserError(f"these settings do not build a model: {type(error).__name__}: {error}") from None
     return config, task, model, criterion
+
+
+#: settings that only say where files lie: (group, key)
+PATHS = (("common", "user_dir"), ("task", "data"), ("checkpoint", "save_dir"))
+
+
+def differences(config):
+    """The settings of a resolved configuration that differ from the defaults of fairseq and of the package, as nested
+    dictionaries; `_name`, which chooses an implementation and with it the defaults, always; PATHS never."""
+    with quiet():
+        from fairseq import utils
+        from fairseq.dataclass.configs import FairseqConfig
+        from fairseq.dataclass.initialize import add_defaults
+
+        utils.import_user_module(config.common)
+    from omegaconf import OmegaConf
+
+    found = OmegaConf.to_container(config)
+    for group, key in PATHS:
+        found[group].pop(key)
+    defaults = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(FairseqConfig), enum_to_str=True))
+    for group, settings in found.items():
+        if isinstance(settings, dict) and settings.get("_name"):
+            defaults[group] = {"_name": settings["_name"]}
+    add_defaults(defaults)
+    defaults = OmegaConf.to_container(defaults, enum_to_str=True)
+
+    def default_of(value):
+        """What a default means in this configuration: ${optimization.lr} is its learning rate."""
+        link = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
+        return OmegaConf.select(config, link[1]) if link else value
+
+    def walk(settings, defaults):
+        kept = {}
+        for key, value in settings.items():
+            default = defaults.get(key)
+            if isinstance(value, dict) and isinstance(default, dict):
+                value, default = walk(value, default), {}
+            if value and key == "_name" or value != default_of(default):
+                kept[key] = value
+        return kept
+
+    return walk(found, defaults)
 
 
 @contextlib.contextmanager

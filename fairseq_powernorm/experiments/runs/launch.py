@@ -20,12 +20,9 @@ def parse(arguments):
     parser = argparse.ArgumentParser(prog="scripts/launch.sh", add_help=False, allow_abbrev=False)
     for name in ("ranks", "nodes", "node-rank", "master"):
         parser.add_argument(f"--{name}")
-    parser.add_argument("--same-batch", action="store_true")
     parser.add_argument("--slurm", metavar="SUBMISSION")
     options, rest = parser.parse_known_args(arguments)
-    launcher = launcher_of(options)
-    launcher.same_batch = options.same_batch
-    return launcher, rest
+    return launcher_of(options), rest
 
 
 def launcher_of(options):
@@ -59,13 +56,11 @@ class Launcher:
     """What train.py asks of a way to start ranks.
 
     leads: does this process hold the run's lock and write its records? One process of a run does. counts_cpu: are all ranks
-    children of this process? world: number of ranks, known after check_devices(). same_batch: does an update
-    take as much as with one rank?
+    children of this process? world: number of ranks, known after check_devices().
     """
 
     patience = 1.0
     counts_cpu = True
-    same_batch = False
 
     def check_overrides(self, overrides):
         """Refuses overrides that are the launcher's own."""
@@ -89,14 +84,10 @@ class Launcher:
             if "distributed_training.ddp_backend" in self.given:
                 raise UserError("distributed_training.ddp_backend=pytorch_ddp needs GPUs in fairseq; on a CPU: legacy_ddp")
             self.backend = "legacy_ddp"
-        self.update_freq = divided(config, self.world, self.same_batch)
         return self.world
 
     def distributed(self, method):
         """The overrides that all ranks share."""
-        return [*self.update_freq, *self.places(method)]
-
-    def places(self, method):
         if self.world == 1:
             return ["distributed_training.distributed_world_size=1"]
         return [f"distributed_training.{key}={value}" for key, value in (
@@ -181,17 +172,6 @@ class Slurm(Launcher):
 
     def facts(self):
         return {"ranks": self.world, "job": job(), "restart": restart()}
-
-
-def divided(config, world, same_batch):
-    """The override that shares optimization.update_freq out among ranks; refuses if that leaves a rest."""
-    frequencies = list(config.optimization.update_freq)
-    if not same_batch or world == 1:
-        return []
-    if any(frequency % world for frequency in frequencies):
-        raise UserError(f"{world} ranks cannot share out optimization.update_freq={frequencies}, the batches that one "
-                        f"rank gathers for an update; valid: numbers of ranks that divide it")
-    return [f"optimization.update_freq=[{','.join(str(frequency // world) for frequency in frequencies)}]"]
 
 
 def job():

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 from ..evaluation import perplexity
-from ..settings import (CONFIGS, NORMS, UserError, architectures, benchmarks, choose, cpus, is_lm, load, locked, main,
-                        placements, prepared, read_json, runs_root, sha256, tool, write_json)
-from . import checkpoints, compose, trainlog
+from ..settings import (CONFIGS, NORMS, UserError, architectures, benchmarks, choose, cpus, is_lm, load, locked,
+                        norm_in_names, norm_name, placements, prepared, read_json, runs_root, sha256, tool, write_json)
+from . import batch, checkpoints, compose, trainlog
 
 SCHEMA = 1
 # Given by train.sh itself; another value would take the run's files away from its directory.
@@ -27,6 +27,7 @@ OURS = {"checkpoint.save_dir": "--run-dir DIR", "task.data": "PN_DATA_ROOT", "co
 PLACES = tuple(f"distributed_training.{key}" for key in (
     "distributed_world_size", "distributed_rank", "distributed_init_method", "distributed_port", "distributed_backend",
     "distributed_no_spawn", "device_id"))
+WORLD_SIZE = PLACES[0]
 STOP_PATIENCE = 10  # seconds from SIGTERM to SIGKILL
 
 
@@ -42,7 +43,7 @@ def parse(arguments):
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(arguments)
     choose("benchmark", options.benchmark, benchmarks())
-    choose("norm", options.norm, NORMS)
+    choose("norm", norm_name(options.norm), NORMS)
     valid = architectures(options.benchmark)
     options.arch = choose("--arch", options.arch or valid[0], valid)
     config = load(options.benchmark)
@@ -88,14 +89,15 @@ def train(arguments, launcher=None):
             print(f"{run} has finished ({read_json(finished)['updates']:,} updates); nothing to do")
             return 0
         complete, resolved, facts["parameters"] = composed(options, config, facts, data, run)
-        world = check_world(resolved, launcher)
+        world = check_world(resolved, compose.by_key(facts["overrides"]), launcher)
+        complete += [] if launcher else [f"{WORLD_SIZE}={world}"]
+        complete += batch.overrides(resolved, world)
         if is_lm(resolved):
             perplexity.check(resolved)
         command = [tool("fairseq-hydra-train"), "--config-dir", str(CONFIGS), "--config-name", options.benchmark,
                    f"hydra.run.dir={compose.quote(run)}", "hydra.output_subdir=hydra", "hydra/job_logging=stdout", *complete]
         if leads:
-            print(f"{options.benchmark}, {world} rank{'s' * (world > 1)}: "
-                  f"{batch(resolved, world, launcher is not None and launcher.same_batch)}", flush=True)
+            print(f"{options.benchmark}: {batch.described(resolved, world)}", flush=True)
         return session(run, facts, command, resolved, lock, launcher)
 
 
@@ -104,7 +106,7 @@ def run_directory(options, config):
     if options.run_dir:
         return Path(os.path.abspath(options.run_dir))
     seed = compose.by_key(options.overrides).get("common.seed", f"={config.common.seed}").split("=", 1)[1]
-    chosen = [options.norm]
+    chosen = [norm_in_names(options.norm)]
     for value, default in ((options.placement, placements(config.model)[0]),
                            (options.arch, architectures(options.benchmark)[0])):
         chosen += [value] if value != default else []
@@ -159,32 +161,19 @@ def refuse_several_processes():
                             f"of its own; scripts/launch.sh or scripts/slurm/submit.sh starts ranks that train one")
 
 
-def check_world(config, launcher):
-    """The number of ranks; refuses where fairseq would start another number of them."""
+def check_world(config, overrides, launcher):
+    """The number of ranks: the launcher's, or one unless an override asks for more; refuses what this machine has not."""
     import torch
 
     if launcher is not None:
         return launcher.check_devices(config)
-    world = config.distributed_training.distributed_world_size
+    world = config.distributed_training.distributed_world_size if WORLD_SIZE in overrides else 1
     on_gpu = torch.cuda.is_available() and not config.common.cpu
     if world > 1 and (not on_gpu or world > torch.cuda.device_count()):
-        raise UserError(f"distributed_training.distributed_world_size={world}: "
+        raise UserError(f"{WORLD_SIZE}={world}: "
                         f"{f'{torch.cuda.device_count()} GPUs are visible' if on_gpu else 'this is a CPU run'}; "
                         f"use scripts/launch.sh --ranks {world}")
     return world
-
-
-def batch(config, world, same=False):
-    """What an update is made of, in words. same: as much as with one rank"""
-    units = (("max_tokens", "tokens"), ("batch_size", "sentences or blocks"))
-    sizes = [(key, config.dataset[key], unit) for key, unit in units if config.dataset.get(key)]
-    frequency = config.optimization.update_freq[0] // (world if same else 1)
-    text = "an update takes at most " + " and ".join(f"{size * frequency * world:,} {unit}" for _, size, unit in sizes)
-    if frequency == world == 1 or not sizes:
-        return text
-    text += f" ({world} x optimization.update_freq {frequency} x {' and '.join(f'{size:,}' for _, size, _ in sizes)}"
-    return text + (f"; one rank has {' and '.join(f'{size * frequency:,}' for _, size, _ in sizes)}: to keep that, divide "
-                   f"optimization.update_freq or dataset.{sizes[0][0]} by {world})" if world > 1 and not same else ")")
 
 
 def session(run, facts, command, config, lock, launcher=None):
