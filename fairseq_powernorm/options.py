@@ -184,7 +184,38 @@ def _choice(name: str, value: Any, choices: Iterable[str]) -> str:
     return str(value)
 
 
-def norm_options(args: Any, model: Type[NormConstants] = NormOptions) -> Namespace:
+class ChosenNorms(Namespace):
+    """The norm options of a model, complete and checked: which norm stands where, and its constants."""
+
+    def settings(self, side: str, position: str, dim: int, heads: int) -> Tuple[str, Dict[str, Any]]:
+        """Name and keyword arguments, for :func:`~fairseq_powernorm.norms.build_norm`, of one norm of the model.
+
+        Args:
+            side: ``encoder`` or ``decoder``
+            position: ``self``, ``ff`` or ``final``
+            dim: channels
+            heads: attention heads, the default number of groups
+
+        Raises:
+            ValueError: the number of groups does not divide ``dim``
+        """
+        name = getattr(self, f"{side}_norm_{position}")
+        groups = heads if self.norm_groups is None else self.norm_groups
+        if issubclass(NORMS[name], RunningNorm) and groups > 0 and dim % groups:
+            divisors = ", ".join(str(g) for g in range(1, dim + 1) if dim % g == 0)
+            raise ValueError(f"--norm-groups {groups}: must be 0 or divide the {dim} channels of the {side}: {divisors}")
+        final = position == "final"
+        return name, dict(
+            eps=self.norm_eps,
+            alpha_fwd=self.norm_alpha_fwd,
+            alpha_bkw=self.norm_alpha_bkw,
+            warmup_updates=self.norm_final_warmup_updates if final else self.norm_warmup_updates,
+            groups=groups,
+            variant=self.norm_variant,
+        )
+
+
+def norm_options(args: Any, model: Type[NormConstants] = NormOptions) -> ChosenNorms:
     """Read the norm options from a Namespace or DictConfig, fill in defaults and check every value.
 
     Args:
@@ -196,7 +227,7 @@ def norm_options(args: Any, model: Type[NormConstants] = NormOptions) -> Namespa
     """
     defaults = model()
     found = {name: getattr(args, name, None) for name in NORM_FIELDS if name in model.__dataclass_fields__}
-    options = Namespace(**{k: getattr(defaults, k) if v is None else v for k, v in found.items()})
+    options = ChosenNorms(**{k: getattr(defaults, k) if v is None else v for k, v in found.items()})
     for side in norm_sides(model):
         if getattr(options, f"{side}_norm_final") is None:
             setattr(options, f"{side}_norm_final", getattr(options, f"{side}_norm_ff"))
@@ -237,33 +268,7 @@ def check_norms(args: Any, model: Type[NormConstants] = NormOptions) -> None:
     for side in norm_sides(model):
         for position in ("self", "ff", "final"):
             dim, heads = getattr(args, f"{side}_embed_dim"), getattr(args, f"{side}_attention_heads")
-            norm_settings(options, side, position, dim, heads)
+            options.settings(side, position, dim, heads)
 
 
-def norm_settings(options: Namespace, side: str, position: str, dim: int, heads: int) -> Tuple[str, Dict[str, Any]]:
-    """Name and keyword arguments, for :func:`~fairseq_powernorm.norms.build_norm`, of one norm of a model.
-
-    Args:
-        options: result of :func:`norm_options`
-        side: ``encoder`` or ``decoder``
-        position: ``self``, ``ff`` or ``final``
-        dim: channels
-        heads: attention heads, the default number of groups
-
-    Raises:
-        ValueError: the number of groups does not divide ``dim``
-    """
-    name = getattr(options, f"{side}_norm_{position}")
-    groups = heads if options.norm_groups is None else options.norm_groups
-    if issubclass(NORMS[name], RunningNorm) and groups > 0 and dim % groups:
-        divisors = ", ".join(str(g) for g in range(1, dim + 1) if dim % g == 0)
-        raise ValueError(f"--norm-groups {groups}: must be 0 or divide the {dim} channels of the {side}: {divisors}")
-    final = position == "final"
-    return name, dict(
-        eps=options.norm_eps,
-        alpha_fwd=options.norm_alpha_fwd,
-        alpha_bkw=options.norm_alpha_bkw,
-        warmup_updates=options.norm_final_warmup_updates if final else options.norm_warmup_updates,
-        groups=groups,
-        variant=options.norm_variant,
-    )
+from . import register  # noqa: E402,F401  (whichever module for fairseq is imported first, all are registered)
