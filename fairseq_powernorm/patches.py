@@ -13,6 +13,11 @@ logger = logging.getLogger(__name__)
 _MARK = "replaced_by_fairseq_powernorm"
 
 
+def is_replaced(function: Callable) -> bool:
+    """Whether a function is what :func:`replace` put in the place of another."""
+    return hasattr(function, _MARK)
+
+
 def replace(owner: Any, name: str, replacement: Callable) -> None:
     """Let ``replacement(original, ...)`` stand for the function ``name`` of a class or module; the second time, do nothing.
 
@@ -22,7 +27,7 @@ def replace(owner: Any, name: str, replacement: Callable) -> None:
         replacement: called with the function that stood there before, followed by the arguments of the call
     """
     original = getattr(owner, name)
-    if hasattr(original, _MARK):
+    if is_replaced(original):
         return
 
     @functools.wraps(original)

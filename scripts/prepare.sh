@@ -18,7 +18,7 @@
 #
 #   DATA_MIRROR=URL     look for the files of the corpus at URL/ before their public addresses
 #   MOSES=DIR           tokenize with the Perl scripts of DIR, a checkout of mosesdecoder, not with sacremoses;
-#                       scripts/lib/moses.py says where the two differ
+#                       fairseq_powernorm/experiments/data/moses.py says where the two differ
 #
 # The result is data/BENCH/ ($PN_DATA_ROOT/BENCH): raw/, tok/ and bpe/ (not of a language model), data-bin/, and
 # prepared.json, which says from what and how it was made. It appears when it is whole. A run that was cut off leaves

@@ -169,7 +169,7 @@ def test_installed_by_pip_and_by_bare_name(toy_data, tmp_path):
     assert (site / "fairseq_powernorm" / "kernels" / "reference.py").is_file()
     done = train(toy_data, tmp_path / "run", "--max-update", 2, cwd=site, PYTHONPATH="")
     assert len(toy.losses(done.stdout + done.stderr)) == 2
-    code = "import fairseq_powernorm as p; from fairseq.models import ARCH_MODEL_REGISTRY as r; " \
+    code = "import fairseq_powernorm.register as p; from fairseq.models import ARCH_MODEL_REGISTRY as r; " \
         "print(p.__file__, 'transformer_pn_tiny' in r)"
     done = toy.command("python", "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
     assert str(site) in done.stdout and "True" in done.stdout
