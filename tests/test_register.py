@@ -9,7 +9,6 @@ import sys
 from importlib import metadata, util
 
 import pytest
-from omegaconf import OmegaConf
 
 import toy
 from fairseq_powernorm import options, tasks
@@ -274,18 +273,16 @@ utils.import_user_module(Namespace(user_dir={str(toy.ROOT / "fairseq_powernorm")
     ],
 )  # fmt: skip
 def test_pickled_configurations(configuration, run, tmp_path):
-    """A pickled configuration, as a dataclass and as omegaconf holds it, is read by a process that has imported nothing:
-    the same values, and everything is registered."""
-    written = OmegaConf.structured(configuration())
-    (tmp_path / "pickled").write_bytes(pickle.dumps([written, configuration()]))
+    """A pickled configuration is read by a process that has imported nothing: the same values, and all is registered."""
+    (tmp_path / "pickled").write_bytes(pickle.dumps(configuration()))
     program = """
 import pickle
 with open("pickled", "rb") as stream:
-    for config in pickle.load(stream):
-        print(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    config = pickle.load(stream)
+print(repr(config))
 """
-    output = run("from omegaconf import OmegaConf" + program + REGISTERED, tmp_path)
-    assert output.count(OmegaConf.to_yaml(written)) == 2 and "registered" in output
+    output = run(program + REGISTERED, tmp_path)
+    assert repr(configuration()) in output and "registered" in output
 
 
 MAIN = """
