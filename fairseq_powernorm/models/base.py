@@ -234,7 +234,8 @@ class PowerNormModel:
         Raises:
             ValueError: an option is unknown or has an invalid value, or the task is of another kind
         """
-        check_kind(getattr(cfg, "_name", None) or getattr(cfg, "arch", None) or cls.__name__, cls, type(task))
+        name = next(name for name, each in MODEL_REGISTRY.items() if each is cls)
+        check_kind(getattr(cfg, "_name", None) or getattr(cfg, "arch", None) or name, cls, type(task))
         args = Namespace(**given(cfg))
         reject_unknown(vars(args), cls.options)
         norms = norm_options(args, cls.options)
