@@ -19,18 +19,18 @@ training step that is thrown away leaves none. In a training loop of one's own:
 """
 import re
 from contextlib import contextmanager
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, Hashable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .kernels import reference as kernel
+from .kernels import eager as kernel
 from .norms import RunningNorm, Stage, Sums, Switches
+from .norms.staging import PARTS
 
 #: how the statistics of several processes are combined, see :class:`RunningStatistics`
 SYNC = ("off", "step", "exact")
-PARTS = ("forward", "backward")
 #: what wrappers for data parallelism put into the names of modules
 _WRAPPERS = re.compile(r"^(module\.)+|_fsdp_wrapped_module\.|_fpw_module\.")
 
@@ -53,10 +53,11 @@ class _Kind(NamedTuple):
     def state(self) -> Dict[str, Tensor]:
         """The buffers of all norms: name -> ``n x C`` (``iters``: ``n x 1``), in the precision of the sums."""
         dtype = self.parts["forward"].step.dtype
-        return {
-            name: torch.stack([norm._buffers[name] for norm in self.norms]).view(len(self.norms), -1).to(dtype)
-            for name in self.norms[0]._buffers
-        }
+        return {name: buffer.view(len(self.norms), -1).to(dtype) for name, buffer in self.stacked().items()}
+
+    def stacked(self) -> Dict[str, Tensor]:
+        """A copy of the buffers of all norms, in their own precision."""
+        return {name: torch.stack([norm.statistic(name) for norm in self.norms]) for name in self.norms[0]._buffers}
 
     def sums(self, part: str) -> Sums:
         return Sums.of(self.parts[part].step, self.norms[0].dim)
@@ -80,7 +81,7 @@ class RunningStatistics:
         group: process group of the processes that share a batch (default: all, if torch.distributed is in use)
 
     Raises:
-        ValueError: ``sync`` is unknown
+        ValueError: ``sync`` is unknown, or other RunningStatistics have taken the norms over
     """
 
     def __init__(self, model: nn.Module, sync: str = "step", group: Optional[dist.ProcessGroup] = None):
@@ -91,9 +92,12 @@ class RunningStatistics:
         #: counted micro-batches of the step so far
         self.batches = 0
         self.switches = Switches()
-        kinds: Dict[str, List[Tuple[str, RunningNorm]]] = {}
+        kinds: Dict[Hashable, List[Tuple[str, RunningNorm]]] = {}
         for name, norm in running_norms(model).items():
-            kinds.setdefault(f"{norm!r} {norm.iters.dtype}", []).append((_WRAPPERS.sub("", name), norm))
+            if norm.stage is not None:
+                raise ValueError(f"{name}: RunningStatistics have taken this norm over already; release() them first")
+            key = type(norm), norm.settings(), norm.iters.dtype, norm.iters.device
+            kinds.setdefault(key, []).append((_WRAPPERS.sub("", name), norm))
         self.kinds = self._allocate([list(zip(*named)) for named in kinds.values()])
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
         self._shared = several and sync != "off" and len(kinds) > 0
@@ -145,16 +149,21 @@ class RunningStatistics:
             counts: False for a batch whose gradient is thrown away: it leaves no statistics, and no norm adds a
                 gradient of its own to that which arrives
             gradient_scale: factor of the loss that is differentiated (the loss scale of fp16 training)
+
+        Raises:
+            RuntimeError: a batch is in progress already
         """
         switches = self.switches
-        switches.counting, switches.gradient_scale = counts, gradient_scale
+        if switches.open:
+            raise RuntimeError("RunningStatistics.batch(): a batch is in progress already, here or in another thread")
+        switches.open, switches.counting, switches.gradient_scale = True, counts, gradient_scale
         self._calls = None
         try:
             yield
             self._add_batch()
             self.batches += counts
         finally:
-            switches.counting, switches.gradient_scale = False, 1.0
+            switches.open, switches.counting, switches.gradient_scale = False, False, 1.0
             self._batch.zero_()
 
     @torch.no_grad()
@@ -194,6 +203,7 @@ class RunningStatistics:
             found[part][name] = value
         return found
 
+    @torch.no_grad()
     def commit(self) -> None:
         """Take one step of all running statistics with the sums gathered, and begin anew.
 
@@ -203,12 +213,16 @@ class RunningStatistics:
             self.reduce()
         for kind in self.kinds:
             steps = [norm.steps() for norm in kind.norms]
+            buffers = kind.stacked()
             for part in PARTS:
-                self._apply(kind, part, kind.norms[0].alpha_fwd)
+                kind.norms[0].step_(part, kind.parts[part].step, buffers)
+            for name, values in buffers.items():
+                torch._foreach_copy_([norm._buffers[name] for norm in kind.norms], list(values.unbind(0)))
             for name, norm, before in zip(kind.names, kind.norms, steps):
                 norm.remember_steps(before + (self._calls[name] > 0))
         self.discard()
 
+    @torch.no_grad()
     def replace(self) -> None:
         """Replace the running statistics of the forward pass by those of the sums gathered, and begin anew.
 
@@ -216,7 +230,14 @@ class RunningStatistics:
         """
         self.reduce()
         for kind in self.kinds:
-            self._apply(kind, "forward", 0.0, keep=("iters",))
+            called = kind.parts["forward"].step[:, -1:] > 0
+            old = kind.state()
+            for name, new in kind.norms[0].advance("forward", old, kind.sums("forward"), 0.0).items():
+                if name != "iters":
+                    for norm, value, taken in zip(kind.norms, new, called):
+                        value = value.to(norm._buffers[name].dtype)  # may overflow
+                        if bool(taken) and bool(torch.isfinite(value).all()):
+                            norm._buffers[name].copy_(value)
         self.discard()
 
     def discard(self) -> None:
@@ -224,19 +245,6 @@ class RunningStatistics:
         self._step.zero_()
         self._calls = None
         self.batches = 0
-
-    @torch.no_grad()
-    def _apply(self, kind: _Kind, part: str, alpha_fwd: float, keep: Sequence[str] = ()) -> None:
-        called = kind.parts[part].step[:, -1:] > 0
-        old = kind.state()
-        for name, new in kind.norms[0].advance(part, old, kind.sums(part), alpha_fwd).items():
-            if name not in keep:
-                buffers = [norm._buffers[name] for norm in kind.norms]
-                new = new.to(buffers[0].dtype)  # may overflow
-                taken = called & torch.isfinite(new).all(1, keepdim=True)
-                new = torch.where(taken, new, old[name].to(new.dtype))
-                for buffer, value in zip(buffers, new.unbind(0)):
-                    buffer.copy_(value.view_as(buffer))
 
     @torch.no_grad()
     def describe(self) -> Dict[str, Dict[str, float]]:

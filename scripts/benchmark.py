@@ -331,7 +331,7 @@ def norms_for(options, rows, channels, dtype, which):
         elif name in ("power", "power-torch"):
             for g in groups:
                 makers[f"{name}-g{g}"] = lambda g=g, name=name: Call(
-                    PowerNorm(channels, groups=g, warmup_updates=0), True, "torch" if name == "power-torch" else None)
+                    PowerNorm(channels, groups=g, warmup_updates=0), True, "eager" if name == "power-torch" else None)
         elif name == "authors" and which == "train":
             for g in groups:
                 makers[f"{name}-g{g}"] = lambda g=g: Call(AuthorsPowerNorm(channels, groups=g), True)
@@ -398,7 +398,7 @@ def accuracy_cells(options, say):
     """Largest errors of a training step of PN against the authors' arithmetic in float64, by the tolerance of a kernel."""
     import torch
     from fairseq_powernorm.experiments.benchmark.authors_norm import AuthorsPowerNorm
-    from fairseq_powernorm.kernels.reference import TOLERANCE
+    from fairseq_powernorm.kernels.interface import TOLERANCE
     from fairseq_powernorm.norms import PowerNorm
 
     for (rows, channels), name, masked in itertools.product(options.shapes, options.dtype, (False, True)):
@@ -517,7 +517,7 @@ def model_functions(options, make):
         function = make(name)
         if function is None:
             continue
-        functions[name] = on_kernel("torch", function) if name == "power-torch" else function
+        functions[name] = on_kernel("eager", function) if name == "power-torch" else function
     return functions
 
 

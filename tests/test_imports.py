@@ -5,12 +5,12 @@ PACKAGE = "fairseq_powernorm"
 #: what each module may import of this package, and whether it may import fairseq
 ALLOWED = {
     "version": (set(), False),
-    "kernels.reference": (set(), False),
+    "kernels.eager": (set(), False),
     "kernels.build": (set(), False),
-    "kernels.c": ({"kernels.build", "kernels.reference"}, False),
-    "kernels.fused_triton": (set(), False),
-    "kernels.triton": ({"kernels.fused_triton", "kernels.reference"}, False),
-    "kernels": ({"kernels.c", "kernels.reference", "kernels.triton"}, False),
+    "kernels.c": ({"kernels.build", "kernels.eager"}, False),
+    "kernels.triton_device": (set(), False),
+    "kernels.triton": ({"kernels.triton_device", "kernels.eager"}, False),
+    "kernels": ({"kernels.c", "kernels.eager", "kernels.triton"}, False),
     "kernels.__main__": ({"kernels", "kernels.build"}, False),
     "functional": ({"kernels"}, False),
     "norms": ({"functional", "kernels"}, False),

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from fairseq_powernorm import kernels
-from fairseq_powernorm.kernels import build, c, reference, triton
+from fairseq_powernorm.kernels import build, c, eager as reference, triton
 from fairseq_powernorm.kernels.__main__ import main as command
-from fairseq_powernorm.kernels.reference import TOLERANCE, PowerNormSpec
+from fairseq_powernorm.kernels.interface import TOLERANCE, PowerNormSpec
 from fairseq_powernorm.norms import PowerNorm, build_norm
 
 needs_c = pytest.mark.skipif(c.unavailable() is not None, reason=f"the C kernel cannot be used: {c.unavailable()}")
@@ -221,11 +221,12 @@ def test_bad_rows_stay_bad_and_alone(dtype, bad):
 def test_wrong_tensors_are_refused():
     """A per-channel tensor or a mask of the wrong size or kind is a ValueError, not a read out of bounds."""
     x, dy, weight, bias, psi2, nu = inputs((4, 8), torch.float32)
-    with pytest.raises(ValueError, match=r"shape \(7,\) on cpu: expected 8 values"):
-        kernels.evaluate(x, weight[:7])
-    spec = PowerNormSpec(1, 1e-5, 0.1, 1.0, False, True, False)
-    with pytest.raises(ValueError, match="expected 4 bool on cpu"):
-        c.power_forward(x, weight, bias, torch.ones(3, dtype=torch.bool), psi2, spec)
+    for wrong in (weight[:7], weight[:1], torch.cat([weight, weight])):
+        with pytest.raises(ValueError, match=rf"shape \({wrong.numel()},\): expected 8 values"):
+            kernels.evaluate(x, wrong)
+    for mask in (torch.ones(3, dtype=torch.bool), torch.ones(4, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="expected 4 bool"):
+            kernels.choose(x, weight, valid=mask)
 
 
 # ---------------------------------------------------------------- the modules on them
@@ -251,7 +252,7 @@ def compare_modules(name, options, device="cpu"):
     x, dy = (each.to(device) for each in inputs((9, 4, 32), torch.float32)[:2])
     mask = torch.arange(9).unsqueeze(0) >= torch.tensor([9, 5, 1, 7]).unsqueeze(1)
     mask, results = mask.to(device), []
-    for kernel in (name, "torch"):
+    for kernel in (name, "eager"):
         with kernels.only(kernel):
             assert kernels.choose(x) is kernels.KERNELS[kernel]
             norm = PowerNorm(32, **options).to(device)
@@ -329,7 +330,7 @@ THREADS = """
 import importlib.util, os, torch
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == "fairseq" else find(name, *a)  # which brings an OpenMP of its own
-from fairseq_powernorm.kernels import c, reference
+from fairseq_powernorm.kernels import c, eager as reference
 from fairseq_powernorm.norms import PowerNorm
 count = lambda: len(os.listdir("/proc/self/task"))
 torch.set_num_threads(3)
@@ -372,11 +373,11 @@ def test_the_command_says_which_kernel_is_in_use_and_why(monkeypatch, capsys):
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
     assert command([]) == 0
     lines = {tuple(line.split()[:2]): line for line in capsys.readouterr().out.splitlines()}
-    assert "plain torch (triton: not made for cpu and float64; c: not made for cpu and float64)" in lines["cpu", "float64"]
+    assert "eager (plain torch) (triton: not made for cpu and float64; c: not made for cpu and float64)" in lines["cpu", "float64"]
     for dtype in ("float32", "bfloat16"):
         reason, why = c.unavailable(), f"triton: not made for cpu and {dtype}"
         assert lines["cpu", dtype].endswith(
-            f"{c.describe()} ({why})" if reason is None else f"plain torch ({why}; c: {reason})"
+            f"{c.describe()} ({why})" if reason is None else f"eager (plain torch) ({why}; c: {reason})"
         )
 
 
@@ -385,29 +386,30 @@ def test_the_environment_variable_chooses(root):
     monkey = {**os.environ, kernels.VARIABLE: "fast"}
     done = subprocess.run([sys.executable, "-m", "fairseq_powernorm.kernels"], cwd=root, capture_output=True, text=True, env=monkey)
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1] == "error: POWERNORM_KERNEL='fast': must be one of triton, c, torch"
+    assert done.stderr.strip().splitlines()[-1] == "error: POWERNORM_KERNEL='fast': must be one of triton, c, eager"
 
 
 def test_torch_can_be_asked_for(monkeypatch, capsys):
-    """POWERNORM_KERNEL=torch: said by the command, and so."""
-    monkeypatch.setenv(kernels.VARIABLE, "torch")
+    """POWERNORM_KERNEL=eager, or torch, its earlier name: said by the command, and so."""
+    monkeypatch.setenv(kernels.VARIABLE, "eager")
     monkeypatch.setattr(kernels, "_chosen", {})
     assert command([]) == 0
-    assert "plain torch (triton: POWERNORM_KERNEL=torch; c: POWERNORM_KERNEL=torch)" in capsys.readouterr().out.splitlines()[0]
+    assert "eager (plain torch) (triton: POWERNORM_KERNEL=eager; c: POWERNORM_KERNEL=eager)" in capsys.readouterr().out.splitlines()[0]
     assert kernels.choose(torch.randn(3, 8)) is reference
 
 
-def test_a_wrong_request_is_refused_when_a_norm_is_built(monkeypatch):
-    """Before any data is read; naming the variable, the value and what is valid or missing."""
+def test_a_wrong_request_is_refused_by_the_first_pass(monkeypatch):
+    """Naming the variable, the value and what is valid or missing; building a norm asks no environment."""
+    monkeypatch.setattr(kernels, "_chosen", {})
     monkeypatch.setenv(kernels.VARIABLE, "fast")
-    with pytest.raises(ValueError, match="POWERNORM_KERNEL='fast': must be one of triton, c, torch"):
-        PowerNorm(8)
+    with pytest.raises(ValueError, match="POWERNORM_KERNEL='fast': must be one of triton, c, eager"):
+        PowerNorm(8)(torch.ones(3, 8))
     monkeypatch.setenv(kernels.VARIABLE, "c")
     monkeypatch.setattr(c, "_library", None)
     monkeypatch.setattr(c, "_unavailable", None)
     monkeypatch.setattr(c, "_LIBRARY", pathlib.Path("nowhere"))
     with pytest.raises(RuntimeError, match="POWERNORM_KERNEL='c': this kernel cannot be used: it is not built"):
-        PowerNorm(8)
+        PowerNorm(8)(torch.ones(3, 8))
 
 
 def test_triton_is_for_gpus(monkeypatch):
@@ -419,15 +421,15 @@ def test_triton_is_for_gpus(monkeypatch):
         found = {(device, dtype): kernels.explain(device, dtype)[0] for device in ("cpu", "cuda") for dtype in
                  (*TOLERANCE, torch.float64)}
         assert "triton" not in {name for (device, _), name in found.items() if device == "cpu"}
-        expected = "triton" if interpret == "0" and reason is None else "torch"
-        assert {found["cuda", dtype] for dtype in TOLERANCE} == {expected} and found["cuda", torch.float64] == "torch"
+        expected = "triton" if interpret == "0" and reason is None else "eager"
+        assert {found["cuda", dtype] for dtype in TOLERANCE} == {expected} and found["cuda", torch.float64] == "eager"
     assert kernels.explain("cuda", torch.float16)[1][0] == "triton: no reason"
 
 
 def test_without_a_gpu_triton_is_not_imported(root):
     """The package and its norms leave the module that imports Triton alone; a request for it is one line that says why it cannot be."""
     program = "import sys, fairseq_powernorm.norms as n, torch; n.PowerNorm(8)(torch.ones(3, 8))"
-    program += "; print('fairseq_powernorm.kernels.fused_triton' in sys.modules)"
+    program += "; print('fairseq_powernorm.kernels.triton_device' in sys.modules)"
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", kernels.VARIABLE)}
     environment["CUDA_VISIBLE_DEVICES"] = ""
     run = lambda *words, **more: subprocess.run(  # noqa: E731
@@ -453,11 +455,11 @@ def test_why_triton_cannot_be_used(monkeypatch):
     assert reason() == "the GPU's compute capability is 7.5, not 8.0 or later"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "fairseq_powernorm.kernels.fused_triton", raising=False)
-    monkeypatch.delattr(kernels, "fused_triton", raising=False)
+    monkeypatch.delitem(sys.modules, "fairseq_powernorm.kernels.triton_device", raising=False)
+    monkeypatch.delattr(kernels, "triton_device", raising=False)
     assert reason().startswith("Triton cannot be imported: ")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setitem(sys.modules, "fairseq_powernorm.kernels.fused_triton", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "fairseq_powernorm.kernels.triton_device", SimpleNamespace())
     assert reason().startswith("Triton does not work here: AttributeError: ") and triton._code is None
 
 
@@ -478,7 +480,7 @@ def test_without_the_library_torch_serves(monkeypatch, tmp_path, caplog):
             for _ in range(2):
                 PowerNorm(8)(torch.randn(3, 8))
         (line,) = [record.getMessage() for record in caplog.records]
-        assert "kernel plain torch" in line and reason in line
+        assert "kernel eager (plain torch)" in line and reason in line
 
 
 def test_a_build_without_a_compiler_says_so(monkeypatch, tmp_path, capsys):
@@ -531,7 +533,7 @@ def test_tensors_that_are_not_plain_memory_go_to_torch():
     class Sub(torch.Tensor):
         pass
 
-    assert kernels.choose(x.as_subclass(Sub)) is reference and kernels.choose(x, x.as_subclass(Sub)) is reference
+    assert kernels.choose(x.as_subclass(Sub)) is reference and kernels.choose(x, x[0].as_subclass(Sub)) is reference
     norm = PowerNorm(8).eval()
     torch.testing.assert_close(torch.vmap(norm)(x.view(3, 1, 8)).view(3, 8), norm(x))
 

@@ -451,12 +451,15 @@ def test_large_padding_does_not_make_nu_diverge_without_layer_scale():
     assert norm.ema_gz.abs().max() < 100
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
-def test_integer_masks_count_as_bool(dtype):
-    """A mask of 0 and 1 in an integer dtype is the same as the bool mask."""
+@pytest.mark.parametrize("kind", list(NORMS))
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_masks_that_are_not_bool_are_refused(kind, dtype):
+    """Elsewhere the ones of an integer mask are the tokens: it is refused, with the comparison that makes it one of ours."""
     x, g, mask = random_batch()
-    outputs = [randomize(PowerNorm(8, warmup_updates=5).double())(x, m) for m in (mask, mask.to(dtype))]
-    assert torch.equal(*outputs)
+    norm = build_norm(kind, 8).double()
+    for mode in (True, False):
+        with pytest.raises(ValueError, match="attention_mask == 0"):
+            norm.train(mode)(x, mask.to(dtype))
 
 
 # ---------------------------------------------------------------- drop-in module

@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import toy
 from fairseq_powernorm import kernels
-from fairseq_powernorm.kernels import reference
+from fairseq_powernorm.kernels import eager as reference
 from fairseq_powernorm.kernels import triton as kernel
 from fairseq_powernorm.kernels.__main__ import main as command
-from fairseq_powernorm.kernels.reference import TOLERANCE, PowerNormSpec
+from fairseq_powernorm.kernels.interface import TOLERANCE, PowerNormSpec
 from fairseq_powernorm.norms import PowerNorm
 from fairseq_powernorm.statistics import RunningStatistics
 from test_kernels import (
@@ -148,7 +148,7 @@ def test_steps(options):
     """A batch of padding alone counts as a step and changes psi^2 no more than one that is not finite; a jump is bounded."""
     x, dy = (each.to(DEVICE) for each in inputs((12, 1030), torch.float32)[:2])
     results = []
-    for name in ("triton", "torch"):
+    for name in ("triton", "eager"):
         norm, seen = PowerNorm(1030, **options).to(DEVICE), []
         with kernels.only(name):
             for scale in (1.0, None, 2.0, float("nan"), 1e3):
@@ -169,7 +169,7 @@ def test_a_bfloat16_module():
     """Parameters in bfloat16: gradients in their dtype, equal to the torch kernel's to their precision."""
     x, dy, *_ = given((64, 32), torch.bfloat16)
     results = []
-    for name in ("triton", "torch"):
+    for name in ("triton", "eager"):
         with kernels.only(name):
             results.append(trained(PowerNorm(32, variant="algorithm2").bfloat16().to(DEVICE), x, dy, None))
     for got, want in zip(*results):
@@ -192,7 +192,7 @@ def test_autocast():
 def test_gradients_of_an_evaluation():
     """First and second derivative of a norm in evaluation: the torch kernel's."""
     found = []
-    for name in ("triton", "torch"):
+    for name in ("triton", "eager"):
         with kernels.only(name):
             norm, x = PowerNorm(8).to(DEVICE).eval(), torch.linspace(-2, 3, 40, device=DEVICE).view(5, 8).requires_grad_()
             (first,) = torch.autograd.grad(norm(x).pow(3).sum(), x, create_graph=True)
@@ -291,7 +291,7 @@ def test_the_interpreter_serves_only_if_asked(monkeypatch, capsys):
     """TRITON_INTERPRET=1 alone changes no choice; with POWERNORM_KERNEL=triton the command shows it."""
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
     x = torch.randn(3, 8)
-    with kernels.only("torch"):
+    with kernels.only("eager"):
         assert kernels.choose(x) is reference
     assert kernels.explain("cpu", torch.float32)[0] != "triton"
     with kernels.only("triton"):
@@ -311,16 +311,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from importlib.util import module_from_spec, spec_from_file_location
 
-spec = spec_from_file_location("fused_triton", "fairseq_powernorm/kernels/fused_triton.py")
-fused_triton = module_from_spec(spec)  # alone: without the package, which imports fairseq
-spec.loader.exec_module(fused_triton)
+spec = spec_from_file_location("triton_device", "fairseq_powernorm/kernels/triton_device.py")
+triton_device = module_from_spec(spec)  # alone: without the package, which imports fairseq
+spec.loader.exec_module(triton_device)
 FLOATS = ("r", "psi2", "batch", "inv", "weight", "bias", "nu", "sums", "saved", "grad_weight", "grad_bias", "iters")
 TENSORS = {**{name + "_ptr": "*fp32" for name in FLOATS}, "valid_ptr": "*i1", "tally_ptr": "*fp64"}
 TYPES = {**TENSORS, **dict.fromkeys(("rows", "channels", "size", "parts"), "i32")}  # all else: a number
 TRUE = ("LAYER_SCALE", "OUTPUT", "SAVE", "SUMS", "HAS_PSI2", "BACKWARD_BATCH", "HAS_VALID", "HAS_WEIGHT", "HAS_BIAS")
 FALSE = ("PADDING", "HAS_INV", "FORWARD_BATCH", "JUMP", "HAS_BATCH", "SCALE_THERE")
 FLAGS = {**dict.fromkeys(TRUE, True), **dict.fromkeys(FALSE, False), "inv_ptr": None, "batch_ptr": None}
-FLAGS.update(TILE_ROWS=4, TILE_COLUMNS=512, STAGES=2, PARTS=fused_triton.END_PARTS)
+FLAGS.update(TILE_ROWS=4, TILE_COLUMNS=512, STAGES=2, PARTS=triton_device.END_PARTS)
 SWEEPS = ("forward", "backward")
 OTHERS = [  # with what differs from FLAGS
     ("forward_end", {}), ("forward_end", dict(FORWARD_BATCH=True, JUMP=True, HAS_BATCH=True, PADDING=True)),
@@ -334,8 +334,8 @@ OTHERS = [  # with what differs from FLAGS
 
 
 def compiled(capability, dtype, name, changes={}):
-    kernel = getattr(fused_triton, name)
-    size = fused_triton.STEP_CHANNELS if name.endswith("step") else fused_triton.END_CHANNELS
+    kernel = getattr(triton_device, name)
+    size = triton_device.STEP_CHANNELS if name.endswith("step") else triton_device.END_CHANNELS
     flags, names = {**FLAGS, "CHANNELS": size, **changes}, kernel.arg_names
     flags = {each: value for each, value in flags.items() if each in names}
     for each, needed in (("inv_ptr", "HAS_INV"), ("batch_ptr", "HAS_BATCH")):

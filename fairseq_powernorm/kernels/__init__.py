@@ -1,68 +1,71 @@
-"""The arithmetic of the norms, without autograd and without state, and the choice among the kernels that compute it.
+"""The arithmetic of the norms, without autograd and without state, and the choice among the backends that compute it.
 
-``reference`` is plain torch and runs everywhere; every other kernel offers the same functions for Power Normalization
-(``second_moment``, ``power_forward``, ``power_backward``, ``evaluate``), is held to it, and says what it ``serves`` and
-whether it is ``unavailable`` on this machine. ``python -m fairseq_powernorm.kernels`` says which one is in use, and why.
+``eager`` is plain torch and runs everywhere; what a backend offers stands in :mod:`.interface`.
+``python -m fairseq_powernorm.kernels`` says which one is in use, and why.
 """
 import logging
+import math
 import os
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Dict, Iterator, List, Optional, Set, Tuple
 
 import torch
 from torch import Tensor
 
-from . import c, reference, triton
+from . import c, eager, triton
+from .interface import Backend, plain, readable, transformed, whole, writable
 
-__all__ = ["KERNELS", "choose", "evaluate", "explain", "only", "reference", "requested", "wants_gradient"]
+__all__ = ["KERNELS", "choose", "choose_for_gradient", "choose_for_step", "eager", "evaluate", "explain", "only", "requested"]
 
 logger = logging.getLogger(__name__)
 
-#: name -> kernel; the first that serves a tensor is used
-KERNELS: Dict[str, ModuleType] = {"triton": triton, "c": c, "torch": reference}
-#: environment variable with the name of the only kernel to use beside ``torch``
+#: name -> backend; the first that serves a tensor is used
+KERNELS: Dict[str, Backend] = {"triton": triton, "c": c, "eager": eager}
+#: environment variable with the name of the only backend to use beside ``eager``
 VARIABLE = "POWERNORM_KERNEL"
+#: earlier names that the environment variable still understands
+_ALIASES = {"torch": "eager"}
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-_chosen: Dict[Tuple[str, torch.dtype], ModuleType] = {}
+_Key = Tuple[str, torch.dtype]
+_chosen: Dict[_Key, Backend] = {}
 _logged: Set[str] = set()
 
 
 def requested() -> Optional[str]:
-    """The kernel that the environment variable names, None if it names none.
+    """The backend that the environment variable names, None if it names none.
 
     Raises:
         ValueError: it is unknown
         RuntimeError: it cannot be used on this machine
     """
-    name = os.environ.get(VARIABLE)
-    if not name:
+    given = os.environ.get(VARIABLE)
+    if not given:
         return None
+    name = _ALIASES.get(given, given)
     if name not in KERNELS:
-        raise ValueError(f"{VARIABLE}={name!r}: must be one of {', '.join(KERNELS)}")
+        raise ValueError(f"{VARIABLE}={given!r}: must be one of {', '.join(KERNELS)}")
     reason = KERNELS[name].unavailable()
     if reason is not None:
-        raise RuntimeError(f"{VARIABLE}={name!r}: this kernel cannot be used: {reason}")
+        raise RuntimeError(f"{VARIABLE}={given!r}: this kernel cannot be used: {reason}")
     return name
 
 
 def explain(device_type: str, dtype: torch.dtype) -> Tuple[str, List[str]]:
-    """Name of the kernel for tensors of that kind, and why each kernel before it in :data:`KERNELS` is not used."""
+    """Name of the backend for tensors of that kind, and why each backend before it in :data:`KERNELS` is not used."""
     only, reasons = requested(), []
     for name, kernel in KERNELS.items():
-        if name != "torch" and only not in (None, name):
+        if name != "eager" and only not in (None, name):
             reasons.append(f"{name}: {VARIABLE}={only}")
         elif not kernel.serves(device_type, dtype, asked=only == name):
             reasons.append(f"{name}: not made for {device_type} and {str(dtype).split('.')[-1]}")
-        elif kernel.unavailable() is not None:
-            reasons.append(f"{name}: {kernel.unavailable()}")
+        elif (reason := kernel.unavailable()) is not None:
+            reasons.append(f"{name}: {reason}")
         else:
             return name, reasons
-    raise AssertionError("the torch kernel serves everything")
+    raise AssertionError("eager serves everything")
 
 
-def _find(key: Tuple[str, torch.dtype]) -> ModuleType:
+def _find(key: _Key) -> Backend:
     name, reasons = explain(*key)
     kernel = _chosen[key] = KERNELS[name]
     message = f"Power Normalization on {key[0]}: kernel {kernel.describe()}"
@@ -76,7 +79,7 @@ def _find(key: Tuple[str, torch.dtype]) -> ModuleType:
 
 @contextmanager
 def only(name: str) -> Iterator[None]:
-    """Inside, the kernel called ``name`` is used where it serves, else ``torch``; for tests and measurements.
+    """Inside, the backend called ``name`` is used where it serves, else ``eager``; for tests and measurements.
 
     Raises:
         ValueError, RuntimeError: it is unknown, or cannot be used on this machine
@@ -96,21 +99,80 @@ def only(name: str) -> Iterator[None]:
             os.environ[VARIABLE] = variable
 
 
-def choose(x: Tensor, *others: Optional[Tensor]) -> ModuleType:
-    """The kernel for ``x`` (with parameters ``others``): the one place where it is chosen.
+def choose(x: Tensor, *vectors: Optional[Tensor], valid: Optional[Tensor] = None) -> Backend:
+    """The backend for a pass over ``x``: the one place where it is chosen.
 
-    Whatever is not plain memory goes to the torch kernel: tensors that are being traced, compiled or transformed, and
-    subclasses of Tensor.
+    Args:
+        x: input, ``... x C``
+        vectors: parameters and statistics (``C``), or None
+        valid: bool, one for each row; or None
+
+    Raises:
+        ValueError: a vector or the mask is of another size
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
-        return reference
-    if type(x) not in _PLAIN or x.layout is not torch.strided:
-        return reference
-    for each in others:
-        if each is not None and type(each) not in _PLAIN:
-            return reference
+    channels = x.size(-1)
+    for each in vectors:
+        if each is not None and each.numel() != channels:
+            raise ValueError(f"per-channel tensor of shape {tuple(each.shape)}: expected {channels} values")
+    if valid is not None and (valid.numel() * channels != x.numel() or valid.dtype is not torch.bool):
+        rows = math.prod(x.shape[:-1])
+        raise ValueError(f"mask of shape {tuple(valid.shape)} and dtype {valid.dtype}: expected {rows} bool, one for each row")
+    if transformed() or not plain(x):
+        return eager
     key = (x.device.type, x.dtype)
-    return _chosen.get(key) or _find(key)
+    backend = _chosen.get(key) or _find(key)
+    if backend is eager:
+        return eager
+    for each in vectors:
+        if each is not None and not readable(each, x):
+            return eager
+    if valid is not None and not (
+        plain(valid) and valid.device == x.device and valid.is_contiguous() and whole(valid)
+    ):
+        return eager
+    return backend if whole(x) else eager
+
+
+def choose_for_gradient(
+    backend: Backend,
+    grad_y: Tensor,
+    x: Tensor,
+    r: Optional[Tensor],
+    weight: Optional[Tensor],
+    saved: Tensor,
+    valid: Optional[Tensor],
+    nu: Tensor,
+) -> Backend:
+    """``backend``, which made the forward pass, or ``eager`` if it must not read one of these tensors.
+
+    Those that were saved come back from wherever hooks on saved tensors have put them.
+    """
+    if backend is eager or choose(x, weight, nu, valid=valid) is not backend:
+        return eager
+    for each, dtype, shape in ((grad_y, x.dtype, x.shape), (r, torch.float32, None), (saved, torch.float32, None)):
+        if each is not None and not (
+            plain(each)
+            and each.dtype is dtype
+            and each.device == x.device
+            and (each.shape == shape if shape is not None else each.is_contiguous())
+            and whole(each)
+        ):
+            return eager
+    return backend
+
+
+def choose_for_step(tally: Tensor, *statistics: Tensor) -> Backend:
+    """The backend for a step of running statistics, which it writes: float32 memory that is wholly their own."""
+    if transformed() or not (plain(tally) and tally.dtype is torch.float64 and tally.is_contiguous() and whole(tally)):
+        return eager
+    key = (tally.device.type, torch.float32)
+    backend = _chosen.get(key) or _find(key)
+    if backend is eager:
+        return eager
+    for each in statistics:
+        if each.device != tally.device or not writable(each):
+            return eager
+    return backend
 
 
 def evaluate(
@@ -121,9 +183,9 @@ def evaluate(
     groups: int = 1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """PN in evaluation by the fastest kernel: layer scale, then ``u * weight / sqrt(psi2 + eps) + bias``.
+    """PN in evaluation by the fastest backend: layer scale, then ``u * weight / sqrt(psi2 + eps) + bias``.
 
-    Where a gradient is wanted or the call is traced, it is computed by the torch kernel, with ordinary autograd.
+    Where a gradient is wanted or the call is traced, it is computed by ``eager``, with ordinary autograd.
 
     Args:
         x: ``... x C``
@@ -135,8 +197,8 @@ def evaluate(
     Returns:
         tensor of ``x``'s shape and dtype
     """
-    kernel = reference if wants_gradient(x, weight, bias) else choose(x, weight, bias)
-    return kernel.evaluate(x, weight, bias, psi2, groups, eps)
+    backend = eager if wants_gradient(x, weight, bias) else choose(x, weight, bias, psi2)
+    return backend.evaluate(x, weight, bias, psi2, groups, eps)
 
 
 def wants_gradient(*tensors: Optional[Tensor]) -> bool:

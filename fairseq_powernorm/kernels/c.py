@@ -1,4 +1,4 @@
-"""The C kernel for float32 and bfloat16 on a CPU: one sweep over the rows forward, one backward (``csrc/powernorm.c``).
+"""The C backend for float32 and bfloat16 on a CPU: one sweep over the rows forward, one backward (``csrc/powernorm.c``).
 
 The library is plain C and called through ctypes, so it is tied to no version of torch. It makes no threads of its own: it
 runs on the OpenMP runtime that torch has loaded, with ``torch.get_num_threads()`` threads. For the same number of
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import build
-from .reference import Backward, Forward, OwnStep, PowerNormSpec
+from . import build, eager
+from .interface import Backward, Forward, PowerNormSpec, StepSpec
 
 #: number of an element type in the C code
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-#: a norm with float32 statistics may leave their step to this kernel
-TAKES_STEPS = True
-_NO_STEP = (None, None, 0.0, 0.0, 0.0)
+_CPU = torch.device("cpu")
+#: what the functions of the C code return
+_NO_MEMORY, _NOT_FINITE = 1, 2
 _FORWARD_BATCH, _BACKWARD_BATCH, _SKIP_PADDING = 1, 2, 4
 
 _LIBRARY = build.HERE / build.NAME
@@ -37,12 +37,10 @@ def _load(library) -> ctypes.CDLL:
     rows = [pointer, size, size, size]
     shape = [number, size, size, size, number]
     loaded.pn_evaluate.argtypes = [*shape, *rows, pointer, pointer, pointer, real, pointer]
-    loaded.pn_forward.argtypes = [
-        *shape, *rows, *[pointer] * 5, real, real, number, *[pointer] * 6, real, real, real
-    ]
-    loaded.pn_backward.argtypes = [
-        *shape, *rows, *rows, *[pointer] * 5, real, real, *[pointer] * 5, real, real
-    ]
+    loaded.pn_forward.argtypes = [*shape, *rows, *[pointer] * 5, real, real, number, *[pointer] * 4]
+    loaded.pn_backward.argtypes = [*shape, *rows, *rows, *[pointer] * 5, real, real, *[pointer] * 4]
+    loaded.pn_advance_forward.argtypes = [size, size, *[pointer] * 3, *[real] * 5]
+    loaded.pn_advance_backward.argtypes = [size, size, pointer, pointer, real, real]
     loaded.pn_use_instructions.argtypes, loaded.pn_use_instructions.restype = [number], ctypes.c_char_p
     loaded.pn_stream_from.argtypes, loaded.pn_stream_from.restype = [size], None
     loaded.pn_use_threads.argtypes, loaded.pn_use_threads.restype = [pointer, pointer, pointer], None
@@ -80,7 +78,7 @@ def unavailable() -> Optional[str]:
     return _unavailable
 
 
-def serves(device_type: str, dtype: torch.dtype, asked: bool = False) -> bool:
+def serves(device_type: str, dtype: torch.dtype, *, asked: bool = False) -> bool:
     """Is this kernel made for tensors of that kind?"""
     return device_type == "cpu" and dtype in _DTYPES
 
@@ -91,7 +89,7 @@ def describe() -> str:
 
 
 def _check(status: int) -> None:
-    if status != 0:
+    if status == _NO_MEMORY:
         raise MemoryError("C kernel: out of memory")
 
 
@@ -111,46 +109,39 @@ def _rows(x: Tensor) -> Tuple[Tensor, int, int, int]:
     return x, 1, x.size(-1), 0
 
 
-def _floats(vector: Optional[Tensor], channels: int) -> Optional[Tensor]:
-    """``vector`` (``C``) as contiguous float32 on the CPU."""
+def _floats(vector: Optional[Tensor]) -> Optional[Tensor]:
+    """A per-channel vector as contiguous float32."""
     if vector is None:
         return None
-    if vector.numel() != channels or not vector.is_cpu:
-        raise ValueError(
-            f"per-channel tensor of shape {tuple(vector.shape)} on {vector.device}: expected {channels} values on cpu"
-        )
     if vector.dtype is not torch.float32:
-        vector = vector.float()
+        vector = vector.to(torch.float32)
     return vector if vector.is_contiguous() else vector.contiguous()
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory of our own: whatever torch's defaults are."""
+    return torch.empty(shape, dtype=dtype, device=_CPU)
 
 
 def _like(x: Tensor) -> Tensor:
     """Contiguous memory for the values of ``x``."""
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.empty(x.shape, dtype=x.dtype, device=_CPU)
 
 
 def _at(tensor: Optional[Tensor]) -> Optional[int]:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _mask(valid: Optional[Tensor], rows: int) -> Optional[Tensor]:
-    if valid is None:
-        return None
-    if valid.dtype is not torch.bool or valid.numel() != rows or not valid.is_cpu:
-        raise ValueError(f"mask of shape {tuple(valid.shape)}, {valid.dtype} on {valid.device}: expected {rows} bool on cpu")
-    return valid if valid.is_contiguous() else valid.contiguous()
-
-
 def second_moment(x: Tensor, valid: Optional[Tensor], groups: int) -> Tensor:
-    """See :func:`.reference.second_moment`."""
+    """See :func:`.eager.second_moment`."""
     shape = _shape(x, groups)
-    ones = torch.ones(shape[2])
+    channels = shape[2]
+    ones = torch.ones(channels, dtype=torch.float32, device=_CPU)
     x, *strides = _rows(x)
-    valid = _mask(valid, shape[1])
-    saved, tally = torch.empty(3, shape[2]), torch.empty(shape[2] + 2, dtype=torch.float64)
+    saved, tally = _empty(3, channels), _empty(channels + 2, dtype=torch.float64)
     _check(_library.pn_forward(
         *shape, _at(x), *strides, _at(valid), None, None, _at(ones), None, 0.0, float("inf"), _SKIP_PADDING, None, None,
-        _at(saved), _at(tally), *_NO_STEP,
+        _at(saved), _at(tally),
     ))
     return tally
 
@@ -163,32 +154,21 @@ def power_forward(
     psi2: Tensor,
     spec: PowerNormSpec,
     batch: Optional[Tensor] = None,
-    step: Optional[OwnStep] = None,
 ) -> Forward:
-    """See :func:`.reference.power_forward`; takes the step ``step``, if there is one, and gives no tally then."""
+    """See :func:`.eager.power_forward`."""
     shape = _shape(x, spec.groups)
-    rows, channels = shape[1:3]
-    weight, bias = _floats(weight, channels), _floats(bias, channels)
-    psi2, batch = _floats(psi2, channels), _floats(batch, channels)
-    valid = _mask(valid, rows)
-    y = _like(x)
-    r = torch.empty(rows, spec.groups) if spec.groups else None
-    saved = torch.empty(3, channels)
-    if step is None:
-        tally, stepping = torch.empty(channels + 2, dtype=torch.float64), _NO_STEP
-    else:
-        tally, stepping = None, (step.psi2.data_ptr(), step.iters.data_ptr(), step.alpha, step.limit, step.share)
+    _, rows, channels, _, _ = shape
+    weight, bias, psi2, batch = _floats(weight), _floats(bias), _floats(psi2), _floats(batch)
+    y, saved, tally = _like(x), _empty(3, channels), _empty(channels + 2, dtype=torch.float64)
+    r = _empty(rows, spec.groups) if spec.groups else None
     flags = (
         _FORWARD_BATCH * spec.forward_batch + _BACKWARD_BATCH * spec.backward_batch + _SKIP_PADDING * spec.skip_padding
     )
     x, *strides = _rows(x)
     _check(_library.pn_forward(
         *shape, x.data_ptr(), *strides, _at(valid), _at(weight), _at(bias), psi2.data_ptr(), _at(batch), spec.eps, spec.jump,
-        flags, y.data_ptr(), _at(r), saved.data_ptr(), _at(tally), *stepping,
+        flags, y.data_ptr(), _at(r), saved.data_ptr(), tally.data_ptr(),
     ))
-    if step is not None:
-        increment_version(step.psi2)
-        increment_version(step.iters)
     return Forward(y, r, saved, tally)
 
 
@@ -201,39 +181,56 @@ def power_backward(
     saved: Tensor,
     nu: Tensor,
     spec: PowerNormSpec,
+    *,
     want_x: bool = True,
-    step: Optional[OwnStep] = None,
 ) -> Backward:
-    """See :func:`.reference.power_backward`; takes the step ``step``, if there is one, and gives no tally then."""
+    """See :func:`.eager.power_backward`."""
     shape = _shape(x, spec.groups)
-    rows, channels = shape[1:3]
-    weight, nu = _floats(weight, channels), _floats(nu, channels)
-    valid = _mask(valid, rows) if spec.skip_padding else None
+    channels = shape[2]
+    given_weight, weight, nu = weight, _floats(weight), _floats(nu)
     grad_x = _like(x) if want_x else None
-    grad_weight, grad_bias = torch.empty(channels), torch.empty(channels)
-    if step is None:
-        tally, stepping = torch.empty(2 * channels + 2, dtype=torch.float64), (None, 0.0, 0.0)
-    else:
-        tally, stepping = None, (step.nu.data_ptr(), step.nu_scale, step.nu_lowest)
+    grad_weight, grad_bias = _empty(channels), _empty(channels)
+    tally = _empty(2 * channels + 2, dtype=torch.float64)
     scale = float(spec.gradient_scale)
-    x, *strides = _rows(x)
-    grad_y, *grad_strides = _rows(grad_y)
-    _check(_library.pn_backward(
-        *shape, x.data_ptr(), *strides, grad_y.data_ptr(), *grad_strides, _at(r), _at(valid), _at(weight),
-        saved.data_ptr(), nu.data_ptr(), scale * spec.nu_scale, scale, _at(grad_x), grad_weight.data_ptr(),
-        grad_bias.data_ptr(), _at(tally), *stepping,
-    ))
-    if step is not None:
-        increment_version(step.nu)
+    rows, *strides = _rows(x)
+    grads, *grad_strides = _rows(grad_y)
+    status = _library.pn_backward(
+        *shape, rows.data_ptr(), *strides, grads.data_ptr(), *grad_strides, _at(r),
+        _at(valid) if spec.skip_padding else None, _at(weight), saved.data_ptr(), nu.data_ptr(), scale * spec.nu_scale, scale,
+        _at(grad_x), grad_weight.data_ptr(), grad_bias.data_ptr(), tally.data_ptr(),
+    )
+    _check(status)
+    if status == _NOT_FINITE and valid is not None and not spec.skip_padding:
+        return eager.power_backward(grad_y, x, r, given_weight, valid, saved, nu, spec, want_x=want_x)
     return Backward(grad_x, grad_weight, grad_bias, tally)
+
+
+def advance_forward(tally: Tensor, psi2: Tensor, iters: Tensor, step: StepSpec) -> None:
+    """See :func:`.eager.advance_forward`."""
+    channels = tally.size(-1) - 2
+    _library.pn_advance_forward(
+        tally.numel() // (channels + 2), channels, tally.data_ptr(), psi2.data_ptr(), iters.data_ptr(), step.alpha_fwd, step.eps,
+        step.warmup, step.trusted_after, step.jump,
+    )
+    increment_version(psi2)
+    increment_version(iters)
+
+
+def advance_backward(tally: Tensor, nu: Tensor, step: StepSpec) -> None:
+    """See :func:`.eager.advance_backward`."""
+    channels = tally.size(-1) // 2 - 1
+    _library.pn_advance_backward(
+        tally.numel() // (2 * channels + 2), channels, tally.data_ptr(), nu.data_ptr(), step.nu_scale, step.nu_lowest
+    )
+    increment_version(nu)
 
 
 def evaluate(
     x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], psi2: Optional[Tensor], groups: int, eps: float
 ) -> Tensor:
-    """See :func:`.reference.evaluate`, but without gradient."""
+    """See :func:`.eager.evaluate`, but without gradient."""
     shape = _shape(x, groups)
-    weight, bias, psi2 = _floats(weight, shape[2]), _floats(bias, shape[2]), _floats(psi2, shape[2])
+    weight, bias, psi2 = _floats(weight), _floats(bias), _floats(psi2)
     y = _like(x)
     x, *strides = _rows(x)
     _check(_library.pn_evaluate(

@@ -1,4 +1,4 @@
-"""The Triton kernel for GPUs: float32, bfloat16 and float16, any number of channels (code: :mod:`.fused_triton`).
+"""The Triton backend for GPUs: float32, bfloat16 and float16, any number of channels (code: :mod:`.triton_device`).
 
 One read of ``x`` and one write of ``y`` forward, one read of ``x`` and ``dy`` and one write of ``dx`` backward, no host
 synchronization. Where the output needs the sums of its own batch (in the warm-up, or a channel that jumps) ``x`` is read
@@ -9,17 +9,15 @@ import math
 import os
 from contextlib import nullcontext
 from types import ModuleType
-from typing import Optional, Tuple
+from typing import Iterator, Optional, Tuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .reference import LAYER_SCALE_EPS, Backward, Forward, OwnStep, PowerNormSpec
+from .interface import LAYER_SCALE_EPS, Backward, Forward, PowerNormSpec, StepSpec
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: a norm with float32 statistics may leave their step to this kernel
-TAKES_STEPS = True
 #: compute capability of the oldest GPUs that it is compiled for
 CAPABILITY = (8, 0)
 
@@ -46,10 +44,10 @@ def _load() -> Optional[str]:
         if found < CAPABILITY:
             return "the GPU's compute capability is {}.{}, not {}.{} or later".format(*found, *CAPABILITY)
     try:
-        from . import fused_triton
+        from . import triton_device
     except ImportError as error:
         return f"Triton cannot be imported: {error}"
-    _code = fused_triton
+    _code = triton_device
     try:
         evaluate(torch.ones(1, 1, device=device), None, None, None, 1, 1e-5)
     except Exception as error:  # no C compiler, another version's interface: whatever it is, torch serves
@@ -62,7 +60,7 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def serves(device_type: str, dtype: torch.dtype, asked: bool = False) -> bool:
+def serves(device_type: str, dtype: torch.dtype, *, asked: bool = False) -> bool:
     """Is this kernel made for tensors of that kind? Interpreted, which is for tests, only if it is ``asked`` for."""
     if _interpreted():
         return asked and device_type in ("cpu", "cuda") and dtype in _DTYPES
@@ -82,7 +80,7 @@ def _on(x: Tensor):
 def _forward(
     x, run, shape, groups, valid, psi2, weight, bias, eps, *, y=None, r=None, inv=None, sums=None, padding=False
 ):  # fmt: skip
-    """Launch :func:`.fused_triton.forward`."""
+    """Launch :func:`.triton_device.forward`."""
     _code.forward[run.grid](
         x, y, r, valid, psi2, inv, weight, bias, sums, *shape, run.size, eps, LAYER_SCALE_EPS,
         LAYER_SCALE=groups > 0, OUTPUT=y is not None, SAVE=r is not None, SUMS=sums is not None, PADDING=padding,
@@ -93,7 +91,7 @@ def _forward(
 
 
 def _forward_end(x, run, shape, sums, valid, psi2, batch, saved, spec, padding):
-    """Launch :func:`.fused_triton.forward_end`; gives the tally."""
+    """Launch :func:`.triton_device.forward_end`; gives the tally."""
     channels = shape[1]
     tally = x.new_empty(channels + 2, dtype=torch.float64)
     _code.forward_end[(_blocks(channels),)](
@@ -120,32 +118,14 @@ def _partial(x: Tensor, run, kinds: int) -> Tensor:
     return x.new_empty(run.grid[0] * (kinds * x.size(-1) + 1), dtype=torch.float32)
 
 
-def _mask(valid: Optional[Tensor], x: Tensor, rows: int) -> Optional[Tensor]:
-    if valid is None:
-        return None
-    if valid.dtype is not torch.bool or valid.numel() != rows or valid.device != x.device:
-        raise ValueError(
-            f"mask of shape {tuple(valid.shape)}, {valid.dtype} on {valid.device}: expected {rows} bool on {x.device}"
-        )
-    return valid.contiguous()
-
-
-def _vector(vector: Optional[Tensor], x: Tensor) -> Optional[Tensor]:
-    """A per-channel tensor as the kernels read it."""
-    if vector is None:
-        return None
-    if vector.numel() != x.size(-1) or vector.device != x.device:
-        raise ValueError(
-            f"per-channel tensor of shape {tuple(vector.shape)} on {vector.device}: "
-            f"expected {x.size(-1)} values on {x.device}"
-        )
-    return vector.contiguous()
+def _contiguous(*tensors: Optional[Tensor]) -> Iterator[Optional[Tensor]]:
+    return (None if each is None else each.contiguous() for each in tensors)
 
 
 def second_moment(x: Tensor, valid: Optional[Tensor], groups: int) -> Tensor:
-    """See :func:`.reference.second_moment`."""
+    """See :func:`.eager.second_moment`."""
     x, shape = x.contiguous(), _shape(x)
-    valid = _mask(valid, x, shape[0])
+    (valid,) = _contiguous(valid)
     run = _code.launch(x.device, *shape, groups, _code.FORWARD_PROGRAMS)
     sums = _partial(x, run, 1)
     spec = PowerNormSpec(groups, 0.0, 0.0, 1.0, False, False, True)
@@ -162,13 +142,11 @@ def power_forward(
     psi2: Tensor,
     spec: PowerNormSpec,
     batch: Optional[Tensor] = None,
-    step: Optional[OwnStep] = None,
 ) -> Forward:
-    """See :func:`.reference.power_forward`; takes the step ``step``, if there is one, and gives no tally then."""
+    """See :func:`.eager.power_forward`."""
     x, shape, groups = x.contiguous(), _shape(x), spec.groups
     rows, channels = shape
-    weight, bias, psi2, batch = _vector(weight, x), _vector(bias, x), _vector(psi2, x), _vector(batch, x)
-    valid = _mask(valid, x, rows)
+    weight, bias, psi2, batch, valid = _contiguous(weight, bias, psi2, batch, valid)
     run = _code.launch(x.device, rows, channels, groups, _code.FORWARD_PROGRAMS)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     r = x.new_empty((rows, groups), dtype=torch.float32) if groups else None
@@ -186,14 +164,7 @@ def power_forward(
         tally = _forward_end(x, run, shape, sums, valid, psi2, batch, saved, spec, padding)
         if later or again:
             _forward(x, run, shape, groups, None, None if later else divisor, weight, bias, spec.eps, y=y, inv=saved)
-        if step is not None:
-            _code.forward_step[(1,)](
-                tally, step.psi2, step.iters, channels, spec.eps, step.alpha * (1.0 - step.share),
-                1.0 - step.alpha * (1.0 - step.share), step.limit, CHANNELS=_code.STEP_CHANNELS, num_warps=4,
-            )  # fmt: skip
-            increment_version(step.psi2)
-            increment_version(step.iters)
-    return Forward(y, r, saved, tally if step is None else None)
+    return Forward(y, r, saved, tally)
 
 
 def power_backward(
@@ -205,13 +176,13 @@ def power_backward(
     saved: Tensor,
     nu: Tensor,
     spec: PowerNormSpec,
+    *,
     want_x: bool = True,
-    step: Optional[OwnStep] = None,
 ) -> Backward:
-    """See :func:`.reference.power_backward`; takes the step ``step``, if there is one, and gives no tally then."""
+    """See :func:`.eager.power_backward`."""
     x, grad_y, rows, channels = x.contiguous(), grad_y.contiguous(), *_shape(x)
-    weight, nu, scale = _vector(weight, x), _vector(nu, x), spec.gradient_scale
-    valid = _mask(valid, x, rows) if spec.skip_padding else None
+    weight, nu, valid = _contiguous(weight, nu, valid if spec.skip_padding else None)
+    scale = spec.gradient_scale
     run = _code.launch(x.device, rows, channels, spec.groups, _code.BACKWARD_PROGRAMS)
     on_device = isinstance(scale, Tensor) and scale.device == x.device  # then the host does not wait for it
     scale = scale if on_device else float(scale)
@@ -230,20 +201,38 @@ def power_backward(
             SCALE_THERE=on_device, HAS_VALID=valid is not None, HAS_WEIGHT=weight is not None,
             CHANNELS=_code.END_CHANNELS, PARTS=_code.END_PARTS, num_warps=4,
         )  # fmt: skip
-        if step is not None:
-            _code.backward_step[(1,)](
-                tally, step.nu, channels, step.nu_scale, step.nu_lowest, CHANNELS=_code.STEP_CHANNELS, num_warps=4
-            )  # fmt: skip
-            increment_version(step.nu)
-    return Backward(grad_x, grad_weight, grad_bias, tally if step is None else None)
+    return Backward(grad_x, grad_weight, grad_bias, tally)
+
+
+def advance_forward(tally: Tensor, psi2: Tensor, iters: Tensor, step: StepSpec) -> None:
+    """See :func:`.eager.advance_forward`."""
+    channels = tally.size(-1) - 2
+    limited = step.jump < math.inf and step.alpha_fwd > 0.0
+    with _on(tally):
+        _code.advance_forward[(tally.numel() // (channels + 2),)](
+            tally, psi2, iters, channels, step.alpha_fwd, step.eps, step.warmup, step.trusted_after,
+            step.jump if limited else 0.0, JUMP=limited, CHANNELS=_code.STEP_CHANNELS, num_warps=4,
+        )  # fmt: skip
+    increment_version(psi2)
+    increment_version(iters)
+
+
+def advance_backward(tally: Tensor, nu: Tensor, step: StepSpec) -> None:
+    """See :func:`.eager.advance_backward`."""
+    channels = tally.size(-1) // 2 - 1
+    with _on(tally):
+        _code.advance_backward[(tally.numel() // (2 * channels + 2),)](
+            tally, nu, channels, step.nu_scale, step.nu_lowest, CHANNELS=_code.STEP_CHANNELS, num_warps=4
+        )  # fmt: skip
+    increment_version(nu)
 
 
 def evaluate(
     x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], psi2: Optional[Tensor], groups: int, eps: float
 ) -> Tensor:
-    """See :func:`.reference.evaluate`, but without gradient."""
+    """See :func:`.eager.evaluate`, but without gradient."""
     x, shape = x.contiguous(), _shape(x)
-    weight, bias, psi2 = _vector(weight, x), _vector(bias, x), _vector(psi2, x)
+    weight, bias, psi2 = _contiguous(weight, bias, psi2)
     run = _code.launch(x.device, *shape, groups, _code.FORWARD_PROGRAMS)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with _on(x):

@@ -1,6 +1,6 @@
 /*
  * Power Normalization on a CPU: forward and backward pass as one sweep over the rows each. Plain C ABI, no dependence on
- * torch or Python: kernels/c.py calls it through ctypes. The arithmetic is that of kernels/reference.py.
+ * torch or Python: kernels/c.py calls it through ctypes. The arithmetic is that of kernels/eager.py.
  *
  * Rows are worked on in blocks of BLOCK: within one, per-channel sums are float32, the blocks' totals are added up in
  * float64. The blocks are shared out to the threads in fixed, contiguous parts, and the parts' totals are added up in
@@ -33,7 +33,7 @@ enum { GRAIN = 16384 };
 static const double LAYER_SCALE_EPS = 1e-5;
 
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
-enum { OK = 0, NO_MEMORY = 1 };
+enum { OK = 0, NO_MEMORY = 1, NOT_FINITE = 2 };
 enum { FORWARD_BATCH = 1, BACKWARD_BATCH = 2, SKIP_PADDING = 4 };
 
 /* Row n lies at data + (n / inner) * outer_stride + (n % inner) * inner_stride elements; its channels are contiguous. */
@@ -489,16 +489,6 @@ EXPORT int pn_evaluate(
     return status;
 }
 
-/* Put new values (n) in place of the old ones if all of them are finite. */
-static void replace_if_finite(int64_t n, const float *new, float *old)
-{
-    float zero = 0.0f;
-    for (int64_t i = 0; i < n; i++)
-        zero += new[i] * 0.0f; /* NaN as soon as one value is not finite */
-    if (zero == 0.0f)
-        memcpy(old, new, (size_t)n * sizeof(float));
-}
-
 /*
  * 1 / sqrt(psi^2 + eps) of the output and of the gradient, given the batch's second moment; see PowerNormSpec for jump.
  * Returns whether that of the output is another than 1 / sqrt(psi2 + eps).
@@ -526,17 +516,13 @@ static int set_roots(
  * backward pass: 1 / sqrt(psi^2 + eps) of the output, that of the gradient, sum of z^2. tally: C + 2: sums of u^2 over valid
  * rows, their number, 1; or NULL.
  *
- * step_psi2 (C), step_iters (1): running statistics that take their step here, or NULL: psi^2 becomes
- * alpha * ((1 - share) * psi^2 + share * S) + (1 - alpha) * S, where S is the second moment of these rows, limit * (psi^2 + eps)
- * at most, if a row counts and all is finite.
- *
  * One sweep, and another one for y only where y needs the sums: FORWARD_BATCH without batch, or a channel that jumps.
  */
 EXPORT int pn_forward(
     int dtype, int64_t rows, int64_t channels, int64_t groups, int threads, const void *x, int64_t inner,
     int64_t outer_stride, int64_t inner_stride, const uint8_t *valid, const float *weight, const float *bias,
     const float *psi2, const float *batch, double eps, double jump, int flags, void *y, float *r, float *saved,
-    double *tally, float *step_psi2, float *step_iters, double alpha, double limit, double share)
+    double *tally)
 {
     const int64_t C = channels;
     const struct input in = {x, inner, outer_stride, inner_stride};
@@ -579,18 +565,6 @@ EXPORT int pn_forward(
     }
     for (int64_t c = 0; c < C; c++)
         z_square[c] = (float)((sums[c] + others[c]) * inv_forward[c] * inv_forward[c]);
-    if (step_psi2 && status == OK) {
-        step_iters[0] += 1.0f;
-        if (counted) {
-            const double mean = 1.0 / (double)counted;
-            for (int64_t c = 0; c < C; c++) {
-                const double old = step_psi2[c], most = limit * (old + eps), moment = sums[c] * mean;
-                const double taken = moment > most ? most : moment;
-                own_batch[c] = (float)(alpha * (old * (1.0 - share) + taken * share) + (1.0 - alpha) * taken);
-            }
-            replace_if_finite(C, own_batch, step_psi2);
-        }
-    }
     free(sums);
     return status;
 }
@@ -602,15 +576,13 @@ EXPORT int pn_forward(
  * gradient. dx: rows x C or NULL. grad_weight, grad_bias: C. tally: 2 C + 2: sums of weight * dy * z / gradient_scale and of
  * z^2, number of rows, 1; or NULL.
  *
- * step_nu (C): running statistic that takes its step here, or NULL: nu becomes nu * (1 - step_scale * mean of z^2) plus the mean
- * of weight * dy * z, if a row counts and all is finite; the factor is kept at or above lowest.
+ * Returns NOT_FINITE where a gradient of weight is not: the caller may leave out the padding that made it so.
  */
 EXPORT int pn_backward(
     int dtype, int64_t rows, int64_t channels, int64_t groups, int threads, const void *x, int64_t inner,
     int64_t outer_stride, int64_t inner_stride, const void *dy, int64_t dy_inner, int64_t dy_outer_stride,
     int64_t dy_inner_stride, const float *r, const uint8_t *valid, const float *weight, const float *saved,
-    const float *nu, double nu_factor, double gradient_scale, void *dx, float *grad_weight, float *grad_bias, double *tally,
-    float *step_nu, double step_scale, double lowest)
+    const float *nu, double nu_factor, double gradient_scale, void *dx, float *grad_weight, float *grad_bias, double *tally)
 {
     const int64_t C = channels, blocks = groups > 0 ? groups : 1, width = C / blocks;
     const float *inv_forward = saved, *inv_backward = saved + C, *z_square = saved + 2 * C;
@@ -635,14 +607,16 @@ EXPORT int pn_backward(
         .backward = &job, .backward_list = instructions()->backward[dtype], .valid = valid, .rows = rows, .channels = C,
         .groups = blocks, .element_size = element_size(dtype),
     };
-    const int status = run(&work, threads, totals, &counted);
+    int status = run(&work, threads, totals, &counted);
     from_sweeps(&order, sums, spare);
     from_sweeps(&order, sums + C, spare);
     const double unscale = 1.0 / gradient_scale;
+    double zero = 0.0;
     for (int64_t c = 0; c < C; c++) {
         const double grad_z = sums[C + c] * inv_forward[c];
         grad_bias[c] = (float)sums[c];
         grad_weight[c] = (float)grad_z;
+        zero += grad_z * 0.0; /* NaN as soon as one value is not finite */
         sums[c] = grad_z * (weight ? weight[c] : 1.0f) * unscale;
     }
     if (tally) {
@@ -652,14 +626,72 @@ EXPORT int pn_backward(
         tally[2 * C] = (double)counted;
         tally[2 * C + 1] = 1.0;
     }
-    if (step_nu && status == OK && counted) {
-        const double mean = 1.0 / (double)counted;
-        for (int64_t c = 0; c < C; c++) {
-            const double kept = 1.0 - step_scale * z_square[c] * mean;
-            a[c] = (float)(step_nu[c] * (kept < lowest ? lowest : kept) + sums[c] * mean);
-        }
-        replace_if_finite(C, a, step_nu);
-    }
+    if (status == OK && zero != 0.0)
+        status = NOT_FINITE;
     free(sums);
     return status;
+}
+
+INLINE int is_finite(float value)
+{
+    return value - value == 0.0f;
+}
+
+INLINE float next_psi2(float old, double moment, double alpha, double share, double limit, double eps)
+{
+    const double most = limit * (old + eps), taken = moment > most ? most : moment;
+    return (float)(alpha * (old * (1.0 - share) + taken * share) + (1.0 - alpha) * taken);
+}
+
+INLINE float next_nu(float old, double grad_z, double z_square, double scale, double lowest)
+{
+    const double kept = 1.0 - scale * z_square;
+    return (float)(old * (kept < lowest ? lowest : kept) + grad_z);
+}
+
+/*
+ * One step of psi^2 and the step count of n norms (PowerNorm.advance). tally: n x (C + 2): sums of u^2, rows, calls. psi2: n x C,
+ * iters: n, both float32, changed in place. A norm without a call takes no step; without a row, or where a result is not
+ * finite, its psi^2 stays. alpha, eps, warmup, trusted_after, jump: see StepSpec.
+ */
+EXPORT void pn_advance_forward(
+    int64_t norms, int64_t channels, const double *tally, float *psi2, float *iters, double alpha, double eps, double warmup,
+    double trusted_after, double jump)
+{
+    const int64_t C = channels;
+    for (int64_t n = 0; n < norms; n++, tally += C + 2, psi2 += C) {
+        const double rows = tally[C], number = (double)iters[n] + 1.0;
+        if (!(tally[C + 1] > 0.0))
+            continue;
+        iters[n] = (float)number;
+        if (!(rows > 0.0))
+            continue;
+        const double mean = 1.0 / rows, share = number < warmup ? 1.0 / number : 0.0;
+        const double limit = number > trusted_after && alpha > 0.0 ? jump : INFINITY;
+        int bad = 0;
+        for (int64_t c = 0; c < C; c++)
+            bad |= !is_finite(next_psi2(psi2[c], tally[c] * mean, alpha, share, limit, eps));
+        for (int64_t c = 0; c < C && !bad; c++)
+            psi2[c] = next_psi2(psi2[c], tally[c] * mean, alpha, share, limit, eps);
+    }
+}
+
+/*
+ * One step of nu of n norms. tally: n x (2 C + 2): sums of weight * dy * z and of z^2, rows, calls. nu: n x C, float32, changed in
+ * place: nu becomes nu * (1 - scale * mean of z^2), the factor kept at or above lowest, plus the mean of weight * dy * z.
+ */
+EXPORT void pn_advance_backward(
+    int64_t norms, int64_t channels, const double *tally, float *nu, double scale, double lowest)
+{
+    const int64_t C = channels;
+    for (int64_t n = 0; n < norms; n++, tally += 2 * C + 2, nu += C) {
+        if (!(tally[2 * C] > 0.0 && tally[2 * C + 1] > 0.0))
+            continue;
+        const double mean = 1.0 / tally[2 * C];
+        int bad = 0;
+        for (int64_t c = 0; c < C; c++)
+            bad |= !is_finite(next_nu(nu[c], tally[c] * mean, tally[C + c] * mean, scale, lowest));
+        for (int64_t c = 0; c < C && !bad; c++)
+            nu[c] = next_nu(nu[c], tally[c] * mean, tally[C + c] * mean, scale, lowest);
+    }
 }

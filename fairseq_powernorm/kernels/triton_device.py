@@ -1,10 +1,9 @@
 """The Triton code of the GPU kernel, and how it is launched: see :mod:`.triton` for what it computes.
 
-Notation as in :mod:`.reference`; arithmetic in float32. A program of the two sweeps owns one *slice* of channels (a
+Notation as in :mod:`.interface`; arithmetic in float32. A program of the two sweeps owns one *slice* of channels (a
 group of the layer scale, or a block of channels where there is none) and every P-th tile of rows. It adds up its
 columns in registers and writes them once, as one of P rows of partial sums; a second, small kernel adds those up in
-float64 and turns them into what a pass gives, and a third one, of a single program, takes the step of a norm's own
-running statistics. No atomics: on the same device the same input gives the same bits.
+float64 and turns them into what a pass gives, and a third one, of a program per norm, takes the step of running statistics. No atomics: on the same device the same input gives the same bits.
 
 Partial sums are one float32 vector: the sums of the first kind (``P x C``), those of the second where there are two,
 and the number of rows that each program counted (``P``).
@@ -26,7 +25,7 @@ AHEAD = 4096
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 4, 2
 #: channels, and partial sums of each, that a program of the small kernels adds up at a time
 END_CHANNELS, END_PARTS = 32, 64
-#: channels that the program that takes a step works on at a time
+#: channels that a program that takes a step works on at a time
 STEP_CHANNELS = 1024
 
 
@@ -185,33 +184,42 @@ def forward_end(
 
 
 @triton.jit
-def new_psi2(tally_ptr, psi2_ptr, channel, there, count, eps, kept, share, limit):
+def new_psi2(tally_ptr, psi2_ptr, channel, there, rows, eps, kept, share, limit):
     """psi^2 after a step, float32."""
     old = tl.load(psi2_ptr + channel, mask=there, other=0.0).to(tl.float64)
-    moment = tl.load(tally_ptr + channel, mask=there, other=0.0) / tl.maximum(count, 1.0)
+    moment = tl.load(tally_ptr + channel, mask=there, other=0.0) / tl.maximum(rows, 1.0)
     moment = tl.where(moment > limit * (old + eps), limit * (old + eps), moment)
     return (kept * old + share * moment).to(tl.float32)
 
 
 @triton.jit
-def forward_step(
-    tally_ptr, psi2_ptr, iters_ptr, channels, eps, kept, share, limit, CHANNELS: tl.constexpr
+def advance_forward(
+    tally_ptr, psi2_ptr, iters_ptr, channels, alpha, eps, warmup, trusted_after, jump, JUMP: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """One program: psi^2 becomes ``kept * psi^2 + share * S`` if a row counts and all is finite; iters is counted."""
-    count = tl.load(tally_ptr + channels)
+    """A program per norm: psi^2 and the step count after a step, see :func:`.eager.advance_forward`."""
+    norm = tl.program_id(0).to(tl.int64)
+    tally_ptr += norm * (channels + 2)
+    psi2_ptr += norm * channels
+    rows = tl.load(tally_ptr + channels)
+    called = tl.load(tally_ptr + channels + 1) > 0
+    number = tl.load(iters_ptr + norm) + 1.0
+    cumulative = tl.where(number < warmup, 1.0 / number.to(tl.float64), 0.0)
+    kept = alpha * (1.0 - cumulative)
+    limit = tl.where(number > trusted_after, jump, float("inf")) if JUMP else float("inf")
     bad = tl.zeros((CHANNELS,), tl.int32)
     for start in range(0, channels, CHANNELS):
         channel = start + tl.arange(0, CHANNELS)
         there = channel < channels
-        new = new_psi2(tally_ptr, psi2_ptr, channel, there, count, eps, kept, share, limit)
+        new = new_psi2(tally_ptr, psi2_ptr, channel, there, rows, eps, kept, 1.0 - kept, limit)
         bad += (there & (is_finite(new) == 0)).to(tl.int32)
-    taken = tl.where((tl.sum(bad, axis=0) == 0) & (count > 0), channels, 0)
+    taken = tl.where((tl.sum(bad, axis=0) == 0) & (rows > 0) & called, channels, 0)
     for start in range(0, channels, CHANNELS):
         channel = start + tl.arange(0, CHANNELS)
         there = channel < channels
-        new = new_psi2(tally_ptr, psi2_ptr, channel, there, count, eps, kept, share, limit)
+        new = new_psi2(tally_ptr, psi2_ptr, channel, there, rows, eps, kept, 1.0 - kept, limit)
         tl.store(psi2_ptr + channel, new, mask=channel < taken)
-    tl.store(iters_ptr, tl.load(iters_ptr) + 1.0)
+    tl.store(iters_ptr + norm, number, mask=called)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -303,30 +311,34 @@ def backward_end(
 
 
 @triton.jit
-def new_nu(tally_ptr, nu_ptr, channel, there, channels, count, nu_scale, lowest):
+def new_nu(tally_ptr, nu_ptr, channel, there, channels, rows, nu_scale, lowest):
     """nu after a step, float32."""
     old = tl.load(nu_ptr + channel, mask=there, other=0.0).to(tl.float64)
-    rows = tl.maximum(count, 1.0)
+    rows = tl.maximum(rows, 1.0)
     grad_z = tl.load(tally_ptr + channel, mask=there, other=0.0) / rows
     kept = 1.0 - nu_scale * (tl.load(tally_ptr + channels + channel, mask=there, other=0.0) / rows)
     return (old * tl.where(kept < lowest, lowest, kept) + grad_z).to(tl.float32)
 
 
 @triton.jit
-def backward_step(tally_ptr, nu_ptr, channels, nu_scale, lowest, CHANNELS: tl.constexpr):
-    """One program: nu becomes ``nu * (1 - nu_scale * mean of z^2)`` plus the mean gradient, as forward_step says."""
-    count = tl.load(tally_ptr + 2 * channels)
+def advance_backward(tally_ptr, nu_ptr, channels, nu_scale, lowest, CHANNELS: tl.constexpr):
+    """A program per norm: nu after a step, see :func:`.eager.advance_backward`."""
+    norm = tl.program_id(0).to(tl.int64)
+    tally_ptr += norm * (2 * channels + 2)
+    nu_ptr += norm * channels
+    rows = tl.load(tally_ptr + 2 * channels)
+    called = tl.load(tally_ptr + 2 * channels + 1) > 0
     bad = tl.zeros((CHANNELS,), tl.int32)
     for start in range(0, channels, CHANNELS):
         channel = start + tl.arange(0, CHANNELS)
         there = channel < channels
-        new = new_nu(tally_ptr, nu_ptr, channel, there, channels, count, nu_scale, lowest)
+        new = new_nu(tally_ptr, nu_ptr, channel, there, channels, rows, nu_scale, lowest)
         bad += (there & (is_finite(new) == 0)).to(tl.int32)
-    taken = tl.where((tl.sum(bad, axis=0) == 0) & (count > 0), channels, 0)
+    taken = tl.where((tl.sum(bad, axis=0) == 0) & (rows > 0) & called, channels, 0)
     for start in range(0, channels, CHANNELS):
         channel = start + tl.arange(0, CHANNELS)
         there = channel < channels
-        new = new_nu(tally_ptr, nu_ptr, channel, there, channels, count, nu_scale, lowest)
+        new = new_nu(tally_ptr, nu_ptr, channel, there, channels, rows, nu_scale, lowest)
         tl.store(nu_ptr + channel, new, mask=channel < taken)
 
 

@@ -1,23 +1,15 @@
-"""Plain-torch kernel: the arithmetic every other kernel is held to, and the one that serves everywhere.
+"""The eager backend, plain torch: the arithmetic every other backend is held to, and the one that serves everywhere.
 
-Notation, for ``x`` of shape ``N x C`` (one row per token): ``r`` is the reciprocal root of the
-layer scale, ``N x G``; ``u = r * x``; ``inv`` is ``1 / sqrt(psi^2 + eps)`` per channel; ``z = inv * u``;
-``y = weight * z + bias``. Everything is computed in float32, or in float64 for float64 input. Only
-``x`` and ``r`` need to be kept for the backward pass: ``u`` and ``z`` are cheaper to recompute than to store.
+Notation as in :mod:`.interface`. Everything is computed in float32, or in float64 for float64 input. Only ``x`` and ``r`` need
+to be kept for the backward pass: ``u`` and ``z`` are cheaper to recompute than to store.
 """
 import math
-from typing import Callable, Iterator, NamedTuple, Optional, Tuple
+from typing import Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-#: does this kernel take an :class:`OwnStep`?
-TAKES_STEPS = False
-#: what each kernel is held to: dtype -> tolerance of max|difference from float64| / max|expected|, of values of rows (the
-#: dtype's own precision) and of sums over rows (float32)
-TOLERANCE = {torch.float32: (2e-6, 2e-6), torch.bfloat16: (4e-3, 2e-6), torch.float16: (5e-4, 2e-6)}
-#: eps of the layer scale; a constant of the method, independent of the norm's own eps
-LAYER_SCALE_EPS = 1e-5
+from .interface import LAYER_SCALE_EPS, Backward, Forward, PowerNormSpec, StepSpec
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -119,6 +111,14 @@ def mask_rows_(q: Tensor, valid: Optional[Tensor]) -> Tensor:
     return q if valid is None else q.masked_fill_(valid.logical_not().unsqueeze(1), 0)
 
 
+def finite_padding(valid: Tensor, *rows: Optional[Tensor]) -> List[Optional[Tensor]]:
+    """The given tensors (``N x ...``) with those padded rows zeroed in which any of them is not finite."""
+    there = [each for each in rows if each is not None]
+    finite = torch.stack([torch.isfinite(each).all(1) for each in there]).all(0)
+    bad = valid.logical_or(finite).logical_not().unsqueeze(1)
+    return [None if each is None else each.masked_fill(bad, 0) for each in rows]
+
+
 def row_count(q: Tensor, valid: Optional[Tensor]) -> Tensor:
     """Number of rows that count, as a scalar tensor on ``q``'s device (no host synchronization)."""
     if valid is None:
@@ -169,87 +169,6 @@ def grad_sums(
 
 
 # ---------------------------------------------------------------- Power Normalization: what each kernel offers
-
-
-class PowerNormSpec(NamedTuple):
-    """The constants of one call of :func:`power_forward` and :func:`power_backward`.
-
-    Attributes:
-        groups: channel groups of the layer scale, 0 for none
-        eps: added to psi^2 under both roots
-        nu_scale: factor of ``nu`` in the gradient, ``1 - alpha_bkw``
-        gradient_scale: factor of the loss whose gradient arrives (the loss scale of fp16 training)
-        forward_batch: divide the output by the batch's own second moment instead of ``psi2``
-        backward_batch: divide the gradient by the batch's own second moment instead of ``psi2``
-        skip_padding: backward statistics over non-padding rows only, no gradient through padding
-        jump: channels whose second moment in this batch exceeds ``jump * (psi2 + eps)`` divide by the former
-    """
-
-    groups: int
-    eps: float
-    nu_scale: float
-    gradient_scale: float
-    forward_batch: bool
-    backward_batch: bool
-    skip_padding: bool
-    jump: float = math.inf
-
-
-class OwnStep(NamedTuple):
-    """The step of its own running statistics that a norm leaves to a kernel with ``TAKES_STEPS``: ``PowerNorm.advance``.
-
-    Attributes:
-        psi2, nu: ``C``, float32, changed in place
-        iters: scalar, float32, counted up
-        alpha: weight of the old psi^2
-        limit: at most ``limit * (psi2 + eps)`` is taken in
-        share: weight of the batch in the cumulative average that comes first
-        nu_scale: ``1 - alpha_bkw``
-        nu_lowest: bound of the factor of the old nu
-    """
-
-    psi2: Tensor
-    nu: Tensor
-    iters: Tensor
-    alpha: float
-    limit: float
-    share: float
-    nu_scale: float
-    nu_lowest: float
-
-
-class Forward(NamedTuple):
-    """What a forward pass gives.
-
-    Attributes:
-        y: shape and dtype of ``x``, contiguous
-        r: reciprocal root of the layer scale, ``N x groups``; None for ``groups == 0``
-        saved: ``3 x C``, for the backward pass: ``1 / sqrt(psi^2 + eps)`` of the output, that of the gradient, and the
-            sum of z^2 over the rows that count in the backward statistics
-        tally: ``C + 2``, sums of u^2 over the rows that count, their number, 1 (see :func:`tally`); None if the
-            kernel has taken the step itself
-    """
-
-    y: Tensor
-    r: Optional[Tensor]
-    saved: Tensor
-    tally: Optional[Tensor]
-
-
-class Backward(NamedTuple):
-    """What a backward pass gives.
-
-    Attributes:
-        x: gradient of ``x``, or None if it is not wanted
-        weight, bias: gradients (``C``)
-        tally: ``2 C + 2``, sums of ``weight * dy * z`` (gradient scale taken out) and of z^2, number of rows, 1; None if
-            the kernel has taken the step itself
-    """
-
-    x: Optional[Tensor]
-    weight: Tensor
-    bias: Tensor
-    tally: Optional[Tensor]
 
 
 def tally(*sums: Tensor, rows: Tensor) -> Tensor:
@@ -378,6 +297,7 @@ def power_backward(
     saved: Tensor,
     nu: Tensor,
     spec: PowerNormSpec,
+    *,
     want_x: bool = True,
 ) -> Backward:
     """Backward pass of PN: the approximate gradient of Algorithm 2.
@@ -386,14 +306,26 @@ def power_backward(
         grad_y: gradient of ``y``, shape and dtype of ``x``
         x, weight: as in the forward pass
         r, saved: what the forward pass gave
-        valid: of the forward pass; used if ``spec.skip_padding``
+        valid: of the forward pass. With ``spec.skip_padding`` the other rows do not count and receive no gradient; without
+            it they do, but for those that are not finite, which count as zero
         nu: ``C``; ``spec.nu_scale * nu`` is the paper's nu(t-1)
         spec: constants of the call
         want_x: is the gradient of ``x`` wanted?
     """
     rows, grads = x.reshape(-1, x.size(-1)), grad_y.reshape(-1, x.size(-1))
+    if valid is None or spec.skip_padding:
+        return _power_backward(grads, rows, x, r, weight, valid, saved, nu, spec, want_x)
+    if x.device.type == "cpu":  # where looking at a result costs nothing
+        found = _power_backward(grads, rows, x, r, weight, None, saved, nu, spec, want_x)
+        if torch.isfinite(found.weight).all():
+            return found
+    grads, rows, r = finite_padding(valid, grads, rows, r)
+    return _power_backward(grads, rows, x, r, weight, None, saved, nu, spec, want_x)
+
+
+def _power_backward(grads, rows, x, r, weight, counted, saved, nu, spec, want_x) -> Backward:
+    """The same for rows ``N x C``; ``counted``: the rows that count and receive a gradient, None for all."""
     dtype = compute_dtype(x)
-    counted = valid if spec.skip_padding else None
     inv_forward, inv_backward, z_square = saved
     wide_weight = None if weight is None else weight.to(dtype)
     # dL/du = (weight * dy - nu * z) / psi = scale * dy + through * u
@@ -443,8 +375,96 @@ def evaluate(
     return affine(u, inv, weight, bias).to(x.dtype)
 
 
-def serves(device_type: str, dtype: torch.dtype, asked: bool = False) -> bool:
-    """This kernel serves all tensors."""
+def next_psi2(
+    psi2: Tensor, iters: Tensor, batch: Tensor, rows: Tensor, step: StepSpec, *, alpha_fwd: Optional[float] = None
+) -> Tensor:
+    """psi^2 after one step; pure, any leading dimensions.
+
+    Args:
+        psi2: ``... x C``
+        iters: ``... x 1``, steps taken before this one
+        batch: ``... x C``, the step's second moment
+        rows: ``... x 1``, number of rows it was taken over; without any, psi^2 stays as it is
+        step: constants
+        alpha_fwd: in place of ``step.alpha_fwd``, for instance 0 to replace psi^2 by the batch's
+    """
+    alpha = step.alpha_fwd if alpha_fwd is None else alpha_fwd
+    number = iters + 1
+    if step.jump < math.inf and alpha > 0.0:
+        batch = torch.where(number > step.trusted_after, torch.minimum(batch, step.jump * (psi2 + step.eps)), batch)
+    new = psi2
+    if step.warmup > 0:
+        new = torch.where(number < step.warmup, psi2 * (number - 1) / number + batch / number, psi2)
+    new = alpha * new + (1.0 - alpha) * batch
+    return torch.where(rows > 0, finite_or(new, psi2), psi2)
+
+
+def next_nu(nu: Tensor, grad_z: Tensor, z_square: Tensor, rows: Tensor, step: StepSpec) -> Tensor:
+    """nu after one step; pure, any leading dimensions.
+
+    Args:
+        nu: ``... x C``
+        grad_z, z_square: ``... x C``, means of ``weight * dy * z`` and of z^2 over the step's rows
+        rows: ``... x 1``, their number; without any, nu stays as it is
+        step: constants
+    """
+    kept = 1.0 - step.nu_scale * z_square
+    if step.nu_lowest > -math.inf:
+        kept = kept.clamp(min=step.nu_lowest)
+    return torch.where(rows > 0, finite_or(nu * kept + grad_z, nu), nu)
+
+
+def finite_or(new: Tensor, old: Tensor) -> Tensor:
+    """``new`` if all of its C channels are finite, else ``old``: one bad batch never enters a buffer."""
+    return torch.where(torch.isfinite(new).all(-1, keepdim=True), new, old)
+
+
+def _matrix(vectors: Tensor, tally: Tensor) -> Tensor:
+    """Statistics of n norms, ``n x C`` (``n x 1``), in the precision of their sums."""
+    return vectors.reshape(-1, vectors.numel() // tally.view(-1, tally.size(-1)).size(0)).to(tally.dtype)
+
+
+def _put(vectors: Tensor, new: Tensor, taken: Tensor) -> None:
+    """Write what is ``taken`` and, in the precision of the statistics, finite."""
+    old = vectors.reshape(new.shape)
+    vectors.copy_(torch.where(taken, finite_or(new.to(old.dtype), old), old).view(vectors.shape))
+
+
+@torch.no_grad()
+def advance_forward(tally: Tensor, psi2: Tensor, iters: Tensor, step: StepSpec) -> None:
+    """One step of psi^2 and of the step count of n norms, in place.
+
+    Args:
+        tally: ``n x (C + 2)``: sums of u^2, rows, calls; a norm without a call takes no step
+        psi2: ``n x C``
+        iters: ``n``
+        step: constants
+    """
+    tally = tally.view(-1, tally.size(-1))
+    rows, calls = tally[:, -2:-1], tally[:, -1:]
+    batch = tally[:, :-2] / rows.clamp(min=1)
+    count = _matrix(iters, tally)
+    _put(psi2, next_psi2(_matrix(psi2, tally), count, batch, rows, step), calls > 0)
+    _put(iters, count + 1, calls > 0)
+
+
+@torch.no_grad()
+def advance_backward(tally: Tensor, nu: Tensor, step: StepSpec) -> None:
+    """One step of nu of n norms, in place.
+
+    Args:
+        tally: ``n x (2 C + 2)``: sums of ``weight * dy * z`` and of z^2, rows, calls; a norm without a call takes no step
+        nu: ``n x C``
+        step: constants
+    """
+    tally = tally.view(-1, tally.size(-1))
+    rows, calls = tally[:, -2:-1], tally[:, -1:]
+    grad_z, z_square = (tally[:, :-2] / rows.clamp(min=1)).chunk(2, dim=1)
+    _put(nu, next_nu(_matrix(nu, tally), grad_z, z_square, rows, step), calls > 0)
+
+
+def serves(device_type: str, dtype: torch.dtype, *, asked: bool = False) -> bool:
+    """This backend serves all tensors."""
     return True
 
 
@@ -455,4 +475,4 @@ def unavailable() -> Optional[str]:
 
 def describe() -> str:
     """What is in use, for people."""
-    return "plain torch"
+    return "eager (plain torch)"

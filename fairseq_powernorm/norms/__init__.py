@@ -1,0 +1,40 @@
+"""Normalization layers: ``PowerNorm``, ``PowerNormV``, ``MaskedBatchNorm``, ``LayerNorm``, ``RMSNorm``.
+
+All are drop-in ``nn.Module``s called as ``norm(x, padding_mask=None)`` with ``x`` of shape ``T x B x C`` (``B x T x C`` with
+``batch_first=True``) or ``N x C`` and a bool mask of shape ``B x T`` (``N`` for two-dimensional input), True at padding. They
+need torch and nothing else. Statistics are kept and computed in float32 (float64 for float64 input) whatever the dtype of
+the input and of the parameters.
+
+A norm with running statistics applies those of each training batch by itself. Where somebody else decides what a
+training step is (several batches, several processes, steps that are skipped), :class:`~fairseq_powernorm.statistics.RunningStatistics`
+takes over: it gives each norm a :class:`Stage`, into which the norm adds its sums, and applies them once per step.
+"""
+from .base import RunningNorm
+from .batch import MaskedBatchNorm
+from .layer import LayerNorm, RMSNorm
+from .masks import MaskSlot
+from .power import VARIANTS, PowerNorm, SecondMomentNorm
+from .power_v import PowerNormV
+from .registry import NORMS, build_norm, create_norm, default_groups, norm_options, parse_norm
+from .staging import Stage, Sums, Switches
+
+__all__ = [
+    "NORMS",
+    "VARIANTS",
+    "LayerNorm",
+    "MaskSlot",
+    "MaskedBatchNorm",
+    "PowerNorm",
+    "PowerNormV",
+    "RMSNorm",
+    "RunningNorm",
+    "SecondMomentNorm",
+    "Stage",
+    "Sums",
+    "Switches",
+    "build_norm",
+    "create_norm",
+    "default_groups",
+    "norm_options",
+    "parse_norm",
+]

@@ -1,0 +1,75 @@
+"""Padding masks: bool, True at padding; checked once, and held for norms that are called without one."""
+import threading
+from typing import Any, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+HINT = "expected bool, True at padding; from an attention mask whose ones mark tokens: attention_mask == 0"
+
+
+def check_mask(padding_mask: Optional[Tensor], x: Tensor, *, batch_first: bool) -> None:
+    """Refuse a padding mask that does not fit the input ``x``.
+
+    Args:
+        padding_mask: ``B x T`` for three-dimensional ``x``, else one bool for each row (``N``); None is fine
+        x: ``T x B x C`` (``B x T x C`` with ``batch_first``) or ``N x C``
+        batch_first: see ``x``
+
+    Raises:
+        ValueError: it is not bool, of another shape, or on another device
+    """
+    if padding_mask is None:
+        return
+    if padding_mask.dtype is not torch.bool:
+        raise ValueError(f"padding_mask of dtype {padding_mask.dtype}: {HINT}")
+    rows = x.shape[:-1]
+    expected = rows[::-1] if len(rows) == 2 and not batch_first else rows
+    if padding_mask.shape != expected:
+        raise ValueError(
+            f"padding_mask of shape {tuple(padding_mask.shape)}: expected {tuple(expected)} "
+            f"({'B x T' if len(rows) > 1 else 'N'}) for an input of shape {tuple(x.shape)} (batch_first={batch_first})"
+        )
+    if padding_mask.device != x.device:
+        raise ValueError(f"padding_mask on {padding_mask.device}: expected it on {x.device}, as the input")
+
+
+class MaskSlot:
+    """Holds the padding mask of the call in progress, for norms that are called without one.
+
+    Each thread has its own. The mask is prepared for the norms once, however many of them read it.
+    """
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    @property
+    def padding_mask(self) -> Optional[Tensor]:
+        """``B x T`` bool, True at padding; None if there is none."""
+        return getattr(self._local, "mask", None)
+
+    @padding_mask.setter
+    def padding_mask(self, mask: Optional[Tensor]) -> None:
+        self._local.mask = mask
+        self._local.valid = None
+
+    def valid(self, transposed: bool) -> Tensor:
+        """The mask as the norms read it: one bool for each row of the input, False at padding."""
+        known = self._local.valid
+        if known is None or known[0] is not transposed:
+            known = self._local.valid = transposed, valid_rows(self._local.mask, transposed)
+        return known[1]
+
+    def __reduce__(self) -> Tuple[Any, Tuple[()]]:
+        """A copy is empty: a mask belongs to a call."""
+        return MaskSlot, ()
+
+
+def valid_rows(padding_mask: Tensor, transposed: bool) -> Tensor:
+    """One bool for each row of an input, contiguous, False at padding.
+
+    Args:
+        padding_mask: ``B x T``, or one bool for each row
+        transposed: the input is ``T x B x C``
+    """
+    return (padding_mask.t() if transposed else padding_mask).logical_not().reshape(-1).contiguous()

@@ -1,0 +1,263 @@
+"""Power Normalization: ``PowerNorm``, and what it shares with PN-V."""
+import math
+from typing import Any, Dict, Optional, Tuple
+
+from torch import Tensor
+
+from .. import functional, operators
+from ..kernels import choose, choose_for_step, eager
+from ..kernels.interface import StepSpec
+from .base import RunningNorm, State, check_interval, inside_backward, size_of
+from .recomputation import Recomputations, recomputable
+from .staging import Sums
+
+VARIANTS = ("reference", "algorithm2")
+
+
+class SecondMomentNorm(RunningNorm):
+    """Base of PN and PN-V: the running second moment ``running_phi`` (psi^2) and the evaluation."""
+
+    running_phi: Tensor
+
+    def _evaluate(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
+        parameters = self._parameters
+        return functional.running_norm(
+            x, parameters["weight"], parameters["bias"], self._buffers["running_phi"], self.groups, self.eps
+        )
+
+    def scale_and_shift(self) -> Tuple[Tensor, Tensor]:
+        return self._scale_and_shift(self.running_phi)
+
+    def _describe_psi2(self, state: State, forward: Sums) -> Dict[str, Tensor]:
+        (batch,) = forward.means()
+        return {
+            "distance_psi2": size_of(batch - state["running_phi"]),
+            "size_psi2": size_of(state["running_phi"]),
+        }
+
+
+class PowerNorm(SecondMomentNorm):
+    r"""Power Normalization (Shen et al., ICML 2020, Algorithm 2) after an optional layer scale.
+
+    The forward pass divides by the running root mean square of step ``t - 1`` and the backward pass replaces
+    the gradient through the statistics by a running average:
+
+    .. math::
+        z = u / \sqrt{\psi^2(t-1) + \epsilon}, \qquad y = \gamma z + \beta, \qquad
+        \psi^2(t) = \alpha_f \psi^2(t-1) + (1 - \alpha_f)\, \overline{u^2} \\
+        \tilde g = \gamma\, dy - \nu(t-1) z, \qquad du = \tilde g / \psi, \qquad
+        \nu(t) = \nu(t-1) \bigl(1 - (1-\alpha_b)\, \overline{z^2}\bigr) + (1-\alpha_b)\, \overline{\gamma\, dy\, z}
+
+    Bars are means over rows. ``running_phi`` holds psi^2 and ``ema_gz`` holds ``nu / (1 - alpha_bkw)``.
+
+    ``variant="algorithm2"`` is the above, word for word: no warm-up, every mean over non-padding rows, and no
+    gradient through padding (nor from it, into ``weight`` and ``bias``). ``variant="reference"`` is the arithmetic of
+    the authors' released code, which made the published numbers: (1) while ``t <= warmup_updates`` the forward
+    pass divides by the batch's own second moment, and while ``t < warmup_updates`` ``running_phi`` first
+    takes a cumulative average, then the exponential one; (2) the backward pass divides by the batch's own
+    second moment at every step; (3) the forward statistics skip padding, the backward statistics and the
+    gradients of ``weight`` and ``bias`` do not, and padded rows receive a gradient.
+
+    **Without layer scale** (``groups=0``) PN as published can die, in two ways. (1) After the warm-up nothing but
+    psi(t-1) scales the output, and psi^2 follows the activations at ``alpha_fwd`` per step. When they grow faster, the
+    output grows with them, the next residual block receives more, and the excess multiplies from norm to norm through
+    the depth: in a Transformer whose learning rate is too high for it, second moments of 10^9 psi^2 in the third step.
+    Then psi^2 has taken in the spike and the output is nearly zero until it is forgotten, while nu, which decays only
+    where z^2 is not small, stays at the value of the spike: gradients explode, and the model is dead or NaN. (2) The
+    recursion of nu is stable only while the mean of z^2 is below ``2 / (1 - alpha_bkw)``. It exceeds that where psi^2
+    lags, and in ``reference`` wherever padded rows, which count in z^2 and not in psi^2, are several times as large as
+    the others: nu then grows geometrically. The layer scale prevents both, as it sets every row to the same size: no
+    excess gets past the next norm. Two bounds replace it, idle in a healthy run, whose arithmetic they leave as it is,
+    bit for bit: (1) a channel whose second moment in the batch exceeds ``JUMP / (1 - alpha_fwd)`` times psi^2(t-1),
+    which takes a growth of more than ``JUMP`` in one step, divides by the batch's own second moment, and psi^2 takes in
+    the threshold instead of it (not in the first step, nor in the warm-up; the batch is that of one process unless its
+    statistics are reduced in the forward pass); (2) the factor of nu(t-1) is kept at or above -1.
+
+    Args:
+        dim: number of channels C
+        eps: added to psi^2 under the root; the layer scale's own eps is always 1e-5
+        alpha_fwd: alpha of psi^2, in [0, 1]
+        alpha_bkw: alpha of nu, in [0, 1]
+        warmup_updates: length of the warm-up in training steps, ``reference`` only
+        groups: channel groups of the layer scale (the authors use the number of attention heads), 0 for none
+        variant: ``reference`` or ``algorithm2``
+        affine: learn ``weight`` (gamma) and ``bias`` (beta)
+        batch_first: three-dimensional input is ``B x T x C``
+
+    Shape:
+        - input and output: ``T x B x C`` (``B x T x C`` with ``batch_first``) or ``N x C``
+        - ``padding_mask``: ``B x T`` or ``N``, bool, True at padding
+
+    Raises:
+        ValueError: an argument is outside its range, or ``groups`` does not divide ``dim``
+
+    A forward pass in training mode takes one step of psi^2 and ``iters`` by itself, its backward pass one
+    step of nu, unless a ``stage`` takes them. Recomputation under activation checkpointing takes none and sees the same
+    statistics as the pass it repeats, which it knows by the sums of its input; where that is not certain it is refused.
+    A batch without a valid row leaves psi^2 as it is, and non-finite statistics enter neither psi^2 nor nu.
+    """
+
+    SUMS = {"forward": ("u^2",), "backward": ("weight * dy * z", "z^2")}
+    VARIANTS = VARIANTS
+    STATISTICS = {"running_phi": 1.0, "ema_gz": 0.0}
+    #: without layer scale: growth of a second moment in one step beyond which psi^2 is no measure of it
+    JUMP = 10.0
+
+    ema_gz: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        eps: float = 1e-5,
+        alpha_fwd: float = 0.9,
+        alpha_bkw: float = 0.9,
+        warmup_updates: int = 10000,
+        groups: int = 1,
+        variant: str = "reference",
+        affine: bool = True,
+        batch_first: bool = False,
+    ):
+        check_interval("alpha_bkw", alpha_bkw)
+        if warmup_updates < 0:
+            raise ValueError(f"warmup_updates={warmup_updates!r}: must be zero or a positive number of steps")
+        if variant not in VARIANTS:
+            raise ValueError(f"variant={variant!r}: must be one of {', '.join(VARIANTS)}")
+        super().__init__(dim, eps=eps, alpha_fwd=alpha_fwd, groups=groups, affine=affine, batch_first=batch_first)
+        self.alpha_bkw = alpha_bkw
+        self.warmup_updates = warmup_updates
+        self.variant = variant
+        self._recomputations = Recomputations()
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, alpha_bkw={self.alpha_bkw}, "
+            f"warmup_updates={self.warmup_updates}, variant={self.variant}"
+        )
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**super().__getstate__(), "_recomputations": None}
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._recomputations = Recomputations()
+
+    # ------------------------------------------------------------------ constants
+
+    @property
+    def _warmup(self) -> int:
+        return self.warmup_updates if self.variant == "reference" else 0
+
+    @property
+    def _jump(self) -> float:
+        """Ratio S(t) / psi^2(t-1) of second moments that only a jump explains, as psi^2(t-1) >= (1 - alpha) S(t-1)."""
+        if self.groups > 0 or self.alpha_fwd == 1.0:
+            return math.inf
+        return self.JUMP / (1.0 - self.alpha_fwd)
+
+    def _spec(self) -> operators.OpaqueSpec:
+        """The constants of a pass, but for the step count."""
+        reference, stage = self.variant == "reference", self.stage
+        switches = None if stage is None else stage.switches
+        counting = switches is None or switches.counting
+        return operators.OpaqueSpec(
+            groups=self.groups,
+            eps=self.eps,
+            nu_scale=1.0 - self.alpha_bkw if counting else 0.0,
+            gradient_scale=1.0 if switches is None else switches.gradient_scale,
+            warmup=self._warmup,
+            trusted_after=max(1, self._warmup),
+            batch_statistics=switches is not None and switches.batch_statistics,
+            backward_batch=reference,
+            skip_padding=not reference,
+            own_step=stage is None,
+            jump=self._jump,
+        )
+
+    def _step_spec(self) -> StepSpec:
+        """The constants of a step of the statistics."""
+        return StepSpec(
+            alpha_fwd=self.alpha_fwd,
+            nu_scale=1.0 - self.alpha_bkw,
+            eps=self.eps,
+            warmup=self._warmup,
+            trusted_after=max(1, self._warmup),
+            jump=self._jump,
+            nu_lowest=-1.0 if self.groups == 0 else -math.inf,
+        )
+
+    # ------------------------------------------------------------------ training
+
+    def _train(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
+        if operators.needed(x):
+            return self._train_opaque(x, valid)
+        with self._lock:
+            if self.stage is None:
+                return self._train_alone(x, valid)
+            return self._pass(x, valid, self._spec().at(self.steps()), self._buffers["running_phi"], take_forward=not inside_backward())
+
+    def _train_alone(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
+        """Training without a stage: each forward pass takes a step, and one that is repeated must see what it saw."""
+        psi2, recomputations = self.statistic("running_phi"), self._recomputations
+        if inside_backward() and recomputations:
+            rows = x.detach()
+            tally = choose(rows, valid=valid).second_moment(rows, valid, self.groups)
+            known = recomputations.recall(tally)
+            return self._pass(x, valid, known.spec, known.psi2, take_forward=False)
+        steps = self.steps()
+        spec = self._spec().at(steps)
+        if not recomputable():
+            y = self._pass(x, valid, spec, psi2)
+        else:
+            before = psi2.clone()
+            y = self._pass(x, valid, spec, psi2, remember=lambda tally: recomputations.remember(before, spec, tally))
+        self.remember_steps(steps + 1)
+        return y
+
+    def _pass(self, x, valid, spec, psi2, *, take_forward=True, remember=None) -> Tensor:
+        """One forward pass with given statistics and constants; its backward pass follows when it will."""
+
+        def collect(part: str, tally: Tensor) -> None:
+            if part == "backward" or take_forward:
+                self._take(part, tally)
+            if remember is not None and part == "forward":
+                remember(tally)
+
+        parameters = self._parameters
+        nu = self.statistic("ema_gz")
+        return functional.power_norm(
+            x, parameters["weight"], parameters["bias"], valid, psi2, nu, spec, collect, self._reduce, self._lock
+        )
+
+    def _train_opaque(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
+        """Training as operators that a compiler does not look into."""
+        parts = self.stage.parts if self.stage is not None and self.stage.switches.counting else {}
+        return operators.power_norm(
+            x, self.weight, self.bias, valid, self.running_phi, self.ema_gz, self.iters, parts.get("forward"),
+            parts.get("backward"), self._spec(), self._step_spec() if self.stage is None else None,
+        )
+
+    # ------------------------------------------------------------------ statistics
+
+    def step_(self, part: str, tally: Tensor, buffers: State) -> None:
+        statistics = (buffers["running_phi"], buffers["iters"]) if part == "forward" else (buffers["ema_gz"],)
+        backend = choose_for_step(tally, *statistics)
+        if part == "forward":
+            backend.advance_forward(tally, *statistics, self._step_spec())
+        else:
+            backend.advance_backward(tally, *statistics, self._step_spec())
+
+    def advance(self, part: str, state: State, sums: Sums, alpha_fwd: float) -> Dict[str, Tensor]:
+        step = self._step_spec()
+        if part == "backward":
+            return {"ema_gz": eager.next_nu(state["ema_gz"], *sums.means(), sums.rows, step)}
+        (batch,) = sums.means()
+        new = eager.next_psi2(state["running_phi"], state["iters"], batch, sums.rows, step, alpha_fwd=alpha_fwd)
+        return {"running_phi": new, "iters": state["iters"] + 1}
+
+    def describe(self, state: State, forward: Sums, backward: Sums) -> Dict[str, Tensor]:
+        (batch,), (_, z_square) = forward.means(), backward.means()
+        psi2 = batch if self.variant == "reference" else state["running_phi"]
+        nu = (1.0 - self.alpha_bkw) * state["ema_gz"]
+        through_nu = (nu.square() / (psi2 + self.eps) * z_square).sum(-1).sqrt()
+        return {**self._describe_psi2(state, forward), "gradient_nu": through_nu}

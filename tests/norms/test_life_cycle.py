@@ -1,0 +1,203 @@
+"""Built, moved, copied, saved, averaged, shared: statistics are float32 or wider, never lost and never uninitialized."""
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from fairseq_powernorm.norms import NORMS, build_norm
+from norm_cases import ALL, C, CASES, assert_all_close, batch, make, train
+
+NARROW = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("default", [*NARROW, torch.float32, torch.float64])
+@pytest.mark.parametrize("name, variant", CASES)
+def test_statistics_are_wide_whatever_the_default(name, variant, default):
+    """Built under another default dtype: parameters follow it, statistics are float32 or wider and exact at the start."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        norm = build_norm(name, C)
+    finally:
+        torch.set_default_dtype(before)
+    assert norm.weight.dtype == default
+    for key, buffer in norm.named_buffers():
+        assert buffer.dtype == torch.promote_types(default, torch.float32)
+        assert (buffer == norm.STATISTICS.get(key, 0.0)).all()
+
+
+CASTS = {
+    "half": lambda norm: norm.half(),
+    "bfloat16": lambda norm: norm.bfloat16(),
+    "to": lambda norm: norm.to(torch.float16),
+    "type": lambda norm: norm.type(torch.bfloat16),
+    "parent": lambda norm: nn.Sequential(norm).half()[0],
+    "assigned": lambda norm: [setattr(norm, k, b.half()) for k, b in dict(norm.named_buffers()).items()],
+    "data": lambda norm: [setattr(b, "data", b.data.half()) for b in norm.buffers()],
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("name, variant", CASES)
+def test_narrow_copies_of_statistics_are_widened(name, variant, cast):
+    """However a norm is made narrower, the next step is taken in float32; a module's own cast keeps every bit."""
+    norm, plain = make(name, variant), make(name, variant)
+    CASTS[cast](norm)
+    if cast in ("half", "bfloat16", "to", "type", "parent"):
+        assert all(torch.equal(one, other) for one, other in zip(norm.buffers(), plain.buffers()))
+    norm.float()
+    train(norm, steps=1)
+    for one, other in zip(norm.buffers(), train(plain, steps=1)[-len(list(plain.buffers())):]):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("dtype", [*NARROW, torch.float32, torch.float64, torch.int64])
+@pytest.mark.parametrize("name, variant", CASES)
+def test_loading_takes_the_values_of_the_file(name, variant, dtype, assign):
+    """A checkpoint in any dtype: its values arrive, widened where it is narrower than float32."""
+    saved = {key: (value * 2).round() for key, value in make(name, variant).state_dict().items()}
+    saved = {key: value if dtype is torch.int64 and key in ("weight", "bias") else value.to(dtype) for key, value in saved.items()}
+    norm = build_norm(name, C, **({"variant": variant} if variant else {}))
+    assert norm.load_state_dict(saved, assign=assign) == ([], [])
+    for key, buffer in norm.named_buffers():
+        assert buffer.dtype in (torch.float32, torch.float64) and torch.equal(buffer.double(), saved[key].double())
+
+
+def materialized(norm, how):
+    if how == "to_empty":
+        return norm.to_empty(device="cpu")
+    if how == "parent":
+        return nn.Sequential(nn.Linear(2, 2, device="meta"), norm).to_empty(device="cpu")[1]
+    return norm._apply(lambda tensor: torch.full_like(tensor, torch.nan, device="cpu"))
+
+
+@pytest.mark.parametrize("how", ["to_empty", "parent", "apply"])
+@pytest.mark.parametrize("name, variant", ALL)
+def test_built_on_the_meta_device(name, variant, how):
+    """Memory given after construction on the meta device holds no NaN in a statistic, and reset_parameters sets the rest."""
+    options = {"variant": variant} if variant else {}
+    with torch.device("meta"):
+        norm = build_norm(name, C, **options)
+    norm = materialized(norm, how)
+    fresh = build_norm(name, C, **options)
+    for one, other in zip(norm.buffers(), fresh.buffers()):
+        assert torch.equal(one, other)
+    norm.reset_parameters()
+    for key, value in fresh.state_dict().items():
+        assert torch.equal(norm.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("name, variant", CASES)
+def test_resets(name, variant):
+    """reset_running_stats gives a norm whose next steps are a new one's; reset_parameters sets weight and bias, too."""
+    norm = make(name, variant)
+    train(norm, steps=2)
+    weight = norm.weight.detach().clone()
+    norm.reset_running_stats()
+    assert torch.equal(norm.weight, weight) and norm.steps() == 0
+    norm.zero_grad()
+    norm.reset_parameters()
+    fresh = build_norm(name, C, groups=2, **({"variant": variant} if variant else {}))
+    assert all(torch.equal(one, other) for one, other in zip(train(norm), train(fresh)))
+
+
+def copies(norm):
+    """Name -> a copy of the norm by every way that people copy modules."""
+    buffer = io.BytesIO()
+    torch.save(norm, buffer)
+    buffer.seek(0)
+    yield "deepcopy", copy.deepcopy(norm)
+    yield "pickle", pickle.loads(pickle.dumps(norm))
+    yield "torch.save", torch.load(buffer, weights_only=False)
+    averaged = torch.optim.swa_utils.AveragedModel(norm, use_buffers=True)
+    averaged.update_parameters(norm)
+    yield "average", averaged.module
+    restored = copy.deepcopy(norm)
+    restored.reset_parameters()
+    restored.load_state_dict(norm.state_dict())
+    yield "state_dict", restored
+
+
+@pytest.mark.parametrize("name, variant", CASES)
+def test_copies_go_on_alone(name, variant):
+    """A copy trains as the original does, and shares no memory with it."""
+    norm = make(name, variant)
+    train(norm, steps=2)
+    norm.zero_grad()
+    made = dict(copies(norm))
+    expected = train(norm, first=2)
+    for way, twin in made.items():
+        twin.zero_grad()
+        assert all(torch.equal(one, other) for one, other in zip(train(twin, first=2), expected)), way
+        assert not {b.data_ptr() for b in twin.buffers()} & {b.data_ptr() for b in norm.buffers()}
+
+
+@pytest.mark.parametrize("name, variant", CASES)
+def test_inference_mode(name, variant):
+    """Built, evaluated or moved under inference_mode, a norm trains afterwards as any other does."""
+    expected = train(make(name, variant))
+    with torch.inference_mode():
+        norm = make(name, variant)
+        norm.eval()(batch()[0], batch()[2])
+    assert all(torch.equal(one, other) for one, other in zip(train(norm), expected))
+    norm = make(name, variant)
+    with torch.inference_mode():
+        for key, buffer in dict(norm.named_buffers()).items():
+            setattr(norm, key, buffer.clone())
+    assert all(torch.equal(one, other) for one, other in zip(train(norm), expected))
+
+
+@pytest.mark.parametrize("name, variant", CASES)
+def test_statistics_estimated_under_inference_mode(name, variant):
+    """A training pass under inference_mode or no_grad takes the same step of the forward statistics."""
+    norms = []
+    for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        norm = make(name, variant).train()
+        with context():
+            norm(*batch()[::2])
+        norms.append(norm)
+    for norm in norms[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(norm.buffers(), norms[0].buffers()))
+
+
+@pytest.mark.parametrize("name, variant", CASES)
+def test_shared_memory(name, variant):
+    """A step taken by somebody else in shared memory, as other processes do, is seen by the next pass."""
+    expected = train(make(name, variant, warmup_updates=3), steps=4)
+    norm = make(name, variant, warmup_updates=3).share_memory()
+    other = make(name, variant, warmup_updates=3)
+    for (key, buffer), weight in zip(norm.named_buffers(), norm.buffers()):
+        setattr(other, key, torch.empty(0).set_(buffer.untyped_storage(), 0, buffer.shape))  # no common version counter
+    train(other, steps=2)
+    found = train(norm, steps=2, first=2)
+    count = len(list(norm.buffers()))
+    assert_all_close(found[-count:], expected[-count:])
+
+
+@pytest.mark.parametrize("name, variant", CASES)
+def test_batch_first_everywhere(name, variant):
+    """batch_first is the same norm on the transposed input; with B = T the mask is not ambiguous."""
+    norm, twin = make(name, variant), make(name, variant, batch_first=True)
+    x, dy, mask = batch()
+    x, dy, mask = x[:3], dy[:3], mask[:, :3]
+    found = []
+    for each, transpose in ((norm, False), (twin, True)):
+        leaf = x.clone().requires_grad_()
+        y = each(leaf.transpose(0, 1) if transpose else leaf, mask)
+        y = y.transpose(0, 1) if transpose else y
+        y.backward(dy)
+        found.append([y, leaf.grad, *each.buffers()])
+    assert_all_close(*found)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_batch_first_is_an_option_of_every_norm(name):
+    """build_norm takes it for all of them, and a mask of the other layout is refused."""
+    norm = build_norm(name, C, batch_first=True)
+    with pytest.raises(ValueError, match=r"padding_mask of shape \(5, 3\): expected \(3, 5\)"):
+        norm(torch.randn(3, 5, C), torch.zeros(5, 3, dtype=torch.bool))

@@ -1,0 +1,323 @@
+"""What torch does around a module: function transforms, forward-mode derivatives, fake tensors, export, scripting, compiling."""
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
+
+from fairseq_powernorm.norms import build_norm
+from fairseq_powernorm.statistics import RunningStatistics
+from norm_cases import ALL, C, CASES, assert_all_close, batch, make, train
+
+EXACT = [case for case in CASES if case[0] != "power"]
+
+
+def derivative(norm, x, dy):
+    leaf = x.clone().requires_grad_()
+    norm(leaf).backward(dy)
+    return leaf.grad
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name, variant", ALL)
+def test_transforms_in_evaluation(name, variant, frozen):
+    """grad, vjp, jvp, jacrev, jacfwd, vmap and forward-mode duals agree with ordinary autograd."""
+    norm = make(name, variant).eval().requires_grad_(not frozen)
+    x, dy, _ = batch()
+    expected = derivative(norm, x, dy)
+    assert_all_close(
+        [grad(lambda x: (norm(x) * dy).sum())(x), vjp(norm, x)[1](dy)[0], jacrev(lambda x: (norm(x) * dy).sum())(x)],
+        [expected] * 3,
+    )
+    y, tangent = jvp(norm, (x,), (dy,))
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(norm(forward_ad.make_dual(x, dy)))
+        assert dual.tangent is not None
+        found = dual.tangent
+    direction = (jacfwd(norm)(x[:1, :1]) * dy[:1, :1]).sum((3, 4, 5))
+    assert_all_close([y, tangent, tangent[:1, :1]], [norm(x), found, direction])
+    assert_all_close([(tangent * dy).sum()], [(derivative(norm, x, dy) * dy).sum()], 1e-5)  # <J v, v> = <v, J^T v>
+    assert_all_close([vmap(norm)(torch.stack([x, 2 * x]))], [torch.stack([norm(x), norm(2 * x)])])
+    per_example = vmap(grad(lambda x: norm(x[None]).square().sum()))(x[0])
+    assert_all_close([per_example], [grad(lambda x: norm(x).square().sum())(x[0])])
+
+
+@pytest.mark.parametrize("name, variant", ALL)
+def test_second_derivatives_in_evaluation(name, variant):
+    """gradgradcheck of the evaluation."""
+    norm = make(name, variant, torch.float64).eval()
+    x = batch(0, torch.float64)[0][:2, :1].requires_grad_()
+    assert torch.autograd.gradgradcheck(norm, (x,))
+
+
+@pytest.mark.parametrize("name, variant", ALL)
+def test_several_gradients_at_once_in_evaluation(name, variant):
+    """is_grads_batched, as jacobian(vectorize=True) uses it, gives each gradient."""
+    norm = make(name, variant).eval()
+    x, dy, _ = batch()
+    x.requires_grad_()
+    (found,) = torch.autograd.grad(norm(x), x, torch.stack([dy, 2 * dy]), is_grads_batched=True)
+    expected = derivative(norm, x.detach(), dy)
+    assert_all_close([found], [torch.stack([expected, 2 * expected])])
+
+
+# ---------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize("name, variant", ALL)
+def test_func_grad_in_training(name, variant, captured):
+    """torch.func.grad over a training pass: gradients and every step of the statistics, parameters and buffers captured or given."""
+    norm, plain = make(name, variant, warmup_updates=2), make(name, variant, warmup_updates=2)
+    for step in range(4):
+        x, dy, mask = batch(step)
+        leaf = x.clone().requires_grad_()
+        (plain(leaf, mask) * dy).sum().backward()
+        parameters, buffers = dict(norm.named_parameters()), dict(norm.named_buffers())
+
+        def loss(x, parameters, buffers):
+            return ((norm(x, mask) if captured else functional_call(norm, (parameters, buffers), (x, mask))) * dy).sum()
+
+        found = grad(loss, argnums=(0,) if captured else (0, 1))(x, parameters, buffers)
+        expected = [leaf.grad, *norm.buffers()]
+        assert_all_close([found[0], *norm.buffers()], [leaf.grad, *plain.buffers()])
+        if not captured:
+            assert_all_close(found[1].values(), [p.grad for p in plain.parameters()])
+        plain.zero_grad()
+
+
+@pytest.mark.parametrize("name, variant", EXACT)
+def test_forward_derivatives_in_training(name, variant):
+    """jvp of the norms with an exact gradient is its transpose; PN's approximate gradient has none and says so."""
+    x, dy, mask = batch(0, torch.float64)
+    norm = make(name, variant, torch.float64)
+    _, tangent = jvp(lambda x: norm(x, mask), (x,), (dy,))
+    leaf = x.clone().requires_grad_()
+    norm(leaf, mask).backward(dy)
+    torch.testing.assert_close((tangent * dy).sum(), (leaf.grad * dy).sum())
+
+
+@pytest.mark.parametrize("variant", ["reference", "algorithm2"])
+def test_what_has_no_meaning_for_the_approximate_gradient_is_refused(variant):
+    """Forward derivatives, second derivatives and several gradients at once through PN in training."""
+    norm = make("power", variant)
+    x, dy, _ = batch()
+    with pytest.raises(Exception, match="(?i)forward mode|jvp|forward AD"):
+        jvp(norm, (x,), (dy,))
+    with forward_ad.dual_level(), pytest.raises(Exception, match="(?i)forward mode|jvp|forward AD"):
+        norm(forward_ad.make_dual(x, dy))
+    leaf = x.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="several gradients at once"):
+        torch.autograd.grad(norm(leaf), leaf, torch.stack([dy, dy]), is_grads_batched=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        torch.autograd.grad(norm(leaf), leaf, dy, create_graph=True)[0].sum().backward()
+
+
+@pytest.mark.parametrize("name, variant", CASES)
+def test_vmap_in_training_is_refused(name, variant):
+    """Each example would take a step; the statistics stay as they were."""
+    norm = make(name, variant)
+    before = copy.deepcopy(norm.state_dict())
+    x = torch.randn(4, 5, 3, C)
+    for f in (norm, grad(lambda x: norm(x).sum())):
+        with pytest.raises(RuntimeError, match="vmap over a .* in training"):
+            vmap(f)(x)
+    assert all(torch.equal(before[key], value) for key, value in norm.state_dict().items())
+
+
+@pytest.mark.parametrize("name, variant", EXACT)
+def test_second_derivatives_in_training(name, variant):
+    """gradcheck and gradgradcheck with a mask, valid rows and padding."""
+    norm = make(name, variant, torch.float64)
+    x, _, mask = batch(0, torch.float64)
+    x = x[:, :2].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: norm(x, mask[:2]), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: norm(x, mask[:2]), (x,), atol=1e-4)
+
+
+# ---------------------------------------------------------------- without values
+
+
+@pytest.mark.parametrize("name, variant", ALL)
+@pytest.mark.parametrize("training", [True, False])
+def test_fake_and_meta_tensors(name, variant, training):
+    """Shapes and dtypes of output and gradients without values."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for dtype in (torch.float32, torch.bfloat16):
+        norm = make(name, variant).to("meta").train(training)
+        x = torch.empty(5, 3, C, dtype=dtype, device="meta", requires_grad=True)
+        y = norm(x)
+        y.sum().backward()
+        assert y.is_meta and y.shape == x.shape and y.dtype == x.grad.dtype == dtype and norm.weight.grad.shape == (C,)
+        with FakeTensorMode():
+            norm = build_norm(name, C, **({"variant": variant} if variant else {})).train(training)
+            x = torch.empty(5, 3, C, dtype=dtype, requires_grad=True)
+            y = norm(x, torch.zeros(3, 5, dtype=torch.bool))
+            y.sum().backward()
+            assert type(y).__name__ == "FakeTensor" and y.shape == x.shape and y.dtype == x.grad.dtype == dtype
+
+
+# ---------------------------------------------------------------- export, scripting
+
+
+@pytest.mark.parametrize("name, variant", ALL)
+def test_export_of_the_evaluation(name, variant):
+    """torch.export gives a graph of torch's own operations with the same numbers, for any number of rows."""
+    norm = make(name, variant).eval()
+    x, _, _ = batch()
+    program = torch.export.export(norm, (x,), dynamic_shapes=({0: torch.export.Dim("time", min=2, max=100)},))
+    assert not [node for node in program.graph.nodes if "fairseq_powernorm" in str(node.target)]
+    for each in (x, torch.randn(9, 3, C)):
+        assert_all_close([program.module()(each)], [norm(each)])
+
+
+@pytest.mark.parametrize("name, variant", CASES)
+def test_export_of_training(name, variant):
+    """torch.export of a training norm: the exported module takes the same steps of the statistics."""
+    norm, plain = make(name, variant), make(name, variant)
+    x, _, mask = batch()
+    module = torch.export.export(norm, (x, mask)).module()
+    for step in range(3):
+        x, _, mask = batch(step)
+        with torch.no_grad():
+            assert_all_close([module(x, mask)], [plain(x, mask)])
+    assert_all_close([value for _, value in sorted(module.named_buffers())], [value for _, value in sorted(plain.named_buffers())])
+
+
+@pytest.mark.parametrize("groups", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name, variant", ALL)
+def test_scripting_a_bare_norm(name, variant, groups, dtype):
+    """torch.jit.script in evaluation, alone and inside a model: the same numbers; in training it is refused."""
+    if name == "layer" and dtype is torch.float64:
+        pytest.skip("torch's own takes no float64 input with float32 parameters")
+    norm = make(name, variant, groups=groups).eval()
+    x = batch(0, dtype)[0]
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float64: 2e-6}[dtype]
+    for module in (norm, nn.Sequential(norm)):
+        assert_all_close([torch.jit.script(module)(x)], [norm(x)], tolerance)
+    if name in dict(CASES):
+        with pytest.raises(RuntimeError, match=r"in training: call eval\(\) first"):
+            torch.jit.script(norm.train())
+
+
+@pytest.mark.parametrize("name, variant", ALL)
+def test_tracing(name, variant):
+    """torch.jit.trace in evaluation; in training a norm with statistics refuses it."""
+    norm = make(name, variant).eval()
+    x, _, _ = batch()
+    assert_all_close([torch.jit.trace(norm, x)(2 * x)], [norm(2 * x)])
+    if name in dict(CASES):
+        with pytest.raises(RuntimeError, match=r"in training: call eval\(\) first"):
+            torch.jit.trace(norm.train(), x)
+
+
+# ---------------------------------------------------------------- torch.compile
+
+
+class Model(nn.Module):
+    """A norm between linear maps, with something after it that a compiler fuses."""
+
+    def __init__(self, norm):
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.norm, self.second = nn.Linear(C, C), norm, nn.Linear(C, C)
+
+    def forward(self, x, mask):
+        return self.second(torch.relu_(self.norm(self.first(x), mask))) + x
+
+
+def steps_of(model, f, staged=False, steps=5):
+    statistics = RunningStatistics(model) if staged else None
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    found = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        for part in range(2 if staged else 1):
+            x, dy, mask = batch(10 * step + part)
+            x.requires_grad_()
+            if staged:
+                with statistics.batch(gradient_scale=4.0):
+                    (f(x, mask) * 4.0).backward(dy)
+            else:
+                f(x, mask).backward(dy)
+            found.append(x.grad)
+        optimizer.step()
+        if staged:
+            statistics.commit()
+    model.eval()
+    found.append(f(x.detach(), mask).detach())
+    return found + [value.detach() for value in model.state_dict().values()]
+
+
+@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("name, variant", ALL)
+def test_compiled_training_and_evaluation(name, variant, staged):
+    """torch.compile(fullgraph=True): five steps of training across the end of the warm-up, then evaluation, as without."""
+    if staged and name not in dict(CASES):
+        pytest.skip("no statistics")
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        model = Model(make(name, variant, warmup_updates=3))
+        f = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        results.append(steps_of(model, f, staged))
+    assert_all_close(*results, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, variant", CASES)
+def test_compiled_by_inductor(name, variant):
+    """The same with torch's own compiler, and with no padding."""
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        model = Model(make(name, variant, warmup_updates=3))
+        results.append(steps_of(model, torch.compile(model, fullgraph=True) if compiled else model))
+    assert_all_close(*results, 1e-5)
+
+
+def test_compiled_checkpointing_is_exact_or_refused():
+    """With RunningStatistics a compiled segment may be recomputed; a norm that steps by itself says that it may not."""
+    torch._dynamo.reset()
+
+    def f(model):
+        return lambda x, mask: torch.utils.checkpoint.checkpoint(model, x, mask, use_reentrant=False)
+
+    plain, compiled = (Model(make("power", "reference", warmup_updates=3)) for _ in range(2))
+    expected = steps_of(plain, plain, staged=True)
+    found = steps_of(compiled, torch.compile(f(compiled), fullgraph=True, backend="aot_eager"), staged=True)
+    assert_all_close(found, expected, 1e-5)
+    torch._dynamo.reset()
+    alone = Model(make("power", "reference", warmup_updates=3))
+    with pytest.raises(Exception, match="activation checkpointing inside torch.compile"):
+        steps_of(alone, torch.compile(f(alone), fullgraph=True, backend="aot_eager"))
+
+
+# ---------------------------------------------------------------- the operators themselves
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("groups", [0, 2])
+def test_operators_are_what_they_declare(dtype, groups):
+    """torch.library.opcheck: schemas, mutations, fake results, autograd registration."""
+    from fairseq_powernorm import operators
+
+    norm = make("power", "algorithm2", groups=groups)
+    x, dy, _ = batch(0, dtype)
+    valid = torch.ones(15, dtype=torch.bool)
+    spec, step = tuple(norm._spec()), tuple(norm._step_spec())
+    ops = torch.ops.fairseq_powernorm
+    arguments = (x, norm.weight.detach(), norm.bias.detach(), valid, norm.running_phi, norm.iters, *spec)
+    _, r, saved, tally = ops.forward(*arguments)
+    torch.library.opcheck(ops.forward, arguments)
+    arguments = (dy, x, r, norm.weight.detach(), valid, saved, norm.ema_gz, *spec)
+    torch.library.opcheck(ops.backward, arguments)
+    torch.library.opcheck(ops.advance_forward_, (tally, norm.running_phi, norm.iters, *step))
+    torch.library.opcheck(ops.advance_backward_, (ops.backward(*arguments)[3], norm.ema_gz, *step))
