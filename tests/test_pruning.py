@@ -206,6 +206,8 @@ def test_a_run_of_some_layers(kind, options, toy_data, lm_data, tmp_path, monkey
     whole, further = (tmp_path / name / "checkpoint_last.pt" for name in ("whole", "further"))
     command(monkeypatch, train, *run, "--save-dir", whole.parent, "--max-update", 2)
     found = evaluate(whole, "--model-overrides", str({f"{side}_layers_to_keep": kept for side, kept in options.items()}))
-    command(monkeypatch, train, *run, *flags, "--save-dir", further.parent, "--max-update", 1, "--finetune-from-model", whole,
-            "--lr", 1e-30)
+    with pytest.raises(ValueError, match="whole/checkpoint_last.pt': its optimizer .*; give --reset-optimizer"):
+        command(monkeypatch, train, *run, *flags, "--save-dir", further.parent, "--max-update", 3, "--restore-file", whole)
+    monkeypatch.undo()
+    command(monkeypatch, train, *run, *flags, "--save-dir", further.parent, "--max-update", 1, "--finetune-from-model", whole)
     assert found and evaluate(further)

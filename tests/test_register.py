@@ -390,3 +390,32 @@ assert (Class().method(1), Class().static(1), Class.static(1)) == (2, 2, 2)
 print("once")
 """
     assert "once" in run(program)
+
+
+def test_patches_are_on_classes(run, toy_data, tmp_path):
+    """Training changes classes and modules of fairseq, no object: an optimizer has no function of its own afterwards, and is
+    pickled."""
+    words = [str(word) for word in (
+        "fairseq-train", toy_data, "--user-dir", toy.ROOT / "fairseq_powernorm", "--task", "translation_pn", "--arch",
+        "transformer_pn_tiny", *TINY, "--save-dir", tmp_path,
+    )]  # fmt: skip
+    program = f"""
+import inspect, pickle, sys
+import fairseq_powernorm.register
+from fairseq_cli import train
+from fairseq_powernorm import patches
+assert all(inspect.isclass(owner) or inspect.ismodule(owner) for owner, _, _ in patches.patches())
+trainers = []
+class Trainer(train.Trainer):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        trainers.append(self)
+train.Trainer = Trainer
+sys.argv = {words!r}
+train.cli_main()
+for each in (trainers[0], trainers[0].optimizer, trainers[0].task, trainers[0].model):
+    assert not [name for name, value in vars(each).items() if inspect.isroutine(value)], each
+pickle.dumps(trainers[0].optimizer)
+print("on classes")
+"""
+    assert "on classes" in run(program)
