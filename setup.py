@@ -33,25 +33,38 @@ class Build(build_py):
         spec = importlib.util.spec_from_file_location("kernel_build", ROOT / KERNELS / "build.py")
         build = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(build)
+        folder = ROOT / KERNELS if getattr(self, "editable_mode", False) else pathlib.Path(self.build_lib) / KERNELS
         try:
-            in_place = getattr(self, "editable_mode", False)
-            build.build(ROOT / KERNELS if in_place else pathlib.Path(self.build_lib) / KERNELS)
+            build.build(folder)
         except build.BuildError as error:
             print(f"the C kernel is not built, the torch kernel will serve: {error}")
+            if (folder / build.NAME).exists():  # of an earlier build, maybe from other sources
+                (folder / build.NAME).unlink()
+        self.distribution.compiled = (folder / build.NAME).is_file()
 
 
-class Compiled(Distribution):
-    """A distribution with a compiled part."""
+class PartlyCompiled(Distribution):
+    """A distribution with a compiled part where there is a compiler, which is known once it has been built."""
+
+    compiled = True
 
     def has_ext_modules(self):
-        return True
+        return self.compiled
 
 
 commands = {"build_py": Build}
 if bdist_wheel is not None:
 
     class Wheel(bdist_wheel):
-        """The compiled library is plain C: one wheel for every version of Python and torch on a platform."""
+        """The compiled library is plain C: one wheel for all versions of Python and torch on a platform.
+
+        Without it, one wheel for all platforms.
+        """
+
+        def run(self):
+            self.run_command("build")
+            self.root_is_pure = not self.distribution.compiled
+            super().run()
 
         def get_tag(self):
             return ("py3", "none", super().get_tag()[2])
@@ -69,8 +82,9 @@ setup(
     package_data={"fairseq_powernorm.kernels": ["csrc/*"], "fairseq_powernorm.experiments.data": ["*.tsv"],
                   "fairseq_powernorm.experiments.reports": ["*.html.j2"]},
     cmdclass=commands,
-    distclass=Compiled,
+    distclass=PartlyCompiled,
     python_requires=">=3.8",
+    # what the plugin needs; the norms need torch only, which is what --no-deps is for
     install_requires=[
         "torch>=2.4",
         "numpy",
@@ -81,9 +95,11 @@ setup(
         'hydra-core>=1.3.2,<1.4; python_version >= "3.11"',
         'omegaconf>=2.3,<2.4; python_version >= "3.11"',
         "sacrebleu>=2.0",
+        "sentencepiece>=0.2",
+        "subword-nmt>=0.3.8",
     ],
     extras_require={
-        "data": ["sacremoses>=0.1", "subword-nmt>=0.3.8", "sentencepiece>=0.2"],
+        "data": ["sacremoses>=0.1"],
         "plots": ["jinja2", "matplotlib", "tensorboard"],
         # hydra 1.0, which fairseq 0.12.2 needs, is too old for it
         "slurm": [f'{name}; python_version >= "3.11"' for name in ("submitit>=1.5", "hydra-submitit-launcher>=1.2")],

@@ -12,6 +12,8 @@ from typing import Any, Container, Dict, Iterator, List, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
+from . import compat
+
 State = Dict[str, Any]
 
 #: architectures of the authors' code under which they trained, and ours; sizes are stored with the checkpoint
@@ -37,6 +39,7 @@ def load(path: str) -> State:
     """
     if not os.path.isfile(path):
         raise ValueError(f"checkpoint {path!r}: no such file")
+    compat.allow_checkpoint_types()
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -207,6 +207,8 @@ def _load(path: str, data: Optional[str]) -> nn.Module:
     """The model of a checkpoint; raises ValueError."""
     from fairseq import checkpoint_utils
 
+    from . import register  # noqa: F401
+
     checkpoint.load(path)
     overrides = {} if data is None else {"data": data}
     try:

@@ -4,8 +4,7 @@ fairseq calls a norm as ``norm(x)``. Each layer therefore owns a :class:`~fairse
 norms read; the layer's own ``forward`` fills the slot, so that the mask is there again when the layer is
 recomputed under activation checkpointing.
 """
-from argparse import Namespace
-from typing import Dict, List, Optional
+from typing import TYPE_CHECKING, Dict, List, Optional
 
 from fairseq.distributed import fsdp_wrap
 from fairseq.modules import transformer_layer
@@ -13,16 +12,18 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
 from .norms import MaskSlot, build_norm
-from .options import norm_settings
+
+if TYPE_CHECKING:
+    from .options import ChosenNorms
 
 
 def swap_norm(
-    module: nn.Module, attribute: str, options: Namespace, side: str, position: str, dim: int, heads: int
+    module: nn.Module, attribute: str, norms: "ChosenNorms", side: str, position: str, dim: int, heads: int
 ) -> None:
     """Replace the norm ``module.attribute`` (if there is one) by the chosen one, reading ``module.mask_slot``."""
     if getattr(module, attribute) is None:
         return
-    name, settings = norm_settings(options, side, position, dim, heads)
+    name, settings = norms.settings(side, position, dim, heads)
     norm = build_norm(name, dim, **settings)
     norm.mask_slot = module.mask_slot
     setattr(module, attribute, norm)
@@ -126,3 +127,6 @@ class DecoderLayer(transformer_layer.TransformerDecoderLayerBase):
             return super().forward(x, encoder_out, *args, **kwargs)
         finally:
             self.mask_slot.padding_mask = None
+
+
+from . import register  # noqa: E402,F401  (whichever module for fairseq is imported first, all are registered)

@@ -1,5 +1,4 @@
-"""The norm options of models and tasks. Defaults of the norms are those of :class:`~fairseq_powernorm.norms.PowerNorm`."""
-import inspect
+"""The norm options of models and tasks. What is not given is left to the norm."""
 import re
 import sys
 from argparse import Namespace
@@ -8,14 +7,14 @@ from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Tuple, Type
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
-from .norms import NORMS, VARIANTS, PowerNorm, RunningNorm
+from .norms import NORMS, VARIANTS, PowerNorm, RunningNorm, create_norm, default_groups, parse_norm
 from .recorder import check_target
 from .statistics import SYNC
 
-NormName = ChoiceEnum(list(NORMS))
 VariantName = ChoiceEnum(list(VARIANTS))
 SyncName = ChoiceEnum(list(SYNC))
-_DEFAULT = {name: p.default for name, p in inspect.signature(PowerNorm).parameters.items()}
+#: how a norm is written in an option
+NORM_SYNTAX = f"one of {', '.join(NORMS)}, or with options of its own NAME:OPTION=VALUE,..., as in batch:variant=reference"
 _NORM_OPTION = re.compile(r"(encoder_|decoder_)?norm(_|$)")
 _CHECKED_OPTION = re.compile(rf"{_NORM_OPTION.pattern}|tensorized(_|$)")
 
@@ -24,17 +23,24 @@ _CHECKED_OPTION = re.compile(rf"{_NORM_OPTION.pattern}|tensorized(_|$)")
 class NormConstants(FairseqDataclass):
     """The constants of the norms, which every model has; the names of its options are checked."""
 
-    norm_alpha_fwd: float = field(
-        default=_DEFAULT["alpha_fwd"],
-        metadata={"help": "weight of the old value in running statistics of the forward pass, in [0, 1]"},
+    norm_alpha_fwd: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "weight of the old value in running statistics of the forward pass, in [0, 1] (default: the norm's own)"
+        },
     )
-    norm_alpha_bkw: float = field(
-        default=_DEFAULT["alpha_bkw"],
-        metadata={"help": "weight of the old value in running statistics of the backward pass, in [0, 1]"},
+    norm_alpha_bkw: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "weight of the old value in running statistics of the backward pass, in [0, 1] (default: the norm's own)"
+        },
     )
-    norm_warmup_updates: int = field(
-        default=_DEFAULT["warmup_updates"],
-        metadata={"help": "updates in which PN (reference) divides by batch statistics; the authors use the LR warm-up"},
+    norm_warmup_updates: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "updates in which PN (reference) divides by batch statistics; the authors use the LR warm-up (default: "
+            "the norm's own)"
+        },
     )
     norm_final_warmup_updates: Optional[int] = field(
         default=None,
@@ -42,13 +48,18 @@ class NormConstants(FairseqDataclass):
     )
     norm_groups: Optional[int] = field(
         default=None,
-        metadata={"help": "channel groups of the layer scale before BN, PN-V and PN, 0 for none (default: heads)"},
+        metadata={
+            "help": "channel groups of the layer scale before BN, PN-V and PN, 0 for none (default: the norm's own for the "
+            "number of attention heads)"
+        },
     )
-    norm_variant: VariantName = field(
-        default=_DEFAULT["variant"],
-        metadata={"help": "arithmetic of PN: the authors' released code or Algorithm 2 of the paper"},
+    norm_variant: Optional[VariantName] = field(
+        default=None,
+        metadata={
+            "help": "arithmetic of PN: the authors' released code (reference, the default) or Algorithm 2 of the paper"
+        },
     )
-    norm_eps: float = field(default=_DEFAULT["eps"], metadata={"help": "eps of every norm"})
+    norm_eps: Optional[float] = field(default=None, metadata={"help": "eps of every norm (default: the norm's own)"})
 
     @classmethod
     def check_keys(cls, options: Mapping[str, Any]) -> None:
@@ -66,16 +77,16 @@ class NormConstants(FairseqDataclass):
 class NormOptions(NormConstants):
     """Which norm stands where in an encoder-decoder model."""
 
-    encoder_norm_self: NormName = field(default="power", metadata={"help": "norm of encoder self-attention"})
-    encoder_norm_ff: NormName = field(default="power", metadata={"help": "norm of encoder feed-forward blocks"})
-    encoder_norm_final: Optional[NormName] = field(
+    encoder_norm_self: str = field(default="power", metadata={"help": f"norm of encoder self-attention: {NORM_SYNTAX}"})
+    encoder_norm_ff: str = field(default="power", metadata={"help": "norm of encoder feed-forward blocks"})
+    encoder_norm_final: Optional[str] = field(
         default=None, metadata={"help": "norm after a pre-norm encoder stack (default: --encoder-norm-ff)"}
     )
-    decoder_norm_self: NormName = field(
+    decoder_norm_self: str = field(
         default="layer", metadata={"help": "norm of decoder self-attention and encoder-decoder attention"}
     )
-    decoder_norm_ff: NormName = field(default="layer", metadata={"help": "norm of decoder feed-forward blocks"})
-    decoder_norm_final: Optional[NormName] = field(
+    decoder_norm_ff: str = field(default="layer", metadata={"help": "norm of decoder feed-forward blocks"})
+    decoder_norm_final: Optional[str] = field(
         default=None, metadata={"help": "norm after a pre-norm decoder stack (default: --decoder-norm-ff)"}
     )
 
@@ -84,9 +95,9 @@ class NormOptions(NormConstants):
 class LMNormOptions(NormConstants):
     """Which norm stands where in a language model, which has a decoder only: the ``encoder_norm_*`` are refused."""
 
-    decoder_norm_self: NormName = field(default="power", metadata={"help": "norm of self-attention"})
-    decoder_norm_ff: NormName = field(default="power", metadata={"help": "norm of feed-forward blocks"})
-    decoder_norm_final: Optional[NormName] = field(
+    decoder_norm_self: str = field(default="power", metadata={"help": f"norm of self-attention: {NORM_SYNTAX}"})
+    decoder_norm_ff: str = field(default="power", metadata={"help": "norm of feed-forward blocks"})
+    decoder_norm_final: Optional[str] = field(
         default=None, metadata={"help": "norm after a pre-norm stack (default: --decoder-norm-ff)"}
     )
 
@@ -184,8 +195,56 @@ def _choice(name: str, value: Any, choices: Iterable[str]) -> str:
     return str(value)
 
 
-def norm_options(args: Any, model: Type[NormConstants] = NormOptions) -> Namespace:
-    """Read the norm options from a Namespace or DictConfig, fill in defaults and check every value.
+class ChosenNorms(Namespace):
+    """The norm options of a model, complete and checked: which norm stands where, and its constants."""
+
+    def settings(self, side: str, position: str, dim: int, heads: int) -> Tuple[str, Dict[str, Any]]:
+        """Name and keyword arguments, for :func:`~fairseq_powernorm.norms.build_norm`, of one norm of the model.
+
+        What the norm's own text says (``power:groups=2``) goes before the options for all norms; what neither says is left
+        to the norm.
+
+        Args:
+            side: ``encoder`` or ``decoder``
+            position: ``self``, ``ff`` or ``final``
+            dim: channels
+            heads: attention heads, which the norm's default number of groups may depend on
+
+        Raises:
+            ValueError: the number of groups does not divide ``dim``, or another value is outside its range
+        """
+        option = f"{side}_norm_{position}"
+        final = position == "final"
+        inherited = final and getattr(self, option) is None
+        if inherited:
+            option = f"{side}_norm_ff"
+        text = getattr(self, option)
+        name, own = parse_norm(text)
+        warmup_updates = self.norm_warmup_updates
+        if final and self.norm_final_warmup_updates is not None:
+            warmup_updates = self.norm_final_warmup_updates
+            if inherited:  # what is said of final norms goes before what is said of the others
+                own.pop("warmup_updates", None)
+        groups = own.get("groups", self.norm_groups)
+        if groups is None:
+            groups = default_groups(**{"name": name, "heads": heads, **own})
+        if issubclass(NORMS[name], RunningNorm) and groups > 0 and dim % groups:
+            divisors = ", ".join(str(g) for g in range(1, dim + 1) if dim % g == 0)
+            where = f"{flag(option)} {text!r}: groups={groups}" if "groups" in own else f"--norm-groups {groups}"
+            raise ValueError(f"{where}: must be 0 or divide the {dim} channels of the {side}: {divisors}")
+        shared = dict(
+            eps=self.norm_eps,
+            alpha_fwd=self.norm_alpha_fwd,
+            alpha_bkw=self.norm_alpha_bkw,
+            warmup_updates=warmup_updates,
+            groups=groups,
+            variant=self.norm_variant if issubclass(NORMS[name], PowerNorm) else None,
+        )
+        return name, {**{key: value for key, value in shared.items() if value is not None}, **own}
+
+
+def norm_options(args: Any, model: Type[NormConstants] = NormOptions) -> ChosenNorms:
+    """Read the norm options from a Namespace or DictConfig, fill in which norms stand where and check every value.
 
     Args:
         args: options of a model, others among them
@@ -196,24 +255,34 @@ def norm_options(args: Any, model: Type[NormConstants] = NormOptions) -> Namespa
     """
     defaults = model()
     found = {name: getattr(args, name, None) for name in NORM_FIELDS if name in model.__dataclass_fields__}
-    options = Namespace(**{k: getattr(defaults, k) if v is None else v for k, v in found.items()})
-    for side in norm_sides(model):
-        if getattr(options, f"{side}_norm_final") is None:
-            setattr(options, f"{side}_norm_final", getattr(options, f"{side}_norm_ff"))
-        for position in ("self", "ff", "final"):
-            name = f"{side}_norm_{position}"
-            setattr(options, name, _choice(name, getattr(options, name), tuple(NORMS)))
-    options.norm_variant = _choice("norm_variant", options.norm_variant, VARIANTS)
+    options = ChosenNorms(**{k: getattr(defaults, k) if v is None else v for k, v in found.items()})
     for name in ("norm_alpha_fwd", "norm_alpha_bkw"):
-        if not 0.0 <= getattr(options, name) <= 1.0:
-            raise ValueError(f"{flag(name)} {getattr(options, name)}: must lie in [0, 1]")
-    if options.norm_final_warmup_updates is None:
-        options.norm_final_warmup_updates = options.norm_warmup_updates
+        value = getattr(options, name)
+        if value is not None and not 0.0 <= value <= 1.0:
+            raise ValueError(f"{flag(name)} {value}: must lie in [0, 1]")
     for name in ("norm_warmup_updates", "norm_final_warmup_updates", "norm_groups", "norm_eps"):
         value = getattr(options, name)
         if value is not None and not value >= 0:
             raise ValueError(f"{flag(name)} {value}: must be zero or positive")
+    if options.norm_variant is not None:
+        options.norm_variant = _choice("norm_variant", options.norm_variant, VARIANTS)
+    for side in norm_sides(model):
+        for position in ("self", "ff", "final"):
+            name = f"{side}_norm_{position}"
+            if getattr(options, name) is not None:  # a final norm may be that of the feed-forward blocks
+                setattr(options, name, _checked_norm(name, getattr(options, name)))
     return options
+
+
+def _checked_norm(option: str, text: Any) -> str:
+    """The text of a norm, if the norm can be built from it."""
+    try:
+        name, own = parse_norm(str(text))
+        create_norm(str(text), dim=max(1, own.get("groups", 1)))
+    except ValueError as error:
+        reason = str(error).rpartition(f"norm {str(text)!r}: ")[2]
+        raise ValueError(f"{flag(option)} {str(text)!r}: {reason}") from None
+    return str(text)
 
 
 def check_statistics_options(cfg: Any) -> None:
@@ -237,33 +306,7 @@ def check_norms(args: Any, model: Type[NormConstants] = NormOptions) -> None:
     for side in norm_sides(model):
         for position in ("self", "ff", "final"):
             dim, heads = getattr(args, f"{side}_embed_dim"), getattr(args, f"{side}_attention_heads")
-            norm_settings(options, side, position, dim, heads)
+            options.settings(side, position, dim, heads)
 
 
-def norm_settings(options: Namespace, side: str, position: str, dim: int, heads: int) -> Tuple[str, Dict[str, Any]]:
-    """Name and keyword arguments, for :func:`~fairseq_powernorm.norms.build_norm`, of one norm of a model.
-
-    Args:
-        options: result of :func:`norm_options`
-        side: ``encoder`` or ``decoder``
-        position: ``self``, ``ff`` or ``final``
-        dim: channels
-        heads: attention heads, the default number of groups
-
-    Raises:
-        ValueError: the number of groups does not divide ``dim``
-    """
-    name = getattr(options, f"{side}_norm_{position}")
-    groups = heads if options.norm_groups is None else options.norm_groups
-    if issubclass(NORMS[name], RunningNorm) and groups > 0 and dim % groups:
-        divisors = ", ".join(str(g) for g in range(1, dim + 1) if dim % g == 0)
-        raise ValueError(f"--norm-groups {groups}: must be 0 or divide the {dim} channels of the {side}: {divisors}")
-    final = position == "final"
-    return name, dict(
-        eps=options.norm_eps,
-        alpha_fwd=options.norm_alpha_fwd,
-        alpha_bkw=options.norm_alpha_bkw,
-        warmup_updates=options.norm_final_warmup_updates if final else options.norm_warmup_updates,
-        groups=groups,
-        variant=options.norm_variant,
-    )
+from . import register  # noqa: E402,F401  (whichever module for fairseq is imported first, all are registered)

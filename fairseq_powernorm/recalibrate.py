@@ -60,6 +60,8 @@ def _load(options):
     """Model, task and a shuffled list of batches for a checkpoint; raises ValueError."""
     from fairseq import checkpoint_utils, utils
 
+    from . import register  # noqa: F401
+
     checkpoint.load(options.path)
     if not os.path.isdir(options.data):
         raise ValueError(f"data {options.data!r}: not a directory; must be one written by fairseq-preprocess")

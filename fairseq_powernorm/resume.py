@@ -8,6 +8,8 @@ from typing import Optional, Sequence
 
 import torch
 
+from . import compat
+
 logger = logging.getLogger(__name__)
 
 LAST = "checkpoint_last"
@@ -36,6 +38,7 @@ def whole(path: str) -> bool:
 
 def num_updates(path: str) -> Optional[int]:
     """The updates after which a checkpoint was saved, without reading its tensors; None if it is missing or damaged."""
+    compat.allow_checkpoint_types()
     try:
         if not whole(path):
             return None

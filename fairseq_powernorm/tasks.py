@@ -14,6 +14,7 @@ import torch.distributed as dist
 from fairseq import utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
+from fairseq.models import ARCH_MODEL_REGISTRY
 from fairseq.modules import LayerDropModuleList
 from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.tasks import register_task
@@ -22,7 +23,15 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import II
 
 from .fold import fold_norms
-from .options import InferenceOptions, StatisticsOptions, check_statistics_options, given_flags
+from .models.base import PowerNormModel, check_kind
+from .options import (
+    NORM_FIELDS,
+    InferenceOptions,
+    StatisticsOptions,
+    check_statistics_options,
+    flag,
+    given_flags,
+)
 from .recorder import Recorder
 from .statistics import RunningStatistics, running_norms
 
@@ -49,10 +58,13 @@ class RunningStatisticsTask:
     skipped, on all ranks alike, and reported; only the eleventh in a row stops the training.
     """
 
+    #: what a model with running statistics asks for in a task that trains it
+    drives_running_statistics = True
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._statistics: Optional[RunningStatistics] = None
-        self._model = self._optimizer = None
+        self._model: Optional[torch.nn.Module] = None
         self._recorder: Optional[Recorder] = None
         self._gradient_is_finite = True
         self._loss_is_void = False
@@ -75,8 +87,6 @@ class RunningStatisticsTask:
         """See fairseq. A dummy batch (``ignore_grad``) leaves no statistics and no gradient."""
         if model is not self._model:
             self._take_over(model, update_num)
-        if optimizer is not self._optimizer:
-            self._follow(optimizer)
         scale = gradient_scale(optimizer, next(model.parameters()).device)
         with self._statistics.batch(counts=not ignore_grad, gradient_scale=scale):
             return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs)
@@ -96,7 +106,7 @@ class RunningStatisticsTask:
             self._report(left_out)
         elif isinstance(optimizer, AMPOptimizer):
             super().optimizer_step(optimizer, model, update_num)  # which only adapts the loss scale
-            self._forget()
+            self.forget_statistics()
         else:
             statistics.discard()
             self._report(left_out, skipped=True)
@@ -109,6 +119,27 @@ class RunningStatisticsTask:
             metrics.log_scalar("loss", float("nan"), 0)
         else:
             super().reduce_metrics(logging_outputs, criterion)
+
+    # ------------------------------------------------------------------ what the patched trainer calls, see patches
+
+    def forget_statistics(self):
+        """The gradients are zeroed: what was gathered since the last step (overflow, out of memory) goes with them."""
+        if self._statistics is not None and self._statistics.batches:
+            # the backward pass overflows in the normal course of fp16 training: fairseq reports that by itself
+            left_out = self._statistics.left_out(("forward",))
+            self._statistics.discard()
+            self._report(left_out)
+
+    def judge_gradient(self, norm: torch.Tensor, optimizer) -> torch.Tensor:
+        """Note whether the gradient is finite; if it is not and there is no loss scale, return a norm of zero.
+
+        The trainer goes on after a finite norm, and :meth:`optimizer_step` skips the update.
+        """
+        self._gradient_is_finite = bool(torch.isfinite(norm).all())
+        if self._gradient_is_finite or getattr(optimizer, "scaler", None) is not None:
+            return norm
+        self._skipped_in_a_row += 1
+        return norm if self._skipped_in_a_row > MAX_SKIPPED_UPDATES else torch.zeros_like(norm)
 
     # ------------------------------------------------------------------ how it is done
 
@@ -126,34 +157,6 @@ class RunningStatisticsTask:
             if _rank() == 0:
                 self._recorder.go_on(update_num)
             self._statistics.switches.recording = True
-
-    def _follow(self, optimizer) -> None:
-        """Let the statistics gathered be thrown away with the gradients, and note whether these are finite."""
-        zero_grad, clip_grad_norm = optimizer.zero_grad, optimizer.clip_grad_norm
-        has_loss_scale = getattr(optimizer, "scaler", None) is not None
-
-        def zero_grad_and_statistics(*args, **kwargs):
-            self._forget()
-            return zero_grad(*args, **kwargs)
-
-        def clip_or_skip(*args, **kwargs):
-            norm = clip_grad_norm(*args, **kwargs)
-            self._gradient_is_finite = bool(torch.isfinite(norm).all())
-            if self._gradient_is_finite or has_loss_scale:
-                return norm
-            self._skipped_in_a_row += 1
-            return norm if self._skipped_in_a_row > MAX_SKIPPED_UPDATES else torch.zeros_like(norm)
-
-        optimizer.zero_grad, optimizer.clip_grad_norm = zero_grad_and_statistics, clip_or_skip
-        self._optimizer = optimizer
-
-    def _forget(self) -> None:
-        """The gradients are zeroed: what was gathered since the last step (overflow, out of memory) goes with them."""
-        if self._statistics.batches:
-            # the backward pass overflows in the normal course of fp16 training: fairseq reports that by itself
-            left_out = self._statistics.left_out(("forward",))
-            self._statistics.discard()
-            self._report(left_out)
 
     def _report(self, left_out: Dict[str, int], skipped: bool = False) -> None:
         """Count what was not finite in the log, and warn once per log interval."""
@@ -194,9 +197,41 @@ class PowerNormTask(RunningStatisticsTask):
         #: models that were loaded from a checkpoint by a task that has seen no training
         self._loaded = WeakSet()
 
+    @classmethod
+    def add_args(cls, parser):
+        """Declare the options.
+
+        Raises:
+            ValueError: the command line asks for this task and for an architecture of another kind, or has norm options
+                for an architecture without them
+        """
+        super().add_args(parser)
+        flags = given_flags()
+        model = ARCH_MODEL_REGISTRY.get(flags.get("arch"))
+        if model is None:
+            return
+        check_kind(flags["arch"], model, cls)
+        if not issubclass(model, PowerNormModel):
+            for name in NORM_FIELDS:
+                if name in flags:
+                    ours = [arch for arch, each in ARCH_MODEL_REGISTRY.items() if issubclass(each, PowerNormModel)]
+                    raise ValueError(
+                        f"{flag(name)} {flags[name]}: --arch {flags['arch']} has no norm options; must be one of "
+                        f"{', '.join(ours)}"
+                    )
+
     def build_model(self, cfg, from_checkpoint=False):
-        """See fairseq; notes which models a command loads from a checkpoint, as fairseq-validate does."""
+        """See fairseq; notes which models a command loads from a checkpoint, as fairseq-validate does.
+
+        Raises:
+            ValueError: the model is not of the kind that this task trains, or has an invalid option
+        """
+        arch = getattr(cfg, "_name", None) or getattr(cfg, "arch", None)
+        if arch in ARCH_MODEL_REGISTRY:
+            check_kind(arch, ARCH_MODEL_REGISTRY[arch], type(self))
         model = super().build_model(cfg, from_checkpoint)
+        if isinstance(model, PowerNormModel):
+            model.write_options(cfg)
         if from_checkpoint:
             self._loaded.add(model)
         return model
@@ -292,3 +327,6 @@ class LanguageModelingPNTask(PowerNormTask, LanguageModelingTask):
                 f"{max_positions} that the model allows"
             )
         return super().eval_lm_dataloader(dataset, *args, max_positions=max_positions, **kwargs)
+
+
+from . import register  # noqa: E402,F401  (whichever module for fairseq is imported first, all are registered)

@@ -463,7 +463,7 @@ def translation_model(norm, options, d, ffn, layers, symbols):
     from fairseq import models
     from fairseq.data import Dictionary
 
-    import fairseq_powernorm  # noqa: F401
+    import fairseq_powernorm.register  # noqa: F401
     from fairseq_powernorm.norms import PowerNorm
     from fairseq_powernorm.statistics import RunningStatistics
 

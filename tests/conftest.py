@@ -13,13 +13,25 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import toy
+from fairseq_powernorm.kernels import build, c
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 #: files that take long, in this order before the others: the last process to end should not end alone
 FIRST = ("test_slurm", "test_lm_pipeline", "test_reproduce", "test_distributed", "test_pipeline", "test_launch")
 
 
+def pytest_report_header():
+    return f"C kernel: {c.unavailable() or c.describe()}"
+
+
 def pytest_configure(config):
+    try:
+        build.compiler()
+    except build.BuildError:
+        pass  # the header says that its tests are left out
+    else:
+        if c.unavailable():
+            raise pytest.UsageError(f"the C kernel would not be tested: {c.unavailable()}")
     if getattr(config.option, "loadscopereorder", False):  # pytest-xdist's own order: files with many tests first
         config.option.loadscopereorder = False
 

@@ -123,7 +123,7 @@ def test_bad_options_stop_the_command_line_before_anything_is_written(toy_data, 
         ("+model.norm_aplha_fwd=0.5", r"unknown norm option 'norm_aplha_fwd' = 0.5.*norm_alpha_fwd"),
         (
             "model.encoder_norm_self=powr",
-            r"'powr', expected one of \[layer, rms, batch, power-v, power\]\s+full_key: encoder_norm_self",
+            "--encoder-norm-self 'powr': must be one of layer, rms, batch, power-v, power",
         ),
         ("+model.norm_groups=3", r"--norm-groups 3: must be 0 or divide the 128 channels"),
         ("+model.norm_alpha_bkw=2", r"--norm-alpha-bkw 2.0: must lie in \[0, 1\]"),
@@ -169,7 +169,7 @@ def test_installed_by_pip_and_by_bare_name(toy_data, tmp_path):
     assert (site / "fairseq_powernorm" / "kernels" / "reference.py").is_file()
     done = train(toy_data, tmp_path / "run", "--max-update", 2, cwd=site, PYTHONPATH="")
     assert len(toy.losses(done.stdout + done.stderr)) == 2
-    code = "import fairseq_powernorm as p; from fairseq.models import ARCH_MODEL_REGISTRY as r; " \
+    code = "import fairseq_powernorm.register as p; from fairseq.models import ARCH_MODEL_REGISTRY as r; " \
         "print(p.__file__, 'transformer_pn_tiny' in r)"
     done = toy.command("python", "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
     assert str(site) in done.stdout and "True" in done.stdout

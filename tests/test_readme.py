@@ -1,4 +1,5 @@
 """What the README says is true: its examples run, its tables match the code and the records."""
+import inspect
 import re
 import shlex
 import shutil
@@ -8,6 +9,7 @@ import pytest
 import toy
 from fairseq_powernorm.models.tensorized_lm_pn import TensorizedLMPNConfig
 from fairseq_powernorm.models.transformer_pn import TransformerPNConfig
+from fairseq_powernorm.norms import PowerNorm
 from fairseq_powernorm.options import (
     INFERENCE_FIELDS, NORM_FIELDS, STATISTICS_FIELDS, NormOptions, StatisticsOptions, flag,
 )
@@ -57,7 +59,9 @@ def test_the_table_of_flags_is_complete():
     norms = {flag(name) for name in NORM_FIELDS + STATISTICS_FIELDS + INFERENCE_FIELDS}
     assert len(tensorized) == 4 and in_table == norms | {"--post-norm"} | tensorized
     assert "post_norm" in TransformerPNConfig.__dataclass_fields__
-    defaults = {**vars(NormOptions()), **vars(StatisticsOptions())}
+    own = {f"norm_{name}": p.default for name, p in inspect.signature(PowerNorm).parameters.items()}
+    assert all(value is None for name, value in vars(NormOptions()).items() if name in own)  # left to the norm
+    defaults = {**own, **vars(StatisticsOptions())}
     named = ("norm_alpha_fwd", "norm_warmup_updates", "norm_variant", "norm_eps", "norm_sync", "norm_record_interval")
     for name in named:
         row = next(row for row in README.split("\n") if row.startswith("|") and flag(name) in row)

@@ -34,6 +34,31 @@ def is_current(library: Path) -> bool:
     return library.is_file() and source_hash().encode() in library.read_bytes()
 
 
+def installed_library() -> Optional[Path]:
+    """The current library of another copy of this package, which this one hides from Python; None if there is none.
+
+    After ``pip install .``, Python started in the checkout takes the modules from there, where no library was built.
+    """
+    package = HERE.parent
+    for entry in sys.path:
+        folder = Path(entry or os.curdir).resolve() / package.name / HERE.name
+        if folder != HERE and is_current(folder / NAME):
+            return folder / NAME
+    return None
+
+
+def why_missing() -> str:
+    """Why there is no library beside this file, and how to get one: for the log."""
+    remedy = "build it with: python -m fairseq_powernorm.kernels --build"
+    elsewhere = installed_library()
+    if elsewhere is not None:
+        return (
+            f"it is not built in {HERE}, which hides the installed package with its kernel, {elsewhere}; {remedy}, or "
+            "run from another folder"
+        )
+    return f"it was built from other sources; {remedy}" if (HERE / NAME).is_file() else f"it is not built; {remedy}"
+
+
 def compiler() -> List[str]:
     """The C compiler's command: the environment variable CC, else the first of cc, gcc, clang in PATH.
 

@@ -72,10 +72,8 @@ def unavailable() -> Optional[str]:
     """Why this kernel cannot be used on this machine; None if it can."""
     global _library, _unavailable
     if _library is None and _unavailable is None:
-        if not _LIBRARY.is_file():
-            _unavailable = "it is not built; build it with: python -m fairseq_powernorm.kernels --build"
-        elif not build.is_current(_LIBRARY):
-            _unavailable = "it was built from other sources; build it with: python -m fairseq_powernorm.kernels --build"
+        if not build.is_current(_LIBRARY):
+            _unavailable = build.why_missing()
         else:
             try:
                 _library = _load(_LIBRARY)

@@ -55,19 +55,19 @@ class TransformerLMPNModel(PowerNormModel, TransformerLanguageModel):
         """Build the model from flat options (Namespace or DictConfig).
 
         Raises:
-            ValueError: a norm option is unknown or has an invalid value
+            ValueError: an option is unknown or has an invalid value, or the task is of another kind
         """
-        args, norms = cls.read_options(cfg)
-        if getattr(args, "decoder_layers_to_keep", None):
-            args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
+        args, norms, kept = cls.read_options(cfg, task)
         # fairseq builds a model without layers, of which the embedding is used
         without_layers = Namespace(**vars(args))
-        without_layers.decoder_layers, without_layers.decoder_layers_to_keep, without_layers.base_layers = 0, None, 0
+        without_layers.decoder_layers = without_layers.base_layers = 0
         embed_tokens = super().build_model(without_layers, task).decoder.embed_tokens
         args.max_target_positions = without_layers.max_target_positions
         config = TransformerConfig.from_namespace(args)
         config.norms = norms
-        return cls(cls.build_decoder(config, task.target_dictionary, embed_tokens))
+        model = cls(cls.build_decoder(config, task.target_dictionary, embed_tokens))
+        model.kept_layers = kept
+        return model
 
     @classmethod
     def build_decoder(cls, cfg, dictionary, embed_tokens):

@@ -128,14 +128,16 @@ class TransformerPNModel(PowerNormModel, TransformerModelBase):
         """Build the model from flat options (Namespace or DictConfig).
 
         Raises:
-            ValueError: a norm option is unknown or has an invalid value
+            ValueError: an option is unknown or has an invalid value, or the task is of another kind
         """
-        args, norms = cls.read_options(cfg)
+        args, norms, kept = cls.read_options(cfg, task)
         if getattr(args, "post_norm", False):
             args.encoder_normalize_before = args.decoder_normalize_before = False
         config = TransformerConfig.from_namespace(args)
         config.norms = norms
-        return super().build_model(config, task)
+        model = super().build_model(config, task)
+        model.kept_layers = kept
+        return model
 
     @classmethod
     def build_encoder(cls, cfg, src_dict, embed_tokens):

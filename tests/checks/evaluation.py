@@ -19,7 +19,7 @@ import numpy
 import torch
 from torch.nn.functional import layer_norm, linear
 
-import fairseq_powernorm  # noqa: F401  (registers the models; before anything of fairseq is used)
+import fairseq_powernorm.register  # noqa: F401  (before anything of fairseq is used)
 from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 from fairseq.tasks.translation import TranslationConfig

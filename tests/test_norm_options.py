@@ -1,0 +1,121 @@
+"""Norms written with options of their own, ``NAME:OPTION=VALUE,...``, and the options for all norms of a model."""
+import sys
+
+import pytest
+from fairseq import checkpoint_utils
+from fairseq_cli import train
+from omegaconf import OmegaConf
+
+import toy
+from fairseq_powernorm.norms import NORMS
+from fairseq_powernorm.norms.registry import norm_options
+from fairseq_powernorm.options import NormOptions
+
+LM = {name: value for name, value in toy.SIZES.items() if not name.startswith("encoder")}
+
+
+def norms(**options):
+    """Position -> norm of a small model's encoder."""
+    encoder = toy.build(**options).encoder
+    layer = encoder.layers[-1]
+    return dict(self=layer.self_attn_layer_norm, ff=layer.final_layer_norm, final=encoder.layer_norm)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_what_is_not_given_is_left_to_the_norm(name):
+    """Without options for all norms each norm has the settings of its own constructor, groups by the attention heads."""
+    for each in norms(encoder_norm_self=name, encoder_norm_ff=name).values():
+        groups = dict(groups=4) if "groups" in norm_options(name) else {}
+        assert repr(each) == repr(NORMS[name](16, **groups))
+
+
+@pytest.mark.parametrize(
+    "options,position,expected",
+    [
+        (dict(encoder_norm_self="power:alpha_fwd=0.8"), "self", dict(alpha_fwd=0.8, alpha_bkw=0.9)),
+        (dict(encoder_norm_self="power:alpha_fwd=0.8", norm_alpha_fwd=0.5, norm_alpha_bkw=0.6), "self",
+         dict(alpha_fwd=0.8, alpha_bkw=0.6)),
+        (dict(encoder_norm_self="power:alpha_fwd=0.8", norm_alpha_fwd=0.5), "ff", dict(alpha_fwd=0.5)),
+        (dict(encoder_norm_ff="power:groups=2,variant=algorithm2"), "ff", dict(groups=2, variant="algorithm2")),
+        (dict(encoder_norm_ff="power:groups=2", norm_groups=0), "self", dict(groups=0)),
+        (dict(encoder_norm_ff="rms:eps=0.5", norm_eps=0.25), "ff", dict(eps=0.5)),
+        # the final norm is that of the feed-forward blocks, but for what is said of it
+        (dict(encoder_norm_ff="power:warmup_updates=3"), "final", dict(warmup_updates=3)),
+        (dict(encoder_norm_ff="power:warmup_updates=3", norm_warmup_updates=5), "final", dict(warmup_updates=3)),
+        (dict(encoder_norm_ff="power:warmup_updates=3", norm_final_warmup_updates=7), "final", dict(warmup_updates=7)),
+        (dict(encoder_norm_ff="power:warmup_updates=3", norm_final_warmup_updates=7), "ff", dict(warmup_updates=3)),
+        (dict(encoder_norm_final="power:warmup_updates=9", norm_final_warmup_updates=7), "final", dict(warmup_updates=9)),
+        (dict(norm_warmup_updates=5), "final", dict(warmup_updates=5)),
+        # a variant of PN's is none of BN's, though both have one of that name
+        (dict(encoder_norm_ff="batch", norm_variant="reference"), "ff", dict(variant="masked", alpha_fwd=0.9)),
+        (dict(encoder_norm_ff="batch:variant=reference"), "ff", dict(variant="reference", alpha_fwd=0.95, groups=1)),
+        (dict(encoder_norm_ff="batch:variant=reference", norm_alpha_fwd=0.5), "ff", dict(alpha_fwd=0.5)),
+    ],
+)  # fmt: skip
+def test_which_option_counts(options, position, expected):
+    """What a norm's own text says goes before the options for all norms, these before what the norm has by itself."""
+    norm = norms(**options)[position]
+    assert {name: getattr(norm, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("arch", ["transformer_lm_pn", "tensorized_lm_pn"])
+def test_language_models(arch):
+    """A language model takes the same texts."""
+    model = toy.build(
+        arch, sizes=dict(LM, max_target_positions=16), decoder_norm_self="batch:variant=reference",
+        decoder_norm_ff="power:alpha_bkw=0.5",
+    )  # fmt: skip
+    layer = model.decoder.layers[0]
+    assert layer.self_attn_layer_norm.variant == "reference" and layer.final_layer_norm.alpha_bkw == 0.5
+
+
+def test_configurations_saved_before():
+    """The options as checkpoints have them that were saved when each had a number: the same model as with none given."""
+    before = dict(norm_alpha_fwd=0.9, norm_alpha_bkw=0.9, norm_warmup_updates=10000, norm_variant="reference", norm_eps=1e-5)
+    for name in NORMS:
+        place = dict(encoder_norm_self=name, encoder_norm_ff=name)
+        assert list(map(repr, norms(**place, **before).values())) == list(map(repr, norms(**place).values()))
+    assert all(getattr(NormOptions(), name) is None for name in before)
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+@pytest.mark.parametrize("position", ["self", "ff", "final"])
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("powr", "'powr': must be one of layer, rms, batch, power-v, power"),
+        ("", "must be one of layer"),
+        ("power:grops=2", "option 'grops' is unknown; options of 'power': eps, "),
+        ("layer:groups=2", "option 'groups' is unknown; options of 'layer': eps, affine"),
+        ("power:", "no OPTION=VALUE"),
+        ("power:eps=small", "eps='small' must be a number"),
+        ("power:alpha_fwd=2", r"alpha_fwd=2.0: must lie in \[0, 1\]"),
+        ("power:variant=masked", "variant='masked': must be one of reference, algorithm2"),
+        ("batch:groups=3", "groups=3: must be 0 or divide the 16 channels of the (encoder|decoder): 1, 2, 4, 8, 16"),
+        ("power:groups=-1", "groups"),
+        ("power:warmup_updates=1,warmup_updates=2", "given twice"),
+    ],
+)
+def test_wrong_texts(side, position, text, message):
+    """An error before anything is built, which names the flag, the value and what is valid."""
+    with pytest.raises(ValueError, match=f"--{side}-norm-{position}.*{message}"):
+        toy.build(**{f"{side}_norm_{position}": text})
+
+
+@pytest.mark.parametrize("arch", ["transformer_pn", "transformer_pn_tiny"])
+def test_checkpoints_know_them(arch, toy_data, tmp_path, monkeypatch):
+    """Trained by fairseq-train, with a text in a flag, a checkpoint has the text, and the model that is built from it has
+    the same norms; what was not given stays open."""
+    words = (
+        toy_data, "--user-dir", toy.ROOT / "fairseq_powernorm", "--task", "translation_pn", "--arch", arch, "--encoder-layers", 1,
+        "--decoder-layers", 1, "--encoder-embed-dim", 16, "--decoder-embed-dim", 16, "--optimizer", "sgd", "--lr", 0.1,
+        "--max-update", 1, "--max-tokens", 400, "--cpu", "--num-workers", 0, "--disable-validation", "--save-dir", tmp_path,
+        "--encoder-norm-self", "batch:variant=reference", "--encoder-norm-ff=power:warmup_updates=4,alpha_fwd=0.8",
+    )  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["fairseq-train", *map(str, words)])
+    train.cli_main()
+    (model,), config, _ = checkpoint_utils.load_model_ensemble_and_task([str(tmp_path / "checkpoint_last.pt")])
+    layer, saved = model.encoder.layers[0], config.model if OmegaConf.is_config(config.model) else vars(config.model)
+    assert layer.self_attn_layer_norm.variant == "reference"
+    assert (layer.final_layer_norm.warmup_updates, layer.final_layer_norm.alpha_fwd) == (4, 0.8)
+    assert saved["encoder_norm_self"] == "batch:variant=reference" and saved.get("norm_alpha_fwd") is None
