@@ -166,7 +166,7 @@ def test_installed_by_pip_and_by_bare_name(toy_data, tmp_path):
         "python", "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", site, source,
         cwd=tmp_path,
     )
-    assert (site / "fairseq_powernorm" / "kernels" / "reference.py").is_file()
+    assert (site / "fairseq_powernorm" / "kernels" / "eager.py").is_file()
     done = train(toy_data, tmp_path / "run", "--max-update", 2, cwd=site, PYTHONPATH="")
     assert len(toy.losses(done.stdout + done.stderr)) == 2
     code = "import fairseq_powernorm.register as p; from fairseq.models import ARCH_MODEL_REGISTRY as r; " \

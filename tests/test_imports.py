@@ -1,48 +1,25 @@
 """Who imports whom."""
 import ast
+import sys
 
 PACKAGE = "fairseq_powernorm"
-#: what each module may import of this package, and whether it may import fairseq
-ALLOWED = {
-    "version": (set(), False),
-    "kernels.eager": (set(), False),
-    "kernels.build": (set(), False),
-    "kernels.c": ({"kernels.build", "kernels.eager"}, False),
-    "kernels.triton_device": (set(), False),
-    "kernels.triton": ({"kernels.triton_device", "kernels.eager"}, False),
-    "kernels": ({"kernels.c", "kernels.eager", "kernels.triton"}, False),
-    "kernels.__main__": ({"kernels", "kernels.build"}, False),
-    "functional": ({"kernels"}, False),
-    "norms": ({"functional", "kernels"}, False),
-    "statistics": ({"norms", "kernels"}, False),
-    "recorder": (set(), False),
-    "checkpoint": ({"compat"}, False),
-    "resume": ({"compat"}, False),
-    "fold": ({"norms", "kernels"}, False),
-    "export": ({"fold", "checkpoint", "register"}, True),
-    "ranks": (set(), False),
-    "recalibrate": ({"statistics", "checkpoint", "register"}, True),
-    "compat": (set(), True),
-    "patches": ({"ranks", "resume"}, True),
-    "options": ({"norms", "statistics", "recorder", "register"}, True),
-    "layers": ({"norms", "options", "register"}, True),
-    "models.pruning": ({"options"}, False),
-    "models.base": ({"norms", "options", "checkpoint", "fold", "models.pruning"}, True),
-    "models.transformer_pn": ({"norms", "options", "layers", "models.base"}, True),
-    "models.transformer_lm_pn": ({"options", "models.base", "models.transformer_pn"}, True),
-    "models.tensorized_attention": (set(), False),
-    "models.tensorized_lm_pn": (
-        {
-            "options", "layers", "models.base", "models.tensorized_attention", "models.transformer_lm_pn",
-            "models.transformer_pn",
-        },
-        True,
-    ),
-    "models": ({"models.transformer_pn", "models.transformer_lm_pn", "models.tensorized_lm_pn", "register"}, True),
-    "tasks": ({"options", "statistics", "recorder", "fold", "models.base", "register"}, True),
-    "register": ({"compat", "patches", "models", "tasks"}, False),
-    "": ({"version", "register"}, False),
+#: the floors of the house, by the beginning of a module's name: each imports its own floor and those below
+FLOORS = {
+    "version": 0, "kernels": 0,
+    "functional": 1, "operators": 1, "norms": 1,
+    "statistics": 2, "fold": 2, "recorder": 2,
+    "experiments": 4,
 }
+#: the fairseq half
+FAIRSEQ = 3
+#: the torch half, which never imports fairseq
+TORCH_HALF = 2
+#: registers the package; whoever needs fairseq imports it in the last line, so that each of them registers all
+REGISTER = "register"
+
+
+def floor(name):
+    return FLOORS.get(name.split(".")[0], FAIRSEQ)
 
 
 def modules(root):
@@ -68,22 +45,43 @@ def imports(name, path):
                 yield node.module
 
 
-def test_imports_point_down(root):
-    """Each module imports only what stands below it: nothing below ``layers`` imports fairseq, nothing at all ``experiments``.
-
-    The modules that need fairseq import ``register`` when they are complete, so that each of them registers them all.
-    """
-    found = {name: path for name, path in modules(root) if name.split(".")[0] != "experiments"}
-    assert set(found) == set(ALLOWED)
-    for name, path in found.items():
-        own, may_use_fairseq = ALLOWED[name]
+def own_imports(root):
+    """Module -> the modules of this package that it imports, and whether it imports fairseq."""
+    known = {name for name, _ in modules(root)}
+    for name, path in modules(root):
+        own, foreign = set(), set()
         for imported in imports(name, path):
-            if imported.split(".")[0] == "fairseq":
-                assert may_use_fairseq, f"{name or PACKAGE} imports {imported}"
-            elif imported.split(".")[0] == PACKAGE:
-                target = imported[len(PACKAGE) + 1 :]
-                matches = [m for m in ALLOWED if m and (target == m or target.startswith(m + "."))]
-                assert any(m in own for m in matches) or target == "version.__version__", f"{name} imports {imported}"
+            package, _, target = imported.partition(".")
+            if package == PACKAGE:
+                while target and target not in known:  # a name inside a module
+                    target = target.rpartition(".")[0]
+                own.add(target)
+            else:
+                foreign.add(package)
+        yield name, own - {name}, foreign
+
+
+def test_floors(root):
+    """Each module imports its own floor and those below; the torch half imports nothing but torch and the standard library."""
+    for name, own, foreign in own_imports(root):
+        for imported in own - {""}:
+            assert floor(imported) <= floor(name), f"{name} imports {imported}"
+        if floor(name) <= TORCH_HALF:
+            own_packages = {"torch", "triton", *sys.stdlib_module_names}
+            lazy = {"matplotlib"} if name == "recorder" else set()
+            assert foreign <= own_packages | lazy, f"{name} imports {foreign - own_packages}"
+        assert "experiments" not in {each.split(".")[0] for each in own} or floor(name) == 4
+
+
+def test_no_circles(root):
+    """No module imports itself by way of others, but for the registration, which comes last."""
+    edges = {name: own - {"", REGISTER} for name, own, _ in own_imports(root) if name not in ("", REGISTER)}
+    done = set()
+    while edges.keys() - done:
+        ready = {name for name in edges.keys() - done if edges[name] <= done}
+        packages = {name for name in edges.keys() - done if edges[name] - done <= {name.rpartition(".")[0]}}
+        assert ready | packages, f"a circle among {sorted(edges.keys() - done)}"
+        done |= ready | packages
 
 
 def test_version_is_the_packages(root):
