@@ -27,8 +27,10 @@ AUTHORS_ARCHITECTURES = {
 }
 #: warm-up of the final norms in the authors' code, whatever --warmup-updates says
 AUTHORS_FINAL_WARMUP = 1000
-#: norms that the authors' flags offer and this package builds with the same arithmetic in evaluation
-AUTHORS_NORMS = ("layer", "power")
+#: norms that the authors' flags offer, and what they are here
+AUTHORS_NORMS = {"layer": "layer", "power": "power", "batch": "batch:variant=reference"}
+#: the flags that name them
+AUTHORS_NORM_OPTIONS = ("encoder_norm_self", "encoder_norm_ff", "decoder_norm_self", "decoder_norm_ff")
 
 
 def load(path: str) -> State:
@@ -186,13 +188,12 @@ def convert_authors_checkpoint(state: State) -> State:
     arch = getattr(args, "arch", None)
     if arch not in AUTHORS_ARCHITECTURES:
         raise ValueError(f"arch {arch!r}: must be one of {', '.join(AUTHORS_ARCHITECTURES)}")
-    for name in ("encoder_norm_self", "encoder_norm_ff", "decoder_norm_self", "decoder_norm_ff"):
-        if getattr(args, name, None) not in AUTHORS_NORMS:
-            raise ValueError(
-                f"{name} {getattr(args, name, None)!r}: can be converted only from {', '.join(AUTHORS_NORMS)}; "
-                "the authors' batch norms and this package's differ in how they treat padding"
-            )
     args = argparse.Namespace(**vars(args))
+    for name in AUTHORS_NORM_OPTIONS:
+        norm = getattr(args, name, None)
+        if norm not in AUTHORS_NORMS:
+            raise ValueError(f"{name} {norm!r}: can be converted only from {', '.join(AUTHORS_NORMS)}")
+        setattr(args, name, AUTHORS_NORMS[norm])
     args.arch = AUTHORS_ARCHITECTURES[arch]
     args.task = "translation_pn"
     args.norm_variant = "reference"
@@ -202,7 +203,8 @@ def convert_authors_checkpoint(state: State) -> State:
     for name, tensor in state["model"].items():
         if name.endswith((".running_phi", ".ema_gz")):
             tensor = tensor.reshape(-1)
-        elif name.endswith(".iters"):
+        elif name.endswith((".iters", ".num_batches_tracked")):
+            name = name.replace(".num_batches_tracked", ".iters")
             tensor = tensor.reshape(()).float()
         model[name] = tensor
     return {**state, "args": args, "model": model}

@@ -176,7 +176,7 @@ def test_every_architecture_of_theirs_has_a_counterpart(theirs, ours):
     [
         ({"args": None, "model": {}}, "stores no Namespace"),
         (authors_state(arch="lstm"), "arch 'lstm'.*transformer_iwslt_de_en_v2"),
-        (authors_state(encoder_norm_ff="batch"), "encoder_norm_ff 'batch'.*layer, power"),
+        (authors_state(encoder_norm_ff="group"), "encoder_norm_ff 'group'.*layer, power, batch"),
     ],
 )
 def test_what_cannot_be_converted_is_named(state, message):

@@ -14,7 +14,7 @@ from packaging.version import Version
 
 import toy
 from fairseq_powernorm import checkpoint
-from fairseq_powernorm.norms import NORMS, LayerNorm, PowerNorm, RunningNorm
+from fairseq_powernorm.norms import NORMS, LayerNorm, MaskedBatchNorm, PowerNorm, RunningNorm
 from fairseq_powernorm.recorder import Recorder
 from fairseq_powernorm.statistics import RunningStatistics
 
@@ -357,6 +357,39 @@ def test_the_authors_model_scores_as_recorded(oracle):
         np.testing.assert_allclose(picked, golden["tok_lp"][row, :length], atol=2e-5, rtol=0)
         if row < len(golden["full_lp_first10"]):
             np.testing.assert_allclose(scores.numpy(), golden["full_lp_first10"][row, :length], atol=2e-5, rtol=0)
+
+
+def test_the_authors_batch_norm_checkpoints(oracle, tmp_path):
+    """A checkpoint of theirs with ``batch``, as it is and converted: their batch norm with its statistics, the same scores."""
+    state = checkpoint.load(str(oracle / "model" / "power_enc" / "checkpoint_best.pt"))
+    model = {}
+    for name, tensor in state["model"].items():
+        if name.endswith(".running_phi"):  # as their class names what it saves
+            prefix = name[: -len("running_phi")]
+            model[prefix + "running_mean"] = tensor.reshape(-1) - 0.7
+            model[prefix + "running_var"] = tensor.reshape(-1)
+            model[prefix + "num_batches_tracked"] = torch.tensor(1015)
+        elif not name.endswith((".ema_gz", ".iters")):
+            model[name] = tensor
+    state["model"] = model
+    state["args"].encoder_norm_self = state["args"].encoder_norm_ff = "batch"
+    paths = [str(tmp_path / name) for name in ("theirs.pt", "ours.pt")]
+    checkpoint.save(state, paths[0])
+    checkpoint.save(checkpoint.convert_authors_checkpoint(state), paths[1])
+    source = torch.tensor([[1, 1, 7, 9, 11, 2], [5, 6, 8, 12, 13, 2]])
+    scores = []
+    for path in paths:
+        ensemble, _, _ = checkpoint_utils.load_model_ensemble_and_task(
+            [path], arg_overrides={"data": str(oracle / "model" / "data" / "data-bin")}
+        )
+        norm = ensemble[0].encoder.layers[0].self_attn_layer_norm
+        assert (type(norm), norm.variant, norm.groups, norm.alpha_fwd) == (MaskedBatchNorm, "reference", 1, 0.95)
+        assert norm.steps() == 1015 and torch.equal(
+            norm.running_mean, model["encoder.layers.0.self_attn_layer_norm.running_mean"]
+        )
+        assert ensemble[0].encoder.layer_norm.variant == "reference"
+        scores.append(ensemble[0].eval()(source, torch.tensor([4, 6]), source)[0].detach())
+    assert torch.equal(*scores)
 
 
 def test_the_authors_training_run_is_repeated(oracle):

@@ -15,6 +15,7 @@ from fairseq.models.transformer.transformer_config import DecoderConfig, EncDecB
 
 from torch import nn
 
+from ..checkpoint import AUTHORS_NORM_OPTIONS, AUTHORS_NORMS
 from ..layers import DecoderLayer, EncoderLayer, projections, swap_norm, wrap_layer
 from ..norms import MaskSlot
 from ..options import NormOptions
@@ -170,9 +171,16 @@ def tiny(args):
     transformer_legacy.base_architecture(args)
 
 
-@register_architecture("transformer_pn", "transformer_pn_iwslt_de_en")
-# the name under which the authors' code saved its checkpoints
 @register_architecture("transformer_pn", "transformer_iwslt_de_en_v2")
+def authors_iwslt_de_en(args):
+    """The same under the name that the authors' code saves with its checkpoints; its norms are those of that code."""
+    for option in AUTHORS_NORM_OPTIONS:
+        if hasattr(args, option):
+            setattr(args, option, AUTHORS_NORMS.get(getattr(args, option), getattr(args, option)))
+    iwslt_de_en(args)
+
+
+@register_architecture("transformer_pn", "transformer_pn_iwslt_de_en")
 def iwslt_de_en(args):
     """The authors' IWSLT14 De-En model: 6+6 layers, d=512, FFN 1024, 4 heads."""
     _pre_norm(args)

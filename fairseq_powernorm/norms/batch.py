@@ -1,5 +1,5 @@
 """Batch normalization that knows padding: ``MaskedBatchNorm``."""
-from typing import Dict, Mapping, Optional, Tuple
+from typing import Any, Dict, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -84,6 +84,12 @@ class MaskedBatchNorm(ExactNorm):
     def SUMS(self) -> Mapping[str, Tuple[str, ...]]:  # type: ignore[override]
         forward = ("u", "u^2", "rows of any kind") if self.variant == "reference" else ("u", "u^2")
         return {"forward": forward, "backward": ("weight * dy", "weight * dy * z")}
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        tracked = state_dict.pop(f"{prefix}num_batches_tracked", None)  # of torch's batch norms, and the authors'
+        if tracked is not None:
+            state_dict.setdefault(f"{prefix}iters", tracked)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _evaluate(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
         parameters, buffers = self._parameters, self._buffers
