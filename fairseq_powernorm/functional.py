@@ -42,6 +42,14 @@ def _in_memory(grad: Tensor) -> Tensor:
     return grad.resolve_neg()
 
 
+_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def saved_tensors_are_hooked() -> bool:
+    """Does somebody take over the tensors that are saved for the backward pass?"""
+    return _hooks is None or _hooks(False) is not None
+
+
 def in_transform() -> bool:
     """Is a function transform (``torch.func``) active?"""
     return torch._C._are_functorch_transforms_active()
@@ -73,16 +81,18 @@ class _Call(NamedTuple):
     reduce: Optional[Reduce]
     guard: ContextManager[Any]
     step: Optional[OwnStep]
+    hooked: bool
 
 
 def _power_forward(x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], call: _Call):
     """The backend, and what it made of a forward pass."""
-    valid, psi2, _, spec, collect, reduce, _, step = call
+    valid, psi2, _, spec, collect, reduce, _, step, _ = call
     backend = choose(x, weight, bias, psi2, valid=valid)
     batch = None
     if reduce is not None and (spec.forward_batch or spec.backward_batch or spec.jump < math.inf):
         batch = eager.mean_of(reduce(backend.second_moment(x, valid, spec.groups)), psi2)
-    if step is not None and backend is not eager and writable(step.psi2) and writable(step.iters):
+    # psi2 has passed the gate with the input
+    if step is not None and backend is not eager and writable(psi2) and plain(step.iters) and writable(step.iters):
         y, r, saved, _ = backend.power_forward(x, weight, bias, valid, psi2, spec, batch, step)
     else:
         y, r, saved, tally = backend.power_forward(x, weight, bias, valid, psi2, spec, batch)
@@ -106,8 +116,8 @@ def _power_backward(
         grad_y = _in_memory(grad_y)
     # nu is read when the backward pass runs, by the method's definition: it is not a saved tensor
     with call.guard:
-        backend = choose_for_gradient(backend, grad_y, x, r, weight, saved, valid, call.nu)
-        step = call.step if backend is not eager and call.step is not None and writable(call.step.nu) else None
+        backend = choose_for_gradient(backend, grad_y, x, r, weight, saved, valid, call.nu, hooked=call.hooked)
+        step = call.step if backend is not eager and writable(call.nu) else None
         grads = backend.power_backward(grad_y, x, r, weight, valid, saved, call.nu, call.spec, want_x=want_x, step=step)
         if step is None:
             call.collect("backward", grads.tally)
@@ -209,7 +219,7 @@ def power_norm(
     Returns:
         shape and dtype of ``x``
     """
-    call = _Call(valid, psi2, nu, spec, collect, reduce, guard, step)
+    call = _Call(valid, psi2, nu, spec, collect, reduce, guard, step, saved_tensors_are_hooked())
     if in_transform():
         return _TransformedPowerNorm.apply(x, weight, bias, call)[0]
     return _PowerNorm.apply(x, weight, bias, call)

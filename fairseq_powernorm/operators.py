@@ -146,8 +146,6 @@ def needed(x: Tensor) -> bool:
     """Must training over ``x`` go through these operators? While it is compiled, traced, or computed without values."""
     if torch.compiler.is_compiling() or x.is_meta:
         return True
-    if torch._C._len_torch_dispatch_stack() == 0 and type(x) in (Tensor, torch.nn.Parameter):
-        return False
     from torch._subclasses.fake_tensor import FakeTensor
 
     keys = torch._C._TorchDispatchModeKey

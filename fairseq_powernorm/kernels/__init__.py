@@ -123,10 +123,11 @@ def choose(x: Tensor, *vectors: Optional[Tensor], valid: Optional[Tensor] = None
     backend = _chosen.get(key) or _find(key)
     if backend is eager:
         return eager
+    device = x.get_device()
     for each in vectors:
-        if each is not None and not readable(each, x):
+        if each is not None and not readable(each, device):
             return eager
-    if valid is not None and not (plain(valid) and valid.device == x.device and valid.is_contiguous()):
+    if valid is not None and not (plain(valid) and valid.get_device() == device and valid.is_contiguous()):
         return eager
     return backend
 
@@ -140,18 +141,27 @@ def choose_for_gradient(
     saved: Tensor,
     valid: Optional[Tensor],
     nu: Tensor,
+    *,
+    hooked: bool = True,
 ) -> Backend:
     """``backend``, which made the forward pass, or ``eager`` if it must not read one of these tensors.
 
-    Those that were saved come back from wherever hooks on saved tensors have put them.
+    Args:
+        hooked: saved tensors come back from wherever hooks have put them; else they are those of the forward pass
     """
-    if backend is eager or choose(x, weight, nu, valid=valid) is not backend:
+    if backend is eager:
+        return eager
+    device = x.get_device()
+    if not hooked:
+        fits = grad_y.dtype is x.dtype and grad_y.shape == x.shape and grad_y.get_device() == device
+        return backend if fits and plain(grad_y) and readable(nu, device) and not transformed() else eager
+    if choose(x, weight, nu, valid=valid) is not backend:
         return eager
     for each, dtype, shape in ((grad_y, x.dtype, x.shape), (r, torch.float32, None), (saved, torch.float32, None)):
         if each is not None and not (
             plain(each)
             and each.dtype is dtype
-            and each.device == x.device
+            and each.get_device() == device
             and (each.shape == shape if shape is not None else each.is_contiguous())
         ):
             return eager
@@ -166,8 +176,9 @@ def choose_for_step(tally: Tensor, *statistics: Tensor) -> Backend:
     backend = _chosen.get(key) or _find(key)
     if backend is eager:
         return eager
+    device = tally.get_device()
     for each in statistics:
-        if each.device != tally.device or not writable(each):
+        if each.get_device() != device or not (plain(each) and writable(each)):
             return eager
     return backend
 

@@ -129,7 +129,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def _like(x: Tensor) -> Tensor:
     """Contiguous memory for the values of ``x``."""
-    return torch.empty(x.shape, dtype=x.dtype, device=_CPU)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _at(tensor: Optional[Tensor]) -> Optional[int]:

@@ -8,7 +8,7 @@ Notation, for ``x`` of shape ``N x C`` (one row per token): ``r`` is the recipro
 ``u = r * x``; ``inv`` is ``1 / sqrt(psi^2 + eps)`` per channel; ``z = inv * u``; ``y = weight * z + bias``.
 """
 import math
-from typing import NamedTuple, Optional, Protocol, Set
+from typing import NamedTuple, Optional, Protocol
 
 import torch
 from torch import Tensor
@@ -208,9 +208,7 @@ def transformed() -> bool:
     )
 
 
-_keys_of = torch._C._dispatch_keys
-#: sets of dispatch keys that plain tensors were found to have
-_plain_keys: Set[int] = set()
+_has_storage = torch._C._has_storage
 #: no memory lies below: what is left of a pointer whose storage was released is the tensor's offset
 _LOWEST = 1 << 32
 
@@ -219,36 +217,35 @@ def plain(tensor: Tensor) -> bool:
     """Is this tensor nothing but strided memory of its own class?
 
     Not a subclass (fake, distributed, quantized ... tensors), not sparse or nested, not wrapped by a transform, not one of
-    torch's lazy views (negation) or zeros, and none whose storage has been released. All but the last are dispatch keys.
+    torch's lazy views (negation) or zeros, and none whose storage has been released.
     """
-    if type(tensor) not in _PLAIN:
-        return False
-    keys = _keys_of(tensor).raw_repr()
-    if keys not in _plain_keys:
-        if tensor.layout is not torch.strided or not torch._C._has_storage(tensor) or tensor.is_neg() or tensor._is_zerotensor():
-            return False
-        _plain_keys.add(keys)
-    return tensor.data_ptr() > _LOWEST or _whole(tensor)
+    return (
+        type(tensor) in _PLAIN
+        and _has_storage(tensor)
+        and not (tensor.is_neg() or tensor._is_zerotensor() or tensor.is_nested)
+        and (tensor.data_ptr() > _LOWEST or _whole(tensor))
+    )
 
 
 def _whole(tensor: Tensor) -> bool:
-    """Does the storage hold all elements?"""
+    """Does the storage hold all elements? Asked where the pointer looks like none."""
+    if tensor.is_meta:
+        return False
     if tensor.numel() == 0:
         return True
     last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride()))
     return (last + 1) * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
-def readable(tensor: Tensor, like: Tensor) -> bool:
-    """May a backend that serves ``like`` read the floating-point vector ``tensor``?"""
-    return plain(tensor) and tensor.device == like.device and tensor.dtype in _FLOATS
+def readable(tensor: Tensor, device: int) -> bool:
+    """May a backend read the floating-point vector ``tensor``? ``device``: of the input, as ``get_device()`` numbers it."""
+    return plain(tensor) and tensor.get_device() == device and tensor.dtype in _FLOATS
 
 
 def writable(tensor: Tensor) -> bool:
-    """May a backend write float32 numbers through the pointer of ``tensor``, all of whose memory is its own?"""
+    """May a backend write float32 numbers through the pointer of a plain tensor, all of whose memory is its own?"""
     return (
         tensor.dtype is torch.float32
-        and plain(tensor)
         and tensor.is_contiguous()
         and not tensor.requires_grad
         and (not tensor.is_inference() or torch.is_inference_mode_enabled())

@@ -13,6 +13,7 @@ from .staging import Stage, Sums
 
 State = Mapping[str, Tensor]
 
+_PLAIN = (Tensor, nn.Parameter)
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -253,7 +254,7 @@ class RunningNorm(nn.Module):
                 valid = torch.zeros(x.numel() // self.dim, dtype=torch.bool, device=x.device)
         if special:
             self._refuse_transforms(x)
-        return self._train(x, valid)
+        return self._train(x, valid, special=special or type(x) not in _PLAIN or x.is_meta)
 
     def _refuse_transforms(self, x: Tensor) -> None:
         """Raise RuntimeError where a training step has no meaning."""
@@ -286,8 +287,14 @@ class RunningNorm(nn.Module):
             scale, shift = scale * self.weight.detach(), shift + self.bias.detach()
         return scale, shift if mean is None else shift - scale * mean.detach()
 
-    def _train(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
-        """Normalize ``x`` as in training and take in its statistics; ``valid``: one bool for each row, in the order of ``x``."""
+    def _train(self, x: Tensor, valid: Optional[Tensor], *, special: bool) -> Tensor:
+        """Normalize ``x`` as in training and take in its statistics.
+
+        Args:
+            x: input
+            valid: one bool for each row, in the order of ``x``
+            special: the input is no ordinary tensor, or torch does something else with operations than computing them
+        """
         raise NotImplementedError
 
     # ------------------------------------------------------------------ statistics
@@ -369,9 +376,8 @@ class RunningNorm(nn.Module):
 class ExactNorm(RunningNorm):
     """Base of the norms whose training divides by statistics of the batch and whose gradient is that of the function."""
 
-    def _train(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
+    def _train(self, x: Tensor, valid: Optional[Tensor], *, special: bool) -> Tensor:
         mean, moment, spec = self._batch_arguments()
-        special = transformed() or type(x) not in (Tensor, nn.Parameter) or x.is_meta
         if special:
             y, tally = functional.batch_norm_formula(x, self.weight, self.bias, valid, mean, moment, spec)
             if torch.compiler.is_compiling():

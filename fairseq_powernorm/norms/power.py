@@ -208,8 +208,8 @@ class PowerNorm(SecondMomentNorm):
 
     # ------------------------------------------------------------------ training
 
-    def _train(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
-        if operators.needed(x):
+    def _train(self, x: Tensor, valid: Optional[Tensor], *, special: bool) -> Tensor:
+        if special and operators.needed(x):
             return self._train_opaque(x, valid)
         with self._lock:
             if self.stage is None:

@@ -10,6 +10,7 @@ from typing import Deque, List, NamedTuple
 import torch
 from torch import Tensor
 
+from ..functional import saved_tensors_are_hooked
 from ..kernels.interface import PowerNormSpec
 
 #: passes that are remembered; older ones can't be repeated
@@ -18,14 +19,9 @@ MOST = 128
 TOLERANCE = 1e-4
 
 
-_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-
-
 def recomputable() -> bool:
     """May the forward pass in progress be repeated? Checkpointing runs it without gradient, or with hooks on saved tensors."""
-    if not torch.is_grad_enabled():
-        return True
-    return _hooks is None or _hooks(False) is not None
+    return not torch.is_grad_enabled() or saved_tensors_are_hooked()
 
 
 class Pass(NamedTuple):
