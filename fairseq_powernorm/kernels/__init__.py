@@ -73,7 +73,10 @@ def _find(key: _Key) -> Backend:
         message += f" ({'; '.join(reasons)})"
     if message not in _logged:
         _logged.add(message)
-        logger.info(message)
+        # a backend that is made for these tensors and cannot be used is worth a line wherever nobody has set up a log
+        made_for = [each for name, each in KERNELS.items() if each is not eager and each.serves(*key)]
+        slow = kernel is eager and requested() is None and any(each.unavailable() for each in made_for)
+        logger.log(logging.WARNING if slow else logging.INFO, message)
     return kernel
 
 

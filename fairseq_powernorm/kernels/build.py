@@ -47,8 +47,8 @@ def installed_library() -> Optional[Path]:
     return None
 
 
-def why_missing() -> str:
-    """Why there is no library beside this file, and how to get one: for the log."""
+def why_missing(library: Path = HERE / NAME) -> str:
+    """Why there is no current library, and how to get one: for the log."""
     remedy = "build it with: python -m fairseq_powernorm.kernels --build"
     elsewhere = installed_library()
     if elsewhere is not None:
@@ -56,7 +56,7 @@ def why_missing() -> str:
             f"it is not built in {HERE}, which hides the installed package with its kernel, {elsewhere}; {remedy}, or "
             "run from another folder"
         )
-    return f"it was built from other sources; {remedy}" if (HERE / NAME).is_file() else f"it is not built; {remedy}"
+    return f"it was built from other sources; {remedy}" if library.is_file() else f"it is not built; {remedy}"
 
 
 def compiler() -> List[str]:

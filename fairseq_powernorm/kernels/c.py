@@ -73,7 +73,7 @@ def unavailable() -> Optional[str]:
     global _library, _unavailable
     if _library is None and _unavailable is None:
         if not build.is_current(_LIBRARY):
-            _unavailable = build.why_missing()
+            _unavailable = build.why_missing(_LIBRARY)
         else:
             try:
                 _library = _load(_LIBRARY)
