@@ -27,14 +27,21 @@ SCHEMA = 1
 # Settings of a YAML file that not every benchmark has: setting -> type.
 OPTIONAL = {
     "lowercase_last": bool,   # lower-case after tokenization, not before it
-    "normalize_train": bool,  # the training text: normalize punctuation, spaces for what is no printable character
-    "map_apostrophes": bool,  # validation and test text: U+2019 becomes '
+    "normalize_train": bool,  # training and validation text: normalize punctuation, blanks for what is not printable
+    "map_apostrophes": bool,  # test text: U+2019 becomes '
     "split_dashes": bool,     # aggressive dash splitting: a-b becomes a @-@ b
     "clean_ratio": float,     # training pairs with more than so many tokens on a side for one on the other are dropped
     "clean_max": int,         # and those with more tokens on a side
     "clean_pieces": bool,     # they are counted after BPE, not before it
+    "cleaning": str,          # these three by name: a key of CLEANING
     "valid_every": int,       # every such training pair that is left is one of the validation text
     "news_commentary": str,
+}
+# Which training pairs of WMT14 stay. The authors call Moses' clean-corpus-n for 1 to 80 words without a ratio, for which
+# its own is 9; fairseq's prepare-wmt14en2de.sh counts pieces.
+CLEANING = {
+    "authors": {"clean_max": 80, "clean_ratio": 9.0, "clean_pieces": False},
+    "fairseq": {"clean_max": 250, "clean_ratio": 1.5, "clean_pieces": True},
 }
 # Moses' clean-corpus-n drops pairs with a longer word, too.
 LONGEST_WORD = 1000
@@ -47,9 +54,11 @@ def parse(arguments):
     parser.add_argument("--bpe")
     parser.add_argument("--bpe-size")
     parser.add_argument("--news-commentary")
+    parser.add_argument("--cleaning")
     parser.add_argument("--archive-dir", default=os.environ.get("DATA_ARCHIVES") or None)
     parser.add_argument("--archive")
     parser.add_argument("--text-dir")
+    parser.add_argument("--allow-unverified", action="store_true")
     parser.add_argument("--force", action="store_true")
     return parser.parse_args(arguments)
 
@@ -60,9 +69,10 @@ def settings_of(config, options):
     for option, value in (("--bpe", options.bpe), ("--bpe-size", options.bpe_size)):
         if is_lm(config) and value is not None:
             raise UserError(f"{option} {value!r}: the text of {options.benchmark} is used word by word, as it is")
-    if options.news_commentary is not None and "PN_NEWS_COMMENTARY" not in own:
-        raise UserError(f"--news-commentary {options.news_commentary!r}: {options.benchmark} has no such part; "
-                        f"valid with: wmt14")
+    for option, value, setting in (("--news-commentary", options.news_commentary, "PN_NEWS_COMMENTARY"),
+                                   ("--cleaning", options.cleaning, "PN_CLEANING")):
+        if value is not None and setting not in own:
+            raise UserError(f"{option} {value!r}: {options.benchmark} has no such part; valid with: wmt14")
     if is_lm(config):
         return {}
     size = own.PN_BPE_SIZE if options.bpe_size is None else options.bpe_size
@@ -81,6 +91,9 @@ def settings_of(config, options):
     if "news_commentary" in settings:
         settings["news_commentary"] = choose(
             "--news-commentary", options.news_commentary or settings["news_commentary"], corpora.NEWS_COMMENTARY)
+    if "cleaning" in settings:
+        settings["cleaning"] = choose("--cleaning", options.cleaning or settings["cleaning"], CLEANING)
+        settings.update(CLEANING[settings["cleaning"]])
     return settings
 
 
@@ -95,7 +108,8 @@ def prepare(arguments):
     target = root / options.benchmark
     source = corpora.source(options.benchmark, settings or {"languages": ["txt"]}, text_dir=options.text_dir,
                             archive_dir=options.archive_dir, archive=options.archive,
-                            download_dir=root / "downloads" / options.benchmark)
+                            download_dir=root / "downloads" / options.benchmark,
+                            allow_unverified=options.allow_unverified)
     request = {"schema": SCHEMA, "benchmark": options.benchmark, "settings": settings, "sources": source.identity()}
     with locked(target) as lock:
         put_back(target)
@@ -390,13 +404,12 @@ def select(sources, targets, limits, every):
 
 def within(pair, limits):
     """Is a pair of tokenized sentences one that Moses' clean-corpus-n keeps?"""
-    sides = [side.split() for side in pair]
+    sides = [side.decode("utf-8").split() for side in pair]
     few, many = sorted(len(words) for words in sides)
     if few == 0 or many > limits.get("clean_max", many):
         return False
     if "clean_ratio" in limits:
-        return many / few <= limits["clean_ratio"] and not any(
-            len(word) > LONGEST_WORD and len(word.decode("utf-8")) > LONGEST_WORD for words in sides for word in words)
+        return many / few <= limits["clean_ratio"] and all(len(word) <= LONGEST_WORD for words in sides for word in words)
     return True
 
 

@@ -1,7 +1,7 @@
 """Scores hypotheses against references, line by line, and prints JSON:
 
-python scripts/lib/score.py HYP REF [--split-compounds]           tokenized text: BLEU as fairseq-score computes it
-python scripts/lib/score.py HYP REF --detokenized [--lowercase]   detokenized text: sacreBLEU and chrF
+python scripts/lib/score.py HYP REF [--split-compounds LANGUAGE]   tokenized text: BLEU as fairseq-score computes it
+python scripts/lib/score.py HYP REF --detokenized [--lowercase]    detokenized text: sacreBLEU and chrF
 """
 
 import argparse
@@ -9,7 +9,11 @@ import json
 import re
 import sys
 
-from settings import UserError, main
+from moses_python import detokenize, languages, tokenize
+from settings import UserError, choose, main
+
+# \S of bytes, as perl sees them: blanks are ASCII's.
+COMPOUND = re.compile(r"(\S)-(\S)", re.ASCII)
 
 
 def lines_of(path):
@@ -30,22 +34,23 @@ def check_equal_length(hypotheses, references):
                         f"text would be compared with scores of the whole")
 
 
-def split_compounds(line):
-    """a-b -> a ##AT##-##AT## b, as the scores of WMT14 En-De are usually computed (Vaswani et al., 2017)."""
-    return re.sub(r"(\S)-(\S)", r"\1 ##AT##-##AT## \2", line)
+def split_compounds(line: str, language: str) -> str:
+    """A tokenized line as it is scored for WMT14 En-De: detokenized, tokenized again without splitting dashes, and
+    a-b -> a ##AT##-##AT## b (Vaswani et al., 2017). Matches do not overlap: of a-b-c the second dash stays."""
+    return COMPOUND.sub(r"\1 ##AT##-##AT## \2", tokenize(detokenize(line, language), language))
 
 
-def tokenized_bleu(hypotheses, references, compounds=False):
+def tokenized_bleu(hypotheses, references, compounds=None):
     """BLEU of tokenized text as in the paper: the arithmetic of fairseq-score (which is that of multi-bleu), unrounded.
 
-    compounds: split them on both sides first, which the result then says
+    compounds: the language of the text, whose compounds are split on both sides first, which the result then says
     """
     from fairseq.data import Dictionary
     from fairseq.scoring.bleu import BleuConfig, Scorer
 
     check_equal_length(hypotheses, references)
     if compounds:
-        hypotheses, references = map(split_compounds, hypotheses), map(split_compounds, references)
+        hypotheses, references = ([split_compounds(line, compounds) for line in text] for text in (hypotheses, references))
     dictionary = Dictionary()
     scorer = Scorer(BleuConfig(pad=dictionary.pad(), eos=dictionary.eos(), unk=dictionary.unk()))
     for hypothesis, reference in zip(hypotheses, references):
@@ -95,7 +100,7 @@ def score(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hyp", metavar="HYP")
     parser.add_argument("ref", metavar="REF")
-    parser.add_argument("--split-compounds", action="store_true")
+    parser.add_argument("--split-compounds", metavar="LANGUAGE")
     parser.add_argument("--detokenized", action="store_true")
     parser.add_argument("--lowercase", action="store_true")
     options = parser.parse_args(arguments)
@@ -103,6 +108,8 @@ def score(arguments):
         raise UserError("--split-compounds is for tokenized text; valid with --detokenized: --lowercase")
     if options.lowercase and not options.detokenized:
         raise UserError("--lowercase is for --detokenized text; tokenized text is scored as it is")
+    if options.split_compounds:
+        choose("--split-compounds", options.split_compounds, languages())
     hypotheses, references = lines_of(options.hyp), lines_of(options.ref)
     if options.detokenized:
         found = sacrebleu_scores(hypotheses, references, options.lowercase)
