@@ -66,7 +66,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["fairseq_powernorm", "fairseq_powernorm.*"]),
-    package_data={"fairseq_powernorm.kernels": ["csrc/*"]},
+    package_data={"fairseq_powernorm.kernels": ["csrc/*"], "fairseq_powernorm.experiments.reports": ["*.html.j2"]},
     cmdclass=commands,
     distclass=Compiled,
     python_requires=">=3.8",

@@ -32,9 +32,9 @@ import sys
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent / "lib"), str(Path(__file__).resolve().parents[1])]
-
-from settings import ROOT, TOOLS, UserError, choose, locked, main, versions, whole_directory, write_json  # noqa: E402
+from fairseq_powernorm.experiments.settings import (
+    ROOT, TOOLS, UserError, choose, locked, main, versions, whole_directory, write_json,
+)
 
 LEVELS = ("accuracy", "layer", "encoder", "step", "generation")
 DEVICES = ("cpu", "cuda")
@@ -315,7 +315,7 @@ def extra_class(name):
 def norms_for(options, rows, channels, dtype, which):
     """name -> Call of each contender at the level of a layer."""
     import torch
-    from authors_norm import AuthorsPowerNorm
+    from fairseq_powernorm.experiments.benchmark.authors_norm import AuthorsPowerNorm
     from fairseq_powernorm.norms import PowerNorm
 
     groups = [g for g in options.groups if channels % g == 0]
@@ -397,7 +397,7 @@ def cell_of(options, level, which, rows, channels, dtype, masked):
 def accuracy_cells(options, say):
     """Largest errors of a training step of PN against the authors' arithmetic in float64, by the tolerance of a kernel."""
     import torch
-    from authors_norm import AuthorsPowerNorm
+    from fairseq_powernorm.experiments.benchmark.authors_norm import AuthorsPowerNorm
     from fairseq_powernorm.kernels.reference import TOLERANCE
     from fairseq_powernorm.norms import PowerNorm
 
@@ -459,7 +459,7 @@ def translation_model(norm, options, d, ffn, layers, symbols):
     from types import SimpleNamespace
 
     import torch
-    from authors_norm import AuthorsPowerNorm
+    from fairseq_powernorm.experiments.benchmark.authors_norm import AuthorsPowerNorm
     from fairseq import models
     from fairseq.data import Dictionary
 
@@ -852,7 +852,7 @@ def benchmark(arguments):
     }
     print(show(record), end="")
     if target is not None:
-        from evaluate import commit
+        from fairseq_powernorm.experiments.evaluation.evaluate import commit
 
         record["git_commit"] = commit()
         with locked(target), whole_directory(target) as folder:

@@ -25,8 +25,8 @@ for norm in "${norms[@]}"; do
     records+=("$runs/$norm/evaluation/record.json")
 done
 echo "== result"
-"$PYTHON" "$scripts/lib/table.py" "${records[@]}"
-"$PYTHON" "$scripts/lib/plot_curves.py" "${records[@]}" --output "$picture"
+(pn_python table "${records[@]}")
+(pn_python plot_curves "${records[@]}" --output "$picture")
 cat <<EOF
 
 The demo's corpus is artificial: it shows that everything works, not which norm is better.

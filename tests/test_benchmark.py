@@ -1,20 +1,19 @@
 """scripts/benchmark.py: what it compares with is what it says, and its verdicts follow from its numbers."""
+import importlib.util
 import shutil
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
 
 import toy
+from fairseq_powernorm.experiments.benchmark.authors_norm import AuthorsPowerNorm
+from fairseq_powernorm.norms import PowerNorm
 
-sys.path.insert(0, str(toy.ROOT / "scripts" / "lib"))
-sys.path.insert(0, str(toy.ROOT / "scripts"))
-import benchmark  # noqa: E402
-from authors_norm import AuthorsPowerNorm  # noqa: E402
-
-from fairseq_powernorm.norms import PowerNorm  # noqa: E402
+SPEC = importlib.util.spec_from_file_location("benchmark", toy.ROOT / "scripts" / "benchmark.py")
+benchmark = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(benchmark)
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -163,9 +162,9 @@ def test_targets_of_a_gpu_are_checked():
 
 def test_the_sanitizers_script_needs_a_compiler(tmp_path):
     """One line and exit status 2 where the compiler is none."""
-    done = toy.command("bash", "scripts/check_sanitizers.sh", check=False, CC="no-such-compiler")
+    done = toy.command("bash", "tests/checks/sanitizers.sh", check=False, CC="no-such-compiler")
     assert done.returncode == 2 and done.stderr == "error: no C compiler: no-such-compiler is not in PATH\n"
-    assert toy.command("bash", "scripts/check_sanitizers.sh", "--help").stdout.startswith("Builds the C kernel")
+    assert toy.command("bash", "tests/checks/sanitizers.sh", "--help").stdout.startswith("Builds the C kernel")
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
@@ -174,7 +173,7 @@ def test_the_stand_alone_check_passes(tmp_path):
 
     In the code for other processors than x86; tests/test_kernels.py runs that for this one.
     """
-    sources = [toy.ROOT / "fairseq_powernorm" / "kernels" / "csrc" / "powernorm.c", toy.ROOT / "scripts" / "lib" / "sanitize_kernel.c"]
+    sources = [toy.ROOT / "fairseq_powernorm" / "kernels" / "csrc" / "powernorm.c", toy.ROOT / "tests" / "checks" / "sanitize_kernel.c"]
     flags = ["-std=gnu11", "-O2", "-DPN_GENERIC", "-Wno-psabi", "-o", tmp_path / "check", "-lm", "-lpthread"]
     subprocess.run([str(word) for word in ["cc", *sources, *flags]], check=True)
     done = subprocess.run([tmp_path / "check"], capture_output=True, text=True)

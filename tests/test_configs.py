@@ -2,20 +2,17 @@
 
 import pathlib
 import subprocess
-import sys
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-LIB = ROOT / "scripts" / "lib"
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 pytest.importorskip("fairseq")
-sys.path.insert(0, str(LIB))
 
-import compose  # noqa: E402
-import perplexity  # noqa: E402
-import settings  # noqa: E402
+from fairseq_powernorm.experiments import settings  # noqa: E402
+from fairseq_powernorm.experiments.evaluation import perplexity  # noqa: E402
+from fairseq_powernorm.experiments.runs import compose  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +98,7 @@ def test_header(path):
 def test_checkpoints_are_bounded(path):
     """Each benchmark keeps a bounded number of checkpoints, the ones that are averaged, and drops no last batch."""
     config = compose.compose(path.stem, [])
-    import checkpoints
+    from fairseq_powernorm.experiments.runs import checkpoints
 
     _, number = checkpoints.kept(config)
     assert 1 < number <= 20
@@ -125,7 +122,8 @@ def test_misspelt_norm_option():
 
 def test_plain_commands_help():
     """Each script prints its own help without needing an environment, and nothing of its code."""
-    for script in [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / "scripts" / "slurm" / "submit.sh"]:
+    commands = [path for folder in ("scripts", "tests/checks") for path in sorted((ROOT / folder).glob("*.sh"))]
+    for script in [*commands, ROOT / "scripts" / "slurm" / "submit.sh"]:
         done = subprocess.run(["bash", str(script), "--help"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                               env={"PATH": "/usr/bin:/bin"})
         assert done.returncode == 0, done.stdout

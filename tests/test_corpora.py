@@ -9,21 +9,15 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tarfile
 import threading
 import zipfile
 
 import pytest
 
-from test_pipeline import LIB, Scripts, contents
-
-sys.path.insert(0, str(LIB))
-
-import archives  # noqa: E402
-import moses  # noqa: E402
-import prepare  # noqa: E402
-import settings  # noqa: E402
+from fairseq_powernorm.experiments import settings
+from fairseq_powernorm.experiments.data import archives, moses, prepare
+from test_pipeline import ROOT, Scripts, contents
 
 # What stands in train.tags -> what the recipe makes of it, worked out by hand. None: it is dropped.
 TRAIN = [
@@ -164,7 +158,7 @@ def test_iwslt14_killed_at_every_stage(iwslt14, tmp_path):
         assert sum("done already" in line for line in output) >= stage - 2, output
         assert not (mine.data / "iwslt14").exists()
     one = ["taskset", "-c", str(min(os.sched_getaffinity(0)))]
-    done = subprocess.run([*one, "bash", str(LIB.parent / "prepare.sh"), "iwslt14", "--archive-dir",
+    done = subprocess.run([*one, "bash", str(ROOT / "scripts" / "prepare.sh"), "iwslt14", "--archive-dir",
                            str(tmp_path / "archives")], env=mine.environment, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT)
     assert done.returncode == 0 and done.stdout.count("done already") == 5, done.stdout
@@ -221,7 +215,7 @@ def test_full_disk(iwslt14, tmp_path):
     """A disk that is full, early or late, is one clear line, and no data appear."""
     mine = Scripts(tmp_path)
     for limit in (1, 2):
-        command = f"ulimit -f {limit}; exec bash {LIB.parent / 'prepare.sh'} iwslt14 --archive {iwslt14.archive}"
+        command = f"ulimit -f {limit}; exec bash {ROOT / 'scripts' / 'prepare.sh'} iwslt14 --archive {iwslt14.archive}"
         done = subprocess.run(["bash", "-c", command], env=mine.environment, text=True, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT)
         assert done.returncode == 2 and "File too large" in done.stdout, done.stdout
@@ -375,7 +369,7 @@ def test_perl_scripts(iwslt14, tmp_path):
 
 
 def test_where_sacremoses_differs():
-    """The differences that scripts/lib/moses.py names are there, each way."""
+    """The differences that moses.py names are there, each way."""
     text = ["Bus der Linie A.", "usw.", "Ende."]
     assert moses.process(text, ["tokenize"], "de") == [*text[:2], "Ende ."]
     assert moses.process(["„Nein.“", "A’"], ["normalize"], "de") == ['"Nein."', "A'"]

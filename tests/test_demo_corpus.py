@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "lib" / "demo_corpus.py"
-sys.path.insert(0, str(SCRIPT.parent))
-import demo_corpus as demo  # noqa: E402
-from demo_corpus import ADJECTIVE, COMPOUND, NOUN, VERB, Adverbial, Clause, noun_phrase, pronoun  # noqa: E402
+from fairseq_powernorm.experiments.data import demo_corpus as demo
+from fairseq_powernorm.experiments.data.demo_corpus import (
+    ADJECTIVE, COMPOUND, NOUN, VERB, Adverbial, Clause, noun_phrase, pronoun,
+)
 
+SCRIPT = Path(demo.__file__)
 FILES = [f"{split}.{language}" for split in ("train", "valid", "test") for language in ("de", "en")]
 SHA256 = "482129e64054b062fe8dcee17c87cf089c8cd8c4dfc76f67fbf114780e8f8a95"
 

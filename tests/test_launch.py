@@ -8,15 +8,12 @@ import pytest
 import torch
 
 import toy
+from checks.slurm_cluster import free_ports
 from fairseq_powernorm import ranks
 from fairseq_powernorm.checkpoint import load
+from fairseq_powernorm.experiments.runs import launch, train
+from fairseq_powernorm.experiments.settings import UserError
 from test_pipeline import SMALL, Scripts, write_text
-
-sys.path.insert(0, str(toy.ROOT / "scripts" / "lib"))
-import launch  # noqa: E402
-import train  # noqa: E402
-from settings import UserError  # noqa: E402
-from slurm_cluster import free_ports  # noqa: E402
 
 #: SGD and unshuffled sentences, as tests/test_distributed.py explains; the batch is given in sentences
 EXACT = [*SMALL, "common.cpu=true", "dataset.max_tokens=null", "dataset.curriculum=99", "optimization.max_update=8",
@@ -180,7 +177,7 @@ def test_ranks_with_other_settings():
 
 def test_hydra_launcher(scripts, tmp_path):
     """fairseq-hydra-train -m with submitit's local launcher trains in a directory of its own, with the norm in both places
-    of the encoder; the launcher for SLURM is the same with its own options (scripts/check_slurm.sh runs it)."""
+    of the encoder; the launcher for SLURM is the same with its own options (tests/checks/slurm.sh runs it)."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     words = ["fairseq-hydra-train", "--config-dir", "configs", "--config-name", "demo", f"hydra.sweep.dir={tmp_path}",
              f"common.user_dir={toy.ROOT / 'fairseq_powernorm'}", f"task.data={scripts.data / 'demo' / 'data-bin'}",

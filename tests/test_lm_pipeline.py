@@ -16,7 +16,7 @@ import zipfile
 import pytest
 import torch
 
-from test_pipeline import LIB, Scripts, contents, schema
+from test_pipeline import EXPERIMENTS, ROOT, Scripts, contents, schema
 
 # A mini run: 12 updates of a small model. They shrink what configs/BENCH.yaml says; the mechanics stay the same.
 SIZES = ["dataset.batch_size=24", "task.tokens_per_sample=8", "+model.decoder_layers=1", "+model.decoder_embed_dim=8",
@@ -110,7 +110,7 @@ def record_of(run, subset=""):
 
 
 def table(*records):
-    command = [sys.executable, str(LIB / "table.py"), *map(str, records)]
+    command = [*EXPERIMENTS, "table", *map(str, records)]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
@@ -327,7 +327,7 @@ def test_record(record, trained):
     assert record["perplexity"]["score"] != record["perplexity_context"]["score"]
     assert "NOT the published corpus" in trained.third and "NOT a language model" not in trained.third
     text = json.dumps(record)
-    assert str(trained.data.parent) not in text and str(LIB.parent.parent) not in text
+    assert str(trained.data.parent) not in text and str(ROOT) not in text
 
 
 def test_evaluate_again_average_and_valid(trained, record):
@@ -371,7 +371,7 @@ def test_noncausal_is_labelled(trained, tmp_path):
 
 def test_table_of_both_kinds(trained, record):
     """Translation and language models stand in tables of their own."""
-    translation = next((LIB.parent.parent / "results" / "multi30k").glob("*.json"))
+    translation = next((ROOT / "results" / "multi30k").glob("*.json"))
     first, second = table(translation, trained.run / "evaluation" / "record.json").split("\n\n")
     assert "BLEU" in first and "perplexity" not in first and first.count("\n") == 2
     assert second.splitlines()[0].startswith("| benchmark | architecture | norm |") and "BLEU" not in second

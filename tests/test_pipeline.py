@@ -15,16 +15,13 @@ import zipfile
 import pytest
 from omegaconf import OmegaConf
 
+from fairseq_powernorm.experiments.reports import schema
+from fairseq_powernorm.experiments.runs import train, trainlog
 from fairseq_powernorm.resume import num_updates
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-LIB = ROOT / "scripts" / "lib"
 BIN = pathlib.Path(sys.executable).parent
-sys.path.insert(0, str(LIB))
-
-import schema  # noqa: E402
-import train  # noqa: E402
-
+EXPERIMENTS = [sys.executable, "-m", "fairseq_powernorm.experiments"]
 for module in ("fairseq", "sacrebleu", "sacremoses", "subword_nmt", "sentencepiece"):
     pytest.importorskip(module)
 
@@ -228,7 +225,7 @@ def test_sentencepiece(scripts, tmp_path):
     mine = Scripts(tmp_path)
     # The few sentences hold less than the demo's number of pieces; a copy of the repository's scripts asks for fewer.
     copy = tmp_path / "copy"
-    for name in ("scripts", "configs"):
+    for name in ("scripts", "configs", "fairseq_powernorm"):
         shutil.copytree(ROOT / name, copy / name)
     config = copy / "configs" / "demo.yaml"
     config.write_text(re.sub(r"PN_BPE_SIZE: \d+", "PN_BPE_SIZE: 60", config.read_text()))
@@ -334,10 +331,7 @@ def test_train_lock_and_interruption(trained, tmp_path):
     output = trained.ok(*arguments, f"optimization.max_update={newest + 1}")
     assert "checkpoint_last.pt was truncated; going on from checkpoint_" in output
     assert json.loads((run / "finished.json").read_text())["updates"] == newest + 1
-    curve = json.loads(subprocess.run(
-        [sys.executable, "-c", "import json, sys, trainlog; print(json.dumps(trainlog.curve(sys.argv[1])))",
-         str(run / "train.log")], cwd=LIB, stdout=subprocess.PIPE, check=True).stdout)
-    updates = [entry["updates"] for entry in curve["valid"]]
+    updates = [entry["updates"] for entry in trainlog.curve(run / "train.log")["valid"]]
     assert updates == sorted(set(updates)), "repeated updates count once"
 
 
@@ -485,12 +479,12 @@ def test_evaluate_refuses(trained, tmp_path):
 
 
 def test_table_and_curves(trained, record, tmp_path):
-    """table.py gives a line for each run, plot_curves.py a PNG picture; a run named twice is refused."""
+    """table gives a line for each run, plot_curves a PNG picture; a run named twice is refused."""
     path = str(trained.run / "evaluation" / "record.json")
     other = tmp_path / "other.json"
     record["config"]["optimization"]["lr"] = [0.1]
     other.write_text(json.dumps(record))
-    command = [sys.executable, str(LIB / "table.py"), path]
+    command = [*EXPERIMENTS, "table", path]
     table = subprocess.run([*command, str(other)], stdout=subprocess.PIPE, text=True, check=True)
     lines = table.stdout.splitlines()
     assert len(lines) == 4 and lines[2].startswith("| demo | power | encoder | yes | reference | 30 | 3 |")
@@ -498,5 +492,5 @@ def test_table_and_curves(trained, record, tmp_path):
     double = subprocess.run([*command, str(other)], stderr=subprocess.PIPE, text=True)
     assert double.returncode == 2 and "records of equal runs" in double.stderr
     picture = tmp_path / "curves.png"
-    subprocess.run([sys.executable, str(LIB / "plot_curves.py"), path, "--output", str(picture)], check=True)
+    subprocess.run([*EXPERIMENTS, "plot_curves", path, "--output", str(picture)], check=True)
     assert picture.read_bytes().startswith(b"\x89PNG")

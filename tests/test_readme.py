@@ -72,9 +72,9 @@ def test_links_lead_somewhere(target):
 
 def test_the_results_are_those_of_the_records(tmp_path):
     """The tables of results are what the command that the README names writes; it fails if a record says otherwise."""
-    command = re.search(r"`(python scripts/lib/report\.py --readme)`", README)[1].split()
+    command = re.search(r"`(python -m fairseq_powernorm\.experiments report --readme)`", README)[1].split()
     assert toy.command(*command, "--check").stdout == "README.md is that of its records\n"
-    for name in ("scripts", "configs", "results"):
+    for name in ("fairseq_powernorm", "configs", "results"):
         shutil.copytree(toy.ROOT / name, tmp_path / name)
     record = tmp_path / "results" / "multi30k" / "power-seed1.json"
     record.write_text(record.read_text().replace('"score": 40.25092547103771', '"score": 41.25092547103771'))

@@ -17,20 +17,14 @@ import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-LIB = ROOT / "scripts" / "lib"
 BIN = pathlib.Path(sys.executable).parent
 for module in ("fairseq", "sacrebleu", "jinja2", "matplotlib"):
     pytest.importorskip(module)
-sys.path.insert(0, str(LIB))
 
-import checkpoints  # noqa: E402
-import figures  # noqa: E402
-import matrix  # noqa: E402
-import report  # noqa: E402
-import schema  # noqa: E402
-import score  # noqa: E402
-import settings  # noqa: E402
-import table  # noqa: E402
+from fairseq_powernorm.experiments import settings  # noqa: E402
+from fairseq_powernorm.experiments.evaluation import score  # noqa: E402
+from fairseq_powernorm.experiments.reports import figures, matrix, report, schema, table  # noqa: E402
+from fairseq_powernorm.experiments.runs import checkpoints  # noqa: E402
 
 RECORD = json.loads((ROOT / "results" / "multi30k" / "power-seed1.json").read_text())
 
@@ -63,7 +57,7 @@ def texts(tmp_path_factory):
 
 
 def ours(capsys, *arguments):
-    """What python scripts/lib/score.py prints."""
+    """What the command score prints."""
     score.score([str(word) for word in arguments])
     return json.loads(capsys.readouterr().out)
 

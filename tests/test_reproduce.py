@@ -21,12 +21,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 for module in ("fairseq", "sacrebleu", "sacremoses", "subword_nmt", "jinja2", "matplotlib"):
     pytest.importorskip(module)
 
-import compose  # noqa: E402
-import evaluate  # noqa: E402
-import matrix  # noqa: E402
-import reproduce  # noqa: E402
-import settings  # noqa: E402
-import train  # noqa: E402
+from fairseq_powernorm.experiments import settings  # noqa: E402
+from fairseq_powernorm.experiments.evaluation import evaluate  # noqa: E402
+from fairseq_powernorm.experiments.reports import matrix, reproduce  # noqa: E402
+from fairseq_powernorm.experiments.runs import compose, train  # noqa: E402
 
 SMALL = ["dataset.max_tokens=400", "generation.max_len_b=20", "generation.beam=2", "+model.encoder_layers=1",
          "+model.decoder_layers=1", "common.cpu=true"]

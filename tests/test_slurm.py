@@ -12,12 +12,10 @@ import time
 import pytest
 
 import toy
+from checks import slurm_cluster
+from fairseq_powernorm.experiments.cluster import submit
+from fairseq_powernorm.experiments.settings import UserError
 from test_pipeline import SMALL, Scripts, write_text
-
-sys.path.insert(0, str(toy.ROOT / "scripts" / "lib"))
-import slurm_cluster  # noqa: E402
-import submit  # noqa: E402
-from settings import UserError  # noqa: E402
 
 SLURM = toy.ROOT / "scripts" / "slurm"
 #: tools of the shell and of Python, not of SLURM
@@ -394,10 +392,10 @@ def test_status(scripts, tmp_path):
 # ---- a real SLURM --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(bool(slurm_cluster.missing()), reason="SLURM is not installed: see scripts/check_slurm.sh --install")
+@pytest.mark.skipif(bool(slurm_cluster.missing()), reason="SLURM is not installed: see tests/checks/slurm.sh --install")
 def test_on_a_real_slurm():
     """The README's command on a real SLURM of two nodes: preemption, time limit and a lost node, with the end of undisturbed
-    runs; scripts/check_slurm.sh says what it checks."""
-    done = toy.command("bash", "scripts/check_slurm.sh", "--lean", timeout=600, PYTHON=sys.executable)
+    runs; tests/checks/slurm.sh says what it checks."""
+    done = toy.command("bash", "tests/checks/slurm.sh", "--lean", timeout=600, PYTHON=sys.executable)
     steps = [line for line in done.stdout.splitlines() if line.startswith("ok ")]
     assert "bit for bit" in done.stdout and len(steps) >= 12, done.stdout

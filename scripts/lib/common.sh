@@ -26,10 +26,9 @@ pn_help() {
     done
 }
 
-# pn_python MODULE [ARGUMENTS]: scripts/lib/MODULE.py in the project's environment, in place of this shell.
+# pn_python COMMAND [ARGUMENTS]: a command of fairseq_powernorm.experiments in the project's environment, in place of this
+# shell. Python 3.11 and newer do not look for modules in the caller's directory.
 pn_python() {
-    local module=$1
-    shift
     . "$PN_ROOT/scripts/lib/environment.sh"
-    exec "$PYTHON" "$PN_ROOT/scripts/lib/$module.py" "$@"
+    PYTHONSAFEPATH=1 exec "$PYTHON" -m fairseq_powernorm.experiments "$@"
 }

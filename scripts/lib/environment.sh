@@ -98,7 +98,9 @@ pn_environment() {
     fi
     export PYTHON
     PATH=$(dirname "$PYTHON"):$PATH
-    export PATH
+    # this checkout's package, installed or not
+    PYTHONPATH=$PN_ROOT${PYTHONPATH:+:$PYTHONPATH}
+    export PATH PYTHONPATH
 }
 
 pn_environment

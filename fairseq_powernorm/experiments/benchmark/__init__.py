@@ -1,0 +1,1 @@
+"""What measurements of speed are compared with."""

@@ -1,0 +1,1 @@
+"""From archives to binarized data: corpora, tokenization, BPE, and the artificial corpus of the demo."""

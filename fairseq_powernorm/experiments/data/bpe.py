@@ -1,0 +1,91 @@
+"""Joint BPE, learnt from tokenized text and applied to it: subword-nmt or sentencepiece."""
+
+import functools
+import io
+import itertools
+import os
+import sys
+
+from ..settings import UserError
+
+# Sentences from which sentencepiece learns, at most: it holds them in memory.
+SENTENCES = 4_000_000
+# Words whose pieces a process remembers, at most.
+CACHE = 200_000
+
+
+def lines_of(paths):
+    for path in paths:
+        with open(path, encoding="utf-8", newline="\n") as lines:
+            yield from lines
+
+
+class Counted(io.StringIO):
+    """A text file that shows how many lines were written to it, every thousand."""
+
+    def __init__(self, stream, size):
+        super().__init__()
+        self.stream, self.size, self.lines = stream, size, 0
+
+    def write(self, text):
+        self.lines += text.count("\n")
+        if text.endswith("\n") and self.lines % 1000 == 1 and self.lines > 1:
+            print(f"  {self.lines - 1:,} of {self.size:,} merges", flush=True)
+        return self.stream.write(text)
+
+
+def learn_subword_nmt(train, directory, size):
+    """directory/codes: `size` merges, learnt by subword-nmt, which holds the words of the text, not the text."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # its progress bar fills a log file
+    from subword_nmt.learn_bpe import learn_bpe
+
+    print("  counting words", flush=True)
+    with open(directory / "codes", "w", encoding="utf-8") as write:
+        learn_bpe(lines_of(train), Counted(write, size), size)
+
+
+def learn_sentencepiece(train, directory, size):
+    """directory/sentencepiece.model: a BPE model with `size` pieces, from every line, or every second, third, ..."""
+    import sentencepiece as spm
+
+    step = -(-sum(1 for _ in lines_of(train)) // SENTENCES)
+    model = io.BytesIO()  # given a file name, it writes that into the model
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=(line.rstrip("\n") for line in itertools.islice(lines_of(train), 0, None, step)),
+            model_writer=model, model_type="bpe", vocab_size=size, character_coverage=1.0,
+            normalization_rule_name="identity", num_threads=1, minloglevel=2)
+    except RuntimeError as error:
+        raise UserError(f"sentencepiece cannot learn PN_BPE_SIZE={size} pieces from this text: {error}") from None
+    (directory / "sentencepiece.model").write_bytes(model.getvalue())
+
+
+@functools.lru_cache(maxsize=None)
+def subword_nmt(directory):
+    from subword_nmt.apply_bpe import BPE
+
+    with open(directory / "codes", encoding="utf-8") as codes:
+        return BPE(codes)
+
+
+@functools.lru_cache(maxsize=None)
+def sentencepiece(directory):
+    import sentencepiece as spm
+
+    return spm.SentencePieceProcessor(model_file=str(directory / "sentencepiece.model"))
+
+
+def apply_subword_nmt(lines, directory):
+    bpe = subword_nmt(directory)
+    if len(bpe.cache) > CACHE:
+        bpe.cache.clear()
+    return [bpe.process_line(line) for line in lines]
+
+
+def apply_sentencepiece(lines, directory):
+    return [" ".join(pieces) for pieces in sentencepiece(directory).encode(lines, out_type=str)]
+
+
+LEARN = {"subword_nmt": learn_subword_nmt, "sentencepiece": learn_sentencepiece}
+APPLY = {"subword_nmt": apply_subword_nmt, "sentencepiece": apply_sentencepiece}

@@ -1,0 +1,1 @@
+"""Evaluation of a trained run: translation, BLEU and perplexity."""

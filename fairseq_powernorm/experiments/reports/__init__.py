@@ -1,0 +1,1 @@
+"""Tables, figures and reports of evaluated runs, and the matrix of runs that the paper's tables need."""

@@ -1,0 +1,222 @@
+"""The rows of the paper's tables and figures: which runs they need, what these are called, which commands make them."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional, Tuple
+
+from ..runs import compose
+from ..settings import ROOT, UserError, architectures, is_lm, load, placements, runs_root, script_setting
+
+#: what is reproduced -> (the paper's benchmarks, which are the default; others of the same kind; default seeds)
+SUBJECTS = {
+    "table1": (("iwslt14", "wmt14"), ("multi30k", "demo"), (1, 2, 3)),
+    "table2": (("ptb", "wikitext103"), (), (1, 2, 3)),
+    "figures": (("iwslt14",), ("wmt14", "multi30k", "demo", "ptb", "wikitext103"), (1,)),
+}
+#: norm -> what varies: (layer scale off as well?, both variants?)
+NORMS = {"layer": (False, False), "batch": (True, False), "power-v": (True, False), "power": (True, True)}
+BASELINE = "layer"
+VARIANTS = ("reference", "algorithm2")
+
+#: The paper's values, tokenized BLEU and perplexity, for the norms where it has them, with layer scale. The published
+#: perplexities come from code whose attention sees the words that it has to predict (README, Causality).
+PAPER = {
+    ("iwslt14", "transformer_pn_iwslt_de_en"): {"layer": 35.5, "batch": 34.4, "power-v": 35.5, "power": 35.9},
+    ("wmt14", "transformer_pn_wmt_en_de_big"): {"layer": 29.5, "batch": 28.2, "power": 30.1},
+    ("ptb", "tensorized_lm_pn_ptb"): {"layer": 53.2, "batch": 60.7, "power-v": 55.3, "power": 47.6},
+    ("wikitext103", "tensorized_lm_pn_wiki103"): {"layer": 20.9, "batch": 27.2, "power-v": 21.3, "power": 17.9},
+}
+
+#: Assumptions of the estimates. Trainable scalars with the benchmark's own dictionary, and the time of an update on one
+#: GPU: UPDATE_S for everything that does not grow with the batch, and 6 operations per parameter and token at
+#: OPERATIONS_PER_S, about what fairseq reaches with fp16 on an A100. Translation of the test set is not counted.
+PARAMETERS = {
+    "transformer_pn_tiny": 2.6e6, "transformer_pn_iwslt_de_en": 37e6, "transformer_pn_wmt_en_de_big": 210e6,
+    "tensorized_lm_pn_ptb": 6.7e6, "transformer_lm_pn_ptb": 5.7e6,
+    "tensorized_lm_pn_wiki103": 85e6, "transformer_lm_pn_wiki103": 247e6,
+}
+UPDATE_S = 0.05
+OPERATIONS_PER_S = 20e12
+
+#: The rows that the figures compare, by default and in the report of a table.
+FIGURE_ROWS = ("layer", "batch", "power-v", "power")
+
+#: settings in updates, which --updates scales with the length of training
+SCALED = ("lr_scheduler.warmup_updates", "lr_scheduler.lr_period_updates", "dataset.validate_interval_updates",
+          "checkpoint.save_interval_updates")
+#: override -> the option to use instead
+OURS = {"optimization.max_update": "--updates", "common.seed": "--seeds", "model.norm_groups": "--rows",
+        "model.norm_variant": "--rows", "model.encoder_norm_self": "--rows", "model.encoder_norm_ff": "--rows",
+        "model.decoder_norm_self": "--rows", "model.decoder_norm_ff": "--rows", "model._name": "--archs",
+        "task.norm_record": None, "task.norm_record_interval": None}
+#: Statistics along training for figures 1 and 2, in the run directory (where fairseq-hydra-train is at work).
+NORM_RECORD = "norm-record.jsonl"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: which norm, where ("" for LN, which is everywhere), with layer scale or not, and how."""
+
+    norm: str
+    placement: str
+    layer_scale: Optional[bool] = None  # None: the norm has none
+    variant: Optional[str] = None  # None: the norm has none
+
+    def name(self, default_placement):
+        """NORM[-PLACEMENT][-VARIANT][-groups0]; defaults are not named."""
+        parts = [self.norm]
+        parts += [self.placement] if self.placement not in ("", default_placement) else []
+        parts += [self.variant] if self.variant not in (None, VARIANTS[0]) else []
+        parts += ["groups0"] if self.layer_scale is False else []
+        return "-".join(parts)
+
+    def published(self, default_placement):
+        """Is this the paper's form of the norm: the authors' placement, with layer scale, by their released code?"""
+        return (self.placement in ("", default_placement) and self.layer_scale is not False
+                and self.variant in (None, VARIANTS[0]))
+
+
+def rows(model):
+    """The rows for a model (its configuration), LN first."""
+    found = []
+    for norm, (without_layer_scale, variants) in NORMS.items():
+        if norm == BASELINE:
+            found.append(Row(norm, ""))
+            continue
+        for variant in VARIANTS if variants else (None,):
+            for placement in placements(model):
+                for layer_scale in (True, False) if without_layer_scale else (True,):
+                    found.append(Row(norm, placement, layer_scale, variant))
+    return found
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of the matrix."""
+
+    benchmark: str
+    arch: str
+    row: Row
+    row_name: str
+    seed: int
+    updates: int
+    tokens: int  # of an update
+    average: Optional[int]  # checkpoints to average, where a shortened run has other ones than its YAML file says
+    overrides: Tuple[str, ...]
+
+    @property
+    def name(self):
+        """ROW[-ARCH]-UPDATES-seedS, ARCH where the benchmark has several: of the run directory and of the record."""
+        arch = [self.arch] if len(architectures(self.benchmark)) > 1 else []
+        return "-".join([self.row_name, *arch, str(self.updates), f"seed{self.seed}"])
+
+    @property
+    def directory(self):
+        return runs_root() / self.benchmark / self.name
+
+    def record(self, results):
+        return results / self.benchmark / f"{self.name}.json"
+
+    def train_command(self, overrides=None):
+        """The command that trains it, with its overrides or others."""
+        placement = ["--placement", self.row.placement] if self.row.placement else []
+        arch = ["--arch", self.arch] if self.arch != architectures(self.benchmark)[0] else []
+        return ["bash", "scripts/train.sh", self.benchmark, self.row.norm, *arch, *placement, "--run-dir",
+                relative(self.directory), "--resume", *(self.overrides if overrides is None else overrides)]
+
+    def evaluate_command(self, results):
+        average = [] if self.average is None else ["--average", str(self.average), "--available"]
+        return ["bash", "scripts/evaluate.sh", self.benchmark, relative(self.directory), *average, "--record",
+                relative(self.record(results))]
+
+    @property
+    def gpu_hours(self):
+        """The estimate for its training; see PARAMETERS."""
+        seconds = UPDATE_S + 6 * PARAMETERS[self.arch] * self.tokens / OPERATIONS_PER_S
+        return self.updates * seconds / 3600
+
+
+def relative(path):
+    """A path below the repository, where the commands run, without the repository's own."""
+    return str(path.relative_to(ROOT)) if ROOT in Path(path).parents else str(path)
+
+
+def length(benchmark, config, updates):
+    """(updates of a run, the overrides that make it so): every setting in updates is scaled in proportion."""
+    from omegaconf import OmegaConf
+
+    full = OmegaConf.select(config, "optimization.max_update") or 0
+    if full <= 0:
+        raise UserError(f"configs/{benchmark}.yaml has no optimization.max_update, by which runs are named and which "
+                        f"--updates replaces")
+    if updates in (None, full):
+        return full, []
+    overrides = [f"optimization.max_update={updates}"]
+    for key in SCALED:
+        value = OmegaConf.select(config, key)
+        if value is not None and value > 0:
+            overrides.append(f"{key}={max(1, int(value * updates // full))}")
+    return updates, overrides
+
+
+def average(config, updates):
+    """Checkpoints to average of a run of so many updates, None: as many as its YAML file says, or those of an LM.
+
+    Epochs do not get shorter: their number shrinks in proportion. Checkpoints after a number of updates follow one another
+    faster: see SCALED.
+    """
+    if updates is None or is_lm(config):
+        return None
+    epochs = config.checkpoint.get("keep_last_epochs", 0)
+    if epochs > 0:
+        return max(1, min(epochs, epochs * updates // config.optimization.max_update))
+    return config.checkpoint.keep_interval_updates
+
+
+def runs(benchmark, arch, seeds, updates, overrides):
+    """Every run of a benchmark's architecture: all rows with the first seed, then all with the second, and so on.
+
+    A run has one GPU; where configs/BENCH.yaml is written for several (PN_GPUS), it gathers as many batches instead.
+    """
+    config = load(benchmark, arch)
+    number, scaled = length(benchmark, config, updates)
+    gpus = int(script_setting(config, "PN_GPUS", 1))
+    update_freq = (config.optimization.get("update_freq") or [1])[0] * gpus
+    for seed in seeds:
+        for row in rows(config.model):
+            own = [f"common.seed={seed}", *scaled]
+            own += [f"optimization.update_freq=[{update_freq}]"] if gpus > 1 else []
+            own += ["+model.norm_groups=0"] if row.layer_scale is False else []
+            own += [f"+model.norm_variant={row.variant}"] if row.variant not in (None, VARIANTS[0]) else []
+            if row.norm != BASELINE:
+                own += [f"+task.norm_record={NORM_RECORD}", f"+task.norm_record_interval={max(1, number // 100)}"]
+            merged = {**compose.by_key(own), **compose.by_key(overrides)}
+            yield Run(benchmark, arch, row, row.name(placements(config.model)[0]), seed, number,
+                      tokens_of(config, merged), average(config, updates), tuple(merged.values()))
+
+
+def tokens_of(config, overrides):
+    """Tokens of a full batch, all gathered for an update, with overrides (by key)."""
+    from omegaconf import OmegaConf
+
+    given = [override.lstrip("+") for override in overrides.values() if not override.startswith("~")]
+    config = OmegaConf.merge(config, OmegaConf.from_dotlist(given))
+    batch = config.dataset.get("max_tokens") or config.dataset.batch_size * config.task.tokens_per_sample
+    return batch * (config.optimization.get("update_freq") or [1])[0]
+
+
+def identity(overrides):
+    """Overrides by key, without those that change nothing in the training."""
+    return {key: value for key, value in compose.by_key(overrides).items() if not key.startswith("task.norm_record")}
+
+
+def plan_line(run, results):
+    """The commands of a run, to be pasted into a shell, with its estimated cost."""
+    return (f"{shlex.join(run.train_command())}    # about {hours(run.gpu_hours)} GPU hours\n"
+            f"{shlex.join(run.evaluate_command(results))}")
+
+
+def hours(number):
+    """An estimate as text, two digits where it is small."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"

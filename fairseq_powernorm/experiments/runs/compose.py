@@ -1,0 +1,115 @@
+"""Composes a run's configuration exactly as fairseq-hydra-train does, and proves that it builds."""
+
+import contextlib
+import io
+import logging
+import re
+
+from ..settings import CONFIGS, NORM_OPTIONS, PLACEMENTS, PLUGIN, UserError, architectures, placements
+
+
+def places(model, placement):
+    """option -> does NORM stand there?, for those of the four options that the model has."""
+    return {option: chosen for option, chosen in zip(NORM_OPTIONS, PLACEMENTS[placement]) if option in model}
+
+
+def norm_overrides(model, norm, placement):
+    """The hydra overrides that put NORM at a placement of a model (its configuration), and LayerNorm elsewhere."""
+    return [f"model.{option}={norm if chosen else 'layer'}" for option, chosen in places(model, placement).items()]
+
+
+def arch_overrides(benchmark, arch):
+    """The hydra override that lays configs/BENCH/ARCH.yaml over configs/BENCH.yaml; none for the default."""
+    return [] if arch == architectures(benchmark)[0] else [f"+{benchmark}={arch}"]
+
+
+def norms_of(model):
+    """(norm, placement) of a model's configuration, ("custom", "custom") if it is none of train.sh's."""
+    for placement in placements(model):
+        chosen = places(model, placement)
+        norm = model[next(iter(chosen))]
+        if all(model[option] == (norm if wanted else "layer") for option, wanted in chosen.items()):
+            return norm, placement
+    return "custom", "custom"
+
+
+def by_key(overrides):
+    """Overrides by the key that they set; a later one replaces an earlier one."""
+    return {override.split("=", 1)[0].lstrip("+~"): override for override in overrides}
+
+
+def compose(benchmark, overrides):
+    """The composed configuration; fairseq must be importable (about 3 s)."""
+    with quiet():
+        from fairseq.dataclass.initialize import hydra_init
+
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    try:
+        from hydra import initialize_config_dir
+    except ImportError:  # hydra 1.0
+        from hydra.experimental import compose as hydra_compose, initialize_config_dir
+    else:
+        hydra_compose = hydra.compose
+    hydra_init(benchmark)
+    GlobalHydra.instance().clear()
+    try:
+        with quiet(), initialize_config_dir(config_dir=str(CONFIGS)):
+            return hydra_compose(config_name=benchmark, overrides=overrides)
+    except Exception as error:  # hydra's errors share no base class
+        raise UserError(f"configs/{benchmark}.yaml does not take these overrides: {' '.join(overrides)}: {error}") from None
+
+
+def build(config):
+    """Resolves a composed configuration with fairseq's defaults and builds its task, model and criterion.
+
+    Returns (resolved configuration, task, model, criterion).
+    """
+    from fairseq import tasks, utils
+    from fairseq.dataclass.initialize import add_defaults
+    from fairseq.dataclass.utils import omegaconf_no_object_check
+    from omegaconf import OmegaConf
+
+    with quiet():
+        utils.import_user_module(config.common)
+        try:
+            add_defaults(config)
+            with omegaconf_no_object_check():
+                config = OmegaConf.create(OmegaConf.to_container(config, resolve=True, enum_to_str=True))
+            OmegaConf.set_struct(config, True)
+            task = tasks.setup_task(config.task)
+            model = task.build_model(config.model)
+            criterion = task.build_criterion(config.criterion)
+        except Exception as error:  # whatever fairseq or the plugin objects to
+            raise UserError(f"these settings do not build a model: {type(error).__name__}: {error}") from None
+    return config, task, model, criterion
+
+
+@contextlib.contextmanager
+def quiet():
+    """Keeps fairseq's and hydra's logging and warnings off the terminal."""
+    import warnings
+
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def resolved(benchmark, overrides, data, save_dir):
+    """compose + build with the paths that train.sh gives; returns (overrides with paths, configuration, parameters)."""
+    complete = [f"common.user_dir={quote(PLUGIN)}", f"task.data={quote(data)}", f"checkpoint.save_dir={quote(save_dir)}",
+                *overrides]
+    config, _, model, _ = build(compose(benchmark, complete))
+    return complete, config, sum(parameter.numel() for parameter in model.parameters())
+
+
+def quote(path):
+    """A path as a value in a hydra override, in quotes where hydra's grammar needs them."""
+    text = str(path)
+    return text if re.fullmatch(r"[\w./-]+", text, re.ASCII) else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -1,0 +1,133 @@
+"""Shows how runs are doing: see scripts/status.sh."""
+
+import argparse
+import os
+import re
+import time
+import zipfile
+from pathlib import Path
+
+from ..cluster import slurm
+from ..settings import UserError, in_use, read_json, runs_root
+from . import launch, trainlog
+
+SAVED = re.compile(r"Saved checkpoint (.+\.pt) \(epoch \d+ @ (\d+) updates")
+COLUMNS = ("run", "state", "updates", "valid loss", "time left", "last checkpoint", "restarts")
+
+
+def status(arguments):
+    parser = argparse.ArgumentParser(prog="scripts/status.sh", add_help=False, allow_abbrev=False)
+    parser.add_argument("directories", nargs="*")
+    options = parser.parse_args(arguments)
+    places = [Path(os.path.abspath(name)) for name in options.directories] or [runs_root()]
+    for place in places:
+        if not place.is_dir():
+            raise UserError(f"{place} is not a directory")
+    runs = sorted({run for place in places for run in found(place)})
+    if not runs:
+        print(f"no runs in {', '.join(map(str, places))}")
+        return
+    try:
+        queue = slurm.tasks()
+    except UserError:
+        queue = None
+    base = Path(os.path.commonpath([run.parent for run in runs]))
+    rows = [COLUMNS, *(row(run, str(run.relative_to(base)), queue) for run in runs)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    print(f"in {base}:")
+    for cells in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
+
+
+def found(place):
+    """The run directories in a place, those that only a job knows included; not what lies within a run."""
+    if (place / "run.json").is_file():
+        yield place
+        return
+    for directory, names, files in os.walk(place):
+        if "run.json" in files:
+            yield Path(directory)
+            names.clear()
+        yield from (Path(directory, name[1:-4]) for name in files if re.fullmatch(r"\..+\.job", name))
+
+
+def row(run, name, queue):
+    try:
+        return cells(run, name, queue)
+    except (UserError, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        return (name, f"unreadable: {error}", *[""] * (len(COLUMNS) - 2))
+
+
+def cells(run, name, queue):
+    facts = read_json(run / "run.json") if (run / "run.json").is_file() else {"sessions": []}
+    sessions, log = facts["sessions"], run / "train.log"
+    curve = trainlog.curve(log) if log.is_file() else {"train": [], "valid": []}
+    updates, left = progress(log) if log.is_file() else (0, None)
+    updates = max(updates, trainlog.updates(curve))
+    finished = (run / "finished.json").is_file()
+    state = state_of(run, finished, sessions, queue)
+    limit, valid = max_update(run), curve["valid"]
+    return (name, state, f"{updates:,}" + (f" of {limit:,}" if limit else ""),
+            str(valid[-1].get("loss", "")) if valid else "",
+            duration(left) if left is not None and state.startswith("running") else "", last_checkpoint(run, log),
+            str(max(0, len(sessions) - 1)))
+
+
+def state_of(run, finished, sessions, queue):
+    claim, jobs = launch.read_claim(run), launch.jobs_of(run, queue or {})
+    if finished:  # what training goes on with has not
+        job = f", job {jobs[-1].job}" if jobs else ""
+        return f"finished (in evaluation{job})" if in_use(run) else "finished"
+    if in_use(run) or any(job.state in ("RUNNING", "COMPLETING") for job in jobs):
+        return f"running (job {jobs[0].job})" if jobs else "running"
+    if jobs:
+        return f"queued (job {jobs[0].job}: {jobs[0].reason})"
+    if not sessions:
+        return "not started" if queue is not None or not claim else f"queued, unless ended ({claim['submission']})"
+    ended = sessions[-1]["exit_status"]
+    return "failed" if ended is not None and 0 < ended < 128 else "interrupted"
+
+
+def progress(log):
+    """(updates, seconds left at the present speed or None) by the newest line of progress."""
+    newest = {}
+    with open(log, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            entry = trainlog.parse_line(line) if '"num_updates"' in line else None
+            if entry and "loss" in entry:
+                newest = entry
+    updates = int(newest.get("num_updates", 0))
+    limit, speed = max_update(log.parent), float(newest.get("ups") or 0)
+    return updates, (limit - updates) / speed if limit and speed else None
+
+
+def max_update(run):
+    """optimization.max_update of the run's resolved settings; 0 for none."""
+    try:
+        text = (run / "config.yaml").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    block = re.search(r"^optimization:\n((?:[ -].*\n)*)", text, re.M)
+    limit = block and re.search(r"^  max_update: (\d+)$", block[1], re.M)
+    return int(limit[1]) if limit else 0
+
+
+def last_checkpoint(run, log):
+    """The newest checkpoint that is there and whole, with its updates and its age."""
+    saved = {}
+    if log.is_file():
+        with open(log, encoding="utf-8", errors="replace") as lines:
+            saved = {Path(match[1]).name: int(match[2]) for match in map(SAVED.search, lines) if match}
+    for name, updates in sorted(saved.items(), key=lambda item: item[1], reverse=True):
+        path = run / "checkpoints" / name
+        if path.is_file() and zipfile.is_zipfile(path):
+            return f"{name} ({updates:,} updates, {duration(time.time() - path.stat().st_mtime)} ago)"
+    return "none"
+
+
+def duration(seconds):
+    seconds = int(seconds)
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"
