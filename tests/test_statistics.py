@@ -1,5 +1,6 @@
 """The statistics engine at layer level, in float64: one step per training step, however the batch is cut."""
 import copy
+import os
 import pathlib
 import subprocess
 import sys
@@ -409,8 +410,7 @@ def test_recorded_term_of_nu_is_that_of_the_gradient(variant):
 def two_ranks(body):
     """Run Python code in two processes joined by gloo; ``rank`` and this module's names are defined. Returns the output."""
     program = (
-        f"import sys; sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})\n"
-        "import datetime, os, time, torch.distributed as dist\n"
+        "import datetime, os, sys, time, torch.distributed as dist\n"
         "from test_statistics import *\n"
         "torch.set_num_threads(1)\n"
         "dist.init_process_group('gloo', timeout=datetime.timedelta(seconds=120)); rank = dist.get_rank()\n"
@@ -426,6 +426,7 @@ def two_ranks(body):
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python",
          sys.executable, "-c", program],
         capture_output=True, text=True, timeout=300, cwd=pathlib.Path(__file__).parent.parent,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},  # this module, too
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     return done.stdout

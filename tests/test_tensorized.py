@@ -1,6 +1,7 @@
 """Tensorized attention: its definition written as loops, windows of every length, causality, memory."""
 import logging
 import math
+import os
 import subprocess
 import sys
 
@@ -270,8 +271,7 @@ def test_every_step_of_decoding_is_that_of_the_last_tokens():
 
 
 MEMORY = """
-import resource, sys
-sys.path.insert(0, "tests")
+import resource
 import torch, toy
 from torch.nn import functional as F
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -291,7 +291,8 @@ print(base, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, loss.item())
 
 def test_a_training_step_at_penn_treebank_size_needs_less_than_4_gb(root):
     """Two Adam steps of tensorized_lm_pn_ptb (3 layers, 120 windows of 32, 10,000 words) in a process of under 4 GB."""
-    done = subprocess.run([sys.executable, "-c", MEMORY], cwd=root, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", MEMORY], cwd=root, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     assert done.returncode == 0, done.stderr[-3000:]
     base, peak, _ = (float(word) for word in done.stdout.split()[-3:])
     print(f"peak {peak / 2**20:.2f} GB, of which {base / 2**20:.2f} GB before the model")

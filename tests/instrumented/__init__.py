@@ -13,13 +13,10 @@ import atexit
 import collections
 import functools
 import os
-import pathlib
-import sys
 
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))
 import fairseq_powernorm  # noqa: E402,F401
 from fairseq.models import distributed_fairseq_model  # noqa: E402
 from fairseq.trainer import Trainer  # noqa: E402
