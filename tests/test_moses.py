@@ -122,8 +122,8 @@ class Checkout(Judge):
 
 
 class Package(Judge):
-    """The package mosestokenizer, whose tokenizer.perl has no rules for the end of a line, and whose
-    normalize-punctuation.perl makes other quotation marks of ‘ and ‚: these are kept away from it."""
+    """The package mosestokenizer, whose scripts are of 2017. What was changed since is kept away from it: the rules for
+    the end of a line, the quotation marks of ‘ and ‚, and a few abbreviations."""
 
     def __init__(self):
         found = importlib.util.find_spec("mosestokenizer")
@@ -133,7 +133,7 @@ class Package(Judge):
 
     def adapt(self, step, lines):
         if step.startswith("tokenize"):
-            return [line + " Z" for line in lines]
+            return [line.replace("Inc.", "").replace("Rs.", "") + " Z" for line in lines]
         return [line.replace("‘", "").replace("‚", "") for line in lines]
 
 
@@ -177,7 +177,7 @@ def test_lines_equal_perls(judge, step, language):
     if step == "apostrophes" or judge.command(step, language) is None:
         pytest.skip("these scripts have no such step")
     draw, atoms = random.Random(step + language), [
-        *"aZéßſ1½2٣,.'`-\" \u00a0\u0085([)]&|…’“«»:;?!%<>日ไही\u0301·$@\x01\x1c\r", "..", "Mr.", "No.", "U.S.", "z.B.",
+        *"eZéßſ1½2٣,.'`-\" \u00a0\u0085([)]&|…’“«»:;?!%<>日ไही\u0301·$@\x01\x1c\r", "..", "Mr.", "No.", "U.S.", "z.B.",
         "'s ", " 5", "''", "nº\u00a0", "\u00a0cm", "\".", " @-@ ", " &apos;s", " &quot; ", " ' ", " „ ", " , ", " ( "]
     lines = ["".join(draw.choices(atoms, k=draw.randint(1, 14))) for _ in range(5000)]
     assert differing(judge, step, language, LINES + lines) == []
@@ -194,12 +194,13 @@ def agreed():
     """The characters of which perl's Unicode and regex's say the same; in a few they are of different versions."""
     answers = subprocess.run(["perl", "-e", ASK_PERL], capture_output=True, text=True, check=True).stdout.split("\n")
     patterns = [regex.compile(pattern) for pattern in PROPERTIES]
-    characters = [chr(code) for code in range(0x20000) if not 0xD800 <= code <= 0xDFFF and code != 10]
-    del answers[10]
-    known = [character for character, answer in zip(characters, answers)
-             if answer == "".join("01"[bool(pattern.match(character))] for pattern in patterns)]
-    assert len(known) > 0.9 * len(characters)
-    return known
+    asked = [chr(code) for code in range(0x20000) if not 0xD800 <= code <= 0xDFFF]
+    same = [character for character, answer in zip(asked, answers)
+            if answer == "".join("01"[bool(pattern.match(character))] for pattern in patterns)]
+    assert len(same) > 0.9 * len(asked)
+    # of the large blocks, in which one is like another, every 50th
+    return [c for c in same if c != "\n" and (c < "\u3400" or "\ua000" <= c < "\uac00" or "\uf900" <= c < "\U00010000"
+                                              or c >= "\U0001d000" or ord(c) % 50 == 0)]
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -217,11 +218,14 @@ def test_characters_equal_perls(judge, step):
                                   "multi30k/test_2016_flickr", "ptb/ptb.train.txt", "ptb/ptb.valid.txt", "ptb/ptb.test.txt",
                                   "wikitext/wiki.valid.txt", "wikitext/wiki.test.txt"])
 def test_corpora_equal_perls(judge, corpora, name):
-    """Every line of every corpus, as it is and detokenized: 0 differ, in any step."""
+    """The lines of every corpus, as they are and detokenized: 0 differ, in any step. Of the largest, the package is
+    asked for every fifth."""
     for language in ("en", "de") if "." not in name or "flickr" in name else ("en",):
         path = corpora / (f"{name}.gz" if name.endswith(".txt") else f"{name}.{language}.gz")
         with gzip.open(path, "rt", encoding="utf-8", newline="\n") as text:
             lines = [line.rstrip("\r\n").replace("@@ ", "") for line in text]
+        if len(lines) > 10_000 and isinstance(judge, Package):
+            lines = lines[::5]
         texts = {"as it is": lines}
         if not name.startswith("multi30k"):
             texts["detokenized"] = [STEPS["detokenize"](line, language) for line in lines]

@@ -198,10 +198,7 @@ class Packed(Downloaded):
             if archive is None:
                 self._unpack(self._find(file), directory / name, expected)
         if archive is not None:
-            found = differing(archive, self.entry["archive_checksum"])
-            if found:
-                self._discard(archive)
-                raise UserError(f"{archive}: checksum of the archive is {found}, expected {self.entry['archive_checksum']}")
+            self._verify(archive, "archive", sha256(archive), known_sha256(self.entry["archive_checksum"]))
             try:
                 digests = unpack(archive, in_archive(self.entry), directory)
             except UserError:

@@ -52,7 +52,10 @@ def single(language: str) -> regex.Pattern:
 
 @functools.lru_cache(maxsize=None)
 def abbreviations(language: str) -> dict[str, bool]:
-    """The words that keep their full stop: word -> only before a number? English ones for a language without a list."""
+    """The words that keep their full stop: word -> only before a number? English ones for a language without a list.
+
+    Moses' lists of Spanish, Italian, Dutch, Slovak and Swedish have a blank behind a few words, which spoils them there.
+    """
     from sacremoses.corpus import NonbreakingPrefixes
 
     parts = (line.partition("#NUMERIC_ONLY#") for line in NonbreakingPrefixes().words(language))
