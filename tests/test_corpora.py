@@ -294,6 +294,11 @@ def test_options_that_do_not_fit(iwslt14, tmp_path):
     assert "bpe_size is 10000, asked for 500" in iwslt14.refuses(
         "prepare", "iwslt14", "--archive", iwslt14.archive, "--bpe-size", "500")
     assert contents(iwslt14.data) == before
+    stamp = iwslt14.data / "iwslt14" / "prepared.json"
+    whole = stamp.read_text()
+    stamp.write_text(whole.replace(f'"schema": {prepare.SCHEMA}', '"schema": 1'))
+    assert "by an earlier version of this program" in iwslt14.refuses("prepare", "iwslt14", "--archive", iwslt14.archive)
+    stamp.write_text(whole)
 
 
 def test_lines_are_read_as_they_are_needed():
@@ -397,7 +402,7 @@ def test_wmt14_text(version, bpe, cleaning, tmp_path):
     stamp = json.loads((data / "prepared.json").read_text())
     assert stamp["sentences"] == {"train": len(counts[0]), "valid": 1, "test": 2}
     assert stamp["settings"]["news_commentary"] == version and stamp["settings"]["bpe"] == bpe
-    assert stamp["settings"]["cleaning"] == cleaning and stamp["settings"]["clean_max"] == {"authors": 80, "fairseq": 250}[cleaning]
+    assert (stamp["settings"]["cleaning"], stamp["settings"]["clean_max"]) == (cleaning, 80 if cleaning == "authors" else 250)
     assert f"training-parallel-nc-{version}.tgz" in stamp["sources"] and len(stamp["sources"]) == 5
 
 

@@ -94,7 +94,8 @@ class Judge:
 
     def command(self, step, language):
         script, *options = {
-            "tokenize": [self.tokenizer, "-q", "-l", language], "tokenize_dashes": [self.tokenizer, "-q", "-a", "-l", language],
+            "tokenize": [self.tokenizer, "-q", "-l", language],
+            "tokenize_dashes": [self.tokenizer, "-q", "-a", "-l", language],
             "detokenize": ["detokenizer.perl", "-q", "-l", language],
             "normalize": ["normalize-punctuation.perl", "-l", language],
             "printable": ["remove-non-printing-char.perl"], "lowercase": ["lowercase.perl"]}[step]

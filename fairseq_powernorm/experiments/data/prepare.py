@@ -20,7 +20,8 @@ from ..settings import (BPE_TYPES, DATA_TOOLS, UserError, choose, cpus, data_roo
                         read_json, resumable_directory, same, sha256, tool, versions, write_json)
 from . import bpe, corpora, moses
 
-SCHEMA = 1
+# Raised when the same settings make other data.
+SCHEMA = 2
 # Settings of a YAML file that not every benchmark has: setting -> type.
 OPTIONAL = {
     "lowercase_last": bool,   # lower-case after tokenization, not before it
@@ -145,6 +146,8 @@ def refuse_other(target, request):
                for key in {**there, **wanted} if there.get(key) != wanted.get(key)]
     if not same(stamp.get("sources"), request["sources"]):
         details.append("other source text")
+    if stamp.get("schema") != request["schema"]:
+        details.append("by an earlier version of this program")
     if details:
         raise UserError(f"{target} was prepared otherwise ({'; '.join(details)}); --force replaces it")
 
