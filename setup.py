@@ -83,7 +83,7 @@ setup(
         "sacrebleu>=2.0",
     ],
     extras_require={
-        "data": ["sacremoses>=0.1", "subword-nmt>=0.3.8", "sentencepiece>=0.2"],
+        "data": ["sacremoses>=0.1", "regex", "subword-nmt>=0.3.8", "sentencepiece>=0.2"],
         "plots": ["jinja2", "matplotlib", "tensorboard"],
         # hydra 1.0, which fairseq 0.12.2 needs, is too old for it
         "slurm": [f'{name}; python_version >= "3.11"' for name in ("submitit>=1.5", "hydra-submitit-launcher>=1.2")],
@@ -91,6 +91,7 @@ setup(
         # Triton's kernels are interpreted where there is no GPU; torch >= 2.5 for CUDA brings one that fits
         "test": [
             "pytest>=7", "pytest-xdist>=3", "onnx>=1.15", "onnxruntime>=1.17",
+            "mosestokenizer>=1.2",  # Moses' Perl scripts, which judge ours
             'triton>=3.1; python_version >= "3.9" and sys_platform == "linux" and platform_machine == "x86_64"',
         ],
     },
