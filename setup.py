@@ -99,7 +99,7 @@ setup(
         "subword-nmt>=0.3.8",
     ],
     extras_require={
-        "data": ["sacremoses>=0.1"],
+        "data": ["sacremoses>=0.1", "regex"],
         "plots": ["jinja2", "matplotlib", "tensorboard"],
         # hydra 1.0, which fairseq 0.12.2 needs, is too old for it
         "slurm": [f'{name}; python_version >= "3.11"' for name in ("submitit>=1.5", "hydra-submitit-launcher>=1.2")],
@@ -107,6 +107,7 @@ setup(
         # Triton's kernels are interpreted where there is no GPU; torch >= 2.5 for CUDA brings one that fits
         "test": [
             "pytest>=7", "pytest-xdist>=3", "onnx>=1.15", "onnxruntime>=1.17",
+            "mosestokenizer>=1.2",  # Moses' Perl scripts, which judge ours
             'triton>=3.1; python_version >= "3.9" and sys_platform == "linux" and platform_machine == "x86_64"',
         ],
     },

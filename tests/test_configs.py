@@ -89,6 +89,7 @@ def test_data_settings():
     ({"clean_max": True}, "clean_max: True is bool, not int"),
     ({"clean_ratio": None}, "clean_ratio: None is NoneType, not float"),
     ({"bpe": None}, "bpe: None is NoneType, not str"),
+    ({"cleaning": "authors", "clean_max": 80}, "clean_max: cleaning 'authors' sets it; give one of the two"),
     ({}, "configs/data/demo.yaml: bpe is missing"),
 ])
 def test_wrong_data_settings(change, message):

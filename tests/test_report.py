@@ -4,6 +4,7 @@ import copy
 import csv
 import gzip
 import html.parser
+import importlib.util
 import io
 import json
 import math
@@ -11,6 +12,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import subprocess
 import sys
 
@@ -63,6 +65,43 @@ def ours(capsys, *arguments):
     return json.loads(capsys.readouterr().out)
 
 
+# A line as it is translated, its dashes split, and as it is scored, by hand: detokenized, tokenized again with whole
+# compounds, and these split. A dash needs neighbours that no other match has taken.
+COMPOUNDS = [
+    ("ein 18 @-@ jähriger Mann", "ein 18 ##AT##-##AT## jähriger Mann"),
+    ("ein 18-jähriger Mann", "ein 18 ##AT##-##AT## jähriger Mann"),
+    ("die E @-@ Mail @-@ Adresse", "die E ##AT##-##AT## Mail ##AT##-##AT## Adresse"),
+    ("a @-@ b @-@ c", "a ##AT##-##AT## b-c"),
+    ("ab - cd – ef", "ab - cd – ef"),
+    ("-ab cd- -", "-ab cd- -"),
+    ("Hin- und Rückfahrt @-@ Preis", "Hin- und Rückfahrt ##AT##-##AT## Preis"),
+    ("2010-2014 , 3 @-@ 5 % , 1.000,5", "2010 ##AT##-##AT## 2014 , 3 ##AT##-##AT## 5 % , 1.000,5"),
+    ("a--b c---d", "a ##AT##-##AT## -b c ##AT##-##AT## --d"),
+    ("sagt : &quot; Nein-Ja &quot; .", "sagt : &quot; Nein ##AT##-##AT## Ja &quot; ."),
+    ("&quot; Pro @-@ &quot; Gruppe &amp; Co. @-@ KG", "&quot; Pro- &quot; Gruppe &amp; Co. ##AT##-##AT## KG"),
+    ("Baum usw. ( A-B ) &apos; s", "Baum usw. ( A ##AT##-##AT## B ) &apos; s"),
+    ("", ""),
+]
+
+
+@pytest.mark.parametrize("line, expected", COMPOUNDS)
+def test_split_compounds(line, expected):
+    """A line of WMT14's translation or reference = the line that the authors' test script scores, byte for byte."""
+    assert score.split_compounds(line, "de") == expected
+
+
+def test_split_compounds_is_perls():
+    """The same from Moses' Perl scripts, with a word behind each line, whose end the package's scripts see otherwise."""
+    package, perl = importlib.util.find_spec("mosestokenizer"), shutil.which("perl")
+    if package is None or perl is None:
+        pytest.skip("perl and the package mosestokenizer are not both installed")
+    folder, text = pathlib.Path(package.origin).parent, "".join(f"{line} Z\n" for line, _ in COMPOUNDS)
+    for command in ([folder / "detokenizer.perl", "-q", "-l", "de"], [folder / "tokenizer-v1.1.perl", "-q", "-l", "de"],
+                    ["-ple", r"s{(\S)-(\S)}{$1 ##AT##-##AT## $2}g"]):
+        text = subprocess.run([perl, *command], input=text, capture_output=True, text=True, check=True).stdout
+    assert text.split("\n")[:-1] == [score.split_compounds(f"{line} Z", "de") for line, _ in COMPOUNDS]
+
+
 def test_tokenized_bleu_is_fairseqs(texts, capsys, monkeypatch):
     """score.py HYP REF = fairseq-score."""
     from fairseq_cli.score import cli_main
@@ -82,21 +121,20 @@ def unsmoothed(hypotheses, references):
     return BLEU(tokenize="none", smooth_method="none", force=True).corpus_score(hypotheses, [references])
 
 
-def test_compound_split_bleu_is_multi_bleus(texts, tmp_path, capsys):
-    """score.py HYP REF --split-compounds = unsmoothed BLEU of texts that sed has split, in the words of multi-bleu.perl."""
-    folder, _ = texts
-    split = []
-    for name in ("first", "ref"):
-        split.append(run("sed", "-E", r"s/(\S)-(\S)/\1 ##AT##-##AT## \2/g", folder / name).splitlines())
-        assert any("well ##AT##-##AT## known" in line for line in split[-1])
-    found, wanted = ours(capsys, folder / "first", folder / "ref", "--split-compounds"), unsmoothed(*split)
+def test_compound_split_bleu_is_multi_bleus(texts, capsys):
+    """score.py HYP REF --split-compounds LANGUAGE = unsmoothed BLEU of both texts with their compounds split, in the words
+    of multi-bleu.perl."""
+    folder, text = texts
+    split = [[score.split_compounds(line, "de") for line in text[name]] for name in ("first", "ref")]
+    for lines in split:
+        assert any("well ##AT##-##AT## known" in line for line in lines) and not any("@-@" in line for line in lines)
+    found, wanted = ours(capsys, folder / "first", folder / "ref", "--split-compounds", "de"), unsmoothed(*split)
     bleu = found["bleu_tokenized"]
     assert bleu["score"] == pytest.approx(wanted.score, abs=1e-9) and bleu["precisions"] == pytest.approx(wanted.precisions)
     assert (bleu["hypothesis_length"], bleu["reference_length"]) == (wanted.sys_len, wanted.ref_len)
     assert bleu["brevity_penalty"] == pytest.approx(wanted.bp) and bleu["split_compounds"] is True
     assert re.fullmatch(r"BLEU = [\d.]+, ([\d.]+/){3}[\d.]+ \(BP=[\d.]+, ratio=[\d.]+, hyp_len=\d+, ref_len=\d+\)",
                         bleu["text"])
-    assert "a ##AT##-##AT## b-c" == score.split_compounds("a-b-c"), "matches do not overlap, as in perl"
 
 
 @pytest.mark.parametrize("hypothesis, reference, same", [
@@ -157,7 +195,9 @@ def test_score_refuses(texts, tmp_path):
         ([tmp_path / "short", folder / "ref"], "1 hypotheses for 60 references"),
         ([tmp_path / "none", folder / "ref"], "cannot read"),
         ([tmp_path / "empty", folder / "ref"], "is empty"),
-        ([folder / "first", folder / "ref", "--detokenized", "--split-compounds"], "is for tokenized text"),
+        ([folder / "first", folder / "ref", "--detokenized", "--split-compounds", "de"], "is for tokenized text"),
+        ([folder / "first", folder / "ref", "--split-compounds", ""], "--split-compounds '' is unknown; valid: as, bn"),
+        ([folder / "first", folder / "ref", "--split-compounds", "xx"], "--split-compounds 'xx' is unknown; valid: as, bn"),
     ):
         with pytest.raises(settings.UserError, match=re.escape(message)):
             score.score(list(map(str, arguments)))

@@ -362,7 +362,7 @@ def tool(name):
 
 
 # Distributions on which the prepared data depend, and those on which the results depend as well.
-DATA_TOOLS = ("sacremoses", "subword-nmt", "sentencepiece", "fairseq", "ve-fairseq", "fairseq-fixed")
+DATA_TOOLS = ("regex", "sacremoses", "subword-nmt", "sentencepiece", "fairseq", "ve-fairseq", "fairseq-fixed")
 TOOLS = (*DATA_TOOLS, "torch", "numpy", "hydra-core", "omegaconf", "sacrebleu", "fairseq_powernorm")
 
 

@@ -9,7 +9,7 @@
 pn_missing() {
     "$1" - <<'PYTHON'
 from importlib.util import find_spec
-needed = """torch fairseq hydra omegaconf sacrebleu sacremoses subword_nmt sentencepiece jinja2 matplotlib pytest xdist
+needed = """torch fairseq hydra omegaconf sacrebleu sacremoses regex subword_nmt sentencepiece jinja2 matplotlib pytest xdist
             onnx onnxruntime""".split()
 print(" ".join(name for name in needed if find_spec(name) is None))
 PYTHON

@@ -1,8 +1,11 @@
 """Downloads that can be resumed, and archives that are unpacked with care."""
 
+import contextlib
+import functools
 import gzip
 import hashlib
 import http.client
+import lzma
 import os
 import stat
 import tarfile
@@ -17,23 +20,30 @@ from ..settings import UserError
 
 BLOCK = 1 << 20
 # What reading a damaged archive raises.
-DAMAGE = (EOFError, RuntimeError, tarfile.TarError, zipfile.BadZipFile, zlib.error, gzip.BadGzipFile,
-          NotImplementedError)
+DAMAGE = (EOFError, RuntimeError, ValueError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+          gzip.BadGzipFile, NotImplementedError)
+# Some servers refuse the name that Python's library gives itself.
+USER_AGENT = "fairseq_powernorm (data preparation; like wget)"
 
 
 class Unreachable(Exception):
     """An address that does not give the file."""
 
 
-def download(file, urls, directory, size=None):
+def download(file, urls, directory, *, size=None, digest=None, is_verified=False):
     """The path of a file in directory, downloaded from the first address that has it; a part that an earlier attempt
     left is gone on with. $DATA_MIRROR, an address of the user's, is tried first.
 
+    Args:
+        digest: the published checksum, ALGORITHM:HEXADECIMAL; an address that gives another file is passed over
+        is_verified: without a digest, is the file trusted all the same (because its content is verified later, or the
+            user says so)? If not, plain http, which anyone on the way can change, is refused
+
     Raises:
-        UserError: no address gives the file, or what they give has not the known size
+        UserError: no address gives the file, or what they give has not the known size or checksum
     """
     target = directory / file
-    if target.is_file() and size in (None, target.stat().st_size):
+    if target.is_file() and size in (None, target.stat().st_size) and differing(target, digest) is None:
         return target
     mirror = os.environ.get("DATA_MIRROR")
     addresses = [url + file for url in ([mirror.rstrip("/") + "/"] if mirror else []) + list(urls)]
@@ -43,7 +53,11 @@ def download(file, urls, directory, size=None):
     for address in addresses:
         print(f"downloading {address}", flush=True)
         try:
-            fetch(address, partial, size)
+            fetch(address, partial, size, secure=digest is None and not is_verified)
+            found = differing(partial, digest)
+            if found:
+                partial.unlink()
+                raise Unreachable(f"its checksum is {found}, expected {digest}")
         except Unreachable as error:
             errors.append(f"cannot download {address}: {error}")
             continue
@@ -53,8 +67,33 @@ def download(file, urls, directory, size=None):
                     f"with --archive-dir DIR or DATA_ARCHIVES=DIR")
 
 
-def fetch(address, partial, size):
-    """Writes what lies at an address to a file, going on where the file ends."""
+def differing(path, digest):
+    """The checksum of a file where it is not the given one, ALGORITHM:HEXADECIMAL; None where it is, or none is given."""
+    if digest is None:
+        return None
+    algorithm, _, _ = digest.partition(":")
+    with open(path, "rb") as stream:
+        found = f"{algorithm}:{digest_of(stream, algorithm)}"
+    return None if found == digest else found
+
+
+def digest_of(stream, algorithm):
+    computed = hashlib.new(algorithm)
+    for block in iter(lambda: stream.read(BLOCK), b""):
+        computed.update(block)
+    return computed.hexdigest()
+
+
+def refuse_plain_http(address):
+    if address.startswith("http:"):
+        raise Unreachable("no checksum of it is published, and plain http does not protect it on the way; "
+                          "--allow-unverified takes it as it comes")
+
+
+def fetch(address, partial, size, *, secure=False):
+    """Writes what lies at an address to a file, going on where the file ends; secure: but not over plain http."""
+    if secure:
+        refuse_plain_http(address)
     start = partial.stat().st_size if partial.is_file() else 0
     if size is not None and start > size:
         partial.unlink()
@@ -62,7 +101,8 @@ def fetch(address, partial, size):
     if size is not None and start == size:
         return
     try:
-        request = urllib.request.Request(address, headers={"Range": f"bytes={start}-"} if start else {})
+        request = urllib.request.Request(address, headers={
+            "User-Agent": USER_AGENT, **({"Range": f"bytes={start}-"} if start else {})})
         answer = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
         # 416, nothing is left to download, and the answer says of how many bytes: "bytes */123"
@@ -74,6 +114,8 @@ def fetch(address, partial, size):
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise Unreachable(error) from None
     with answer:
+        if secure:
+            refuse_plain_http(answer.url)  # it may have led elsewhere
         # 206: the server goes on where we stopped; else it begins anew.
         start = start if answer.status == 206 else 0
         length = answer.headers.get("Content-Length")
@@ -108,12 +150,25 @@ def copy_and_hash(source, target):
     return digest.hexdigest()
 
 
-def read(stream):
-    """The next block of a packed stream. An OSError there is damage; one in writing is none."""
+@contextlib.contextmanager
+def reading():
+    """Around what reads a packed file: an OSError there is damage; one in writing is none."""
     try:
-        return stream.read(BLOCK)
+        yield
     except OSError as error:
         raise EOFError(error) from None
+
+
+def opened(member):
+    """A member's stream, given the function that opens it."""
+    with reading():
+        return member()
+
+
+def read(stream):
+    """The next block of a packed stream."""
+    with reading():
+        return stream.read(BLOCK)
 
 
 def gunzip(archive, target):
@@ -148,10 +203,10 @@ def unpack(archive, wanted, directory, nested=None):
                 if stream is None:
                     raise UserError(f"{archive}: {member} is not a file")
                 print(f"  unpacking {path}", flush=True)
-                digests[name] = copy_and_hash(stream(), directory / name)
+                digests[name] = copy_and_hash(opened(stream), directory / name)
             elif nested and f"/{path}".endswith(f"/{nested}") and stream is not None:
                 inner = directory / path.name
-                copy_and_hash(stream(), inner)
+                copy_and_hash(opened(stream), inner)
     except DAMAGE as error:
         raise UserError(f"cannot unpack {archive}: {reason(error)}") from None
     if inner is not None and not digests:
@@ -170,23 +225,30 @@ def unpack(archive, wanted, directory, nested=None):
 
 
 def members(archive):
-    """(name, function that opens it or None if it is not a file) of each member of a zip or tar archive."""
+    """(name, function that opens it or None if it is not a file) of each member of a zip or tar archive.
+
+    The archive is read to its end, members that nobody opens too, so that each of its checksums is compared.
+    """
     if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as packed:
+        with reading():
+            packed = zipfile.ZipFile(archive)
+        with packed:
             for info in packed.infolist():
                 is_file = not info.is_dir() and not stat.S_ISLNK(info.external_attr >> 16)
-                yield info.filename, (lambda: packed.open(info)) if is_file else None
+                yield info.filename, functools.partial(packed.open, info) if is_file else None
+            with reading():
+                damaged = packed.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"Bad CRC-32 for file {damaged!r}")
     else:
-        try:
+        with reading():
             packed = tarfile.open(archive)
-        except OSError as error:
-            raise EOFError(error) from None
         with packed:
             while True:
-                try:
+                with reading():
                     info = packed.next()
-                except OSError as error:
-                    raise EOFError(error) from None
                 if info is None:
-                    return
-                yield info.name, (lambda: packed.extractfile(info)) if info.isfile() else None
+                    break
+                yield info.name, functools.partial(packed.extractfile, info) if info.isfile() else None
+            for _ in iter(lambda: read(packed.fileobj), b""):
+                pass  # the checksum of the packed stream stands at its end, behind the last member

@@ -7,19 +7,20 @@ from pathlib import Path
 
 from ..settings import UserError, sha256
 from . import demo
-from .archives import download, gunzip, unpack
+from .archives import differing, download, gunzip, unpack
 
 SPLITS = ("train", "valid", "test")
 MULTI30K = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/"
 
 # benchmark -> urls, where each file lies (mirrors, tried in turn), and files: name -> (split.language, SHA-256 of the
 # uncompressed text). Language models, whose files are split.txt, also have an archive that holds the files, where it
-# lies, its SHA-256, and what the field counts in the text: tokens with line ends, types with <unk> and the line end.
-# Or archives: name -> where it lies, its size in bytes and its SHA-256; parts: split -> what it is made of, in order:
-# (archive, member, which lines of the member are text: a key of KINDS); nested: another archive -> the path in it of
-# the archive; and sentences: how many a split of the published corpus has.
+# lies, its published checksum, and what the field counts in the text: tokens with line ends, types with <unk> and the
+# line end. Or archives: name -> where it lies, its size in bytes and its published checksum; parts: split -> what it is
+# made of, in order: (archive, member, which lines of the member are text: a key of KINDS); nested: another archive ->
+# the path in it of the archive; and sentences: how many a split of the published corpus has.
 # {name} in archives and parts is a setting, {language} and {side} are those of the text (side: src or ref).
-# What is not known for certain is None.
+# A checksum is ALGORITHM:HEXADECIMAL; sacreBLEU publishes those of statmt.org's test sets. What is not known is None; a
+# file without a checksum is not fetched over plain http (--allow-unverified does).
 CORPORA = {
     "multi30k": {
         "urls": (MULTI30K,),
@@ -40,8 +41,10 @@ CORPORA = {
             "ptb.valid.txt": ("valid.txt", "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2"),
             "ptb.test.txt": ("test.txt", "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"),
         },
-        "archive": "simple-examples.tgz", "folder": "simple-examples/data/", "archive_sha256": None,
-        "archive_urls": ("http://www.fit.vutbr.cz/~imikolov/rnnlm/",),
+        "archive": "simple-examples.tgz", "folder": "simple-examples/data/",
+        "archive_checksum": "md5:30177ea32e27c525793142b6bf2c8e2d",
+        # Paddle's copy; Mikolov's own page is gone
+        "archive_urls": ("https://dataset.bj.bcebos.com/imikolov%2F",),
         "sizes": {"ptb.train.txt": 5101618, "ptb.valid.txt": 399782, "ptb.test.txt": 449945},
         "counts": {"train": 929589, "valid": 73760, "test": 82430, "types": 10000},
     },
@@ -49,14 +52,15 @@ CORPORA = {
         "urls": (),
         "files": {f"wiki.{split}.tokens": (f"{split}.txt", None) for split in SPLITS},
         "archive": "wikitext-103-v1.zip", "folder": "wikitext-103/",
-        "archive_sha256": "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
-        "archive_urls": ("https://wikitext.smerity.com/", "https://s3.amazonaws.com/research.metamind.io/wikitext/"),
+        "archive_checksum": "sha256:242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
+        # its first author's copy; the bucket of MetaMind is closed
+        "archive_urls": ("https://wikitext.smerity.com/",),
         "counts": {"train": 103227021, "valid": 217646, "test": 245569, "types": 267735},
     },
     "iwslt14": {
         "archives": {
-            "de-en.tgz": (("https://dl.fbaipublicfiles.com/fairseq/data/iwslt14/",
-                           "https://wit3.fbk.eu/archive/2014-01/texts/de/en/"), None, None),
+            # fairseq's copy; wit3.fbk.eu gives the archive of all pairs only, by hand
+            "de-en.tgz": (("https://dl.fbaipublicfiles.com/fairseq/data/iwslt14/",), None, None),
         },
         "nested": {"2014-01.tgz": "texts/de/en/de-en.tgz"},
         "parts": {
@@ -70,20 +74,21 @@ CORPORA = {
         "archives": {
             "training-parallel-europarl-v7.tgz": (
                 ("https://www.statmt.org/wmt13/", "http://statmt.org/wmt13/"),
-                657632379, "0224c7c710c8a063dfd893b0cc0830202d61f4c75c17eb8e31836103d27d96e7"),
+                657632379, "sha256:0224c7c710c8a063dfd893b0cc0830202d61f4c75c17eb8e31836103d27d96e7"),
             "training-parallel-commoncrawl.tgz": (
                 ("https://www.statmt.org/wmt13/", "http://statmt.org/wmt13/"),
-                918311367, "c7a74e2ea01ac6c920123108627e35278d4ccb5701e15428ffa34de86fa3a9e5"),
+                918311367, "sha256:c7a74e2ea01ac6c920123108627e35278d4ccb5701e15428ffa34de86fa3a9e5"),
             "training-parallel-nc-v9.tgz": (
                 ("https://www.statmt.org/wmt14/", "http://statmt.org/wmt14/"),
-                80418416, "cb8953f292298e6877ae433c98912b927cb0766b303f4540512ddd286c748485"),
+                80418416, "sha256:cb8953f292298e6877ae433c98912b927cb0766b303f4540512ddd286c748485"),
             "training-parallel-nc-v12.tgz": (
                 ("https://data.statmt.org/wmt17/translation-task/", "http://data.statmt.org/wmt17/translation-task/"),
-                168591139, "2b45f30ef1d550d302fd17dd3a5cbe19134ccc4c2cf50c2dae534aee600101a2"),
+                168591139, "sha256:2b45f30ef1d550d302fd17dd3a5cbe19134ccc4c2cf50c2dae534aee600101a2"),
             "dev.tgz": (
                 ("https://data.statmt.org/wmt17/translation-task/", "http://data.statmt.org/wmt17/translation-task/"),
-                None, None),
-            "test-full.tgz": (("https://www.statmt.org/wmt14/", "http://statmt.org/wmt14/"), None, None),
+                None, "md5:9b1aa63c1cf49dccdd20b962fe313989"),
+            "test-full.tgz": (("https://www.statmt.org/wmt14/", "http://statmt.org/wmt14/"),
+                              None, "md5:a8cd784e006feb32ac6f3d9ec7eb389a"),
         },
         "parts": {
             "train": [("training-parallel-europarl-v7.tgz", "training/europarl-v7.de-en.{language}", "lines"),
@@ -99,6 +104,12 @@ CORPORA = {
 NEWS_COMMENTARY = ("v12", "v9")
 
 
+def known_sha256(checksum):
+    """The SHA-256 of a checksum, if it is one."""
+    algorithm, _, digest = (checksum or "").partition(":")
+    return digest if algorithm == "sha256" else None
+
+
 class Generated:
     """The artificial corpus of `demo`, drawn by demo.py from the words of its lexicon."""
 
@@ -112,8 +123,9 @@ class Generated:
 class Downloaded:
     """A published corpus: its files from an archive directory or from its public address, verified."""
 
-    def __init__(self, benchmark, archive_dir, download_dir):
+    def __init__(self, benchmark, archive_dir, download_dir, allow_unverified):
         self.benchmark, self.archive_dir, self.download_dir = benchmark, archive_dir, download_dir
+        self.allow_unverified = allow_unverified
         self.entry = CORPORA[benchmark]
         self.urls, self.files = self.entry["urls"], self.entry["files"]
 
@@ -128,7 +140,7 @@ class Downloaded:
     def _find(self, file):
         """The file in the archive directory, or downloaded."""
         if self.archive_dir is None:
-            return self._download(file, self.urls)
+            return self._download(file)
         found = self._local(file)
         if found is None:
             raise UserError(f"archive directory (--archive-dir or DATA_ARCHIVES) {str(self.archive_dir)!r} lacks "
@@ -142,8 +154,10 @@ class Downloaded:
         """The first of the names that is a file in the archive directory, or None."""
         return next((folder / name for folder in self._folders() for name in names if (folder / name).is_file()), None)
 
-    def _download(self, file, urls):
-        return download(file, urls, self.download_dir, self.entry.get("sizes", {}).get(file))
+    def _download(self, file):
+        """One of the files, whose text is verified when it is unpacked."""
+        return download(file, self.urls, self.download_dir, size=self.entry.get("sizes", {}).get(file),
+                        is_verified=self.allow_unverified or self.files[file][1] is not None)
 
     def _unpack(self, archive, target, expected):
         try:
@@ -169,7 +183,8 @@ class Packed(Downloaded):
 
     def identity(self):
         digests = super().identity()
-        return digests if None not in digests.values() else {self.entry["archive"]: self.entry["archive_sha256"]}
+        return digests if None not in digests.values() else {
+            self.entry["archive"]: known_sha256(self.entry["archive_checksum"])}
 
     def write(self, directory):
         archive = self._archive()
@@ -177,7 +192,7 @@ class Packed(Downloaded):
             if archive is None:
                 self._unpack(self._find(file), directory / name, expected)
         if archive is not None:
-            self._verify(archive, "archive", sha256(archive), self.entry["archive_sha256"])
+            self._verify(archive, "archive", sha256(archive), known_sha256(self.entry["archive_checksum"]))
             try:
                 digests = unpack(archive, in_archive(self.entry), directory)
             except UserError:
@@ -197,11 +212,12 @@ class Packed(Downloaded):
             if self.urls:
                 try:
                     for file in self.files:
-                        self._download(file, self.urls)
+                        self._download(file)
                     return None
                 except UserError as error:
                     print(error, flush=True)
-            return self._download(self.entry["archive"], self.entry["archive_urls"])
+            return download(self.entry["archive"], self.entry["archive_urls"], self.download_dir,
+                            digest=self.entry["archive_checksum"], is_verified=self.allow_unverified)
         found = self._local(self.entry["archive"])
         # Without a digest of the texts, a file that is not in the archive could be anything.
         if found is None and not (all(single) and self.urls):
@@ -237,8 +253,9 @@ class Archives:
     """A published parallel corpus, put together from members of archives: downloaded, in an archive directory, or, if
     it is one archive, a file of the user's. The user's archives are held to the layout, not to the published SHA-256."""
 
-    def __init__(self, benchmark, settings, *, archive_dir, archive, download_dir):
+    def __init__(self, benchmark, settings, *, archive_dir, archive, download_dir, allow_unverified):
         self.benchmark, self.entry, self.download_dir = benchmark, CORPORA[benchmark], download_dir
+        self.allow_unverified = allow_unverified
         self.archive_dir, self.archive = archive_dir, archive and Path(archive)
         # split.language -> [(archive, member, kind)]
         self.parts = {}
@@ -250,7 +267,8 @@ class Archives:
         self.names = list(dict.fromkeys(archive for parts in self.parts.values() for archive, _, _ in parts))
 
     def identity(self):
-        return {name: sha256(path) if path else self.entry["archives"][name][2] for name, path in self._found().items()}
+        return {name: sha256(path) if path else known_sha256(self.entry["archives"][name][2])
+                for name, path in self._found().items()}
 
     def _found(self):
         """archive -> where it is, None if it has still to be downloaded."""
@@ -277,8 +295,9 @@ class Archives:
         found = self._found()
         if self.archive_dir is None and self.archive is None:
             for name in self.names:
-                urls, size, _ = self.entry["archives"][name]
-                found[name] = download(name, urls, self.download_dir, size)
+                urls, size, checksum = self.entry["archives"][name]
+                found[name] = download(name, urls, self.download_dir, size=size, digest=checksum,
+                                       is_verified=self.allow_unverified)
         unpacked = directory / "unpacked"
         unpacked.mkdir()
         for name, path in found.items():
@@ -301,15 +320,13 @@ class Archives:
 
     def _unpack(self, name, path, directory):
         """Verifies and unpacks an archive; a damaged download is removed, so that the next run fetches it anew."""
-        published, digest = self.entry["archives"][name][2], sha256(path)
-        is_download = path.parent == self.download_dir
+        published = self.entry["archives"][name][2]
+        found, is_download = differing(path, published), path.parent == self.download_dir
         wanted = {member: flat(member) for parts in self.parts.values() for archive, member, _ in parts
                   if archive == name}
         try:
-            if published not in (None, digest):
-                if is_download:
-                    raise UserError(f"{path}: SHA-256 of the archive is {digest}, expected {published}")
-                print(f"  {path} is NOT the published {name}: its SHA-256 is {digest}, not {published}", flush=True)
+            if found:
+                print(f"  {path} is NOT the published {name}: its checksum is {found}, not {published}", flush=True)
             print(f"  unpacking {path}", flush=True)
             unpack(path, wanted, directory, next(iter(self.entry.get("nested", {}).values()), None))
         except UserError:
@@ -369,7 +386,7 @@ class OwnText:
             shutil.copyfile(self.directory / file, directory / name)
 
 
-def source(benchmark, settings, *, text_dir, archive_dir, archive, download_dir):
+def source(benchmark, settings, *, text_dir, archive_dir, archive, download_dir, allow_unverified=False):
     """The source of a benchmark's text: `identity()` gives name -> SHA-256 (None: not known before it is downloaded)
     before any work, `write(directory)` makes the files split.language."""
     entry = CORPORA.get(benchmark, {})
@@ -389,9 +406,10 @@ def source(benchmark, settings, *, text_dir, archive_dir, archive, download_dir)
         if benchmark in CORPORA and not archive_dir.is_dir():
             raise UserError(f"archive directory (--archive-dir or DATA_ARCHIVES) {str(archive_dir)!r} is not a directory")
     if "archives" in entry:
-        return Archives(benchmark, settings, archive_dir=archive_dir, archive=archive, download_dir=download_dir)
+        return Archives(benchmark, settings, archive_dir=archive_dir, archive=archive, download_dir=download_dir,
+                        allow_unverified=allow_unverified)
     if benchmark in CORPORA:
-        return (Packed if is_packed else Downloaded)(benchmark, archive_dir, download_dir)
+        return (Packed if is_packed else Downloaded)(benchmark, archive_dir, download_dir, allow_unverified)
     if benchmark == "demo":
         return Generated()
     raise UserError(f"benchmark {benchmark!r} has no corpus of its own; give your text with --text-dir DIR")

@@ -1,14 +1,6 @@
-"""The steps from raw to tokenized text, in Python (sacremoses) or, with $MOSES, by Moses' own Perl scripts.
+"""The steps from raw to tokenized text: in Python (moses_python.py), or with $MOSES by Moses' own Perl scripts.
 
-Where the two differ, seen on Multi30k and on odd lines:
-- tokenize: a full stop that ends the line after a single capital, an abbreviation or a word with a full stop in it
-  ("Linie A.", "usw.", "U.S.") stays with its word; the Perl script splits it off. 17 of the 58,000 training lines of
-  Multi30k. The control characters 1C to 1F become spaces; the Perl script drops them. Signs of Indic scripts stay with
-  their letters.
-- normalize: ’ becomes ', with the Perl script ". At the end of a German line the Perl script puts the full stops
-  behind a quotation mark that follows them. `normalize_train` does both as the Perl script does. Some versions of that
-  script make " of ‘ and ‚, too.
-- lowercase: a capital sigma that ends a word becomes ς, with the Perl script σ.
+Both give the same bytes, with the scripts as they are since November 2019 and a perl of the Unicode version of `regex`.
 """
 
 import functools
@@ -20,17 +12,17 @@ import threading
 from pathlib import Path
 
 from ..settings import UserError, cpus, sha256
+from . import moses_python
 
 
 def steps(settings, split):
     """The names of the steps that the text of a split takes, in order."""
-    training, chosen = split == "train", settings.get
+    test, chosen = split == "test", settings.get
     return [step for step, wanted in (
+        ("apostrophes", chosen("map_apostrophes") and test),
         ("lowercase", chosen("lowercase") and not chosen("lowercase_last")),
-        ("normalize", chosen("normalize_punctuation")),
-        ("normalize_train", training and chosen("normalize_train")),
-        ("printable", training and chosen("normalize_train")),
-        ("apostrophes", not training and chosen("map_apostrophes")),
+        ("normalize", chosen("normalize_punctuation") or chosen("normalize_train") and not test),
+        ("printable", chosen("normalize_train") and not test),
         ("tokenize_dashes" if chosen("split_dashes") else "tokenize", True),
         ("lowercase", chosen("lowercase") and chosen("lowercase_last")),
     ) if wanted]
@@ -39,37 +31,13 @@ def steps(settings, split):
 # ---- in Python -------------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=None)
-def tokenizer(language):
-    from sacremoses import MosesTokenizer
-
-    return MosesTokenizer(lang=language)
-
-
-@functools.lru_cache(maxsize=None)
-def normalizer(language, perl):
-    from sacremoses import MosesPunctNormalizer
-
-    return MosesPunctNormalizer(lang=language, perl_parity=perl)
-
-
-def printable(line):
-    """Other characters (control, format, private, unassigned) become spaces."""
-    import regex
-
-    return regex.sub(r"\p{C}", " ", line)
-
-
 PYTHON = {
-    "lowercase": lambda line, language: line.lower(),
-    "normalize": lambda line, language: normalizer(language, False).normalize(line),
-    # Perl's rules see the end of the line.
-    "normalize_train": lambda line, language: normalizer(language, True).normalize(line + "\n"),
-    "printable": lambda line, language: printable(line),
+    "lowercase": lambda line, language: moses_python.lowercase(line),
+    "normalize": moses_python.normalize_punctuation,
+    "printable": lambda line, language: moses_python.replace_unprintable(line),
     "apostrophes": lambda line, language: line.replace("\u2019", "'"),
-    "tokenize": lambda line, language: tokenizer(language).tokenize(line, return_str=True),
-    "tokenize_dashes": lambda line, language: tokenizer(language).tokenize(
-        line, aggressive_dash_splits=True, return_str=True),
+    "tokenize": moses_python.tokenize,
+    "tokenize_dashes": functools.partial(moses_python.tokenize, split_dashes=True),
 }
 
 
@@ -87,7 +55,6 @@ def process(lines, names, language):
 SCRIPTS = {
     "lowercase": lambda language: ["lowercase.perl"],
     "normalize": lambda language: ["normalize-punctuation.perl", language],
-    "normalize_train": lambda language: ["normalize-punctuation.perl", language],
     "printable": lambda language: ["remove-non-printing-char.perl"],
     "apostrophes": None,
     "tokenize": lambda language: ["tokenizer.perl", "-threads", str(cpus()), "-l", language],
@@ -129,7 +96,7 @@ class Perl:
         """
         commands = [[self.perl, str(self.directory / script), *options]
                     for script, *options in (SCRIPTS[name](language) for name in names if SCRIPTS[name])]
-        if "apostrophes" in names:
+        if "apostrophes" in names:  # the first step
             lines = map(lambda line: PYTHON["apostrophes"](line, language), lines)
         given, failed = 0, []
         with tempfile.TemporaryFile() as errors:
@@ -159,7 +126,7 @@ class Perl:
             taken = 0
             try:
                 for taken, line in enumerate(source, 1):
-                    yield line.decode("utf-8").rstrip("\n").strip(" ")
+                    yield line.decode("utf-8").rstrip("\n")
                 feeder.join()
                 statuses = [process.wait() for process in running]
             except BaseException:

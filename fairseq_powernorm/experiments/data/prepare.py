@@ -20,23 +20,31 @@ from ..settings import (BPE_TYPES, DATA_TOOLS, UserError, choose, cpus, data_roo
                         put_back, read_json, resumable_directory, same, sha256, tool, versions, write_json)
 from . import bpe, corpora, moses
 
-SCHEMA = 1
+# Raised when the same settings make other data.
+SCHEMA = 2
 # Settings of configs/data/BENCH.yaml: setting -> type. Each file has the first ones.
 REQUIRED = {"bpe": str, "bpe_size": int, "lowercase": bool, "normalize_punctuation": bool}
 OPTIONAL = {
     "lowercase_last": bool,   # lower-case after tokenization, not before it
-    "normalize_train": bool,  # the training text: normalize punctuation, spaces for what is no printable character
-    "map_apostrophes": bool,  # validation and test text: U+2019 becomes '
+    "normalize_train": bool,  # training and validation text: normalize punctuation, blanks for what is not printable
+    "map_apostrophes": bool,  # test text: U+2019 becomes '
     "split_dashes": bool,     # aggressive dash splitting: a-b becomes a @-@ b
     "clean_ratio": float,     # training pairs with more than so many tokens on a side for one on the other are dropped
     "clean_max": int,         # and those with more tokens on a side
     "clean_pieces": bool,     # they are counted after BPE, not before it
+    "cleaning": str,          # these three by name: a key of CLEANING
     "valid_every": int,       # every such training pair that is left is one of the validation text
     "news_commentary": str,
 }
 # Those of scripts/evaluate.sh, on which the prepared data do not depend.
 SCORING = {
     "split_compounds": bool,  # tokenized BLEU counts a ##AT##-##AT## b for a-b
+}
+# Which training pairs of WMT14 stay. The authors call Moses' clean-corpus-n for 1 to 80 words without a ratio, for which
+# its own is 9; fairseq's prepare-wmt14en2de.sh counts pieces.
+CLEANING = {
+    "authors": {"clean_max": 80, "clean_ratio": 9.0, "clean_pieces": False},
+    "fairseq": {"clean_max": 250, "clean_ratio": 1.5, "clean_pieces": True},
 }
 # Moses' clean-corpus-n drops pairs with a longer word, too.
 LONGEST_WORD = 1000
@@ -49,9 +57,11 @@ def parse(arguments):
     parser.add_argument("--bpe")
     parser.add_argument("--bpe-size")
     parser.add_argument("--news-commentary")
+    parser.add_argument("--cleaning")
     parser.add_argument("--archive-dir", default=os.environ.get("DATA_ARCHIVES") or None)
     parser.add_argument("--archive")
     parser.add_argument("--text-dir")
+    parser.add_argument("--allow-unverified", action="store_true")
     parser.add_argument("--force", action="store_true")
     return parser.parse_args(arguments)
 
@@ -62,9 +72,10 @@ def settings_of(config, options):
     for option, value in (("--bpe", options.bpe), ("--bpe-size", options.bpe_size)):
         if is_lm(config) and value is not None:
             raise UserError(f"{option} {value!r}: the text of {options.benchmark} is used word by word, as it is")
-    if options.news_commentary is not None and "news_commentary" not in own:
-        raise UserError(f"--news-commentary {options.news_commentary!r}: {options.benchmark} has no such part; "
-                        f"valid with: wmt14")
+    for option, value, setting in (("--news-commentary", options.news_commentary, "news_commentary"),
+                                   ("--cleaning", options.cleaning, "cleaning")):
+        if value is not None and setting not in own:
+            raise UserError(f"{option} {value!r}: {options.benchmark} has no such part; valid with: wmt14")
     if is_lm(config):
         return {}
     size = own["bpe_size"] if options.bpe_size is None else options.bpe_size
@@ -79,6 +90,9 @@ def settings_of(config, options):
     if "news_commentary" in settings:
         settings["news_commentary"] = choose(
             "--news-commentary", options.news_commentary or settings["news_commentary"], corpora.NEWS_COMMENTARY)
+    if "cleaning" in settings:
+        settings["cleaning"] = choose("--cleaning", options.cleaning or settings["cleaning"], CLEANING)
+        settings.update(CLEANING[settings["cleaning"]])
     return settings
 
 
@@ -92,6 +106,8 @@ def checked(benchmark, settings):
     for name in REQUIRED:
         if name not in settings:
             raise UserError(f"{where} {name} is missing")
+    for name in settings.keys() & CLEANING["authors"] if "cleaning" in settings else ():
+        raise UserError(f"{where} {name}: cleaning {settings['cleaning']!r} sets it; give one of the two")
     return {name: valid[name](value) for name, value in settings.items()}
 
 
@@ -106,7 +122,8 @@ def prepare(arguments):
     target = root / options.benchmark
     source = corpora.source(options.benchmark, settings or {"languages": ["txt"]}, text_dir=options.text_dir,
                             archive_dir=options.archive_dir, archive=options.archive,
-                            download_dir=root / "downloads" / options.benchmark)
+                            download_dir=root / "downloads" / options.benchmark,
+                            allow_unverified=options.allow_unverified)
     request = {"schema": SCHEMA, "benchmark": options.benchmark, "settings": settings, "sources": source.identity()}
     with locked(target) as lock:
         put_back(target)
@@ -145,6 +162,8 @@ def refuse_other(target, request):
                for key in {**there, **wanted} if there.get(key) != wanted.get(key)]
     if not same(stamp.get("sources"), request["sources"]):
         details.append("other source text")
+    if stamp.get("schema") != request["schema"]:
+        details.append("by an earlier version of this program")
     if details:
         raise UserError(f"{target} was prepared otherwise ({'; '.join(details)}); --force replaces it")
 
@@ -401,13 +420,12 @@ def select(sources, targets, limits, every):
 
 def within(pair, limits):
     """Is a pair of tokenized sentences one that Moses' clean-corpus-n keeps?"""
-    sides = [side.split() for side in pair]
+    sides = [side.decode("utf-8").split() for side in pair]
     few, many = sorted(len(words) for words in sides)
     if few == 0 or many > limits.get("clean_max", many):
         return False
     if "clean_ratio" in limits:
-        return many / few <= limits["clean_ratio"] and not any(
-            len(word) > LONGEST_WORD and len(word.decode("utf-8")) > LONGEST_WORD for words in sides for word in words)
+        return many / few <= limits["clean_ratio"] and all(len(word) <= LONGEST_WORD for words in sides for word in words)
     return True
 
 

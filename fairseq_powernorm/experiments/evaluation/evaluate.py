@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ..data.moses_python import detokenize
 from ..runs import checkpoints, compose, trainlog
 from ..settings import (PLUGIN, ROOT, TOOLS, UserError, benchmarks, call, choose, data_root, data_settings, is_lm, locked,
                         prepared, read_json, sha256, tool, versions, whole_directory, write_json)
@@ -174,15 +175,16 @@ def translate_and_score(directory, data, stamp, config, inputs, subset, lock):
     texts = {
         "hyp.tok": hypotheses,
         "ref.tok": lines_of(data / "tok" / f"{subset}.{languages[1]}"),
-        "hyp.detok": detokenized(hypotheses, languages[1]),
+        "hyp.detok": [detokenize(line, languages[1]) for line in hypotheses],
         "ref.detok": lines_of(data / "raw" / f"{subset}.{languages[1]}"),
     }
     for name, lines in texts.items():
         (directory / name).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     speed = re.search(r"Translated [\d,]+ sentences \(([\d,]+) tokens\) in ([\d.]+)s .* ([\d.]+) tokens/s", output)
     return {
-        "bleu_tokenized": tokenized_bleu(texts["hyp.tok"], texts["ref.tok"],
-                                         data_settings(stamp["benchmark"]).get("split_compounds", False)),
+        "bleu_tokenized": tokenized_bleu(
+            texts["hyp.tok"], texts["ref.tok"],
+            languages[1] if data_settings(stamp["benchmark"]).get("split_compounds", False) else None),
         **sacrebleu_scores(texts["hyp.detok"], texts["ref.detok"], lowercase),
         "sentences": len(hypotheses), "beam": generation.beam, "lenpen": generation.lenpen, "averaged": len(inputs),
         "tokens_per_s": float(speed[3]) if speed else None,
@@ -197,13 +199,6 @@ def hypotheses_of(output, sentences):
         raise UserError(f"fairseq-generate translated {len(found)} of {sentences} sentences; a score of a part of the subset "
                         f"would be compared with scores of the whole")
     return [found[number] for number in range(sentences)]
-
-
-def detokenized(lines, language):
-    from sacremoses import MosesDetokenizer
-
-    detokenizer = MosesDetokenizer(lang=language)
-    return [detokenizer.detokenize(line.split()) for line in lines]
 
 
 def commit():

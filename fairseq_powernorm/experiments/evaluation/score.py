@@ -2,8 +2,8 @@
 
 python -m fairseq_powernorm.experiments score HYP REF
     tokenized text: BLEU as fairseq-score computes it
-python -m fairseq_powernorm.experiments score HYP REF --split-compounds
-    tokenized text: compounds split, BLEU as multi-bleu.perl computes it
+python -m fairseq_powernorm.experiments score HYP REF --split-compounds LANGUAGE
+    text of that language, tokenized: compounds split, BLEU as multi-bleu.perl computes it
 python -m fairseq_powernorm.experiments score HYP REF --detokenized [--lowercase]
     detokenized text: sacreBLEU and chrF
 """
@@ -14,7 +14,11 @@ import json
 import math
 import re
 
-from ..settings import UserError
+from ..data.moses_python import detokenize, languages, tokenize
+from ..settings import UserError, choose
+
+# \S of bytes, as perl sees them: blanks are ASCII's.
+COMPOUND = re.compile(r"(\S)-(\S)", re.ASCII)
 
 
 def lines_of(path):
@@ -35,22 +39,24 @@ def check_equal_length(hypotheses, references):
                         f"text would be compared with scores of the whole")
 
 
-def split_compounds(line):
-    """a-b -> a ##AT##-##AT## b, as the scores of WMT14 En-De are usually computed (Vaswani et al., 2017)."""
-    return re.sub(r"(\S)-(\S)", r"\1 ##AT##-##AT## \2", line)
+def split_compounds(line: str, language: str) -> str:
+    """A tokenized line as it is scored for WMT14 En-De: detokenized, tokenized again without splitting dashes, and
+    a-b -> a ##AT##-##AT## b (Vaswani et al., 2017). Matches do not overlap: of a-b-c the second dash stays."""
+    return COMPOUND.sub(r"\1 ##AT##-##AT## \2", tokenize(detokenize(line, language), language))
 
 
-def tokenized_bleu(hypotheses, references, compounds=False):
+def tokenized_bleu(hypotheses, references, compounds=None):
     """BLEU of tokenized text by the arithmetic that the paper's scores have, unrounded.
 
     That of IWSLT14 is fairseq_bleu's, that of WMT14, whose compounds are split, is multi_bleu's.
 
-    compounds: split them on both sides first, which the result then says
+    compounds: the language of the text, whose compounds are split on both sides first, which the result then says
     """
     check_equal_length(hypotheses, references)
-    if not compounds:
+    if compounds is None:
         return fairseq_bleu(hypotheses, references)
-    return {**multi_bleu(map(split_compounds, hypotheses), map(split_compounds, references)), "split_compounds": True}
+    split = ([split_compounds(line, compounds) for line in text] for text in (hypotheses, references))
+    return {**multi_bleu(*split), "split_compounds": True}
 
 
 def fairseq_bleu(hypotheses, references):
@@ -137,14 +143,16 @@ def score(arguments):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hyp", metavar="HYP")
     parser.add_argument("ref", metavar="REF")
-    parser.add_argument("--split-compounds", action="store_true")
+    parser.add_argument("--split-compounds", metavar="LANGUAGE")
     parser.add_argument("--detokenized", action="store_true")
     parser.add_argument("--lowercase", action="store_true")
     options = parser.parse_args(arguments)
-    if options.detokenized and options.split_compounds:
+    if options.detokenized and options.split_compounds is not None:
         raise UserError("--split-compounds is for tokenized text; valid with --detokenized: --lowercase")
     if options.lowercase and not options.detokenized:
         raise UserError("--lowercase is for --detokenized text; tokenized text is scored as it is")
+    if options.split_compounds is not None:
+        choose("--split-compounds", options.split_compounds, languages())
     hypotheses, references = lines_of(options.hyp), lines_of(options.ref)
     if options.detokenized:
         found = sacrebleu_scores(hypotheses, references, options.lowercase)
