@@ -13,7 +13,7 @@ from fairseq_powernorm import ranks
 from fairseq_powernorm.checkpoint import load
 from fairseq_powernorm.experiments.runs import launch
 from fairseq_powernorm.experiments.settings import UserError
-from test_pipeline import SMALL, Scripts, write_text
+from pipelines import SMALL, Scripts, write_text
 
 #: SGD and unshuffled sentences, as tests/test_distributed.py explains; the batch is given in sentences
 EXACT = [*SMALL, "common.cpu=true", "dataset.max_tokens=null", "dataset.curriculum=99", "optimization.max_update=8",

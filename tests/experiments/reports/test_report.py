@@ -19,7 +19,8 @@ import sys
 import pytest
 import torch
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from toy import ROOT
+
 BIN = pathlib.Path(sys.executable).parent
 for module in ("fairseq", "sacrebleu", "jinja2", "matplotlib"):
     pytest.importorskip(module)

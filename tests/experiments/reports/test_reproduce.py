@@ -13,17 +13,16 @@ import signal
 
 import pytest
 
-from test_pipeline import Scripts, contents, schema, write_text
-from test_slurm import program
+from pipelines import Scripts, contents, program, write_text
+from toy import ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 for module in ("fairseq", "sacrebleu", "sacremoses", "subword_nmt", "jinja2", "matplotlib"):
     pytest.importorskip(module)
 
 from fairseq_powernorm.experiments import settings  # noqa: E402
 from fairseq_powernorm.experiments.evaluation import evaluate  # noqa: E402
-from fairseq_powernorm.experiments.reports import matrix, reproduce  # noqa: E402
+from fairseq_powernorm.experiments.reports import matrix, reproduce, schema  # noqa: E402
 from fairseq_powernorm.experiments.runs import compose, train  # noqa: E402
 
 SMALL = ["dataset.max_tokens=400", "generation.max_len_b=20", "generation.beam=2", "+model.encoder_layers=1",

@@ -20,7 +20,8 @@ import pytest
 from fairseq_powernorm.experiments import settings
 from fairseq_powernorm.experiments.data import archives, moses, prepare
 from fairseq_powernorm.experiments.data import corpora as corpora_table
-from test_pipeline import ROOT, Scripts, contents
+from pipelines import Scripts, contents
+from toy import ROOT
 
 # What stands in train.tags -> what the recipe makes of it, worked out by hand. None: it is dropped.
 TRAIN = [

@@ -15,7 +15,7 @@ import toy
 from checks import slurm_cluster
 from fairseq_powernorm.experiments.cluster import submit
 from fairseq_powernorm.experiments.settings import UserError
-from test_pipeline import SMALL, Scripts, write_text
+from pipelines import SMALL, Scripts, program, write_text
 
 SLURM = toy.ROOT / "scripts" / "slurm"
 #: tools of the shell and of Python, not of SLURM
@@ -36,12 +36,6 @@ def scripts(tmp_path_factory):
     scripts.environment.update(PATH=str(scripts.programs), PN_SLURM_SITE=str(SLURM / "site.example.sh"))
     scripts.ok("prepare", "demo", "--text-dir", write_text(home / "text"))
     return scripts
-
-
-def program(folder, name, text):
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(f"#!/bin/bash\n{text}\n")
-    (folder / name).chmod(0o755)
 
 
 @pytest.fixture
