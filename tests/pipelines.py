@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+import warm
 from toy import ROOT
 
 BIN = pathlib.Path(sys.executable).parent
@@ -48,16 +49,20 @@ class Scripts:
         self.data, self.runs = home / "data", home / "runs"
         # One thread: a test machine is shared, and OpenMP's threads wait for each other busily.
         self.environment = {**os.environ, "PN_DATA_ROOT": str(self.data), "PN_RUNS_ROOT": str(self.runs),
-                            "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+                            "PYTHON": warm.program("python"), "OMP_NUM_THREADS": "1"}
         self.environment.pop("DATA_ARCHIVES", None)
 
     def start(self, script, *arguments, **environment):
+        """A script in a process group of its own, for signals; its processes are cold, see warm.py."""
+        return self._start(script, arguments, {"PYTHON": sys.executable, **environment})
+
+    def _start(self, script, arguments, environment):
         return subprocess.Popen(["bash", str(ROOT / "scripts" / f"{script}.sh"), *map(str, arguments)], text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
                                 env={**self.environment, **environment})
 
     def __call__(self, script, *arguments, **environment):
-        process = self.start(script, *arguments, **environment)
+        process = self._start(script, arguments, environment)
         output, _ = process.communicate(timeout=300)
         return process.returncode, output
 
