@@ -36,6 +36,8 @@ from fairseq_powernorm.norms import PowerNorm
 x = torch.randn(5, 3, 8, requires_grad=True)
 PowerNorm(8)(x).sum().backward()
 import fairseq_powernorm
+
+pytestmark = pytest.mark.slow
 print(fairseq_powernorm.__file__)
 """
 

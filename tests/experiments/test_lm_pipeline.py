@@ -20,6 +20,8 @@ from fairseq_powernorm.experiments.reports import schema
 from pipelines import EXPERIMENTS, Scripts, contents
 from toy import ROOT
 
+pytestmark = pytest.mark.slow
+
 # A mini run: 12 updates of a small model. They shrink what configs/BENCH.yaml says; the mechanics stay the same.
 SIZES = ["dataset.batch_size=24", "task.tokens_per_sample=8", "+model.decoder_layers=1", "+model.decoder_embed_dim=8",
          "+model.decoder_ffn_embed_dim=8", "eval_lm.softmax_batch=20", "checkpoint.keep_last_epochs=2",

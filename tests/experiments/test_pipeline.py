@@ -21,6 +21,9 @@ from pipelines import BIN, EXPERIMENTS, SMALL, Scripts, contents, write_text
 from toy import ROOT
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory):
     """Scripts with the demo prepared from a few sentences of our own."""
@@ -271,7 +274,7 @@ def test_train_on_a_full_disk(scripts, tmp_path):
     arguments = ["demo", "power", "--run-dir", tmp_path / "run", "--resume", *SMALL, "optimization.max_update=2"]
     limited = "ulimit -f 12; exec bash \"$@\""  # kilobytes a file
     done = subprocess.run(["bash", "-c", limited, "bash", ROOT / "scripts" / "train.sh", *arguments], text=True,
-                          env=scripts.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                          env={**scripts.environment, "PYTHON": sys.executable}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 2 and "Traceback" not in done.stdout and done.stdout.count("error: ") == 1, done.stdout
     assert "error: File too large: progress can no longer be shown and logged in " in done.stdout
     assert "finished" in scripts.ok("train", *arguments), "no process holds the run any more"

@@ -395,6 +395,7 @@ def test_status(scripts, tmp_path):
 # ---- a real SLURM --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(slurm_cluster.missing()), reason="SLURM is not installed: see tests/checks/slurm.sh --install")
 def test_on_a_real_slurm():
     """The README's command on a real SLURM of two nodes: preemption, time limit and a lost node, with the end of undisturbed

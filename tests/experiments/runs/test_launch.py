@@ -15,6 +15,8 @@ from fairseq_powernorm.experiments.runs import launch
 from fairseq_powernorm.experiments.settings import UserError
 from pipelines import SMALL, Scripts, write_text
 
+pytestmark = pytest.mark.slow
+
 #: SGD and unshuffled sentences, as tests/test_distributed.py explains; the batch is given in sentences
 EXACT = [*SMALL, "common.cpu=true", "dataset.max_tokens=null", "dataset.curriculum=99", "optimization.max_update=8",
          "checkpoint.save_interval_updates=4", "model.dropout=0", "+model.norm_variant=algorithm2",
