@@ -10,6 +10,8 @@ import pytest
 import toy
 from fairseq_powernorm.kernels import build
 
+pytestmark = pytest.mark.slow
+
 MADE_AT_THE_TOP = (".git", ".venv*", "data", "runs", "build", "dist", "outputs", "multirun", "checkpoints")
 MADE_ANYWHERE = ("__pycache__", "*.egg-info", "*.so", ".*_cache")
 
@@ -36,8 +38,6 @@ from fairseq_powernorm.norms import PowerNorm
 x = torch.randn(5, 3, 8, requires_grad=True)
 PowerNorm(8)(x).sum().backward()
 import fairseq_powernorm
-
-pytestmark = pytest.mark.slow
 print(fairseq_powernorm.__file__)
 """
 

@@ -14,14 +14,14 @@ from fairseq_powernorm import resume
 from fairseq_powernorm.tasks import TranslationPNConfig, TranslationPNTask
 from test_cli import TRAIN
 
+pytestmark = pytest.mark.slow
+
 #: 10 batches an epoch: checkpoints at the updates 4, 8, 12, 16, 20 and 24, and at the end of each epoch
 RUN = (*TRAIN, "--max-tokens", 150, "--dropout", 0.1, "--save-interval-updates", 4, "--max-update", 26)
 
 #: kills the process when it has copied half of checkpoint_last.pt for the fourth time: at update 12
 KILLER = """
 import os, shutil, signal
-
-pytestmark = pytest.mark.slow
 copyfile, copies = shutil.copyfile, []
 def killed(source, target, **options):
     copies.append(os.path.basename(target).startswith("checkpoint_last.pt"))
