@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import functional
 from ..kernels import eager
-from .base import ExactNorm, State, size_of
+from .base import Device, ExactNorm, State, size_of
 from .masks import valid_rows
 from .staging import Sums
 
@@ -39,6 +39,7 @@ class MaskedBatchNorm(ExactNorm):
         variant: ``masked`` or ``reference``
         affine: learn ``weight`` and ``bias``
         batch_first: three-dimensional input is ``B x T x C``
+        device, dtype: of the parameters; statistics are on that device and float32 or wider
 
     Shape:
         - input and output: ``T x B x C`` (``B x T x C`` with ``batch_first``) or ``N x C``
@@ -65,11 +66,16 @@ class MaskedBatchNorm(ExactNorm):
         variant: str = "masked",
         affine: bool = True,
         batch_first: bool = False,
+        device: Device = None,
+        dtype: Optional[torch.dtype] = None,
     ):
         if variant not in VARIANTS:
             raise ValueError(f"variant={variant!r}: must be one of {', '.join(VARIANTS)}")
         alpha = ALPHA[variant] if alpha_fwd is None else alpha_fwd
-        super().__init__(dim, eps=eps, alpha_fwd=alpha, groups=groups, affine=affine, batch_first=batch_first)
+        super().__init__(
+            dim, eps=eps, alpha_fwd=alpha, groups=groups, affine=affine, batch_first=batch_first,
+            device=device, dtype=dtype,
+        )
         self.variant = variant
 
     def extra_repr(self) -> str:

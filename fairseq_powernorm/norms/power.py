@@ -2,12 +2,13 @@
 import math
 from typing import Any, Dict, Optional, Tuple
 
+import torch
 from torch import Tensor
 
 from .. import functional, operators
 from ..kernels import choose, choose_for_step, eager
 from ..kernels.interface import OwnStep, PowerNormSpec, StepSpec
-from .base import RunningNorm, State, check_interval, inside_backward, size_of
+from .base import Device, RunningNorm, State, check_interval, inside_backward, size_of
 from .recomputation import Recomputations, recomputable
 from .staging import Sums
 
@@ -83,6 +84,7 @@ class PowerNorm(SecondMomentNorm):
         variant: ``reference`` or ``algorithm2``
         affine: learn ``weight`` (gamma) and ``bias`` (beta)
         batch_first: three-dimensional input is ``B x T x C``
+        device, dtype: of the parameters; statistics are on that device and float32 or wider
 
     Shape:
         - input and output: ``T x B x C`` (``B x T x C`` with ``batch_first``) or ``N x C``
@@ -118,13 +120,18 @@ class PowerNorm(SecondMomentNorm):
         variant: str = "reference",
         affine: bool = True,
         batch_first: bool = False,
+        device: Device = None,
+        dtype: Optional[torch.dtype] = None,
     ):
         check_interval("alpha_bkw", alpha_bkw)
         if warmup_updates < 0:
             raise ValueError(f"warmup_updates={warmup_updates!r}: must be zero or a positive number of steps")
         if variant not in VARIANTS:
             raise ValueError(f"variant={variant!r}: must be one of {', '.join(VARIANTS)}")
-        super().__init__(dim, eps=eps, alpha_fwd=alpha_fwd, groups=groups, affine=affine, batch_first=batch_first)
+        super().__init__(
+            dim, eps=eps, alpha_fwd=alpha_fwd, groups=groups, affine=affine, batch_first=batch_first,
+            device=device, dtype=dtype,
+        )
         self.alpha_bkw = alpha_bkw
         self.warmup_updates = warmup_updates
         self.variant = variant
