@@ -5,7 +5,7 @@ from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union
 import torch
 from torch import Tensor, nn
 
-from .. import functional
+from .. import functional, operators
 from ..kernels import eager
 from ..kernels.interface import transformed
 from .masks import MaskSlot, check_mask, valid_rows
@@ -179,7 +179,8 @@ class RunningNorm(nn.Module):
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("batch_first", False)  # pickled by an earlier version
+        for name, value in (("batch_first", False), ("_constants", {})):  # pickled by an earlier version
+            self.__dict__.setdefault(name, value)
         self._lock = threading.Lock()
 
     def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -314,6 +315,14 @@ class RunningNorm(nn.Module):
 
     # ------------------------------------------------------------------ statistics
 
+    def _affine(self) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+        """weight and bias, quickly; they need not be parameters (parametrizations, pruning)."""
+        parameters = self._parameters
+        try:
+            return parameters["weight"], parameters["bias"]
+        except KeyError:
+            return self.weight, self.bias
+
     @property
     def _reduce(self) -> Optional[functional.Reduce]:
         return None if self.stage is None else self.stage.switches.reduce
@@ -334,10 +343,11 @@ class RunningNorm(nn.Module):
 
     def _take(self, part: str, tally: Tensor) -> None:
         """Take in the tally of one pass: into the stage, or as one step of the running statistics."""
-        if self.stage is not None:
-            self.stage.add(part, tally)
-        else:
-            self.step_(part, tally, {name: self.statistic(name) for name in self.STEPS[part]})
+        with operators.outside_of_modes():
+            if self.stage is not None:
+                self.stage.add(part, tally)
+            else:
+                self.step_(part, tally, {name: self.statistic(name) for name in self.STEPS[part]})
 
     def step_(self, part: str, tally: Tensor, buffers: State) -> None:
         """One step of the running statistics of n norms with these settings, in place.

@@ -98,14 +98,14 @@ class MaskedBatchNorm(ExactNorm):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _evaluate(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
-        parameters, buffers = self._parameters, self._buffers
+        buffers = self._buffers
         if self.variant == "reference" and padding_mask is not None:
             x = self._filled(x, valid_rows(padding_mask, x.dim() == 3 and not self.batch_first))
             groups = 0
         else:
             groups = self.groups
         return functional.running_norm(
-            x, parameters["weight"], parameters["bias"], buffers["running_var"], groups, self.eps, buffers["running_mean"]
+            x, *self._affine(), buffers["running_var"], groups, self.eps, buffers["running_mean"]
         )
 
     def _filled(self, x: Tensor, valid: Tensor) -> Tensor:

@@ -21,10 +21,7 @@ class SecondMomentNorm(RunningNorm):
     running_phi: Tensor
 
     def _evaluate(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
-        parameters = self._parameters
-        return functional.running_norm(
-            x, parameters["weight"], parameters["bias"], self._buffers["running_phi"], self.groups, self.eps
-        )
+        return functional.running_norm(x, *self._affine(), self._buffers["running_phi"], self.groups, self.eps)
 
     def scale_and_shift(self) -> Tuple[Tensor, Tensor]:
         return self._scale_and_shift(self.running_phi)
@@ -229,9 +226,9 @@ class PowerNorm(SecondMomentNorm):
         """Training without a stage: each forward pass takes a step, and one that is repeated must see what it saw."""
         psi2, recomputations = self.statistic("running_phi"), self._recomputations
         if inside_backward() and recomputations:
-            rows = x.detach()
-            tally = choose(rows, valid=valid).second_moment(rows, valid, self.groups)
-            known = recomputations.recall(tally)
+            with operators.outside_of_modes():
+                rows = x.detach()
+                known = recomputations.recall(choose(rows, valid=valid).second_moment(rows, valid, self.groups))
             return self._pass(x, valid, known.spec, known.psi2, take_forward=False)
         steps = self.steps()
         spec = self._spec_at(steps)
@@ -239,7 +236,8 @@ class PowerNorm(SecondMomentNorm):
             own = OwnStep(psi2, self.statistic("iters"), self.statistic("ema_gz"), self._step_spec())
             y = self._pass(x, valid, spec, psi2, own=own)
         else:
-            before = psi2.clone()
+            with operators.outside_of_modes():
+                before = psi2.clone()
             y = self._pass(x, valid, spec, psi2, remember=lambda tally: recomputations.remember(before, spec, tally))
         self.remember_steps(steps + 1)
         return y
@@ -253,10 +251,9 @@ class PowerNorm(SecondMomentNorm):
             if remember is not None and part == "forward":
                 remember(tally)
 
-        parameters = self._parameters
         nu = self.statistic("ema_gz") if own is None else own.nu
         return functional.power_norm(
-            x, parameters["weight"], parameters["bias"], valid, psi2, nu, spec, collect, self._reduce, self._lock, own
+            x, *self._affine(), valid, psi2, nu, spec, collect, self._reduce, self._lock, own
         )
 
     def _train_opaque(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
