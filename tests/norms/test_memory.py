@@ -20,11 +20,12 @@ def defaults(dtype=None, device=None):
         torch.set_default_dtype(before)
 
 
-@pytest.fixture(params=["eager", "c"])
+@pytest.fixture(params=["eager", "c", pytest.param("triton", marks=pytest.mark.slow)])
 def kernel(request):
-    """Each backend of a CPU in turn."""
-    if request.param == "c" and kernels.c.unavailable():
-        pytest.skip(kernels.c.unavailable())
+    """Each backend in turn; Triton's in its interpreter."""
+    backend = kernels.KERNELS[request.param]
+    if backend.unavailable() or (request.param == "triton" and torch.cuda.is_available()):
+        pytest.skip(backend.unavailable() or "a GPU's Triton does not work on the CPU")
     with kernels.only(request.param):
         yield request.param
 
