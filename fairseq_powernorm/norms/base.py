@@ -131,10 +131,9 @@ class RunningNorm(nn.Module):
 
     def reset_running_stats(self) -> None:
         """Set the statistics and the step count to what they were at the beginning."""
-        with torch.no_grad():
-            self.iters.zero_()
-            for name, value in self.STATISTICS.items():
-                self._buffers[name].fill_(value)
+        # torch.nn.init: Hugging Face's loading lets its functions pass over what the checkpoint had
+        for name, buffer in self._buffers.items():
+            nn.init.constant_(buffer, self.STATISTICS.get(name, 0.0))
 
     def reset_parameters(self) -> None:
         """Set statistics, ``weight`` (1) and ``bias`` (0) to what they were at the beginning."""
