@@ -384,7 +384,8 @@ class RunningNorm(nn.Module):
             if self.stage is not None:
                 self.stage.add(part, tally)
             else:
-                self.step_(part, tally, {name: self.statistic(name) for name in self.STEPS[part]})
+                # of the class: torch 2.4 compiles no mapping that it finds through the module
+                self.step_(part, tally, {name: self.statistic(name) for name in type(self).STEPS[part]})
 
     def step_(self, part: str, tally: Tensor, buffers: State) -> None:
         """One step of the running statistics of n norms with these settings, in place.

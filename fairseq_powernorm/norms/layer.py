@@ -75,4 +75,5 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
         if not torch.jit.is_scripting():
             check_mask(padding_mask, x, batch_first=self.batch_first)
-        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        # torch 2.4 gives the wider dtype of input and weight
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps).to(x.dtype)

