@@ -8,19 +8,20 @@ In evaluation PN, PN-V and BN are affine maps of the layer-scaled input u (u = x
 into their weights and biases, W y + c = (W s) u + (c + W t): without layer scale nothing is left of the norm, with it a
 root mean square norm without parameters. Elsewhere (post-norm, a projection tied to the embedding) s and t stay.
 """
-from typing import Dict, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernels
+from .kernels.interface import LAYER_SCALE_EPS
 from .norms import RunningNorm
 
 REFUSAL = "this model was folded for inference (--no-fold-norms turns that off) and cannot"
 
 
-def refuse_training(mode=True) -> None:
+def refuse_training(mode: object = True) -> None:
     """Raise RuntimeError if a folded model is asked to train; the hook of its parameters, too, for any gradient."""
     if mode is not False:
         raise RuntimeError(f"{REFUSAL} be trained: its norms have no statistics any more; load the checkpoint again")
@@ -47,7 +48,7 @@ class FoldedNorm(nn.Module):
         super().__init__()
         self.dim = dim
         self.groups = groups
-        self.eps = kernels.eager.LAYER_SCALE_EPS
+        self.eps = LAYER_SCALE_EPS
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
         self.eval()
@@ -69,12 +70,12 @@ class FoldedNorm(nn.Module):
             x = torch.addcmul(shift, x, scale).to(dtype)
         return x
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "FoldedNorm":
         """See torch; raises RuntimeError for ``mode=True``."""
         refuse_training(mode)
         return super().train(mode)
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         refuse_loading()
 
 

@@ -7,7 +7,8 @@ Saved for the backward pass are ``x``, one float per row and group, and a few pe
 """
 import ctypes
 import os
-from typing import Optional, Tuple
+from pathlib import Path
+from typing import Any, List, Optional, Tuple, overload
 
 import torch
 from torch import Tensor
@@ -19,25 +20,26 @@ from .interface import Backward, Forward, OwnStep, PowerNormSpec, StepSpec
 #: number of an element type in the C code
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _CPU = torch.device("cpu")
-_NO_FORWARD_STEP = None, None, 0.0, 0.0, 0.0, 0.0
-_NO_BACKWARD_STEP = None, 0.0, 0.0
+_NO_FORWARD_STEP: Tuple[Any, ...] = None, None, 0.0, 0.0, 0.0, 0.0
+_NO_BACKWARD_STEP: Tuple[Any, ...] = None, 0.0, 0.0
 #: what the functions of the C code return
 _NO_MEMORY, _NOT_FINITE = 1, 2
 _FORWARD_BATCH, _BACKWARD_BATCH, _SKIP_PADDING = 1, 2, 4
 
 _LIBRARY = build.HERE / build.NAME
-_library: Optional[ctypes.CDLL] = None
+#: the C library, once it has been loaded: a ctypes.CDLL, whose functions are found when they are called
+_library: Any = None
 _instructions = ""
 _threaded = False
 _unavailable: Optional[str] = None
 
 
-def _load(library) -> ctypes.CDLL:
+def _load(library: Path) -> ctypes.CDLL:
     global _instructions, _threaded
     loaded = ctypes.CDLL(str(library))
     number, size, pointer, real = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
-    rows = [pointer, size, size, size]
-    shape = [number, size, size, size, number]
+    rows: List[Any] = [pointer, size, size, size]
+    shape: List[Any] = [number, size, size, size, number]
     loaded.pn_evaluate.argtypes = [*shape, *rows, pointer, pointer, pointer, real, pointer]
     loaded.pn_forward.argtypes = [
         *shape, *rows, *[pointer] * 5, real, real, number, *[pointer] * 6, real, real, real, real
@@ -111,6 +113,14 @@ def _rows(x: Tensor) -> Tuple[Tensor, int, int, int]:
             return x, x.size(1), x.stride(0), x.stride(1)
         x = x.contiguous()
     return x, 1, x.size(-1), 0
+
+
+@overload
+def _floats(vector: Tensor) -> Tensor: ...
+
+
+@overload
+def _floats(vector: None) -> None: ...
 
 
 def _floats(vector: Optional[Tensor]) -> Optional[Tensor]:

@@ -1,6 +1,6 @@
 """The base of the norms with running statistics: checks, masks, buffers that stay in float32, transforms of torch."""
 import threading
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Hashable, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,8 @@ def _widened(value: Tensor) -> Tensor:
 
 def size_of(x: Tensor) -> Tensor:
     """Euclidean norm over channels divided by their number, ``... x C -> ...``."""
-    return torch.linalg.vector_norm(x, dim=-1) / x.size(-1)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1)
+    return norm / x.size(-1)
 
 
 class RunningNorm(nn.Module):
@@ -74,6 +75,9 @@ class RunningNorm(nn.Module):
     weight: Optional[nn.Parameter]
     bias: Optional[nn.Parameter]
     iters: Tensor
+    if TYPE_CHECKING:
+        _buffers: Dict[str, Tensor]  # type: ignore[assignment]  # a norm has no buffer that is None
+        _constants: Dict[Hashable, Any]
 
     def __init__(self, dim: int, *, eps: float, alpha_fwd: float, groups: int, affine: bool, batch_first: bool):
         super().__init__()
@@ -132,6 +136,7 @@ class RunningNorm(nn.Module):
         self.reset_running_stats()
         if self.weight is not None:
             nn.init.ones_(self.weight)
+        if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def settings(self) -> Tuple[Tuple[str, Any], ...]:
@@ -200,9 +205,10 @@ class RunningNorm(nn.Module):
             return int(iters.item())
         known = self._steps
         if known is None or known[0] is not iters or known[1] != iters._version:
-            self.remember_steps(int(iters.item()))
-            known = self._steps
-        return known[2]  # type: ignore[index]
+            steps = int(iters.item())
+            self.remember_steps(steps)
+            return steps
+        return known[2]
 
     def remember_steps(self, steps: int) -> None:
         """Say what ``iters`` has become, so that it need not be read from an accelerator."""
@@ -284,7 +290,9 @@ class RunningNorm(nn.Module):
         moment = moment.detach().to(eager.sum_dtype(moment))
         scale, shift = eager.inverse_root(moment, self.eps), torch.zeros_like(moment)
         if self.weight is not None:
-            scale, shift = scale * self.weight.detach(), shift + self.bias.detach()
+            scale = scale * self.weight.detach()
+        if self.bias is not None:
+            shift = shift + self.bias.detach()
         return scale, shift if mean is None else shift - scale * mean.detach()
 
     def _train(self, x: Tensor, valid: Optional[Tensor], *, special: bool) -> Tensor:

@@ -46,7 +46,8 @@ class MaskSlot:
     @property
     def padding_mask(self) -> Optional[Tensor]:
         """``B x T`` bool, True at padding; None if there is none."""
-        return getattr(self._local, "mask", None)
+        mask: Optional[Tensor] = getattr(self._local, "mask", None)
+        return mask
 
     @padding_mask.setter
     def padding_mask(self, mask: Optional[Tensor]) -> None:
