@@ -36,7 +36,7 @@ def silence_known_warnings() -> None:
 def restore_numpy_long() -> None:
     """numpy 2 dropped ``np.compat``, of which fairseq's datasets use one name, ``np.compat.long``."""
     if not hasattr(np, "compat"):
-        np.compat = types.SimpleNamespace(long=int)
+        setattr(np, "compat", types.SimpleNamespace(long=int))  # noqa: B010  (a name that numpy's types do not know)
 
 
 def allow_checkpoint_types() -> None:

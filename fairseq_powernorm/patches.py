@@ -3,7 +3,7 @@ import functools
 import inspect
 import logging
 import os
-from typing import Any, Callable, List, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 from . import ranks, resume
 
@@ -111,7 +111,8 @@ def _choose(trainer, directory: str) -> str:
     if trainer.is_fsdp and trainer.cfg.distributed_training.use_sharded_state:
         shards = range(trainer.data_parallel_world_size)
         suffixes = [f"{trainer.cfg.checkpoint.checkpoint_suffix}-shard{shard}" for shard in shards]
-    chosen, error = None, None
+    chosen: Any = None
+    error: Optional[str] = None
     if trainer.data_parallel_rank == 0:
         try:
             chosen = resume.choose(directory, suffixes)

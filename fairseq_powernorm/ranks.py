@@ -55,7 +55,7 @@ def facts(cfg, task) -> Dict[str, Any]:
         else:
             found[name] = str(value)
 
-    config = OmegaConf.to_container(cfg) if OmegaConf.is_config(cfg) else cfg
+    config: Any = OmegaConf.to_container(cfg) if OmegaConf.is_config(cfg) else cfg
     flatten({key: vars(value) if hasattr(value, "__dict__") else value for key, value in config.items()})
     dataset = task.datasets.get(getattr(getattr(cfg, "dataset", None), "train_subset", "train"))
     sizes = getattr(dataset, "sizes", None)

@@ -6,7 +6,7 @@ thrown away with the gradients and applied when the optimizer takes its step.
 import logging
 import os
 from dataclasses import dataclass
-from typing import Dict, Optional
+from typing import Any, Dict, Optional
 from weakref import WeakSet
 
 import torch
@@ -58,6 +58,8 @@ class RunningStatisticsTask:
     skipped, on all ranks alike, and reported; only the eleventh in a row stops the training.
     """
 
+    #: of the fairseq task that this is mixed into
+    cfg: Any
     #: what a model with running statistics asks for in a task that trains it
     drives_running_statistics = True
 

@@ -149,7 +149,7 @@ class RunningNorm(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RunningNorm":
         before = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in self._buffers.items():
             old = before[name]
             if old.is_meta and not buffer.is_meta:  # memory without a value, as to_empty gives
@@ -174,7 +174,7 @@ class RunningNorm(nn.Module):
         return state
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.__dict__.setdefault("batch_first", False)  # pickled by an earlier version
         self._lock = threading.Lock()
 

@@ -56,7 +56,7 @@ class MaskSlot:
 
     def valid(self, transposed: bool) -> Tensor:
         """The mask as the norms read it: one bool for each row of the input, False at padding."""
-        known = self._local.valid
+        known: Optional[Tuple[bool, Tensor]] = self._local.valid
         if known is None or known[0] is not transposed:
             known = self._local.valid = transposed, valid_rows(self._local.mask, transposed)
         return known[1]

@@ -161,11 +161,13 @@ class PowerNorm(SecondMomentNorm):
         reference, stage = self.variant == "reference", self.stage
         switches = None if stage is None else stage.switches
         counting = switches is None or switches.counting
+        # a tensor where the loss scale is one on the device
+        gradient_scale: Any = 1.0 if switches is None else switches.gradient_scale
         return operators.OpaqueSpec(
             groups=self.groups,
             eps=self.eps,
             nu_scale=1.0 - self.alpha_bkw if counting else 0.0,
-            gradient_scale=1.0 if switches is None else switches.gradient_scale,
+            gradient_scale=gradient_scale,
             warmup=self._warmup,
             trusted_after=max(1, self._warmup),
             batch_statistics=switches is not None and switches.batch_statistics,
