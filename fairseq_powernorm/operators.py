@@ -6,7 +6,8 @@ stands outside of them. What the operators run are the backends of :mod:`.kernel
 count decided inside, when it is known.
 """
 import math
-from typing import Any, NamedTuple, Optional, Tuple
+from contextlib import nullcontext
+from typing import Any, ContextManager, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -186,9 +187,23 @@ def needed(x: Tensor) -> bool:
         return True
     from torch._subclasses.fake_tensor import FakeTensor
 
+    return isinstance(x, FakeTensor) or _without_values()
+
+
+def outside_of_modes() -> ContextManager[Any]:
+    """Entered for what is done in a forward pass and not in its repetition, or the other way round.
+
+    Selective activation checkpointing counts the operations of both.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0 or _without_values():
+        return nullcontext()
+    return torch.utils._python_dispatch._disable_current_modes()
+
+
+def _without_values() -> bool:
+    """Is a mode active in which operations are traced, or computed without values?"""
     keys = torch._C._TorchDispatchModeKey
-    modes = (keys.FAKE, keys.PROXY, keys.FUNCTIONAL)
-    return isinstance(x, FakeTensor) or any(torch._C._get_dispatch_mode(key) is not None for key in modes)
+    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
 
 
 class _PowerNorm(Function):

@@ -1,17 +1,18 @@
 """The base of the norms with running statistics: checks, masks, buffers that stay in float32, transforms of torch."""
 import threading
-from typing import TYPE_CHECKING, Any, Callable, Dict, Hashable, Mapping, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Hashable, Mapping, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
-from .. import functional
+from .. import functional, operators
 from ..kernels import eager
 from ..kernels.interface import transformed
 from .masks import MaskSlot, check_mask, valid_rows
 from .staging import Stage, Sums
 
 State = Mapping[str, Tensor]
+Device = Union[torch.device, str, int, None]
 
 _PLAIN = (Tensor, nn.Parameter)
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -26,11 +27,6 @@ def check_interval(name: str, value: float) -> None:
     """Raise ValueError unless 0 <= value <= 1."""
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name}={value!r}: must lie in [0, 1]")
-
-
-def statistics_dtype() -> torch.dtype:
-    """dtype of new statistics: float32, or float64 where that is torch's default."""
-    return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
 def _widened(value: Tensor) -> Tensor:
@@ -60,6 +56,7 @@ class RunningNorm(nn.Module):
             precedes the norm; 0 turns it off
         affine: learn ``weight`` and ``bias`` (``C``)
         batch_first: three-dimensional input is ``B x T x C``, not ``T x B x C``
+        device, dtype: of the parameters, torch's defaults if None; statistics are on that device and float32 or wider
 
     Raises:
         ValueError: an argument is outside its range, or ``groups`` does not divide ``dim``
@@ -79,7 +76,18 @@ class RunningNorm(nn.Module):
         _buffers: Dict[str, Tensor]  # type: ignore[assignment]  # a norm has no buffer that is None
         _constants: Dict[Hashable, Any]
 
-    def __init__(self, dim: int, *, eps: float, alpha_fwd: float, groups: int, affine: bool, batch_first: bool):
+    def __init__(
+        self,
+        dim: int,
+        *,
+        eps: float,
+        alpha_fwd: float,
+        groups: int,
+        affine: bool,
+        batch_first: bool,
+        device: Device = None,
+        dtype: Optional[torch.dtype] = None,
+    ):
         super().__init__()
         if dim < 1:
             raise ValueError(f"dim={dim!r}: must be a positive number of channels")
@@ -100,13 +108,14 @@ class RunningNorm(nn.Module):
         self.mask_slot: Optional[MaskSlot] = None
         #: set by whoever applies the statistics instead of the norm
         self.stage: Optional[Stage] = None
+        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         with torch.inference_mode(False):  # or it could never be trained
             for name in ("weight", "bias"):
-                self.register_parameter(name, nn.Parameter(torch.empty(dim)) if affine else None)
+                self.register_parameter(name, nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) if affine else None)
             # floating point: integer buffers break exponential moving averages of a model
-            self.register_buffer("iters", torch.empty((), dtype=statistics_dtype()))
+            self.register_buffer("iters", torch.empty((), device=device, dtype=wide))
             for name in self.STATISTICS:
-                self.register_buffer(name, torch.empty(dim, dtype=statistics_dtype()))
+                self.register_buffer(name, torch.empty(dim, device=device, dtype=wide))
         self._steps: Optional[Tuple[Tensor, int, int]] = None  # iters, its version, its value on the host
         self._lock = threading.Lock()
         self.reset_parameters()
@@ -134,10 +143,9 @@ class RunningNorm(nn.Module):
     def reset_parameters(self) -> None:
         """Set statistics, ``weight`` (1) and ``bias`` (0) to what they were at the beginning."""
         self.reset_running_stats()
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        for parameter, value in ((self.weight, 1.0), (self.bias, 0.0)):
+            if parameter is not None:
+                nn.init.constant_(parameter, value)
 
     def settings(self) -> Tuple[Tuple[str, Any], ...]:
         """The norm's numbers and choices by name: norms of one class that share them share their arithmetic."""
@@ -175,7 +183,8 @@ class RunningNorm(nn.Module):
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__dict__.setdefault("batch_first", False)  # pickled by an earlier version
+        for name, value in (("batch_first", False), ("_constants", {})):  # pickled by an earlier version
+            self.__dict__.setdefault(name, value)
         self._lock = threading.Lock()
 
     def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -232,6 +241,10 @@ class RunningNorm(nn.Module):
             ValueError: a shape, dtype or device does not fit
             RuntimeError: a training pass outside of ``RunningStatistics.batch()``, or under a transform that has no meaning there
         """
+        if type(x) not in _PLAIN and isinstance(x, torch.fx.Proxy):  # symbolic tracing takes the norm as a whole
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, padding_mask), {})
+        if x.is_nested:
+            raise ValueError("input is a nested tensor: expected a dense one with a padding mask")
         if x.dim() not in (2, 3) or x.size(-1) != self.dim:
             layout = "B x T" if self.batch_first else "T x B"
             raise ValueError(f"input of shape {tuple(x.shape)}: expected {layout} x {self.dim} or N x {self.dim}")
@@ -307,6 +320,14 @@ class RunningNorm(nn.Module):
 
     # ------------------------------------------------------------------ statistics
 
+    def _affine(self) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+        """weight and bias, quickly; they need not be parameters (parametrizations, pruning)."""
+        parameters = self._parameters
+        try:
+            return parameters["weight"], parameters["bias"]
+        except KeyError:
+            return self.weight, self.bias
+
     @property
     def _reduce(self) -> Optional[functional.Reduce]:
         return None if self.stage is None else self.stage.switches.reduce
@@ -327,10 +348,11 @@ class RunningNorm(nn.Module):
 
     def _take(self, part: str, tally: Tensor) -> None:
         """Take in the tally of one pass: into the stage, or as one step of the running statistics."""
-        if self.stage is not None:
-            self.stage.add(part, tally)
-        else:
-            self.step_(part, tally, {name: self.statistic(name) for name in self.STEPS[part]})
+        with operators.outside_of_modes():
+            if self.stage is not None:
+                self.stage.add(part, tally)
+            else:
+                self.step_(part, tally, {name: self.statistic(name) for name in self.STEPS[part]})
 
     def step_(self, part: str, tally: Tensor, buffers: State) -> None:
         """One step of the running statistics of n norms with these settings, in place.

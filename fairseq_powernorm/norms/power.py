@@ -2,12 +2,13 @@
 import math
 from typing import Any, Callable, Dict, Hashable, Optional, Tuple
 
+import torch
 from torch import Tensor
 
 from .. import functional, operators
 from ..kernels import choose, choose_for_step, eager
 from ..kernels.interface import OwnStep, PowerNormSpec, StepSpec
-from .base import RunningNorm, State, check_interval, inside_backward, size_of
+from .base import Device, RunningNorm, State, check_interval, inside_backward, size_of
 from .recomputation import Recomputations, recomputable
 from .staging import Sums
 
@@ -20,10 +21,7 @@ class SecondMomentNorm(RunningNorm):
     running_phi: Tensor
 
     def _evaluate(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
-        parameters = self._parameters
-        return functional.running_norm(
-            x, parameters["weight"], parameters["bias"], self._buffers["running_phi"], self.groups, self.eps
-        )
+        return functional.running_norm(x, *self._affine(), self._buffers["running_phi"], self.groups, self.eps)
 
     def scale_and_shift(self) -> Tuple[Tensor, Tensor]:
         return self._scale_and_shift(self.running_phi)
@@ -83,6 +81,7 @@ class PowerNorm(SecondMomentNorm):
         variant: ``reference`` or ``algorithm2``
         affine: learn ``weight`` (gamma) and ``bias`` (beta)
         batch_first: three-dimensional input is ``B x T x C``
+        device, dtype: of the parameters; statistics are on that device and float32 or wider
 
     Shape:
         - input and output: ``T x B x C`` (``B x T x C`` with ``batch_first``) or ``N x C``
@@ -118,13 +117,18 @@ class PowerNorm(SecondMomentNorm):
         variant: str = "reference",
         affine: bool = True,
         batch_first: bool = False,
+        device: Device = None,
+        dtype: Optional[torch.dtype] = None,
     ):
         check_interval("alpha_bkw", alpha_bkw)
         if warmup_updates < 0:
             raise ValueError(f"warmup_updates={warmup_updates!r}: must be zero or a positive number of steps")
         if variant not in VARIANTS:
             raise ValueError(f"variant={variant!r}: must be one of {', '.join(VARIANTS)}")
-        super().__init__(dim, eps=eps, alpha_fwd=alpha_fwd, groups=groups, affine=affine, batch_first=batch_first)
+        super().__init__(
+            dim, eps=eps, alpha_fwd=alpha_fwd, groups=groups, affine=affine, batch_first=batch_first,
+            device=device, dtype=dtype,
+        )
         self.alpha_bkw = alpha_bkw
         self.warmup_updates = warmup_updates
         self.variant = variant
@@ -224,9 +228,9 @@ class PowerNorm(SecondMomentNorm):
         """Training without a stage: each forward pass takes a step, and one that is repeated must see what it saw."""
         psi2, recomputations = self.statistic("running_phi"), self._recomputations
         if inside_backward() and recomputations:
-            rows = x.detach()
-            tally = choose(rows, valid=valid).second_moment(rows, valid, self.groups)
-            known = recomputations.recall(tally)
+            with operators.outside_of_modes():
+                rows = x.detach()
+                known = recomputations.recall(choose(rows, valid=valid).second_moment(rows, valid, self.groups))
             return self._pass(x, valid, known.spec, known.psi2, take_forward=False)
         steps = self.steps()
         spec = self._spec_at(steps)
@@ -234,7 +238,8 @@ class PowerNorm(SecondMomentNorm):
             own = OwnStep(psi2, self.statistic("iters"), self.statistic("ema_gz"), self._step_spec())
             y = self._pass(x, valid, spec, psi2, own=own)
         else:
-            before = psi2.clone()
+            with operators.outside_of_modes():
+                before = psi2.clone()
             y = self._pass(x, valid, spec, psi2, remember=lambda tally: recomputations.remember(before, spec, tally))
         self.remember_steps(steps + 1)
         return y
@@ -258,10 +263,9 @@ class PowerNorm(SecondMomentNorm):
             if remember is not None and part == "forward":
                 remember(tally)
 
-        parameters = self._parameters
         nu = self.statistic("ema_gz") if own is None else own.nu
         return functional.power_norm(
-            x, parameters["weight"], parameters["bias"], valid, psi2, nu, spec, collect, self._reduce, self._lock, own
+            x, *self._affine(), valid, psi2, nu, spec, collect, self._reduce, self._lock, own
         )
 
     def _train_opaque(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
