@@ -123,7 +123,7 @@ def to_torchscript(model: Model, path: str) -> Callable[[Inputs], Tensor]:
         words = inputs["prev_output_tokens"]
         source = inputs.get("src_tokens")
         output = loaded(words) if source is None else loaded(source, source.ne(padding).sum(1), words)
-        return loaded.get_normalized_probs(output, True)
+        return loaded.get_normalized_probs(output, log_probs=True)
 
     return run
 

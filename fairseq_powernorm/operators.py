@@ -1,9 +1,9 @@
 """Power Normalization in training as opaque operators (``torch.library``): for compilers, exporters, fake and meta tensors.
 
 A compiler sees four operators of the namespace ``fairseq_powernorm``. ``forward`` and ``backward`` compute and change
-nothing; ``advance_forward_`` and ``advance_backward_`` change the running statistics that they declare. The autograd function
-stands outside of them. What the operators run are the backends of :mod:`.kernels`, with the policy that depends on the step
-count decided inside, when it is known.
+nothing; ``advance_forward_`` and ``advance_backward_`` change the running statistics that they declare. The autograd
+function stands outside of them. What the operators run are the backends of :mod:`.kernels`, with the policy that
+depends on the step count decided inside, when it is known.
 """
 import math
 from contextlib import nullcontext
@@ -101,8 +101,8 @@ def _forward_fake(
     spec, channels, dtype = OpaqueSpec(*constants), x.size(-1), eager.compute_dtype(x)
     if spec.own_step and _is_recomputed():
         raise RuntimeError(
-            "activation checkpointing inside torch.compile around a PowerNorm that applies its own statistics: a recomputation "
-            "would find those of the next step; let fairseq_powernorm.statistics.RunningStatistics apply them"
+            "activation checkpointing inside torch.compile around a PowerNorm that applies its own statistics: a "
+            "recomputation would find those of the next step; let fairseq_powernorm.statistics.RunningStatistics apply them"
         )
     r = (x.numel() // channels, spec.groups) if spec.groups else (0,)
     return (

@@ -115,7 +115,9 @@ class _BatchNorm(Function):
         if torch.is_grad_enabled() or transformed_gradient(grad_y):
             # the gradient is itself to be differentiated or transformed: that of the formula
             if reduce is not None:
-                raise RuntimeError("second derivatives are not available where statistics are reduced in every pass (sync 'exact')")
+                raise RuntimeError(
+                    "second derivatives are not available where statistics are reduced in every pass (sync 'exact')"
+                )
             with torch.enable_grad():
                 inputs = [each for each, needed in zip((x, weight, bias), ctx.needs_input_grad) if needed]
                 y, _ = batch_norm_formula(x, weight, bias, *ctx.call[:4])
@@ -174,7 +176,7 @@ def batch_norm(
     collect: Collect,
     reduce: Optional[Reduce] = None,
 ) -> Tensor:
-    """Layer scale and normalization of rows by statistics of the batch, with its exact gradient: PN-V and batch normalization.
+    """Layer scale and normalization by statistics of the batch, with its exact gradient: PN-V and batch normalization.
 
     The gradient is that of the function computed: one that arrives at a padded row passes through it and through the
     statistics. Padding that is not finite reaches no other row and no parameter.

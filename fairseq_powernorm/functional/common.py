@@ -41,7 +41,7 @@ _hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 def saved_tensors_are_hooked() -> bool:
     """Does somebody take over the tensors that are saved for the backward pass?"""
-    return _hooks is None or _hooks(False) is not None
+    return _hooks is None or _hooks(False) is not None  # noqa: FBT003  (torch takes it by position only)
 
 
 def in_transform() -> bool:

@@ -8,7 +8,19 @@ from torch import Tensor
 
 from ..kernels import choose, choose_for_gradient, eager
 from ..kernels.interface import Backend, OwnStep, PowerNormSpec, plain, writable
-from .common import Collect, Function, Gradients, Reduce, in_memory, in_transform, saved_tensors_are_hooked, transformed_gradient, unwrapped
+from .common import (
+    Collect,
+    Function,
+    Gradients,
+    Reduce,
+    in_memory,
+    in_transform,
+    saved_tensors_are_hooked,
+    transformed_gradient,
+    unwrapped,
+)
+
+_NO_GUARD: ContextManager[Any] = nullcontext()
 
 
 class _Call(NamedTuple):
@@ -148,7 +160,7 @@ def power_norm(
     spec: PowerNormSpec,
     collect: Collect,
     reduce: Optional[Reduce] = None,
-    guard: ContextManager[Any] = nullcontext(),
+    guard: ContextManager[Any] = _NO_GUARD,
     step: Optional[OwnStep] = None,
 ) -> Tensor:
     """Layer scale and Power Normalization of rows, with the method's approximate gradient (Algorithm 2).

@@ -105,7 +105,7 @@ def _shape(x: Tensor, groups: int) -> Tuple[int, int, int, int, int]:
 
 
 def _rows(x: Tensor) -> Tuple[Tensor, int, int, int]:
-    """A tensor of the values of ``x``, and where its rows lie: ``inner``, stride of every inner-th row, stride of the others."""
+    """The values of ``x``, and where its rows lie: ``inner``, stride of every inner-th row, stride of the others."""
     if not x.is_contiguous():
         if x.stride(-1) == 1 and x.dim() == 2:
             return x, 1, x.stride(0), 0
@@ -226,8 +226,8 @@ def power_backward(
     grads, *grad_strides = _rows(grad_y)
     status = _library.pn_backward(
         *shape, rows.data_ptr(), *strides, grads.data_ptr(), *grad_strides, _at(r),
-        _at(valid) if spec.skip_padding else None, _at(weight), saved.data_ptr(), nu.data_ptr(), scale * spec.nu_scale, scale,
-        _at(grad_x), grad_weight.data_ptr(), grad_bias.data_ptr(), _at(tally), *stepping,
+        _at(valid) if spec.skip_padding else None, _at(weight), saved.data_ptr(), nu.data_ptr(), scale * spec.nu_scale,
+        scale, _at(grad_x), grad_weight.data_ptr(), grad_bias.data_ptr(), _at(tally), *stepping,
     )
     _check(status)
     if status == _NOT_FINITE and valid is not None and not spec.skip_padding:  # it has taken no step either
@@ -241,8 +241,8 @@ def advance_forward(tally: Tensor, psi2: Tensor, iters: Tensor, step: StepSpec) 
     """See :func:`.eager.advance_forward`."""
     channels = tally.size(-1) - 2
     _library.pn_advance_forward(
-        tally.numel() // (channels + 2), channels, tally.data_ptr(), psi2.data_ptr(), iters.data_ptr(), step.alpha_fwd, step.eps,
-        step.warmup, step.trusted_after, step.jump,
+        tally.numel() // (channels + 2), channels, tally.data_ptr(), psi2.data_ptr(), iters.data_ptr(), step.alpha_fwd,
+        step.eps, step.warmup, step.trusted_after, step.jump,
     )
     increment_version(psi2)
     increment_version(iters)

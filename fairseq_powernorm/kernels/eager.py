@@ -1,7 +1,7 @@
 """The eager backend, plain torch: the arithmetic every other backend is held to, and the one that serves everywhere.
 
-Notation as in :mod:`.interface`. Everything is computed in float32, or in float64 for float64 input. Only ``x`` and ``r`` need
-to be kept for the backward pass: ``u`` and ``z`` are cheaper to recompute than to store.
+Notation as in :mod:`.interface`. Everything is computed in float32, or in float64 for float64 input. Only ``x`` and ``r``
+are kept for the backward pass: ``u`` and ``z`` are cheaper to recompute than to store.
 """
 import math
 from typing import Iterator, List, NamedTuple, Optional, Tuple
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from .interface import LAYER_SCALE_EPS, Backward, Forward, OwnStep, PowerNormSpec
-from .steps import advance_backward as advance_backward
-from .steps import advance_forward as advance_forward
-from .steps import finite_or as finite_or
-from .steps import next_nu as next_nu
-from .steps import next_psi2 as next_psi2
+from .steps import (
+    advance_backward as advance_backward,
+    advance_forward as advance_forward,
+    finite_or as finite_or,
+    next_nu as next_nu,
+    next_psi2 as next_psi2,
+)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -164,7 +166,7 @@ def grad_sums(
 
 
 def tally(*sums: Tensor, rows: Tensor) -> Tensor:
-    """One vector ``[sums (C each), rows, 1]`` in :func:`sum_dtype`: sums of one pass over ``rows`` rows, ready to be added up."""
+    """One vector ``[sums (C each), rows, 1]`` in :func:`sum_dtype`: sums over ``rows`` rows, ready to be added up."""
     dtype = sum_dtype(rows)
     one = rows.new_ones(1, dtype=dtype)
     return torch.cat([*(each.to(dtype) for each in sums), rows.reshape(1).to(dtype), one])

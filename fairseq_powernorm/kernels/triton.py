@@ -158,7 +158,8 @@ def second_moment(x: Tensor, valid: Optional[Tensor], groups: int) -> Tensor:
     run = _code.launch(x.device, *shape, groups, _code.FORWARD_PROGRAMS)
     sums = _partial(x, run, 1)
     spec = PowerNormSpec(
-        groups=groups, eps=0.0, nu_scale=0.0, gradient_scale=1.0, forward_batch=False, backward_batch=False, skip_padding=True
+        groups=groups, eps=0.0, nu_scale=0.0, gradient_scale=1.0, forward_batch=False, backward_batch=False,
+        skip_padding=True,
     )
     with _on(x):
         _forward(x, run, shape, groups, valid, None, None, None, 0.0, sums=sums)
@@ -231,7 +232,8 @@ def power_backward(
         _code.backward[run.grid](
             grad_y, x, r, valid, saved, weight, nu, grad_x, sums, rows, channels, run.size, scale, spec.nu_scale,
             SCALE_THERE=on_device, LAYER_SCALE=spec.groups > 0, OUTPUT=want_x, HAS_VALID=valid is not None,
-            HAS_WEIGHT=weight is not None, TILE_ROWS=run.tile_rows, TILE_COLUMNS=run.tile_columns, STAGES=run.stages, num_warps=run.warps,
+            HAS_WEIGHT=weight is not None, TILE_ROWS=run.tile_rows, TILE_COLUMNS=run.tile_columns, STAGES=run.stages,
+            num_warps=run.warps,
         )  # fmt: skip
         _code.backward_end[(_blocks(channels),)](
             sums, saved, weight, grad_weight, grad_bias, tally, rows, channels, run.grid[0], scale,

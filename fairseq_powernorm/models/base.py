@@ -56,7 +56,7 @@ KINDS = (
 
 
 def check_kind(arch: str, model: type, task: type) -> None:
-    """Raise ValueError if ``arch``, a registered architecture of the class ``model``, is of another kind than ``task`` trains."""
+    """Raise ValueError if ``arch``, an architecture of the class ``model``, is of another kind than ``task`` trains."""
     for kind in KINDS:
         if issubclass(task, kind.task) and not issubclass(model, kind.model):
             ours = (each for each, of in ARCH_MODEL_REGISTRY.items() if issubclass(of, PowerNormModel))
@@ -64,8 +64,8 @@ def check_kind(arch: str, model: type, task: type) -> None:
             other = [each.our_task for each in KINDS if issubclass(model, each.model)]
             hint = f"; with this architecture --task must be {other[0]}" if other else ""
             raise ValueError(
-                f"--arch {arch} with --task {_name_of(task)}, which trains {kind.name}: with this task --arch must be one of "
-                f"{', '.join(fitting)}, or another of fairseq's {kind.name}{hint}"
+                f"--arch {arch} with --task {_name_of(task)}, which trains {kind.name}: with this task --arch must be one "
+                f"of {', '.join(fitting)}, or another of fairseq's {kind.name}{hint}"
             )
 
 

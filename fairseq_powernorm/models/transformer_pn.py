@@ -12,7 +12,6 @@ from fairseq.models.transformer import (
     transformer_legacy,
 )
 from fairseq.models.transformer.transformer_config import DecoderConfig, EncDecBaseConfig, QuantNoiseConfig
-
 from torch import nn
 
 from ..checkpoint import AUTHORS_NORM_OPTIONS, AUTHORS_NORMS

@@ -109,7 +109,7 @@ class RunningNorm(nn.Module):
         #: set by whoever applies the statistics instead of the norm
         self.stage: Optional[Stage] = None
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-        with torch.inference_mode(False):  # or it could never be trained
+        with torch.inference_mode(mode=False):  # or it could never be trained
             for name in ("weight", "bias"):
                 self.register_parameter(name, nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) if affine else None)
             # floating point: integer buffers break exponential moving averages of a model
@@ -239,7 +239,7 @@ class RunningNorm(nn.Module):
 
         Raises:
             ValueError: a shape, dtype or device does not fit
-            RuntimeError: a training pass outside of ``RunningStatistics.batch()``, or under a transform that has no meaning there
+            RuntimeError: a training pass outside of ``RunningStatistics.batch()``, or under a transform that has no meaning
         """
         if type(x) not in _PLAIN and isinstance(x, torch.fx.Proxy):  # symbolic tracing takes the norm as a whole
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, padding_mask), {})
@@ -287,8 +287,8 @@ class RunningNorm(nn.Module):
         for interpreter in torch._C._functorch.get_interpreter_stack() or ():
             if interpreter.key() == transforms.Vmap:
                 raise RuntimeError(
-                    f"vmap over a {type(self).__name__} in training: every example would take a step of the statistics of one "
-                    "batch; call eval() first"
+                    f"vmap over a {type(self).__name__} in training: every example would take a step of the statistics of "
+                    "one batch; call eval() first"
                 )
 
     def _evaluate(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:

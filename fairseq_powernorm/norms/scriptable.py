@@ -38,13 +38,14 @@ class Evaluation(nn.Module):
         self.size: int = norm.dim // max(1, norm.groups)
         self.eps: float = norm.eps
         self.scale_eps: float = LAYER_SCALE_EPS
-        self.train(False)
+        self.train(mode=False)
 
     def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
         u = x if x.dtype == torch.float64 else x.float()
         if self.groups > 0:
             shape = u.size()
-            u = F.rms_norm(u.reshape(list(shape[:-1]) + [self.groups, self.size]), [self.size], None, self.scale_eps).reshape(shape)
+            grouped = u.reshape(list(shape[:-1]) + [self.groups, self.size])
+            u = F.rms_norm(grouped, [self.size], None, self.scale_eps).reshape(shape)
         if self.mean is not None:
             u = u - self.mean
         u = u * torch.rsqrt(self.moment + self.eps)

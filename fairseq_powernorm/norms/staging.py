@@ -33,8 +33,9 @@ class Switches:
         """Raise RuntimeError outside of a batch, whose statistics nobody would count."""
         if not self.open:
             raise RuntimeError(
-                f"a {what} pass in training outside of RunningStatistics.batch(): wrap forward and backward pass of each batch in "
-                "'with statistics.batch():', or call statistics.release() to let the norms apply their statistics themselves"
+                f"a {what} pass in training outside of RunningStatistics.batch(): wrap forward and backward pass of each "
+                "batch in 'with statistics.batch():', or call statistics.release() to let the norms apply their statistics "
+                "themselves"
             )
 
 
