@@ -1,4 +1,5 @@
 """The base of the norms with running statistics: checks, masks, buffers that stay in float32, transforms of torch."""
+import logging
 import threading
 from typing import TYPE_CHECKING, Any, Callable, Dict, Hashable, Mapping, Optional, Tuple, Union
 
@@ -10,6 +11,8 @@ from ..kernels import eager
 from ..kernels.interface import transformed
 from .masks import MaskSlot, check_mask, valid_rows
 from .staging import Stage, Sums
+
+logger = logging.getLogger(__name__)
 
 State = Mapping[str, Tensor]
 Device = Union[torch.device, str, int, None]
@@ -116,6 +119,7 @@ class RunningNorm(nn.Module):
             self.register_buffer("iters", torch.empty((), device=device, dtype=wide))
             for name in self.STATISTICS:
                 self.register_buffer(name, torch.empty(dim, device=device, dtype=wide))
+        self._from_meta = False  # statistics may have come in place of meta tensors, with or without a value
         self._steps: Optional[Tuple[Tensor, int, int]] = None  # iters, its version, its value on the host
         self._lock = threading.Lock()
         self.reset_parameters()
@@ -135,10 +139,9 @@ class RunningNorm(nn.Module):
 
     def reset_running_stats(self) -> None:
         """Set the statistics and the step count to what they were at the beginning."""
-        with torch.no_grad():
-            self.iters.zero_()
-            for name, value in self.STATISTICS.items():
-                self._buffers[name].fill_(value)
+        # torch.nn.init: Hugging Face's loading lets its functions pass over what the checkpoint had
+        for name, buffer in self._buffers.items():
+            nn.init.constant_(buffer, self.STATISTICS.get(name, 0.0))
 
     def reset_parameters(self) -> None:
         """Set statistics, ``weight`` (1) and ``bias`` (0) to what they were at the beginning."""
@@ -170,6 +173,9 @@ class RunningNorm(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """As in any module, but the value of a statistic is widened to float32."""
         if isinstance(value, Tensor) and name in self.__dict__.get("_buffers", {}):
+            old = self._buffers[name]
+            if old is not None and old.is_meta and not value.is_meta:
+                self.__dict__["_from_meta"] = True
             value = _widened(value)
         elif not name.startswith("_"):
             self.__dict__["_constants"] = {}
@@ -183,7 +189,8 @@ class RunningNorm(nn.Module):
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        for name, value in (("batch_first", False), ("_constants", {})):  # pickled by an earlier version
+        earlier = {"batch_first": False, "_from_meta": False, "_constants": {}}  # pickled by an earlier version
+        for name, value in earlier.items():
             self.__dict__.setdefault(name, value)
         self._lock = threading.Lock()
 
@@ -204,6 +211,35 @@ class RunningNorm(nn.Module):
         if self.training:
             raise RuntimeError(f"torch.jit.script of a {type(self).__name__} in training: call eval() first")
         return Evaluation(self)
+
+    def _check_values(self) -> None:
+        """Statistics that came in place of meta tensors: what can't be a value is memory that nobody has written.
+
+        So Hugging Face's ``from_pretrained`` leaves what the checkpoint lacks; it marks what the checkpoint had.
+        """
+        if torch.compiler.is_compiling():
+            return
+        self.__dict__["_from_meta"] = False
+        unmarked = {
+            name: buffer
+            for name, buffer in self._buffers.items()
+            if not buffer.is_meta and not getattr(buffer, "_is_hf_initialized", False)
+        }
+        counted = "iters" not in unmarked or self._is_value("iters", unmarked["iters"])
+        for name, buffer in unmarked.items():
+            start = self.STATISTICS.get(name, 0.0)
+            # of a mean or nu nothing can be told by itself
+            if not self._is_value(name, buffer) or (start == 0.0 and not counted):
+                logger.warning("%s of a %s has no value yet: it begins as in a new one", name, type(self).__name__)
+                nn.init.constant_(buffer, start)
+
+    def _is_value(self, name: str, buffer: Tensor) -> bool:
+        """Can a statistic be this? Steps are counted; second moments and variances, which begin at 1, are not all nothing."""
+        if not bool(torch.isfinite(buffer).all()):
+            return False
+        if name == "iters":
+            return 0 <= float(buffer) < 2**53 and float(buffer).is_integer()
+        return self.STATISTICS[name] == 0.0 or bool((buffer >= 0.0).all() and buffer.max() > 1e-30)
 
     # ------------------------------------------------------------------ the step count
 
@@ -243,6 +279,8 @@ class RunningNorm(nn.Module):
         """
         if type(x) not in _PLAIN and isinstance(x, torch.fx.Proxy):  # symbolic tracing takes the norm as a whole
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, padding_mask), {})
+        if self._from_meta:
+            self._check_values()
         if x.is_nested:
             raise ValueError("input is a nested tensor: expected a dense one with a padding mask")
         if x.dim() not in (2, 3) or x.size(-1) != self.dim:

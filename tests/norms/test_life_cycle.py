@@ -251,3 +251,29 @@ def test_tensors_that_are_no_dense_rows_are_refused(name, variant):
         for training in (True, False):
             with pytest.raises(ValueError, match="expected a dense"):
                 norm.train(training)(x)
+
+
+@pytest.mark.parametrize("garbage", [0.0, -1.0, 1e-41, torch.nan, torch.inf, -1.6e18, 0.5])
+@pytest.mark.parametrize("name, variant", CASES)
+def test_statistics_that_a_loader_left_without_a_value(name, variant, garbage, caplog):
+    """Set in place of meta tensors: what can be no value begins as in a new norm, with a warning; values stay."""
+    filled = make(name, variant)
+    train(filled, steps=2)
+    for present in (None, *filled.STATISTICS):
+        norm = make(name, variant).to("meta")
+        for key, parameter in filled.named_parameters():
+            setattr(norm, key, parameter)
+        for key, buffer in filled.named_buffers():
+            value = buffer.clone() if key == present else torch.full_like(buffer, garbage)
+            if key == present:  # as Hugging Face's loading does
+                value._is_hf_initialized = True
+            setattr(norm, key, value)
+        norm.eval()(batch()[0])
+        for key, buffer in norm.named_buffers():
+            start = norm.STATISTICS.get(key, 0.0)
+            if key == present:
+                assert torch.equal(buffer, getattr(filled, key))
+            elif key == "iters" or garbage not in (0.0, 0.5) or (start == 1.0 and garbage == 0.0):
+                assert (buffer == start).all(), key
+            assert torch.isfinite(buffer).all()
+    assert "has no value yet" in caplog.text or garbage in (0.0, 1e-41)
