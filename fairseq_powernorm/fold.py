@@ -120,7 +120,7 @@ def fold_norms(model: nn.Module) -> nn.Module:
         if hasattr(type(module), "folded"):
             setattr(module, "folded", True)  # noqa: B010  (a model of the fairseq half, which this half does not know)
     for parameter in model.parameters():
-        if parameter.requires_grad:  # and goes on so: torch chooses the faster matrix products for such weights
+        if parameter.requires_grad:  # and stays so: torch chooses the faster matrix products for such weights
             parameter.register_hook(refuse_training)
     return model
 

@@ -72,7 +72,7 @@ def copy_whole(copy, src_path: str, dst_path: str, overwrite: bool = False):
 
 
 def load_whole_checkpoint(load_checkpoint, trainer, filename, *args, **kwargs):
-    """``Trainer.load_checkpoint``: training that goes on in its directory does so from a whole checkpoint.
+    """``Trainer.load_checkpoint``: training resumes from a whole checkpoint of its directory.
 
     See :func:`resume.choose`; the first rank chooses for all. Another file given by ``--restore-file`` or
     ``--finetune-from-model`` is loaded as it is. From a checkpoint of the last update of all, written just before the

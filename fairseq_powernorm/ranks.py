@@ -27,7 +27,7 @@ def check_number(world_size: int, model_parallel_size: int = 1, environment: Map
 
 
 def check_checkpoint(path: str, exists: bool, exists_for_first: bool, rank: int) -> None:
-    """Compare what a rank and the first rank see of the checkpoint to go on from.
+    """Compare what a rank and the first rank see of the checkpoint to resume from.
 
     Raises:
         ValueError: it is there for one of them only

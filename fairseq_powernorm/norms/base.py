@@ -234,7 +234,7 @@ class RunningNorm(nn.Module):
                 nn.init.constant_(buffer, start)
 
     def _is_value(self, name: str, buffer: Tensor) -> bool:
-        """Can a statistic be this? Steps are counted; second moments and variances, which begin at 1, are not all nothing."""
+        """Can a statistic be this? Steps are counted; second moments and variances, which begin at 1, are not all zero."""
         if not bool(torch.isfinite(buffer).all()):
             return False
         if name == "iters":
