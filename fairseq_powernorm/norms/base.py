@@ -1,7 +1,7 @@
 """The base of the norms with running statistics: checks, masks, buffers that stay in float32, transforms of torch."""
 import logging
 import threading
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, Hashable, Mapping, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,8 @@ def _widened(value: Tensor) -> Tensor:
 
 def size_of(x: Tensor) -> Tensor:
     """Euclidean norm over channels divided by their number, ``... x C -> ...``."""
-    return torch.linalg.vector_norm(x, dim=-1) / x.size(-1)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1)
+    return norm / x.size(-1)
 
 
 class RunningNorm(nn.Module):
@@ -74,6 +75,9 @@ class RunningNorm(nn.Module):
     weight: Optional[nn.Parameter]
     bias: Optional[nn.Parameter]
     iters: Tensor
+    if TYPE_CHECKING:
+        _buffers: Dict[str, Tensor]  # type: ignore[assignment]  # a norm has no buffer that is None
+        _constants: Dict[Hashable, Any]
 
     def __init__(
         self,
@@ -108,7 +112,7 @@ class RunningNorm(nn.Module):
         #: set by whoever applies the statistics instead of the norm
         self.stage: Optional[Stage] = None
         wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-        with torch.inference_mode(False):  # or it could never be trained
+        with torch.inference_mode(mode=False):  # or it could never be trained
             for name in ("weight", "bias"):
                 self.register_parameter(name, nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) if affine else None)
             # floating point: integer buffers break exponential moving averages of a model
@@ -156,7 +160,7 @@ class RunningNorm(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RunningNorm":
         before = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in self._buffers.items():
             old = before[name]
             if old.is_meta and not buffer.is_meta:  # memory without a value, as to_empty gives
@@ -184,8 +188,9 @@ class RunningNorm(nn.Module):
         return state
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for name, value in (("batch_first", False), ("_from_meta", False), ("_constants", {})):  # pickled by an earlier version
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        earlier = {"batch_first": False, "_from_meta": False, "_constants": {}}  # pickled by an earlier version
+        for name, value in earlier.items():
             self.__dict__.setdefault(name, value)
         self._lock = threading.Lock()
 
@@ -229,7 +234,7 @@ class RunningNorm(nn.Module):
                 nn.init.constant_(buffer, start)
 
     def _is_value(self, name: str, buffer: Tensor) -> bool:
-        """Can a statistic be this? Steps are counted; second moments and variances, which begin at 1, are not all nothing."""
+        """Can a statistic be this? Steps are counted; second moments and variances, which begin at 1, are not all zero."""
         if not bool(torch.isfinite(buffer).all()):
             return False
         if name == "iters":
@@ -245,9 +250,10 @@ class RunningNorm(nn.Module):
             return int(iters.item())
         known = self._steps
         if known is None or known[0] is not iters or known[1] != iters._version:
-            self.remember_steps(int(iters.item()))
-            known = self._steps
-        return known[2]  # type: ignore[index]
+            steps = int(iters.item())
+            self.remember_steps(steps)
+            return steps
+        return known[2]
 
     def remember_steps(self, steps: int) -> None:
         """Say what ``iters`` has become, so that it need not be read from an accelerator."""
@@ -269,7 +275,7 @@ class RunningNorm(nn.Module):
 
         Raises:
             ValueError: a shape, dtype or device does not fit
-            RuntimeError: a training pass outside of ``RunningStatistics.batch()``, or under a transform that has no meaning there
+            RuntimeError: a training pass outside of ``RunningStatistics.batch()``, or under a transform that has no meaning
         """
         if type(x) not in _PLAIN and isinstance(x, torch.fx.Proxy):  # symbolic tracing takes the norm as a whole
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, padding_mask), {})
@@ -319,8 +325,8 @@ class RunningNorm(nn.Module):
         for interpreter in torch._C._functorch.get_interpreter_stack() or ():
             if interpreter.key() == transforms.Vmap:
                 raise RuntimeError(
-                    f"vmap over a {type(self).__name__} in training: every example would take a step of the statistics of one "
-                    "batch; call eval() first"
+                    f"vmap over a {type(self).__name__} in training: every example would take a step of the statistics of "
+                    "one batch; call eval() first"
                 )
 
     def _evaluate(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:

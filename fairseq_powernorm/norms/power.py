@@ -1,6 +1,6 @@
 """Power Normalization: ``PowerNorm``, and what it shares with PN-V."""
 import math
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Hashable, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -165,11 +165,13 @@ class PowerNorm(SecondMomentNorm):
         reference, stage = self.variant == "reference", self.stage
         switches = None if stage is None else stage.switches
         counting = switches is None or switches.counting
+        # a tensor where the loss scale is one on the device
+        gradient_scale: Any = 1.0 if switches is None else switches.gradient_scale
         return operators.OpaqueSpec(
             groups=self.groups,
             eps=self.eps,
             nu_scale=1.0 - self.alpha_bkw if counting else 0.0,
-            gradient_scale=1.0 if switches is None else switches.gradient_scale,
+            gradient_scale=gradient_scale,
             warmup=self._warmup,
             trusted_after=max(1, self._warmup),
             batch_statistics=switches is not None and switches.batch_statistics,
@@ -182,19 +184,19 @@ class PowerNorm(SecondMomentNorm):
     def _spec_at(self, steps: int) -> PowerNormSpec:
         """The constants of a pass after ``steps`` steps, made once for all passes alike."""
         switches = None if self.stage is None else self.stage.switches
-        kind = steps < self.warmup_updates, steps >= max(1, self.warmup_updates), steps > 0
+        kind: Tuple[Hashable, ...] = steps < self.warmup_updates, steps >= max(1, self.warmup_updates), steps > 0
         if switches is not None:
             if isinstance(switches.gradient_scale, Tensor):
                 return self._spec().at(steps)
             kind += switches.counting, switches.gradient_scale, switches.batch_statistics
-        known = self._constants.get(kind)
+        known: Optional[PowerNormSpec] = self._constants.get(kind)
         if known is None:
             known = self._constants[kind] = self._spec().at(steps)
         return known
 
     def _step_spec(self) -> StepSpec:
         """The constants of a step of the statistics."""
-        known = self._constants.get("step")
+        known: Optional[StepSpec] = self._constants.get("step")
         if known is None:
             known = self._constants["step"] = self._make_step_spec()
         return known
@@ -242,7 +244,17 @@ class PowerNorm(SecondMomentNorm):
         self.remember_steps(steps + 1)
         return y
 
-    def _pass(self, x, valid, spec, psi2, *, take_forward=True, remember=None, own=None) -> Tensor:
+    def _pass(
+        self,
+        x: Tensor,
+        valid: Optional[Tensor],
+        spec: PowerNormSpec,
+        psi2: Tensor,
+        *,
+        take_forward: bool = True,
+        remember: Optional[Callable[[Tensor], None]] = None,
+        own: Optional[OwnStep] = None,
+    ) -> Tensor:
         """One forward pass with given statistics and constants; its backward pass follows when it will."""
 
         def collect(part: str, tally: Tensor) -> None:
@@ -267,17 +279,17 @@ class PowerNorm(SecondMomentNorm):
     # ------------------------------------------------------------------ statistics
 
     def step_(self, part: str, tally: Tensor, buffers: State) -> None:
-        statistics = [buffers[name] for name in self.STEPS[part]]
-        backend = choose_for_step(tally, *statistics)
+        backend = choose_for_step(tally, *(buffers[name] for name in self.STEPS[part]))
         if part == "forward":
-            backend.advance_forward(tally, *statistics, self._step_spec())
+            backend.advance_forward(tally, buffers["running_phi"], buffers["iters"], self._step_spec())
         else:
-            backend.advance_backward(tally, *statistics, self._step_spec())
+            backend.advance_backward(tally, buffers["ema_gz"], self._step_spec())
 
     def advance(self, part: str, state: State, sums: Sums, alpha_fwd: float) -> Dict[str, Tensor]:
         step = self._step_spec()
         if part == "backward":
-            return {"ema_gz": eager.next_nu(state["ema_gz"], *sums.means(), sums.rows, step)}
+            grad_z, z_square = sums.means()
+            return {"ema_gz": eager.next_nu(state["ema_gz"], grad_z, z_square, sums.rows, step)}
         (batch,) = sums.means()
         new = eager.next_psi2(state["running_phi"], state["iters"], batch, sums.rows, step, alpha_fwd=alpha_fwd)
         return {"running_phi": new, "iters": state["iters"] + 1}
