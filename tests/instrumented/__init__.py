@@ -16,10 +16,10 @@ import os
 
 import torch
 import torch.distributed as dist
+from fairseq.models import distributed_fairseq_model
+from fairseq.trainer import Trainer
 
-import fairseq_powernorm  # noqa: E402,F401
-from fairseq.models import distributed_fairseq_model  # noqa: E402
-from fairseq.trainer import Trainer  # noqa: E402
+import fairseq_powernorm  # noqa: F401
 
 RANK = int(os.environ.get("RANK", 0))
 COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "reduce", "gather", "scatter", "all_to_all", "barrier")
