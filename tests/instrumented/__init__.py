@@ -16,10 +16,12 @@ import os
 
 import torch
 import torch.distributed as dist
-from fairseq.models import distributed_fairseq_model
-from fairseq.trainer import Trainer
 
 import fairseq_powernorm  # noqa: F401
+
+# isort: split
+from fairseq.models import distributed_fairseq_model
+from fairseq.trainer import Trainer
 
 RANK = int(os.environ.get("RANK", 0))
 COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "reduce", "gather", "scatter", "all_to_all", "barrier")

@@ -130,7 +130,7 @@ def update(options, model, running, count, length, symbols):
     """One update of a model on count sentences, as a function."""
     model.train()
     optimizer = (HalfPrecision if options.model_dtype == "float16" else SinglePrecision)(model, options.device == "cuda")
-    source, lengths, target = sentences(options, count, length, symbols, torch.Generator().manual_seed(1), torch)
+    source, lengths, target = sentences(options, count, length, symbols, torch.Generator().manual_seed(1))
 
     def function():
         optimizer.zero_grad()
