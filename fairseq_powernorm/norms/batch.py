@@ -6,7 +6,8 @@ from torch import Tensor
 
 from .. import functional
 from ..kernels import eager
-from .base import Device, ExactNorm, State, size_of
+from .base import Device, State, size_of
+from .exact import ExactNorm
 from .masks import valid_rows
 from .staging import Sums
 

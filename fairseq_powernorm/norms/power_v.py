@@ -6,7 +6,8 @@ from torch import Tensor
 
 from .. import functional
 from ..kernels import eager
-from .base import Device, ExactNorm, State
+from .base import Device, State
+from .exact import ExactNorm
 from .power import SecondMomentNorm
 from .staging import Sums
 
