@@ -7,8 +7,7 @@ import pytest
 import torch
 import toy
 
-from fairseq_powernorm.experiments.benchmark import __main__ as program
-from fairseq_powernorm.experiments.benchmark import cells, models, timing
+from fairseq_powernorm.experiments.benchmark import __main__ as program, cells, models, timing
 from fairseq_powernorm.experiments.benchmark.authors_norm import AuthorsPowerNorm
 from fairseq_powernorm.experiments.benchmark.options import parse
 from fairseq_powernorm.experiments.benchmark.targets import checks
@@ -37,7 +36,9 @@ def test_the_authors_way_computes_the_same(groups):
 
 def test_the_command_measures_every_level():
     """--quick goes through all levels and contenders, one from outside among them, and prints a row for each."""
-    done = toy.command("python", "scripts/benchmark.py", "--quick", "--threads", 1, "--shapes", "8x64", "--extra", "torch.nn:RMSNorm")
+    done = toy.command(
+        "python", "scripts/benchmark.py", "--quick", "--threads", 1, "--shapes", "8x64", "--extra", "torch.nn:RMSNorm"
+    )
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
     found = {(row[0].strip("| "), row[6]) for row in rows}
     assert {("layer", name) for name in ("layer", "rms", "batch", "power-g1", "power-g4", "power-torch-g4", "authors-g1",
@@ -48,11 +49,18 @@ def test_the_command_measures_every_level():
         assert {(level, name) for name in ("layer", "power", "power-torch")} <= found
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--shapes", "12"], "must be ROWSxCHANNELS"), (["--levels", "all"], "'all' is unknown; valid: accuracy, layer, encoder, step, generation"),
-    (["--device", "gpu"], "invalid choice: 'gpu'"), (["--threads", "0"], "must be positive"), (["--extra", "nowhere:Norm"], "--extra 'nowhere:Norm': must be MODULE:CLASS"),
-    (["--output", "a/b"], "--output 'a/b': must be a name"), (["--seconds", "0"], "must be positive"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--shapes", "12"], "must be ROWSxCHANNELS"),
+        (["--levels", "all"], "'all' is unknown; valid: accuracy, layer, encoder, step, generation"),
+        (["--device", "gpu"], "invalid choice: 'gpu'"),
+        (["--threads", "0"], "must be positive"),
+        (["--extra", "nowhere:Norm"], "--extra 'nowhere:Norm': must be MODULE:CLASS"),
+        (["--output", "a/b"], "--output 'a/b': must be a name"),
+        (["--seconds", "0"], "must be positive"),
+    ],
+)
 def test_bad_input_is_refused(words, message, capsys):
     """Exit status 2 (or the refusal that becomes it) with the option, the value and what is valid, before any measuring."""
     with pytest.raises((SystemExit, UserError)) as caught:
@@ -126,8 +134,16 @@ def test_an_update_in_half_precision_trains():
 
 def cell(level="layer", which="train", rows=4096, dtype="float32", device="cpu", **ratios):
     """A cell of a record in which LayerNorm takes a second and a copy 0.9."""
-    contenders = {name.replace("_", "-"): {"seconds": ratio, "ratio": ratio, "saved": 1.001, "bandwidth_fraction": 0.9 / ratio,
-                                           "worst": ratio} for name, ratio in ratios.items()}
+    contenders = {
+        name.replace("_", "-"): {
+            "seconds": ratio,
+            "ratio": ratio,
+            "saved": 1.001,
+            "bandwidth_fraction": 0.9 / ratio,
+            "worst": ratio,
+        }
+        for name, ratio in ratios.items()
+    }
     return {"level": level, "pass": which, "rows": rows, "dtype": dtype, "device": device, "contenders": contenders}
 
 
@@ -169,7 +185,8 @@ def test_the_sanitizers_script_needs_a_compiler(tmp_path):
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 def test_the_stand_alone_check_passes(tmp_path):
-    """The program that the sanitizers run, built without them: every entry point equals plain loops, with threads and without.
+    """The program that the sanitizers run, built without them: every entry point equals plain loops, with threads and
+    without.
 
     In the code for other processors than x86; tests/test_kernels.py runs that for this one.
     """

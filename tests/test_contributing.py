@@ -5,9 +5,9 @@ import sys
 import types
 
 import pytest
+import toy
 from fairseq import models
 
-import toy
 from fairseq_powernorm import kernels
 from fairseq_powernorm.experiments import settings
 from fairseq_powernorm.experiments.data.prepare import prepare
@@ -43,7 +43,8 @@ def run_tests(path):
 def test_every_block_is_run():
     """The Python blocks are those that the tests below run."""
     assert set(BLOCKS) == {
-        "fairseq_powernorm/norms/scale.py", "tests/norms/test_scale.py", "fairseq_powernorm/models/transformer_pn.py", "tests/test_model.py",
+        "fairseq_powernorm/norms/scale.py", "tests/norms/test_scale.py", "fairseq_powernorm/models/transformer_pn.py",
+        "tests/test_model.py",
         "fairseq_powernorm/kernels/mine.py", "tests/test_kernels.py",
     }  # fmt: skip
     assert TEXT.count("```python") == len(BLOCKS)
@@ -75,7 +76,9 @@ def test_an_architecture():
 
 
 def test_a_backend(monkeypatch):
-    """The module, entered before eager, serves what it says and passes its test; it offers all that the protocol asks for."""
+    """The module, entered before eager, serves what it says and passes its test; it offers all that the protocol
+    asks for.
+    """
     assert '`"mine": mine`' in TEXT
     mine = module_of("fairseq_powernorm/kernels/mine.py", monkeypatch)
     offered = [name for name in vars(kernels.Backend) if not name.startswith("_")]

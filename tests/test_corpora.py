@@ -16,11 +16,10 @@ import threading
 import zipfile
 
 import pytest
+from test_pipeline import ROOT, Scripts, contents
 
 from fairseq_powernorm.experiments import settings
-from fairseq_powernorm.experiments.data import archives, moses, prepare
-from fairseq_powernorm.experiments.data import corpora as corpora_table
-from test_pipeline import ROOT, Scripts, contents
+from fairseq_powernorm.experiments.data import archives, corpora as corpora_table, moses, prepare
 
 # What stands in train.tags -> what the recipe makes of it, worked out by hand. None: it is dropped.
 TRAIN = [
@@ -402,7 +401,10 @@ def test_wmt14_text(version, bpe, cleaning, tmp_path):
     stamp = json.loads((data / "prepared.json").read_text())
     assert stamp["sentences"] == {"train": len(counts[0]), "valid": 1, "test": 2}
     assert stamp["settings"]["news_commentary"] == version and stamp["settings"]["bpe"] == bpe
-    assert (stamp["settings"]["cleaning"], stamp["settings"]["clean_max"]) == (cleaning, 80 if cleaning == "authors" else 250)
+    assert (stamp["settings"]["cleaning"], stamp["settings"]["clean_max"]) == (
+        cleaning,
+        80 if cleaning == "authors" else 250,
+    )
     assert f"training-parallel-nc-{version}.tgz" in stamp["sources"] and len(stamp["sources"]) == 5
 
 

@@ -9,11 +9,11 @@ from argparse import Namespace
 import fairseq
 import pytest
 import torch
+import toy
 from fairseq import checkpoint_utils, models, options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf
 
-import toy
 from fairseq_powernorm.models import base
 from fairseq_powernorm.models.tensorized_lm_pn import TensorizedLMPNConfig
 from fairseq_powernorm.models.transformer_lm_pn import TransformerLMPNConfig

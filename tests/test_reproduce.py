@@ -12,7 +12,6 @@ import shutil
 import signal
 
 import pytest
-
 from test_pipeline import Scripts, contents, schema, write_text
 from test_slurm import program
 

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import torch
-
 import toy
+from test_cli import TRAIN
+
 from fairseq_powernorm import resume
 from fairseq_powernorm.tasks import TranslationPNConfig, TranslationPNTask
-from test_cli import TRAIN
 
 #: 10 batches an epoch: checkpoints at the updates 4, 8, 12, 16, 20 and 24, and at the end of each epoch
 RUN = (*TRAIN, "--max-tokens", 150, "--dropout", 0.1, "--save-interval-updates", 4, "--max-update", 26)

@@ -48,7 +48,9 @@ def data(step, sentences=4, length=5, padding=True):
     """x and mask of one large batch."""
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(length, sentences, C, generator=generator, dtype=torch.float64) * 2 + 0.3
-    lengths = torch.randint(1, length + 1, (sentences,), generator=generator) if padding else torch.full((sentences,), length)
+    lengths = (
+        torch.randint(1, length + 1, (sentences,), generator=generator) if padding else torch.full((sentences,), length)
+    )
     return x, torch.arange(length).unsqueeze(0) >= lengths.unsqueeze(1)
 
 
@@ -301,7 +303,9 @@ def test_buffers_keep_float32_and_sums_do_not_overflow():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_is_on_its_own(kind):
-    """deepcopy (as moving averages of a model make it) while the engine is at work: the copy applies its statistics itself."""
+    """deepcopy (as moving averages of a model make it) while the engine is at work: the copy applies its statistics
+    itself.
+    """
     model = stack(kind)
     statistics = RunningStatistics(model)
     other = copy.deepcopy(model)
@@ -533,7 +537,9 @@ def test_classes_of_one_name_are_kept_apart():
 
 
 def test_norms_are_taken_over_once():
-    """A second RunningStatistics for the same norms is refused until the first has released them; so is a batch in a batch."""
+    """A second RunningStatistics for the same norms is refused until the first has released them; so is a batch in a
+    batch.
+    """
     model = stack("algorithm2")
     statistics = RunningStatistics(model)
     with pytest.raises(ValueError, match=r"taken this norm over already; release\(\) them first"):

@@ -1,4 +1,4 @@
-"""The base of the norms with an exact gradient: PN-V and batch normalization."""
+"""The base of the norms that divide by statistics of the batch: ``ExactNorm``."""
 from typing import Optional, Tuple
 
 import torch

@@ -1,10 +1,9 @@
 """Activation checkpointing without a task: gradients and statistics as without it, or a refusal that says why."""
 import pytest
 import torch
+from norm_cases import CASES, C, assert_all_close, batch, make
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-from norm_cases import C, CASES, assert_all_close, batch, make
 
 
 def pattern_shared(f, norm, linear, x, mask):

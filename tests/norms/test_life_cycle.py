@@ -5,10 +5,10 @@ import pickle
 
 import pytest
 import torch
+from norm_cases import ALL, CASES, C, assert_all_close, batch, make, train
 from torch import nn
 
 from fairseq_powernorm.norms import NORMS, build_norm
-from norm_cases import ALL, C, CASES, assert_all_close, batch, make, train
 
 NARROW = [torch.float16, torch.bfloat16]
 
@@ -61,7 +61,9 @@ def test_narrow_copies_of_statistics_are_widened(name, variant, cast):
 def test_loading_takes_the_values_of_the_file(name, variant, dtype, assign):
     """A checkpoint in any dtype: its values arrive, widened where it is narrower than float32."""
     saved = {key: (value * 2).round() for key, value in make(name, variant).state_dict().items()}
-    saved = {key: value if dtype is torch.int64 and key in ("weight", "bias") else value.to(dtype) for key, value in saved.items()}
+    saved = {
+        key: value if dtype is torch.int64 and key in ("weight", "bias") else value.to(dtype) for key, value in saved.items()
+    }
     norm = build_norm(name, C, **({"variant": variant} if variant else {}))
     assert norm.load_state_dict(saved, assign=assign) == ([], [])
     for key, buffer in norm.named_buffers():
@@ -171,7 +173,7 @@ def test_shared_memory(name, variant):
     expected = train(make(name, variant, warmup_updates=3), steps=4)
     norm = make(name, variant, warmup_updates=3).share_memory()
     other = make(name, variant, warmup_updates=3)
-    for (key, buffer), weight in zip(norm.named_buffers(), norm.buffers()):
+    for key, buffer in list(norm.named_buffers()):
         setattr(other, key, torch.empty(0).set_(buffer.untyped_storage(), 0, buffer.shape))  # no common version counter
     train(other, steps=2)
     found = train(norm, steps=2, first=2)

@@ -1,12 +1,16 @@
-"""What reaches a raw pointer: the same numbers as plain torch whatever torch's defaults are and whatever a tensor is made of."""
+"""What reaches a raw pointer: the same numbers as plain torch whatever torch's defaults are and whatever a tensor is
+made of.
+"""
+
 import contextlib
 
 import pytest
 import torch
 import torch.nn.utils.prune
+from norm_cases import CASES, C, assert_all_close, batch, make, train
 
 from fairseq_powernorm import kernels
-from norm_cases import C, CASES, assert_all_close, batch, make, train
+
 
 @contextlib.contextmanager
 def defaults(dtype=None, device=None):
@@ -30,7 +34,9 @@ def kernel(request):
         yield request.param
 
 
-@pytest.mark.parametrize("dtype, device", [(torch.float64, None), (torch.bfloat16, None), (torch.float16, None), (None, "meta")])
+@pytest.mark.parametrize(
+    "dtype, device", [(torch.float64, None), (torch.bfloat16, None), (torch.float16, None), (None, "meta")]
+)
 @pytest.mark.parametrize("name, variant", CASES)
 @pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16])
 def test_defaults_of_torch_change_no_number(kernel, name, variant, dtype, device, input_dtype):
@@ -165,7 +171,9 @@ def elsewhere(tensor):
 HOOKS = {
     "on the cpu": lambda: torch.autograd.graph.save_on_cpu(),
     "strided": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, elsewhere),
-    "double": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t.double() if t.is_floating_point() else t, lambda t: t),
+    "double": lambda: torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.double() if t.is_floating_point() else t, lambda t: t
+    ),
     "subclass": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.as_subclass(Sub)),
 }
 

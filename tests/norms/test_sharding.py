@@ -2,11 +2,11 @@
 import pytest
 import torch
 import torch.distributed as dist
+from norm_cases import CASES
 from torch import multiprocessing, nn
 
 from fairseq_powernorm.norms import build_norm
 from fairseq_powernorm.statistics import RunningStatistics
-from norm_cases import CASES
 
 C, RANKS = 8, 2
 

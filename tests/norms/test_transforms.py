@@ -1,15 +1,18 @@
-"""What torch does around a module: function transforms, forward-mode derivatives, fake tensors, export, scripting, compiling."""
+"""What torch does around a module: function transforms, forward-mode derivatives, fake tensors, export, scripting,
+compiling.
+"""
+
 import copy
 
 import pytest
 import torch
+from norm_cases import ALL, CASES, C, assert_all_close, batch, make
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 
 from fairseq_powernorm.norms import build_norm
 from fairseq_powernorm.statistics import RunningStatistics
-from norm_cases import ALL, C, CASES, assert_all_close, batch, make, train
 
 EXACT = [case for case in CASES if case[0] != "power"]
 
@@ -72,7 +75,9 @@ def test_several_gradients_at_once_in_evaluation(name, variant):
 @pytest.mark.parametrize("captured", [True, False])
 @pytest.mark.parametrize("name, variant", ALL)
 def test_func_grad_in_training(name, variant, captured):
-    """torch.func.grad over a training pass: gradients and every step of the statistics, parameters and buffers captured or given."""
+    """torch.func.grad over a training pass: gradients and every step of the statistics, parameters and buffers
+    captured or given.
+    """
     norm, plain = make(name, variant, warmup_updates=2), make(name, variant, warmup_updates=2)
     for step in range(4):
         x, dy, mask = batch(step)
@@ -84,7 +89,6 @@ def test_func_grad_in_training(name, variant, captured):
             return ((norm(x, mask) if captured else functional_call(norm, (parameters, buffers), (x, mask))) * dy).sum()
 
         found = grad(loss, argnums=(0,) if captured else (0, 1))(x, parameters, buffers)
-        expected = [leaf.grad, *norm.buffers()]
         assert_all_close([found[0], *norm.buffers()], [leaf.grad, *plain.buffers()])
         if not captured:
             assert_all_close(found[1].values(), [p.grad for p in plain.parameters()])
@@ -318,7 +322,6 @@ def test_compiled_checkpointing_is_exact_or_refused():
 @pytest.mark.parametrize("groups", [0, 2])
 def test_operators_are_what_they_declare(dtype, groups):
     """torch.library.opcheck: schemas, mutations, fake results, autograd registration."""
-    from fairseq_powernorm import operators
 
     norm = make("power", "algorithm2", groups=groups)
     x, dy, _ = batch(0, dtype)

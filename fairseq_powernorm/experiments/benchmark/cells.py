@@ -1,4 +1,5 @@
 """What is measured at each level: a cell is one size, dtype and pass, with all contenders in it."""
+import functools
 import itertools
 
 import torch
@@ -44,7 +45,9 @@ def accuracy_cells(options, say):
                 y = norm(leaf, mask if masked else None)
                 y.backward(dy.to(dtype))
                 found.append([y, leaf.grad, norm.weight.grad, norm.bias.grad, norm.running_phi, norm.ema_gz])
-            errors = [float((one.double().view(other.shape) - other).abs().max() / other.abs().max()) for one, other in zip(*found)]
+            errors = [
+                float((one.double().view(other.shape) - other).abs().max() / other.abs().max()) for one, other in zip(*found)
+            ]
             row, total = TOLERANCE[x.dtype]
             names = ("output", "gradient", "weight", "bias", "psi2", "nu")
             contenders[f"power-g{groups}"] = {
@@ -66,7 +69,7 @@ def layer_cells(options, say):
             calls = norms_for(options, rows, channels, x.dtype, which)
             mask = some if masked else None
             functions = {n: one_call(c, leaf, dy, mask, which) for n, c in calls.items()}
-            functions["copy"] = lambda: out.copy_(x)
+            functions["copy"] = functools.partial(out.copy_, x)
             slow = [n for n in functions if n.startswith("authors")]
             cell = cell_of(options, "layer", which, rows, channels, name, masked)
             say(cell)
@@ -101,7 +104,7 @@ def encoder_cells(options, say):
 
         return function
 
-    cell = cell_of(options, "encoder", "train", length * count, d, options.model_dtype, True)
+    cell = cell_of(options, "encoder", "train", length * count, d, options.model_dtype, masked=True)
     say(cell)
     yield {**cell, "contenders": summarize(in_turns(model_functions(options, make), options.seconds * 3, ("authors",),
                                                     model_measure(options), ROUNDS_OF_MODELS))}
@@ -117,7 +120,7 @@ def step_cells(options, say):
         model, running, _ = translation_model(norm, options, d, ffn, layers, symbols)
         return update(options, model, running, count, length, symbols)
 
-    cell = cell_of(options, "step", "train", length * count, d, options.model_dtype, True)
+    cell = cell_of(options, "step", "train", length * count, d, options.model_dtype, masked=True)
     say(cell)
     functions = model_functions(options, make)
     yield {**cell, "contenders": summarize(in_turns(functions, options.seconds * 20, ("authors",), model_measure(options),
@@ -142,11 +145,17 @@ def generation_cells(options, say):
 
         return function
 
-    cell = cell_of(options, "generation", "eval", count * 5, d, options.model_dtype, True)
+    cell = cell_of(options, "generation", "eval", count * 5, d, options.model_dtype, masked=True)
     say(cell)
     yield {**cell, "contenders": summarize(in_turns(model_functions(options, make), options.seconds * 5, (),
                                                     model_measure(options), ROUNDS_OF_MODELS))}
 
 
 #: level -> what measures it
-CELLS = {"accuracy": accuracy_cells, "layer": layer_cells, "encoder": encoder_cells, "step": step_cells, "generation": generation_cells}
+CELLS = {
+    "accuracy": accuracy_cells,
+    "layer": layer_cells,
+    "encoder": encoder_cells,
+    "step": step_cells,
+    "generation": generation_cells,
+}

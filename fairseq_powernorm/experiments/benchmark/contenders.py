@@ -36,24 +36,25 @@ def extra_class(name):
 def norms_for(options, rows, channels, dtype, which):
     """name -> Call of each contender at the level of a layer."""
     groups = [g for g in options.groups if channels % g == 0]
-    makers = {"layer": lambda: Call(torch.nn.LayerNorm(channels), False)}
+    makers = {"layer": lambda: Call(torch.nn.LayerNorm(channels), takes_mask=False)}
     for name in options.contenders:
         if name == "layer-compiled":
             if shutil.which(os.environ.get("CXX", "g++")):
-                makers[name] = lambda: Call(torch.compile(torch.nn.LayerNorm(channels), dynamic=False), False)
+                makers[name] = lambda: Call(torch.compile(torch.nn.LayerNorm(channels), dynamic=False), takes_mask=False)
         elif name == "rms":
-            makers[name] = lambda: Call(torch.nn.RMSNorm(channels), False)
+            makers[name] = lambda: Call(torch.nn.RMSNorm(channels), takes_mask=False)
         elif name == "batch" and rows > 1:
-            makers[name] = lambda: Call(torch.nn.BatchNorm1d(channels), False)
+            makers[name] = lambda: Call(torch.nn.BatchNorm1d(channels), takes_mask=False)
         elif name in ("power", "power-torch"):
             for g in groups:
                 makers[f"{name}-g{g}"] = lambda g=g, name=name: Call(
-                    PowerNorm(channels, groups=g, warmup_updates=0), True, "eager" if name == "power-torch" else None)
+                    PowerNorm(channels, groups=g, warmup_updates=0), takes_mask=True,
+                    kernel="eager" if name == "power-torch" else None)
         elif name == "authors" and which == "train":
             for g in groups:
-                makers[f"{name}-g{g}"] = lambda g=g: Call(AuthorsPowerNorm(channels, groups=g), True)
+                makers[f"{name}-g{g}"] = lambda g=g: Call(AuthorsPowerNorm(channels, groups=g), takes_mask=True)
     for name in options.extra:
-        makers[name] = lambda name=name: Call(extra_class(name)(channels), False)
+        makers[name] = lambda name=name: Call(extra_class(name)(channels), takes_mask=False)
     calls = {}
     for name, make in makers.items():
         calls[name] = make()

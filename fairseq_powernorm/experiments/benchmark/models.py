@@ -80,7 +80,9 @@ class HalfPrecision:
 
     def __init__(self, model, on_gpu):
         config = OmegaConf.structured(FairseqConfig)
-        config.optimizer = OmegaConf.create({**OmegaConf.to_container(OmegaConf.structured(FairseqAdamConfig)), "lr": [1e-5]})
+        config.optimizer = OmegaConf.create(
+            {**OmegaConf.to_container(OmegaConf.structured(FairseqAdamConfig)), "lr": [1e-5]}
+        )
         config.optimizer._name = "adam"
         config.common.fp16, config.common.fp16_no_flatten_grads = True, not on_gpu
         self.optimizer = FP16Optimizer.build_optimizer(config, [p for p in model.parameters() if p.requires_grad])
@@ -128,7 +130,7 @@ def update(options, model, running, count, length, symbols):
     """One update of a model on count sentences, as a function."""
     model.train()
     optimizer = (HalfPrecision if options.model_dtype == "float16" else SinglePrecision)(model, options.device == "cuda")
-    source, lengths, target = sentences(options, count, length, symbols, torch.Generator().manual_seed(1), torch)
+    source, lengths, target = sentences(options, count, length, symbols, torch.Generator().manual_seed(1))
 
     def function():
         optimizer.zero_grad()

@@ -2,21 +2,21 @@
 
     python scripts/benchmark.py                      # the CPU, all levels; some minutes; prints tables
     python scripts/benchmark.py --device cuda        # the GPU
-    python scripts/benchmark.py --output NAME        # ... and writes results/benchmark/NAME/: record.json, table.md, figure.png
+    python scripts/benchmark.py --output NAME        # ... and writes results/benchmark/NAME/
     python scripts/benchmark.py --check              # ... and exits with status 1 if a target is missed
     python scripts/benchmark.py --levels layer --shapes 4096x512 --extra mypackage.norms:FastNorm
 
 Levels: `accuracy` (a training step of PN against the authors' arithmetic in float64), `layer` (a norm alone, training and
 evaluation), `encoder` (one Transformer layer, training), `step` (a whole update on 4,096 tokens: on a CPU of a 3+3-layer
-Transformer, on a GPU of one as large as IWSLT's, in float16), `generation` (beam search). All contenders of a cell run in one
-process in turns, so that whatever else the machine does meets them all, each time once untimed, if that is quick, and once
-timed; a ratio is the median over rounds of a contender's time divided by LayerNorm's in the same round. Memory is recycled
-between calls, as it is in a long training; --fresh maps new pages in every call instead (CPU). The fraction of the bandwidth
-limit is the time in which a copy moves as many bytes as must be moved (training: five tensors; forward pass alone and
-evaluation: two), divided by the time taken. On a GPU a norm alone is timed by the GPU's own events, behind other work, with
-caches that hold nothing of it: without the time in which the host prepares it, which is given beside it; whole models are
-timed by the clock. --extra adds module:Class, built as Class(channels) and called as norm(x) on N x C. Timings mean something
-on a machine that does nothing else.
+Transformer, on a GPU of one as large as IWSLT's, in float16), `generation` (beam search). All contenders of a cell run in
+one process in turns, so that whatever else the machine does meets them all, each time once untimed, if that is quick, and
+once timed; a ratio is the median over rounds of a contender's time divided by LayerNorm's in the same round. Memory is
+recycled between calls, as it is in a long training; --fresh maps new pages in every call instead (CPU). The fraction of
+the bandwidth limit is the time in which a copy moves as many bytes as must be moved (training: five tensors; forward pass
+alone and evaluation: two), divided by the time taken. On a GPU a norm alone is timed by the GPU's own events, behind
+other work, with caches that hold nothing of it: without the time in which the host prepares it, which is given beside it;
+whole models are timed by the clock. --extra adds module:Class, built as Class(channels) and called as norm(x) on N x C.
+Timings mean something on a machine that does nothing else.
 """
 import argparse
 import sys
@@ -80,11 +80,16 @@ def parse(arguments):
     parser.add_argument("--contenders", type=words(CONTENDERS), default=list(CONTENDERS),
                         help=f"of {', '.join(CONTENDERS)} (all; `layer` always)")
     parser.add_argument("--extra", action="append", default=[], metavar="MODULE:CLASS", help="another norm beside them")
-    parser.add_argument("--seconds", type=float, default=2.0, help="measuring time of a cell (2), at least five rounds, 15 of models")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="measuring time of a cell (2), at least five rounds, 15 of models"
+    )
     parser.add_argument("--fresh", action="store_true", help="map new pages in every call instead of recycling memory")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes and one round: shows that it runs, times mean nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes and one round: shows that it runs, times mean nothing"
+    )
     parser.add_argument("--check", action="store_true", help="exit with status 1 if a target is missed")
-    parser.add_argument("--output", metavar="NAME", help="write results/benchmark/NAME, which must not exist")
+    parser.add_argument("--output", metavar="NAME",
+                        help="write results/benchmark/NAME (record.json, table.md, figure.png), which must not exist")
     options = parser.parse_args(arguments)
     if not options.seconds > 0:
         parser.error(f"argument --seconds: {options.seconds}: must be positive")

@@ -27,8 +27,12 @@ def show(record):
                                             f"{entry['ratio']:.2f} ({low:.2f} - {high:.2f})", *optional]) + " |")
     lines = []
     if timed:
-        lines += ["| level | pass | rows x C | dtype | mask | threads | norm | time (us) | host (us) | / LayerNorm (quartiles) "
-                  "| of limit | saved / x | peak / x |", "|" + " --- |" * 13, *timed]
+        lines += [
+            "| level | pass | rows x C | dtype | mask | threads | norm | time (us) | host (us) | / LayerNorm (quartiles) "
+            "| of limit | saved / x | peak / x |",
+            "|" + " --- |" * 13,
+            *timed,
+        ]
     if accurate:
         lines += [""] * bool(timed) + [
             "| rows x C | dtype | mask | norm | output | gradient | weight | bias | psi^2 | nu | worst / tolerance |",
@@ -41,8 +45,8 @@ def show(record):
 
 
 def draw(record, path):
-    """Ratios to LayerNorm: a panel for each level, pass and dtype, in it a row for each contender, in it a mark for each size,
-    the median of its cells, with their range."""
+    """Ratios to LayerNorm: a panel for each level, pass and dtype, in it a row for each contender, in it a mark for each
+    size, the median of its cells, with their range."""
     from matplotlib import ticker
 
     from ..reports.figures import png, pyplot

@@ -4,8 +4,8 @@ import statistics
 from .options import DTYPES
 from .report import named
 
-#: what must be shown on a device: description, level, pass, dtype, contender, numbers of rows, statistic over cells, bound of
-#: the ratio to LayerNorm
+#: what must be shown on a device: description, level, pass, dtype, contender, numbers of rows, statistic over cells,
+#: bound of the ratio to LayerNorm
 LARGE, SMALL, ROW = {4096, 16384}, {512}, {1}
 TARGETS = {"cpu": [
     ("training, float32, every cell", "layer", "train", "float32", "power", LARGE, max, 1.00),

@@ -1,6 +1,5 @@
 """Clocks of the host and of the GPU, turns of all contenders, memory: how a call is measured."""
 import ctypes
-import itertools
 import statistics
 import time
 
@@ -83,7 +82,9 @@ def in_turns(functions, seconds, slow=(), measure=clock, rounds=5):
     quick = [name for name, function in functions.items() if seconds and clock(function) < QUICK]
     times = {name: [] for name in functions}
     begin, order = time.perf_counter(), list(functions)
-    for number in itertools.count(1):
+    number = 0
+    while True:
+        number += 1
         for name in order:
             if number <= 5 or name not in slow:
                 if name in quick:
