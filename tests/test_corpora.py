@@ -211,7 +211,8 @@ def test_flipped_bits(pack, tmp_path):
     nobody unpacks it = the archive is refused; of the few bits that mean nothing there may be two among them, and then
     the text is the same."""
     draw = random.Random(1)
-    texts = {f"d/{name}": draw.getrandbits(8 * 3000).to_bytes(3000, "little") for name in ("first", "unwanted", "text", "last")}
+    names = ("first", "unwanted", "text", "last")
+    texts = {f"d/{name}": draw.getrandbits(8 * 3000).to_bytes(3000, "little") for name in names}
     whole, path = pack(texts), tmp_path / "archive"
     if pack is tgz:  # between a header without a checksum of its own, and the end: the checksum itself
         places = range(10, len(whole))
