@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from fairseq_powernorm import kernels
-from fairseq_powernorm.kernels import build, c, eager as reference, triton
+from fairseq_powernorm.kernels import build, c, eager, triton
 from fairseq_powernorm.kernels.__main__ import main as command
 from fairseq_powernorm.kernels.interface import TOLERANCE, PowerNormSpec
 from fairseq_powernorm.norms import PowerNorm, build_norm
 
 needs_c = pytest.mark.skipif(c.unavailable() is not None, reason=f"the C kernel cannot be used: {c.unavailable()}")
 #: kernel -> those that it is tested with on a CPU
-DTYPES = {reference: list(TOLERANCE), c: [dtype for dtype in TOLERANCE if c.serves("cpu", dtype)]}
+DTYPES = {eager: list(TOLERANCE), c: [dtype for dtype in TOLERANCE if c.serves("cpu", dtype)]}
 
 
 def assert_close(got, want, tolerance, name="", size=None):
@@ -71,9 +71,9 @@ def compare(kernel, x, dy, weight, bias, psi2, nu, valid, spec, batch=None, exac
     roundings: how many times the error of rounding to nearest that of the machine's rounding is
     """
     args = [x, dy, weight, bias, psi2, nu, valid, spec, batch]
-    plain = both_passes(reference, *args)
+    plain = both_passes(eager, *args)
     wide = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in args] if exactly else args
-    want = both_passes(reference, *wide)
+    want = both_passes(eager, *wide)
     # the gradient through the layer scale is a difference: its error is that of its terms
     inv_forward, inv_backward, _ = want["forward saved"]
     du = wide[1].abs() * inv_backward * (1 if weight is None else wide[2])
@@ -124,7 +124,7 @@ def test_torch_is_exact(shape, dtype):
     for groups in {g for g in (0, 1, 4) if g == 0 or shape[-1] % g == 0}:
         for reference_variant in (True, False):
             spec = PowerNormSpec(groups, 1e-5, 0.1, 4.0, False, reference_variant, not reference_variant)
-            compare(reference, x, dy, weight, bias, psi2, nu, padding(x.numel() // shape[-1]), spec)
+            compare(eager, x, dy, weight, bias, psi2, nu, padding(x.numel() // shape[-1]), spec)
 
 
 @pytest.mark.parametrize("kernel,dtype", [
@@ -146,10 +146,10 @@ def test_the_batch_divides(groups, dtype, kernel):
                 spec = spec._replace(backward_batch=False, skip_padding=True)
                 compare(kernel, x, dy, None, None, jumping, nu, mask, spec, known)
     rows, sums = TOLERANCE[dtype]
-    assert_close(kernel.second_moment(x, valid, groups), reference.second_moment(x.double(), valid, groups), sums)
+    assert_close(kernel.second_moment(x, valid, groups), eager.second_moment(x.double(), valid, groups), sums)
     for some in ((weight, bias, psi2), (weight, None, None), (None, None, None)):
         for each in layouts(x):
-            assert_close(kernel.evaluate(each, *some, groups, 1e-5), reference.evaluate(x.double(), *some, groups, 1e-5), rows)
+            assert_close(kernel.evaluate(each, *some, groups, 1e-5), eager.evaluate(x.double(), *some, groups, 1e-5), rows)
 
 
 @needs_c
@@ -280,7 +280,7 @@ def test_a_bfloat16_module(monkeypatch):
     """Parameters in bfloat16: gradients in their dtype, equal to the torch kernel's to their precision."""
     x, dy, *_ = inputs((64, 32), torch.bfloat16)
     results = []
-    for kernel in (c, reference):
+    for kernel in (c, eager):
         monkeypatch.setattr(kernels, "_chosen", {("cpu", torch.bfloat16): kernel})
         results.append(trained(PowerNorm(32, variant="algorithm2").bfloat16(), x, dy, None))
     for got, want in zip(*results):
@@ -330,7 +330,7 @@ THREADS = """
 import importlib.util, os, torch
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == "fairseq" else find(name, *a)  # which brings an OpenMP of its own
-from fairseq_powernorm.kernels import c, eager as reference
+from fairseq_powernorm.kernels import c, eager
 from fairseq_powernorm.norms import PowerNorm
 count = lambda: len(os.listdir("/proc/self/task"))
 torch.set_num_threads(3)
@@ -395,7 +395,7 @@ def test_torch_can_be_asked_for(monkeypatch, capsys):
     monkeypatch.setattr(kernels, "_chosen", {})
     assert command([]) == 0
     assert "eager (plain torch) (triton: POWERNORM_KERNEL=eager; c: POWERNORM_KERNEL=eager)" in capsys.readouterr().out.splitlines()[0]
-    assert kernels.choose(torch.randn(3, 8)) is reference
+    assert kernels.choose(torch.randn(3, 8)) is eager
 
 
 def test_a_wrong_request_is_refused_by_the_first_pass(monkeypatch):
@@ -528,13 +528,13 @@ def test_tensors_that_are_not_plain_memory_go_to_torch():
     x = torch.randn(3, 8)
     seen = []
     torch.vmap(lambda row: (seen.append(kernels.choose(row)), row)[1])(x)
-    assert seen == [reference]
-    assert kernels.choose(x.double()) is reference and kernels.choose(x.half()) is reference
+    assert seen == [eager]
+    assert kernels.choose(x.double()) is eager and kernels.choose(x.half()) is eager
 
     class Sub(torch.Tensor):
         pass
 
-    assert kernels.choose(x.as_subclass(Sub)) is reference and kernels.choose(x, x[0].as_subclass(Sub)) is reference
+    assert kernels.choose(x.as_subclass(Sub)) is eager and kernels.choose(x, x[0].as_subclass(Sub)) is eager
     norm = PowerNorm(8).eval()
     torch.testing.assert_close(torch.vmap(norm)(x.view(3, 1, 8)).view(3, 8), norm(x))
 

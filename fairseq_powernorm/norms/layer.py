@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .base import Device
 from .masks import check_mask
 
 
@@ -19,13 +20,23 @@ class LayerNorm(nn.LayerNorm):
         eps: added to the variance
         affine: learn ``weight`` and ``bias``
         batch_first: the input is ``B x T x C``, not ``T x B x C``
+        device, dtype: of the parameters
 
     Raises:
         ValueError: ``forward`` is given a padding mask that does not fit
     """
 
-    def __init__(self, dim: int, *, eps: float = 1e-5, affine: bool = True, batch_first: bool = False):
-        super().__init__(dim, eps=eps, elementwise_affine=affine)
+    def __init__(
+        self,
+        dim: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        batch_first: bool = False,
+        device: Device = None,
+        dtype: Optional[torch.dtype] = None,
+    ):
+        super().__init__(dim, eps=eps, elementwise_affine=affine, device=device, dtype=dtype)
         self.batch_first = batch_first
 
     def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
@@ -42,13 +53,23 @@ class RMSNorm(nn.RMSNorm):
         eps: added to the mean square
         affine: learn ``weight``
         batch_first: the input is ``B x T x C``, not ``T x B x C``
+        device, dtype: of the parameters
 
     Raises:
         ValueError: ``forward`` is given a padding mask that does not fit
     """
 
-    def __init__(self, dim: int, *, eps: float = 1e-5, affine: bool = True, batch_first: bool = False):
-        super().__init__(dim, eps=eps, elementwise_affine=affine)
+    def __init__(
+        self,
+        dim: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        batch_first: bool = False,
+        device: Device = None,
+        dtype: Optional[torch.dtype] = None,
+    ):
+        super().__init__(dim, eps=eps, elementwise_affine=affine, device=device, dtype=dtype)
         self.batch_first = batch_first
 
     def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
