@@ -7,6 +7,8 @@ import pytest
 import torch
 import toy
 
+pytestmark = pytest.mark.slow
+
 TRAIN = (
     "--arch", "transformer_pn_iwslt_de_en", "--share-all-embeddings", "--task", "translation_pn",
     "--encoder-layers", 2, "--decoder-layers", 2, "--encoder-embed-dim", 32, "--decoder-embed-dim", 32,

@@ -14,6 +14,8 @@ import toy
 
 from fairseq_powernorm.tasks import MAX_SKIPPED_UPDATES
 
+pytestmark = pytest.mark.slow
+
 TRANSLATION = (
     "--arch", "transformer_pn_iwslt_de_en", "--share-all-embeddings", "--task", "translation_pn",
     "--encoder-layers", 2, "--encoder-embed-dim", 32, "--encoder-ffn-embed-dim", 64, "--attention-dropout", 0,

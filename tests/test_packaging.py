@@ -36,6 +36,8 @@ from fairseq_powernorm.norms import PowerNorm
 x = torch.randn(5, 3, 8, requires_grad=True)
 PowerNorm(8)(x).sum().backward()
 import fairseq_powernorm
+
+pytestmark = pytest.mark.slow
 print(fairseq_powernorm.__file__)
 """
 
@@ -100,18 +102,8 @@ def test_the_source_distribution_holds_all_of_a_checkout(sdist):
 
 def test_tests_of_the_source_distribution_pass(sdist):
     """Tests run in it, as a packager runs them, and first ask for the compiled kernel if there is a compiler."""
-    words = (
-        "python",
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-n",
-        0,
-        "tests/test_imports.py",
-        "tests/test_tensorized.py",
-    )
+    files = ("tests/test_imports.py", "tests/models/test_tensorized.py")
+    words = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", 0, *files)
     environment = dict(PYTHONPATH=str(sdist))
     if any(map(shutil.which, ("cc", "gcc", "clang"))):
         done = toy.command(*words, cwd=sdist, check=False, **environment)

@@ -20,6 +20,8 @@ RUN = (*TRAIN, "--max-tokens", 150, "--dropout", 0.1, "--save-interval-updates",
 #: kills the process when it has copied half of checkpoint_last.pt for the fourth time: at update 12
 KILLER = """
 import os, shutil, signal
+
+pytestmark = pytest.mark.slow
 copyfile, copies = shutil.copyfile, []
 def killed(source, target, **options):
     copies.append(os.path.basename(target).startswith("checkpoint_last.pt"))

@@ -1,13 +1,13 @@
 """The statistics engine at layer level, in float64: one step per training step, however the batch is cut."""
 import copy
 import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.utils.checkpoint
+import toy
 from torch import nn
 
 from fairseq_powernorm.norms import MaskedBatchNorm, PowerNorm, PowerNormV, build_norm
@@ -419,7 +419,7 @@ def two_ranks(body):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python",
          sys.executable, "-c", program],
-        capture_output=True, text=True, timeout=300, cwd=pathlib.Path(__file__).parent.parent,
+        capture_output=True, text=True, timeout=300, cwd=toy.ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},  # this module, too
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]

@@ -9,6 +9,7 @@ from argparse import Namespace
 from types import SimpleNamespace
 
 import torch
+import warm
 from fairseq import models
 from fairseq.data import Dictionary
 
@@ -58,13 +59,15 @@ def batch(extra_padding=0, seed=0):
     return source, torch.tensor(source_lengths), target
 
 
-def command(*words, cwd=None, check=True, timeout=300, stdin=None, **environment):
+def command(*words, cwd=None, check=True, timeout=300, stdin=None, cold=False, **environment):
     """Run a command of this Python's environment, in the repository's root unless ``cwd`` says otherwise.
 
+    ``cold``: load everything anew, see :mod:`warm`; a command with a ``PYTHONPATH`` of its own always does.
     Returns the finished process with its output as text; fails the test if its exit status is not 0 and ``check``.
     """
     words = [str(word) for word in words]
-    program = os.path.join(os.path.dirname(sys.executable), words[0])
+    folder = os.path.dirname(sys.executable if cold or "PYTHONPATH" in environment else warm.program("python"))
+    program = os.path.join(folder, words[0])
     if os.path.exists(program):
         words[0] = program
     done = subprocess.run(

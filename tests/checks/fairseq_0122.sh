@@ -3,8 +3,7 @@
 #
 #   tests/checks/fairseq_0122.sh [TEST ...]
 #
-#   TEST                tests for pytest; default: tests/norms and, in tests, test_norms.py, test_statistics.py,
-#                       test_kernels.py, test_model.py, test_lm.py and test_tensorized.py
+#   TEST                tests for pytest; default: those of the norms and the models, in DEFAULT_TESTS
 #
 # That fairseq needs Python 3.8, 3.9 or 3.10 and can evaluate an encoder layer by a fused function that computes LayerNorm
 # whatever module stands there. Three checks, with a final line for each; the exit status is 0 if all of them pass:
@@ -28,6 +27,7 @@ pn_help "${BASH_SOURCE[0]}" "${1:-}"
 ENVIRONMENT_DIR=${ENVIRONMENT_DIR:-$PN_ROOT/.venv-fairseq-0.12.2}
 TORCH_SPEC=${TORCH_SPEC:-torch==2.4.1 torchaudio==2.4.1}
 PACKAGES=("fairseq==0.12.2" "numpy<2" "packaging" "sacrebleu>=2.0" "pytest>=7")
+DEFAULT_TESTS=(tests/norms tests/test_statistics.py tests/kernels/test_kernels.py tests/models/test_{model,lm,tensorized}.py)
 UPDATES=20
 
 # find_python: the interpreter to make the environment with.
@@ -132,7 +132,7 @@ training() {
 
 tests() {
     local chosen=("$@")
-    [ "$#" -gt 0 ] || chosen=(tests/norms tests/test_{norms,statistics,kernels,model,lm,tensorized}.py)
+    [ "$#" -gt 0 ] || chosen=("${DEFAULT_TESTS[@]}")
     (cd "$PN_ROOT" && python -m pytest -q -rfEs --disable-warnings -p no:cacheprovider "${chosen[@]}")
 }
 

@@ -18,10 +18,10 @@ from fairseq_powernorm.norms import NORMS, LayerNorm, MaskedBatchNorm, PowerNorm
 from fairseq_powernorm.recorder import Recorder
 from fairseq_powernorm.statistics import RunningStatistics
 
-
 #: the authors' checkpoints hold fairseq's meters as well
 reads_meters = pytest.mark.skipif(
-    Version(torch.__version__) < Version("2.6"), reason="weights-only loading of torch < 2.6 cannot read the meters in this checkpoint"
+    Version(torch.__version__) < Version("2.6"),
+    reason="weights-only loading of torch < 2.6 cannot read the meters in this checkpoint",
 )
 
 

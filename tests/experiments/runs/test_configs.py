@@ -1,12 +1,11 @@
 """Every YAML file in configs/ builds with every norm, and says all of what the scripts read from it."""
 
-import pathlib
 import re
 import subprocess
 
 import pytest
+from toy import ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 pytest.importorskip("fairseq")

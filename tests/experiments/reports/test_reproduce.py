@@ -12,17 +12,16 @@ import shutil
 import signal
 
 import pytest
-from test_pipeline import Scripts, contents, schema, write_text
-from test_slurm import program
+from pipelines import Scripts, contents, program, write_text
+from toy import ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 for module in ("fairseq", "sacrebleu", "sacremoses", "subword_nmt", "jinja2", "matplotlib"):
     pytest.importorskip(module)
 
 from fairseq_powernorm.experiments import settings  # noqa: E402
 from fairseq_powernorm.experiments.evaluation import evaluate  # noqa: E402
-from fairseq_powernorm.experiments.reports import matrix, reproduce  # noqa: E402
+from fairseq_powernorm.experiments.reports import matrix, reproduce, schema  # noqa: E402
 from fairseq_powernorm.experiments.runs import compose, train  # noqa: E402
 
 SMALL = ["dataset.max_tokens=400", "generation.max_len_b=20", "generation.beam=2", "+model.encoder_layers=1",
@@ -313,6 +312,7 @@ def lines(path):
     return [shlex.split(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_slurm(reproduced, cluster, tmp_path, monkeypatch):
     """--slurm queues each run that has neither record nor job: its training, behind it an evaluation with the options
     of the matrix, behind all the report, which waits for the jobs of others, too. Again: nothing is queued."""
@@ -362,6 +362,7 @@ def test_slurm(reproduced, cluster, tmp_path, monkeypatch):
         claim.unlink()
 
 
+@pytest.mark.slow
 def test_slurm_refuses(reproduced, cluster, tmp_path, monkeypatch):
     """Before anything is queued: data that is not prepared, a record of another run, other settings, no site file."""
     def refused(*words, runs=reproduced.runs):
@@ -412,6 +413,7 @@ def again(scripts, *overrides, runs=None):
     return status, output.getvalue(), errors.getvalue()
 
 
+@pytest.mark.slow
 def test_killed(reproduced):
     """Killed and run again: the row that was training is gone on with, and no row is lost or made twice."""
     sessions = {name: json.loads((reproduced.runs / "demo" / f"{name}-12-seed1" / "run.json").read_text())["sessions"]
@@ -426,6 +428,7 @@ def test_killed(reproduced):
     assert reproduced.output.count("| 12 |") == 2 and "report: " in reproduced.output
 
 
+@pytest.mark.slow
 def test_report_of_real_runs(reproduced):
     """The report has its table, four figures and their data, significance, and no path of this machine."""
     stem = "table1-demo-12"
@@ -446,6 +449,7 @@ def test_report_of_real_runs(reproduced):
     assert (reproduced.results / f"{stem}.html").read_text().count("data:image/png") == 4
 
 
+@pytest.mark.slow
 def test_again_without_runs_and_with_other_settings(reproduced, tmp_path):
     """Again: nothing to do, and the same bytes; without the run directories the records are taken as done and the
     report is made of them and of its own data; with other settings both rows are refused, and nothing is changed."""
@@ -462,6 +466,7 @@ def test_again_without_runs_and_with_other_settings(reproduced, tmp_path):
     assert "2 of 2 runs are not in the report" in errors and errors.count("asked for optimization.lr=[0.1])") >= 2
 
 
+@pytest.mark.slow
 def test_a_row_that_fails(reproduced):
     """A row that fails does not stop the others; it is named with its reason, and the exit status is 1."""
     record = reproduced.results / "demo" / "layer-12-seed1.json"

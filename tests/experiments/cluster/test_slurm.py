@@ -12,7 +12,7 @@ import time
 import pytest
 import toy
 from checks import slurm_cluster
-from test_pipeline import SMALL, Scripts, write_text
+from pipelines import SMALL, Scripts, program, write_text
 
 from fairseq_powernorm.experiments.cluster import submit
 from fairseq_powernorm.experiments.settings import UserError
@@ -36,12 +36,6 @@ def scripts(tmp_path_factory):
     scripts.environment.update(PATH=str(scripts.programs), PN_SLURM_SITE=str(SLURM / "site.example.sh"))
     scripts.ok("prepare", "demo", "--text-dir", write_text(home / "text"))
     return scripts
-
-
-def program(folder, name, text):
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(f"#!/bin/bash\n{text}\n")
-    (folder / name).chmod(0o755)
 
 
 @pytest.fixture
@@ -401,6 +395,7 @@ def test_status(scripts, tmp_path):
 # ---- a real SLURM --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(slurm_cluster.missing()), reason="SLURM is not installed: see tests/checks/slurm.sh --install")
 def test_on_a_real_slurm():
     """The README's command on a real SLURM of two nodes: preemption, time limit and a lost node, with the end of undisturbed

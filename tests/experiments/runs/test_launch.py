@@ -8,12 +8,14 @@ import pytest
 import torch
 import toy
 from checks.slurm_cluster import free_ports
-from test_pipeline import SMALL, Scripts, write_text
+from pipelines import SMALL, Scripts, write_text
 
 from fairseq_powernorm import ranks
 from fairseq_powernorm.checkpoint import load
 from fairseq_powernorm.experiments.runs import launch
 from fairseq_powernorm.experiments.settings import UserError
+
+pytestmark = pytest.mark.slow
 
 #: SGD and unshuffled sentences, as tests/test_distributed.py explains; the batch is given in sentences
 EXACT = [*SMALL, "common.cpu=true", "dataset.max_tokens=null", "dataset.curriculum=99", "optimization.max_update=8",

@@ -11,15 +11,19 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import tarfile
 import threading
 import zipfile
 
 import pytest
-from test_pipeline import ROOT, Scripts, contents
+from pipelines import Scripts, contents
+from toy import ROOT
 
 from fairseq_powernorm.experiments import settings
 from fairseq_powernorm.experiments.data import archives, corpora as corpora_table, moses, prepare
+
+pytestmark = pytest.mark.slow
 
 # What stands in train.tags -> what the recipe makes of it, worked out by hand. None: it is dropped.
 TRAIN = [
@@ -161,8 +165,8 @@ def test_iwslt14_killed_at_every_stage(iwslt14, tmp_path):
         assert not (mine.data / "iwslt14").exists()
     one = ["taskset", "-c", str(min(os.sched_getaffinity(0)))]
     done = subprocess.run([*one, "bash", str(ROOT / "scripts" / "prepare.sh"), "iwslt14", "--archive-dir",
-                           str(tmp_path / "archives")], env=mine.environment, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT)
+                           str(tmp_path / "archives")], env={**mine.environment, "PYTHON": sys.executable},
+                          text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0 and done.stdout.count("done already") == 5, done.stdout
     assert without_stamp(contents(mine.data)) == without_stamp(contents(iwslt14.data))
     assert [path.name for path in mine.data.iterdir() if path.is_dir()] == ["iwslt14"]
@@ -264,8 +268,8 @@ def test_full_disk(iwslt14, tmp_path):
     mine = Scripts(tmp_path)
     for limit in (1, 2):
         command = f"ulimit -f {limit}; exec bash {ROOT / 'scripts' / 'prepare.sh'} iwslt14 --archive {iwslt14.archive}"
-        done = subprocess.run(["bash", "-c", command], env=mine.environment, text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT)
+        done = subprocess.run(["bash", "-c", command], env={**mine.environment, "PYTHON": sys.executable},
+                              text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert done.returncode == 2 and "File too large" in done.stdout, done.stdout
         assert done.stdout.count("error: ") == 1 and "Traceback" not in done.stdout and not (mine.data / "iwslt14").exists()
         assert not [path for path in mine.data.rglob(".*") if path.is_dir() and path.parent.name == ".iwslt14.partial"]

@@ -2,7 +2,6 @@
 sentences.
 """
 
-import hashlib
 import json
 import os
 import pathlib
@@ -16,80 +15,14 @@ import zipfile
 
 import pytest
 from omegaconf import OmegaConf
+from pipelines import BIN, EXPERIMENTS, SMALL, Scripts, contents, write_text
+from toy import ROOT
 
 from fairseq_powernorm.experiments.reports import schema
 from fairseq_powernorm.experiments.runs import train, trainlog
 from fairseq_powernorm.resume import num_updates
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-BIN = pathlib.Path(sys.executable).parent
-EXPERIMENTS = [sys.executable, "-m", "fairseq_powernorm.experiments"]
-for module in ("fairseq", "sacrebleu", "sacremoses", "subword_nmt", "sentencepiece"):
-    pytest.importorskip(module)
-
-# A mini run: 30 updates of a small model. They shrink what configs/demo.yaml says; the mechanics stay the same.
-SMALL = ["dataset.max_tokens=400", "optimization.max_update=30", "checkpoint.save_interval_updates=5",
-         "dataset.validate_interval_updates=5", "checkpoint.keep_interval_updates=3", "common.log_interval=5",
-         "lr_scheduler.warmup_updates=10", "generation.max_len_b=20", "generation.beam=2",
-         "+model.encoder_layers=1", "+model.decoder_layers=1"]
-
-NOUNS = [("Hund", "dog"), ("Mann", "man"), ("Baum", "tree"), ("Ball", "ball"), ("Tisch", "table")]
-VERBS = [("sieht", "sees"), ("hat", "has"), ("mag", "likes"), ("kennt", "knows")]
-
-
-def sentences(number):
-    """Pairs of German and English sentences, punctuation and an apostrophe included."""
-    for i in range(number):
-        subject, verb, thing = NOUNS[i % 5], VERBS[i // 5 % 4], NOUNS[(i // 20 + i) % 5]
-        end = ".!?"[i % 3]
-        yield f"Der {subject[0]} {verb[0]} den {thing[0]}, ja{end}", f"The {subject[1]} {verb[1]} the man's {thing[1]}{end}"
-
-
-def write_text(directory, *, train=80, valid=15, test=16):
-    directory.mkdir(parents=True, exist_ok=True)
-    for split, number in (("train", train), ("valid", valid), ("test", test)):
-        for language, side in zip(("de", "en"), zip(*sentences(number))):
-            (directory / f"{split}.{language}").write_text("".join(line + "\n" for line in side), encoding="utf-8")
-    return directory
-
-
-class Scripts:
-    """The scripts with their roots in a temporary directory."""
-
-    def __init__(self, home):
-        self.data, self.runs = home / "data", home / "runs"
-        # One thread: a test machine is shared, and OpenMP's threads wait for each other busily.
-        self.environment = {**os.environ, "PN_DATA_ROOT": str(self.data), "PN_RUNS_ROOT": str(self.runs),
-                            "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-        self.environment.pop("DATA_ARCHIVES", None)
-
-    def start(self, script, *arguments, **environment):
-        return subprocess.Popen(["bash", str(ROOT / "scripts" / f"{script}.sh"), *map(str, arguments)], text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-                                env={**self.environment, **environment})
-
-    def __call__(self, script, *arguments, **environment):
-        process = self.start(script, *arguments, **environment)
-        output, _ = process.communicate(timeout=300)
-        return process.returncode, output
-
-    def ok(self, script, *arguments, **environment):
-        status, output = self(script, *arguments, **environment)
-        assert status == 0, output
-        return output
-
-    def refuses(self, script, *arguments, **environment):
-        """The message of a refusal: one line after "error:", exit status 2, no traceback."""
-        status, output = self(script, *arguments, **environment)
-        assert status == 2, output
-        assert "Traceback" not in output and output.count("error: ") == 1, output
-        return output.split("error: ")[1]
-
-
-def contents(directory):
-    """relative path -> SHA-256 of every file below."""
-    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(directory.rglob("*")) if path.is_file()}
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -354,8 +287,9 @@ def test_train_on_a_full_disk(scripts, tmp_path):
     """A log that cannot be written is one clear line and the end of the training; --resume goes on with it."""
     arguments = ["demo", "power", "--run-dir", tmp_path / "run", "--resume", *SMALL, "optimization.max_update=2"]
     limited = "ulimit -f 12; exec bash \"$@\""  # kilobytes a file
-    done = subprocess.run(["bash", "-c", limited, "bash", ROOT / "scripts" / "train.sh", *arguments], text=True,
-                          env=scripts.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = ["bash", "-c", limited, "bash", ROOT / "scripts" / "train.sh", *arguments]
+    environment = {**scripts.environment, "PYTHON": sys.executable}
+    done = subprocess.run(command, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 2 and "Traceback" not in done.stdout and done.stdout.count("error: ") == 1, done.stdout
     assert "error: File too large: progress can no longer be shown and logged in " in done.stdout
     assert "finished" in scripts.ok("train", *arguments), "no process holds the run any more"

@@ -188,7 +188,7 @@ def test_the_stand_alone_check_passes(tmp_path):
     """The program that the sanitizers run, built without them: every entry point equals plain loops, with threads and
     without.
 
-    In the code for other processors than x86; tests/test_kernels.py runs that for this one.
+    In the code for other processors than x86; tests/kernels/test_kernels.py runs that for this one.
     """
     source = toy.ROOT / "tests" / "checks" / "sanitize_kernel.c"
     flags = ["-std=gnu11", "-O2", "-DPN_GENERIC", "-Wno-psabi", "-o", tmp_path / "check", "-lm", "-lpthread"]

@@ -18,8 +18,8 @@ import sys
 
 import pytest
 import torch
+from toy import ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 BIN = pathlib.Path(sys.executable).parent
 for module in ("fairseq", "sacrebleu", "jinja2", "matplotlib"):
     pytest.importorskip(module)

@@ -14,7 +14,12 @@ import zipfile
 
 import pytest
 import torch
-from test_pipeline import EXPERIMENTS, ROOT, Scripts, contents, schema
+from pipelines import EXPERIMENTS, Scripts, contents
+from toy import ROOT
+
+from fairseq_powernorm.experiments.reports import schema
+
+pytestmark = pytest.mark.slow
 
 # A mini run: 12 updates of a small model. They shrink what configs/BENCH.yaml says; the mechanics stay the same.
 SIZES = ["dataset.batch_size=24", "task.tokens_per_sample=8", "+model.decoder_layers=1", "+model.decoder_embed_dim=8",
