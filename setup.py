@@ -21,8 +21,11 @@ VERSION = re.search(
 ).group(1)
 
 # Three distributions own the folder fairseq/; exactly one may be installed.
-PREBUILT = 'python_version >= "3.11" and python_version < "3.13" and sys_platform == "linux" and platform_machine == "x86_64"'
-ELSEWHERE = 'python_version >= "3.11" and (python_version >= "3.13" or sys_platform != "linux" or platform_machine != "x86_64")'
+LINUX = 'sys_platform == "linux" and platform_machine == "x86_64"'
+PREBUILT = f'python_version >= "3.11" and python_version < "3.13" and {LINUX}'
+ELSEWHERE = (
+    'python_version >= "3.11" and (python_version >= "3.13" or sys_platform != "linux" or platform_machine != "x86_64")'
+)
 
 
 class Build(build_py):
@@ -108,6 +111,9 @@ setup(
         "test": [
             "pytest>=7", "pytest-xdist>=3", "onnx>=1.15", "onnxruntime>=1.17",
             "mosestokenizer>=1.2",  # Moses' Perl scripts, which judge ours
+            # style and types: another version would find other faults
+            "ruff>=0.17,<0.18",
+            'mypy>=2.4,<2.5; python_version >= "3.11"',
             'triton>=3.1; python_version >= "3.9" and sys_platform == "linux" and platform_machine == "x86_64"',
         ],
     },

@@ -36,14 +36,15 @@ def silence_known_warnings() -> None:
 def restore_numpy_long() -> None:
     """numpy 2 dropped ``np.compat``, of which fairseq's datasets use one name, ``np.compat.long``."""
     if not hasattr(np, "compat"):
-        np.compat = types.SimpleNamespace(long=int)
+        setattr(np, "compat", types.SimpleNamespace(long=int))  # noqa: B010  (a name that numpy's types do not know)
 
 
 def allow_checkpoint_types() -> None:
     """Let torch's weights-only loading, the default from torch 2.6 on, read fairseq's checkpoints.
 
     An allow-list of plain data types; weights-only loading itself stays on. What reads checkpoints outside of fairseq's
-    commands calls this first. Before torch 2.6 a type is known by its own name only, so checkpoints of fairseq 0.8 and 0.9 that
+    commands calls this first. Before torch 2.6 a
+    type is known by its own name only, so checkpoints of fairseq 0.8 and 0.9 that
     hold meters cannot be read there.
     """
     import omegaconf

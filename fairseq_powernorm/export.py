@@ -13,7 +13,7 @@ import argparse
 import copy
 import sys
 import warnings
-from typing import Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,14 @@ TOLERANCE = 1e-4
 OPSET = 17
 
 Inputs = Dict[str, Tensor]
+#: a model of fairseq, whose parts no type names
+Model = Any
 
 
 class LanguageModel(nn.Module):
     """A language model of fairseq, whose own ``forward`` cannot be scripted: ``forward(src_tokens)``, ``B x T``."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Model):
         super().__init__()
         self.decoder = model.decoder
         self.train(model.training)
@@ -54,7 +56,7 @@ class LanguageModel(nn.Module):
 class LogProbabilities(nn.Module):
     """Log-probabilities of the next token: what an ONNX file computes."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Model):
         super().__init__()
         self.model = model
         self.train(model.training)
@@ -68,15 +70,15 @@ class LogProbabilities(nn.Module):
         return self.model.get_normalized_probs((output[0], None), log_probs=True)
 
 
-def scriptable(model: nn.Module) -> nn.Module:
+def scriptable(model: Model) -> nn.Module:
     """The model as ``torch.jit.script``, and fairseq's scripted ``SequenceGenerator``, can take it: folded."""
     fold_norms(model)
     return model if hasattr(model, "encoder") else LanguageModel(model)
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: Model) -> None:
     """Raise ValueError for a model that is not made for sequences of any length, or whose softmax is not one."""
-    decoder = getattr(model, "decoder", None)
+    decoder: Any = getattr(model, "decoder", None)
     for part in (decoder.embed_tokens, decoder.adaptive_softmax) if hasattr(decoder, "adaptive_softmax") else ():
         if type(part).__name__ in ("AdaptiveInput", "AdaptiveSoftmax"):
             raise ValueError("the checkpoint's model has adaptive inputs or softmax: such models cannot be exported")
@@ -87,7 +89,7 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def examples(model: nn.Module) -> List[Inputs]:
+def examples(model: Model) -> List[Inputs]:
     """Batches of random tokens, by name: several sizes, with and without padding."""
     decoder = model.decoder
     draw = torch.Generator().manual_seed(1)
@@ -108,7 +110,7 @@ def examples(model: nn.Module) -> List[Inputs]:
     return found
 
 
-def to_torchscript(model: nn.Module, path: str) -> Callable[[Inputs], Tensor]:
+def to_torchscript(model: Model, path: str) -> Callable[[Inputs], Tensor]:
     """Write a model as TorchScript; returns a function that runs the file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scripting itself is deprecated
@@ -121,19 +123,19 @@ def to_torchscript(model: nn.Module, path: str) -> Callable[[Inputs], Tensor]:
         words = inputs["prev_output_tokens"]
         source = inputs.get("src_tokens")
         output = loaded(words) if source is None else loaded(source, source.ne(padding).sum(1), words)
-        return loaded.get_normalized_probs(output, True)
+        return loaded.get_normalized_probs(output, log_probs=True)
 
     return run
 
 
-def to_onnx(model: nn.Module, path: str) -> Callable[[Inputs], Tensor]:
+def to_onnx(model: Model, path: str) -> Callable[[Inputs], Tensor]:
     """Write a model as ONNX; returns a function that runs the file."""
     try:
         import onnx  # noqa: F401
         import onnxruntime
     except ImportError as error:
         raise ValueError(f"--format onnx: {error}; install with: pip install onnx onnxruntime") from error
-    model = fold_norms(model)
+    fold_norms(model)
     model.prepare_for_onnx_export_()
     decoder, longest = model.decoder, model.decoder.max_positions()
     # fairseq's mask of later positions grows with the longest input: what is traced has to hold the longest there is
@@ -141,6 +143,7 @@ def to_onnx(model: nn.Module, path: str) -> Callable[[Inputs], Tensor]:
     inputs = examples(model)[0]
     axes = {"prev_output_tokens": "target", "src_tokens": "source", "log_probabilities": "target"}
     torch.onnx.register_custom_op_symbolic("aten::rms_norm", _rms_norm, OPSET)
+    exporter: Dict[str, Any] = {"dynamo": False} if "dynamo" in torch.onnx.export.__code__.co_varnames else {}
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # branches on padding: the example has some
@@ -148,7 +151,7 @@ def to_onnx(model: nn.Module, path: str) -> Callable[[Inputs], Tensor]:
                 LogProbabilities(model), tuple(inputs.values()), path, opset_version=OPSET, input_names=list(inputs),
                 output_names=["log_probabilities"],
                 dynamic_axes={name: {0: "batch", 1: axes[name]} for name in (*inputs, "log_probabilities")},
-                **({"dynamo": False} if "dynamo" in torch.onnx.export.__code__.co_varnames else {}),
+                **exporter,
             )
     finally:
         torch.onnx.unregister_custom_op_symbolic("aten::rms_norm", OPSET)
@@ -171,7 +174,7 @@ FORMATS = {"torchscript": to_torchscript, "onnx": to_onnx}
 
 
 @torch.no_grad()
-def export(model: nn.Module, format: str, path: str, overwrite: bool = False) -> float:
+def export(model: Model, format: str, path: str, overwrite: bool = False) -> float:
     """Fold a copy of a model and write it, whole or not at all.
 
     Args:

@@ -8,19 +8,20 @@ In evaluation PN, PN-V and BN are affine maps of the layer-scaled input u (u = x
 into their weights and biases, W y + c = (W s) u + (c + W t): without layer scale nothing is left of the norm, with it a
 root mean square norm without parameters. Elsewhere (post-norm, a projection tied to the embedding) s and t stay.
 """
-from typing import Dict, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernels
+from .kernels.interface import LAYER_SCALE_EPS
 from .norms import RunningNorm
 
 REFUSAL = "this model was folded for inference (--no-fold-norms turns that off) and cannot"
 
 
-def refuse_training(mode=True) -> None:
+def refuse_training(mode: object = True) -> None:
     """Raise RuntimeError if a folded model is asked to train; the hook of its parameters, too, for any gradient."""
     if mode is not False:
         raise RuntimeError(f"{REFUSAL} be trained: its norms have no statistics any more; load the checkpoint again")
@@ -43,11 +44,15 @@ class FoldedNorm(nn.Module):
         - input and output: ``... x C``. A padding mask is accepted and not needed.
     """
 
+    if TYPE_CHECKING:  # torch.jit.script would read annotations that are there
+        scale: Optional[Tensor]
+        shift: Optional[Tensor]
+
     def __init__(self, dim: int, groups: int, scale: Optional[Tensor] = None, shift: Optional[Tensor] = None):
         super().__init__()
         self.dim = dim
         self.groups = groups
-        self.eps = kernels.eager.LAYER_SCALE_EPS
+        self.eps = LAYER_SCALE_EPS
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
         self.eval()
@@ -69,12 +74,12 @@ class FoldedNorm(nn.Module):
             x = torch.addcmul(shift, x, scale).to(dtype)
         return x
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "FoldedNorm":
         """See torch; raises RuntimeError for ``mode=True``."""
         refuse_training(mode)
         return super().train(mode)
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         refuse_loading()
 
 
@@ -100,7 +105,8 @@ def fold_norms(model: nn.Module) -> nn.Module:
     model.eval()
     times_used = _uses(model)
     for owner in list(model.modules()):
-        for name, readers in (owner.norm_readers() if hasattr(owner, "norm_readers") else {}).items():
+        find_readers: Any = getattr(owner, "norm_readers", dict)
+        for name, readers in find_readers().items():
             norm = owner.get_submodule(name)
             if isinstance(norm, RunningNorm) and _fold_into(readers, norm, times_used):
                 _replace(owner, name, FoldedNorm(norm.dim, norm.groups))
@@ -112,9 +118,9 @@ def fold_norms(model: nn.Module) -> nn.Module:
     for module in model.modules():
         _make_stock(module)
         if hasattr(type(module), "folded"):
-            module.folded = True
+            setattr(module, "folded", True)  # noqa: B010  (a model of the fairseq half, which this half does not know)
     for parameter in model.parameters():
-        if parameter.requires_grad:  # and goes on so: torch chooses the faster matrix products for such weights
+        if parameter.requires_grad:  # and stays so: torch chooses the faster matrix products for such weights
             parameter.register_hook(refuse_training)
     return model
 
@@ -136,7 +142,7 @@ def _make_stock(module: nn.Module) -> None:
     Not a subclass of one of these classes, which may differ in more.
     """
     if "stock" in vars(type(module)):
-        module.__class__ = type(module).stock
+        module.__class__ = vars(type(module))["stock"]
         for name in ("mask_slot", "forward"):  # forward: activation checkpointing, which inference does not need
             module.__dict__.pop(name, None)
 
@@ -161,14 +167,16 @@ def _fold_into(readers: Sequence[nn.Module], norm: RunningNorm, times_used: Dict
 
     None if one of them is not a plain linear map, is tied to another, or would overflow (float16).
     """
+    linears: List[nn.Linear] = []
     for reader in readers:
-        if type(reader) is not nn.Linear or reader._parameters.get("weight") is None:
+        if not isinstance(reader, nn.Linear) or type(reader) is not nn.Linear or reader._parameters.get("weight") is None:
             return False
+        linears.append(reader)
         if any(times_used[_memory(parameter)] > 1 for parameter in reader.parameters()):
             return False
     scale, shift = norm.scale_and_shift()
     new = []
-    for reader in readers:
+    for reader in linears:
         weight = reader.weight.to(scale.dtype)
         bias = weight @ shift
         if reader.bias is not None:
@@ -176,8 +184,8 @@ def _fold_into(readers: Sequence[nn.Module], norm: RunningNorm, times_used: Dict
         new.append([each.to(reader.weight.dtype) for each in (weight * scale, bias)])
     if not all(bool(torch.isfinite(each).all()) for tensors in new for each in tensors):
         return False
-    for reader, (weight, bias) in zip(readers, new):
+    for reader, (weight, bias) in zip(linears, new):
         reader.weight = nn.Parameter(weight)
         if reader.bias is not None or shift.any():
             reader.bias = nn.Parameter(bias)
-    return bool(readers)
+    return bool(linears)

@@ -1,16 +1,18 @@
 """Power Normalization in training as opaque operators (``torch.library``): for compilers, exporters, fake and meta tensors.
 
 A compiler sees four operators of the namespace ``fairseq_powernorm``. ``forward`` and ``backward`` compute and change
-nothing; ``advance_forward_`` and ``advance_backward_`` change the running statistics that they declare. The autograd function
-stands outside of them. What the operators run are the backends of :mod:`.kernels`, with the policy that depends on the step
-count decided inside, when it is known.
+nothing; ``advance_forward_`` and ``advance_backward_`` change the running statistics that they declare. The autograd
+function stands outside of them. What the operators run are the backends of :mod:`.kernels`, with the policy that
+depends on the step count decided inside, when it is known.
 """
 import math
-from typing import Any, NamedTuple, Optional, Tuple
+from contextlib import nullcontext
+from typing import Any, ContextManager, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
+from .functional.common import Function, Gradients
 from .kernels import choose, choose_for_gradient, choose_for_step, eager
 from .kernels.interface import PowerNormSpec, StepSpec
 
@@ -71,19 +73,36 @@ _LIBRARY.define(f"advance_forward_(Tensor tally, Tensor(a!) psi2, Tensor(b!) ite
 _LIBRARY.define(f"advance_backward_(Tensor tally, Tensor(a!) nu, {_schema(StepSpec)}) -> ()")
 
 
-def _forward(x, weight, bias, valid, psi2, iters, *constants):
+def _forward(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    valid: Optional[Tensor],
+    psi2: Tensor,
+    iters: Tensor,
+    *constants: Any,
+) -> Tuple[Tensor, ...]:
     spec = OpaqueSpec(*constants).at(int(iters.item()))
     found = choose(x, weight, bias, psi2, valid=valid).power_forward(x, weight, bias, valid, psi2, spec)
     # an operator returns tensors: an empty one stands for none
+    assert found.tally is not None
     return found.y, x.new_empty(0) if found.r is None else found.r, found.saved, found.tally
 
 
-def _forward_fake(x, weight, bias, valid, psi2, iters, *constants):
+def _forward_fake(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    valid: Optional[Tensor],
+    psi2: Tensor,
+    iters: Tensor,
+    *constants: Any,
+) -> Tuple[Tensor, ...]:
     spec, channels, dtype = OpaqueSpec(*constants), x.size(-1), eager.compute_dtype(x)
     if spec.own_step and _is_recomputed():
         raise RuntimeError(
-            "activation checkpointing inside torch.compile around a PowerNorm that applies its own statistics: a recomputation "
-            "would find those of the next step; let fairseq_powernorm.statistics.RunningStatistics apply them"
+            "activation checkpointing inside torch.compile around a PowerNorm that applies its own statistics: a "
+            "recomputation would find those of the next step; let fairseq_powernorm.statistics.RunningStatistics apply them"
         )
     r = (x.numel() // channels, spec.groups) if spec.groups else (0,)
     return (
@@ -100,14 +119,34 @@ def _is_recomputed() -> bool:
     return traceback.has_preserved_node_meta() and traceback.get_current_meta().get("recompute") is not None
 
 
-def _backward(grad_y, x, r, weight, valid, saved, nu, *constants):
+def _backward(
+    grad_y: Tensor,
+    x: Tensor,
+    r: Tensor,
+    weight: Optional[Tensor],
+    valid: Optional[Tensor],
+    saved: Tensor,
+    nu: Tensor,
+    *constants: Any,
+) -> Tuple[Tensor, ...]:
     spec = OpaqueSpec(*constants).at(0)
-    r = r if spec.groups else None
-    backend = choose_for_gradient(choose(x, weight, valid=valid), grad_y, x, r, weight, saved, valid, nu)
-    return tuple(backend.power_backward(grad_y, x, r, weight, valid, saved, nu, spec))
+    root = r if spec.groups else None
+    backend = choose_for_gradient(choose(x, weight, valid=valid), grad_y, x, root, weight, saved, valid, nu)
+    found = backend.power_backward(grad_y, x, root, weight, valid, saved, nu, spec)
+    assert found.x is not None and found.tally is not None
+    return found.x, found.weight, found.bias, found.tally
 
 
-def _backward_fake(grad_y, x, r, weight, valid, saved, nu, *constants):
+def _backward_fake(
+    grad_y: Tensor,
+    x: Tensor,
+    r: Tensor,
+    weight: Optional[Tensor],
+    valid: Optional[Tensor],
+    saved: Tensor,
+    nu: Tensor,
+    *constants: Any,
+) -> Tuple[Tensor, ...]:
     channels, dtype = x.size(-1), eager.compute_dtype(x)
     return (
         torch.empty(x.shape, dtype=x.dtype, device=x.device),
@@ -117,15 +156,15 @@ def _backward_fake(grad_y, x, r, weight, valid, saved, nu, *constants):
     )
 
 
-def _advance_forward(tally, psi2, iters, *constants) -> None:
+def _advance_forward(tally: Tensor, psi2: Tensor, iters: Tensor, *constants: Any) -> None:
     choose_for_step(tally, psi2, iters).advance_forward(tally, psi2, iters, StepSpec(*constants))
 
 
-def _advance_backward(tally, nu, *constants) -> None:
+def _advance_backward(tally: Tensor, nu: Tensor, *constants: Any) -> None:
     choose_for_step(tally, nu).advance_backward(tally, nu, StepSpec(*constants))
 
 
-def _nothing(*arguments) -> None:
+def _nothing(*arguments: Any) -> None:
     return None
 
 
@@ -148,25 +187,54 @@ def needed(x: Tensor) -> bool:
         return True
     from torch._subclasses.fake_tensor import FakeTensor
 
+    return isinstance(x, FakeTensor) or _without_values()
+
+
+def outside_of_modes() -> ContextManager[Any]:
+    """Entered for what is done in a forward pass and not in its repetition, or the other way round.
+
+    Selective activation checkpointing counts the operations of both.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0 or _without_values():
+        return nullcontext()
+    return torch.utils._python_dispatch._disable_current_modes()
+
+
+def _without_values() -> bool:
+    """Is a mode active in which operations are traced, or computed without values?"""
     keys = torch._C._TorchDispatchModeKey
-    modes = (keys.FAKE, keys.PROXY, keys.FUNCTIONAL)
-    return isinstance(x, FakeTensor) or any(torch._C._get_dispatch_mode(key) is not None for key in modes)
+    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
 
 
-class _PowerNorm(torch.autograd.Function):
+class _PowerNorm(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, valid, psi2, nu, iters, forward_sums, backward_sums, spec, step):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Optional[Tensor],
+        bias: Optional[Tensor],
+        valid: Optional[Tensor],
+        psi2: Tensor,
+        nu: Tensor,
+        iters: Tensor,
+        forward_sums: Optional[Tensor],
+        backward_sums: Optional[Tensor],
+        spec: OpaqueSpec,
+        step: Optional[StepSpec],
+    ) -> Tensor:
+        y: Tensor
         y, r, saved, tally = _OPERATORS.forward(x, weight, bias, valid, psi2, iters, *spec)
         if forward_sums is not None:
             forward_sums.add_(tally)
         elif step is not None:
             _OPERATORS.advance_forward_(tally, psi2, iters, *step)
         ctx.save_for_backward(x, r, weight, saved, valid)
-        ctx.nu, ctx.backward_sums, ctx.bias_dtype, ctx.spec, ctx.step = nu, backward_sums, None if bias is None else bias.dtype, spec, step
+        ctx.nu, ctx.backward_sums, ctx.spec, ctx.step = nu, backward_sums, spec, step
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
-    def backward(ctx, grad_y):
+    def backward(ctx: Any, grad_y: Tensor) -> Gradients:
         x, r, weight, saved, valid = ctx.saved_tensors
         grad_x, grad_weight, grad_bias, tally = _OPERATORS.backward(grad_y, x, r, weight, valid, saved, ctx.nu, *ctx.spec)
         if ctx.backward_sums is not None:
@@ -208,4 +276,5 @@ def power_norm(
     Returns:
         shape and dtype of ``x``
     """
-    return _PowerNorm.apply(x, weight, bias, valid, psi2, nu, iters, forward_sums, backward_sums, spec, step)
+    y: Tensor = _PowerNorm.apply(x, weight, bias, valid, psi2, nu, iters, forward_sums, backward_sums, spec, step)
+    return y

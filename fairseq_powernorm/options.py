@@ -11,8 +11,8 @@ from .norms import NORMS, VARIANTS, PowerNorm, RunningNorm, create_norm, default
 from .recorder import check_target
 from .statistics import SYNC
 
-VariantName = ChoiceEnum(list(VARIANTS))
-SyncName = ChoiceEnum(list(SYNC))
+VariantName: Any = ChoiceEnum(list(VARIANTS))
+SyncName: Any = ChoiceEnum(list(SYNC))
 #: how a norm is written in an option
 NORM_SYNTAX = f"one of {', '.join(NORMS)}, or with options of its own NAME:OPTION=VALUE,..., as in batch:variant=reference"
 _NORM_OPTION = re.compile(r"(encoder_|decoder_)?norm(_|$)")

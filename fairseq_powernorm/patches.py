@@ -3,7 +3,7 @@ import functools
 import inspect
 import logging
 import os
-from typing import Any, Callable, List, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 from . import ranks, resume
 
@@ -72,7 +72,7 @@ def copy_whole(copy, src_path: str, dst_path: str, overwrite: bool = False):
 
 
 def load_whole_checkpoint(load_checkpoint, trainer, filename, *args, **kwargs):
-    """``Trainer.load_checkpoint``: training that goes on in its directory does so from a whole checkpoint.
+    """``Trainer.load_checkpoint``: training resumes from a whole checkpoint of its directory.
 
     See :func:`resume.choose`; the first rank chooses for all. Another file given by ``--restore-file`` or
     ``--finetune-from-model`` is loaded as it is. From a checkpoint of the last update of all, written just before the
@@ -111,7 +111,8 @@ def _choose(trainer, directory: str) -> str:
     if trainer.is_fsdp and trainer.cfg.distributed_training.use_sharded_state:
         shards = range(trainer.data_parallel_world_size)
         suffixes = [f"{trainer.cfg.checkpoint.checkpoint_suffix}-shard{shard}" for shard in shards]
-    chosen, error = None, None
+    chosen: Any = None
+    error: Optional[str] = None
     if trainer.data_parallel_rank == 0:
         try:
             chosen = resume.choose(directory, suffixes)

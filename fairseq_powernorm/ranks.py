@@ -27,7 +27,7 @@ def check_number(world_size: int, model_parallel_size: int = 1, environment: Map
 
 
 def check_checkpoint(path: str, exists: bool, exists_for_first: bool, rank: int) -> None:
-    """Compare what a rank and the first rank see of the checkpoint to go on from.
+    """Compare what a rank and the first rank see of the checkpoint to resume from.
 
     Raises:
         ValueError: it is there for one of them only
@@ -55,7 +55,7 @@ def facts(cfg, task) -> Dict[str, Any]:
         else:
             found[name] = str(value)
 
-    config = OmegaConf.to_container(cfg) if OmegaConf.is_config(cfg) else cfg
+    config: Any = OmegaConf.to_container(cfg) if OmegaConf.is_config(cfg) else cfg
     flatten({key: vars(value) if hasattr(value, "__dict__") else value for key, value in config.items()})
     dataset = task.datasets.get(getattr(getattr(cfg, "dataset", None), "train_subset", "train"))
     sizes = getattr(dataset, "sizes", None)

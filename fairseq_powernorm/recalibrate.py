@@ -124,7 +124,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     except ValueError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
-    print(f"wrote {options.output}: statistics of {count} batches" + (f" (all there are)" if count < options.batches else ""))
+    all_of_them = " (all there are)" if count < options.batches else ""
+    print(f"wrote {options.output}: statistics of {count} batches{all_of_them}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Which checkpoint training goes on from after a process or a machine died while it saved one."""
+"""Which checkpoint training resumes from after a process or a machine died while it saved one."""
 import glob
 import logging
 import os
@@ -49,7 +49,7 @@ def num_updates(path: str) -> Optional[int]:
 
 
 def choose(directory: str, suffixes: Sequence[str] = ("",)) -> str:
-    """The name, without suffix and ending, of the checkpoint in ``directory`` to go on from.
+    """The name, without suffix and ending, of the checkpoint in ``directory`` to resume from.
 
     ``checkpoint_last``, be it there or not, unless saving it was cut short: then the one with the most updates of
     those that are whole, with a warning.

@@ -98,13 +98,13 @@ class RunningStatistics:
                 raise ValueError(f"{name}: RunningStatistics have taken this norm over already; release() them first")
             key = type(norm), norm.settings(), norm.iters.dtype, norm.iters.device
             kinds.setdefault(key, []).append((_WRAPPERS.sub("", name), norm))
-        self.kinds = self._allocate([list(zip(*named)) for named in kinds.values()])
+        self.kinds = self._allocate([([name for name, _ in named], [norm for _, norm in named]) for named in kinds.values()])
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
         self._shared = several and sync != "off" and len(kinds) > 0
         if self._shared and sync == "exact":
             self.switches.reduce = self._all_reduced
 
-    def _allocate(self, kinds) -> List[_Kind]:
+    def _allocate(self, kinds: Sequence[Tuple[Sequence[str], Sequence[RunningNorm]]]) -> List[_Kind]:
         """Lay out the sums of all norms in one vector, so that one all-reduce serves them all."""
         sizes = [
             (len(norms), len(norms[0].SUMS[part]) * norms[0].dim + 2) for _, norms in kinds for part in PARTS
@@ -211,6 +211,8 @@ class RunningStatistics:
         """
         if self._calls is None:
             self.reduce()
+        calls = self._calls
+        assert calls is not None
         for kind in self.kinds:
             steps = [norm.steps() for norm in kind.norms]
             buffers = kind.stacked()
@@ -219,7 +221,7 @@ class RunningStatistics:
             for name, values in buffers.items():
                 torch._foreach_copy_([norm._buffers[name] for norm in kind.norms], list(values.unbind(0)))
             for name, norm, before in zip(kind.names, kind.norms, steps):
-                norm.remember_steps(before + (self._calls[name] > 0))
+                norm.remember_steps(before + (calls[name] > 0))
         self.discard()
 
     @torch.no_grad()
@@ -248,12 +250,19 @@ class RunningStatistics:
 
     @torch.no_grad()
     def describe(self) -> Dict[str, Dict[str, float]]:
-        """What :meth:`~.norms.RunningNorm.describe` says of each norm, by its name; between reduce and commit."""
+        """What :meth:`~.norms.RunningNorm.describe` says of each norm, by its name; between reduce and commit.
+
+        Raises:
+            RuntimeError: :meth:`reduce` has not been called for this step
+        """
+        calls = self._calls
+        if calls is None:
+            raise RuntimeError("RunningStatistics.describe(): call reduce() first, then describe(), then commit()")
         found: Dict[str, Dict[str, float]] = {}
         for kind in self.kinds:
             values = kind.norms[0].describe(kind.state(), kind.sums("forward"), kind.sums("backward"))
             table = torch.stack(list(values.values()), 1).tolist()
             for name, row in zip(kind.names, table):
-                if self._calls[name] > 0:
+                if calls[name] > 0:
                     found[name] = dict(zip(values, row))
         return found

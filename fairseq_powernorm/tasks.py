@@ -6,7 +6,7 @@ thrown away with the gradients and applied when the optimizer takes its step.
 import logging
 import os
 from dataclasses import dataclass
-from typing import Dict, Optional
+from typing import Any, Dict, Optional
 from weakref import WeakSet
 
 import torch
@@ -58,6 +58,8 @@ class RunningStatisticsTask:
     skipped, on all ranks alike, and reported; only the eleventh in a row stops the training.
     """
 
+    #: of the fairseq task that this is mixed into
+    cfg: Any
     #: what a model with running statistics asks for in a task that trains it
     drives_running_statistics = True
 
@@ -79,7 +81,7 @@ class RunningStatisticsTask:
         if self.cfg.norm_record is not None and self._recorder is None:
             if not running_norms(model):
                 raise ValueError(f"--norm-record {self.cfg.norm_record!r}: no norm of the model has running statistics")
-            updates = metrics.get_meter("default", "num_updates")  # logged when a checkpoint is loaded to go on from
+            updates = metrics.get_meter("default", "num_updates")  # logged when training resumes from a checkpoint
             self._recorder = Recorder(self.cfg.norm_record, self.cfg.norm_record_interval)
             self._recorder.check(new_run=updates is None or not updates.val)
 
@@ -133,7 +135,7 @@ class RunningStatisticsTask:
     def judge_gradient(self, norm: torch.Tensor, optimizer) -> torch.Tensor:
         """Note whether the gradient is finite; if it is not and there is no loss scale, return a norm of zero.
 
-        The trainer goes on after a finite norm, and :meth:`optimizer_step` skips the update.
+        The trainer continues after a finite norm, and :meth:`optimizer_step` skips the update.
         """
         self._gradient_is_finite = bool(torch.isfinite(norm).all())
         if self._gradient_is_finite or getattr(optimizer, "scaler", None) is not None:
@@ -144,7 +146,7 @@ class RunningStatisticsTask:
     # ------------------------------------------------------------------ how it is done
 
     def _take_over(self, model, update_num: int) -> None:
-        """Take the norms' statistics over; on a restart, go on with the record."""
+        """Take the norms' statistics over; when training resumes, continue the record."""
         sync, group = self.cfg.norm_sync, distributed_utils.get_data_parallel_group()
         self._model, self._statistics = model, RunningStatistics(model, sync, group)
         drop = max((module.p for module in model.modules() if isinstance(module, LayerDropModuleList)), default=0)

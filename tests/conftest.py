@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import toy
+
 from fairseq_powernorm.kernels import build, c
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-
 import warm
 from toy import ROOT
 

@@ -3,8 +3,8 @@ import argparse
 
 import pytest
 import torch
-
 import toy
+
 from fairseq_powernorm import checkpoint
 
 MODULE = ("-m", "fairseq_powernorm.checkpoint")

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-
 import toy
 
 pytestmark = pytest.mark.slow

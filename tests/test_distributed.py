@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-
 import toy
+
 from fairseq_powernorm.tasks import MAX_SKIPPED_UPDATES
 
 pytestmark = pytest.mark.slow

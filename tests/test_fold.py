@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import toy
 from fairseq import checkpoint_utils, models, options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.sequence_generator import SequenceGenerator
@@ -12,7 +13,6 @@ from fairseq_cli import eval_lm, generate, interactive, preprocess, validate
 from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import toy
 from fairseq_powernorm import export, kernels
 from fairseq_powernorm.fold import FoldedNorm, fold_norms
 from fairseq_powernorm.models import base
@@ -28,7 +28,7 @@ ADAPTIVE = dict(criterion="adaptive_loss", adaptive_softmax_cutoff="8,16", adapt
 
 
 def all_norms(name):
-    return {position: name for position in toy.ALL_POWER}
+    return dict.fromkeys(toy.ALL_POWER, name)
 
 
 def randomized(model, seed=3):
@@ -419,10 +419,10 @@ def test_validate_folds_unless_told_not_to(translation, monkeypatch, capsys, cap
     torch.save(state, tmp_path / "old.pt")
     caplog.set_level("INFO")
     losses = []
-    for path in (path, tmp_path / "old.pt"):
+    for checkpoint in (path, tmp_path / "old.pt"):
         for flags, expected in (((), 1), (("--no-fold-norms",), 0)):
             caplog.clear()
-            command = words(data, task="translation_pn", path=path, batch_size=8)
+            command = words(data, task="translation_pn", path=checkpoint, batch_size=8)
             lines, calls = run(monkeypatch, capsys, validate.cli_main, *command, *flags)
             assert calls == expected
             line = [text for text in (*lines, *caplog.messages) if "| loss " in text][-1]

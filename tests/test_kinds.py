@@ -4,10 +4,10 @@ from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
+import toy
 from fairseq import models, tasks
 from fairseq_cli import train
 
-import toy
 from fairseq_powernorm.tasks import RunningStatisticsTask
 
 FOR_TRANSLATION = r"--arch must be one of transformer_pn, .*with this architecture --task must be language_modeling_pn"
@@ -41,10 +41,16 @@ SMALL = ("--encoder-layers", 1, "--decoder-layers", 1, "--encoder-embed-dim", 16
         (("--task", "language_modeling", "-a", "transformer_pn"), FOR_LM),
         (("--task", "language_modeling_pn", "--arch", "transformer"), FOR_LM),
         # neither
-        (("--task", "translation_pn", "--arch", "roberta"), "--arch roberta with --task translation_pn.*--arch must be one of"),
+        (
+            ("--task", "translation_pn", "--arch", "roberta"),
+            "--arch roberta with --task translation_pn.*--arch must be one of",
+        ),
         (("--task", "language_modeling_pn", "--arch", "wav2vec2"), "--arch wav2vec2 with --task language_modeling_pn"),
         # tasks that do not take steps of the statistics
-        (("--task", "translation", "--arch", "transformer_pn_tiny"), "--task translation: norm encoder.* must be translation_pn"),
+        (
+            ("--task", "translation", "--arch", "transformer_pn_tiny"),
+            "--task translation: norm encoder.* must be translation_pn",
+        ),
         (("--task", "masked_lm", "--arch", "transformer_lm_pn"), "--task masked_lm: --arch transformer_lm_pn needs"),
         (("--task", "denoising", "--arch", "transformer_pn"), "--task denoising: --arch transformer_pn needs"),
         (
@@ -52,7 +58,10 @@ SMALL = ("--encoder-layers", 1, "--decoder-layers", 1, "--encoder-embed-dim", 16
             "--task translation: --norm-sync off needs",
         ),
         # norm options for an architecture without norms to choose
-        (("--task", "translation_pn", "--arch", "transformer", "--norm-groups", 3), "--norm-groups 3: --arch transformer has no"),
+        (
+            ("--task", "translation_pn", "--arch", "transformer", "--norm-groups", 3),
+            "--norm-groups 3: --arch transformer has no",
+        ),
         (
             ("--task", "language_modeling_pn", "--arch", "transformer_lm", "--decoder-norm-ff=batch"),
             "--decoder-norm-ff batch: --arch transformer_lm has no norm options; must be one of .*transformer_lm_pn",
@@ -70,11 +79,23 @@ def test_combinations_that_cannot_train(words, message, toy_data, tmp_path, monk
     "words",
     [
         ("--task", "translation_pn", "--arch", "transformer", *SMALL),
-        ("--task", "translation", "--arch", "transformer_pn", "--encoder-norm-self", "rms", "--encoder-norm-ff", "layer", *SMALL),
+        (
+            "--task",
+            "translation",
+            "--arch",
+            "transformer_pn",
+            "--encoder-norm-self",
+            "rms",
+            "--encoder-norm-ff",
+            "layer",
+            *SMALL,
+        ),
     ],
 )
 def test_combinations_that_can_train(words, toy_data, tmp_path, monkeypatch):
-    """Our task trains fairseq's models of its kind; fairseq's task trains our models where no norm has running statistics."""
+    """Our task trains fairseq's models of its kind; fairseq's task trains our models where no norm has running
+    statistics.
+    """
     run(monkeypatch, tmp_path / "run", toy_data, *words)
     assert (tmp_path / "run" / "checkpoint_last.pt").is_file()
 

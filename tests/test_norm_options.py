@@ -2,11 +2,11 @@
 import sys
 
 import pytest
+import toy
 from fairseq import checkpoint_utils
 from fairseq_cli import train
 from omegaconf import OmegaConf
 
-import toy
 from fairseq_powernorm.norms import NORMS
 from fairseq_powernorm.norms.registry import norm_options
 from fairseq_powernorm.options import NormOptions
@@ -107,7 +107,8 @@ def test_checkpoints_know_them(arch, toy_data, tmp_path, monkeypatch):
     """Trained by fairseq-train, with a text in a flag, a checkpoint has the text, and the model that is built from it has
     the same norms; what was not given stays open."""
     words = (
-        toy_data, "--user-dir", toy.ROOT / "fairseq_powernorm", "--task", "translation_pn", "--arch", arch, "--encoder-layers", 1,
+        toy_data, "--user-dir", toy.ROOT / "fairseq_powernorm", "--task", "translation_pn", "--arch", arch,
+        "--encoder-layers", 1,
         "--decoder-layers", 1, "--encoder-embed-dim", 16, "--decoder-embed-dim", 16, "--optimizer", "sgd", "--lr", 0.1,
         "--max-update", 1, "--max-tokens", 400, "--cpu", "--num-workers", 0, "--disable-validation", "--save-dir", tmp_path,
         "--encoder-norm-self", "batch:variant=reference", "--encoder-norm-ff=power:warmup_updates=4,alpha_fwd=0.8",

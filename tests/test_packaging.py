@@ -6,8 +6,8 @@ import tarfile
 import zipfile
 
 import pytest
-
 import toy
+
 from fairseq_powernorm.kernels import build
 
 pytestmark = pytest.mark.slow
@@ -58,7 +58,18 @@ def sdist(tmp_path_factory):
 def wheel(source, folder, **environment):
     """Build a wheel of a source folder; the only one in ``folder``."""
     toy.command(
-        "python", "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, source, cwd=folder, **environment
+        "python",
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        folder,
+        source,
+        cwd=folder,
+        **environment,
     )
     (found,) = folder.glob("*.whl")
     return found
@@ -75,7 +86,9 @@ def install(archive, site):
 
 
 def files(folder):
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    return {
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    }
 
 
 def test_the_source_distribution_holds_all_of_a_checkout(sdist):
@@ -89,7 +102,8 @@ def test_the_source_distribution_holds_all_of_a_checkout(sdist):
 
 def test_tests_of_the_source_distribution_pass(sdist):
     """Tests run in it, as a packager runs them, and first ask for the compiled kernel if there is a compiler."""
-    words = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", 0, "tests/test_imports.py", "tests/models/test_tensorized.py")
+    files = ("tests/test_imports.py", "tests/models/test_tensorized.py")
+    words = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", 0, *files)
     environment = dict(PYTHONPATH=str(sdist))
     if any(map(shutil.which, ("cc", "gcc", "clang"))):
         done = toy.command(*words, cwd=sdist, check=False, **environment)
@@ -140,6 +154,8 @@ def test_a_checkout_that_hides_an_installation(sdist, tmp_path):
 def test_dependencies(sdist):
     """The distribution asks for what the plugin needs without an extra."""
     text = (sdist / "PKG-INFO").read_text()
-    needed = [line.split(": ")[1] for line in text.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
+    needed = [
+        line.split(": ")[1] for line in text.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line
+    ]
     for name in ("torch", "fairseq", "sacrebleu", "sentencepiece", "subword-nmt", "omegaconf"):
         assert any(line.startswith(name) for line in needed), (name, needed)

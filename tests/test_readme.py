@@ -5,13 +5,18 @@ import shlex
 import shutil
 
 import pytest
-
 import toy
+
 from fairseq_powernorm.models.tensorized_lm_pn import TensorizedLMPNConfig
 from fairseq_powernorm.models.transformer_pn import TransformerPNConfig
 from fairseq_powernorm.norms import PowerNorm
 from fairseq_powernorm.options import (
-    INFERENCE_FIELDS, NORM_FIELDS, STATISTICS_FIELDS, NormOptions, StatisticsOptions, flag,
+    INFERENCE_FIELDS,
+    NORM_FIELDS,
+    STATISTICS_FIELDS,
+    NormOptions,
+    StatisticsOptions,
+    flag,
 )
 
 README = (toy.ROOT / "README.md").read_text(encoding="utf-8")

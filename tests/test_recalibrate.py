@@ -3,11 +3,11 @@ import copy
 import re
 
 import pytest
+import test_cli
 import torch
+import toy
 from torch import nn
 
-import test_cli
-import toy
 from fairseq_powernorm.norms import LayerNorm, MaskedBatchNorm, PowerNorm, PowerNormV
 from fairseq_powernorm.recalibrate import recalibrate
 
@@ -115,10 +115,14 @@ def valid_loss(data, path):
 
 
 def test_command_mends_a_checkpoint(toy_data, spoilt, tmp_path):
-    """With spoilt statistics the loss is far worse; the command brings back that of the run's own, and touches no parameter."""
+    """With spoilt statistics the loss is far worse; the command brings back that of the run's own, and touches no
+    parameter.
+    """
     done = recalibrated(toy_data, spoilt / "spoilt.pt", tmp_path / "new.pt", "--batches", 3, "--max-tokens", 400)
     assert "statistics of 3 batches" in done.stdout
-    own, bad, new = (valid_loss(toy_data, p) for p in (spoilt / "checkpoint_last.pt", spoilt / "spoilt.pt", tmp_path / "new.pt"))
+    own, bad, new = (
+        valid_loss(toy_data, p) for p in (spoilt / "checkpoint_last.pt", spoilt / "spoilt.pt", tmp_path / "new.pt")
+    )
     assert bad > own + 0.2 and abs(new - own) < 0.05, (own, bad, new)
     before, after = (torch.load(p, weights_only=True) for p in (spoilt / "spoilt.pt", tmp_path / "new.pt"))
     for name, value in before["model"].items():

@@ -9,8 +9,8 @@ import sys
 from importlib import metadata, util
 
 import pytest
-
 import toy
+
 from fairseq_powernorm import options, tasks
 from fairseq_powernorm.models import tensorized_lm_pn, transformer_lm_pn, transformer_pn
 
@@ -229,7 +229,9 @@ def test_registration_is_whole(program, run):
     ],
 )
 def test_user_dir(user_dir, before, run):
-    """``--user-dir`` by path and by bare name registers, be the package imported already or not; no module is loaded twice."""
+    """``--user-dir`` by path and by bare name registers, be the package imported already or not; no module is loaded
+    twice.
+    """
     program = f"""
 import sys
 {before}

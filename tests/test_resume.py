@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import torch
-
 import toy
+from test_cli import TRAIN
+
 from fairseq_powernorm import resume
 from fairseq_powernorm.tasks import TranslationPNConfig, TranslationPNTask
-from test_cli import TRAIN
 
 pytestmark = pytest.mark.slow
 

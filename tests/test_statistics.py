@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 import torch.utils.checkpoint
+import toy
 from torch import nn
 
-import toy
 from fairseq_powernorm.norms import MaskedBatchNorm, PowerNorm, PowerNormV, build_norm
 from fairseq_powernorm.statistics import RunningStatistics, running_norms
 
@@ -48,7 +48,9 @@ def data(step, sentences=4, length=5, padding=True):
     """x and mask of one large batch."""
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(length, sentences, C, generator=generator, dtype=torch.float64) * 2 + 0.3
-    lengths = torch.randint(1, length + 1, (sentences,), generator=generator) if padding else torch.full((sentences,), length)
+    lengths = (
+        torch.randint(1, length + 1, (sentences,), generator=generator) if padding else torch.full((sentences,), length)
+    )
     return x, torch.arange(length).unsqueeze(0) >= lengths.unsqueeze(1)
 
 
@@ -301,7 +303,9 @@ def test_buffers_keep_float32_and_sums_do_not_overflow():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_is_on_its_own(kind):
-    """deepcopy (as moving averages of a model make it) while the engine is at work: the copy applies its statistics itself."""
+    """deepcopy (as moving averages of a model make it) while the engine is at work: the copy applies its statistics
+    itself.
+    """
     model = stack(kind)
     statistics = RunningStatistics(model)
     other = copy.deepcopy(model)
@@ -508,3 +512,50 @@ for sync in ('off', 'step', 'exact'):
 """)
     # exact: two norms, two micro-batches, one reduction in each forward pass
     assert output.split() == ["off", "0", "step", "1", "exact", "5"]
+
+
+def test_classes_of_one_name_are_kept_apart():
+    """Two classes whose norms print alike and step otherwise: each by its own rule, however they are arranged."""
+
+    def doubled():
+        class PowerNormV(KINDS["power-v"]().__class__):
+            def advance(self, part, state, sums, alpha_fwd):
+                return {name: 2 * value for name, value in super().advance(part, state, sums, alpha_fwd).items()}
+
+        return PowerNormV(C)
+
+    for order in ((0, 1), (1, 0)):
+        norms = [type(KINDS["power-v"]())(C), doubled()]
+        assert repr(norms[0]) == repr(norms[1])
+        statistics = RunningStatistics(nn.ModuleList([norms[i] for i in order]))
+        with statistics.batch():
+            for norm in norms:
+                norm(data(0)[0].float())
+        statistics.commit()
+        assert norms[0].iters == 1 and norms[1].iters == 2
+        torch.testing.assert_close(2 * norms[0].running_phi, norms[1].running_phi)
+
+
+def test_norms_are_taken_over_once():
+    """A second RunningStatistics for the same norms is refused until the first has released them; so is a batch in a
+    batch.
+    """
+    model = stack("algorithm2")
+    statistics = RunningStatistics(model)
+    with pytest.raises(ValueError, match=r"taken this norm over already; release\(\) them first"):
+        RunningStatistics(model)
+    with pytest.raises(RuntimeError, match="a batch is in progress already"), statistics.batch(), statistics.batch():
+        pass
+    statistics.release()
+    RunningStatistics(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_backward_pass_outside_of_its_batch_is_refused(kind):
+    """Forward inside, backward outside: nothing would be counted, and PN would send back a gradient without nu."""
+    model = stack(kind)
+    statistics = RunningStatistics(model)
+    with statistics.batch():
+        loss = run(model, *data(0))
+    with pytest.raises(RuntimeError, match=r"a backward pass in training outside of RunningStatistics.batch\(\)"):
+        loss.backward()

@@ -9,11 +9,11 @@ from argparse import Namespace
 from types import SimpleNamespace
 
 import torch
+import warm
 from fairseq import models
 from fairseq.data import Dictionary
 
 import fairseq_powernorm  # noqa: F401
-import warm
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAD = 1

@@ -133,7 +133,9 @@ def architectures(benchmark):
 
 def benchmarks():
     if not CONFIGS.is_dir():
-        raise UserError(f"{CONFIGS} does not exist: the experiments need a checkout of the repository, from which {PLUGIN} is used")
+        raise UserError(
+            f"{CONFIGS} does not exist: the experiments need a checkout of the repository, from which {PLUGIN} is used"
+        )
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
@@ -270,7 +272,7 @@ def locked(directory, patience=1.0):
 def in_use(directory):
     """Is a process at work in the directory? Leaves no file."""
     try:
-        with open(lock_path(directory), "r") as stream:
+        with open(lock_path(directory)) as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

@@ -15,7 +15,17 @@ from torch import Tensor
 from . import c, eager, triton
 from .interface import Backend, plain, readable, transformed, writable
 
-__all__ = ["KERNELS", "choose", "choose_for_gradient", "choose_for_step", "eager", "evaluate", "explain", "only", "requested"]
+__all__ = [
+    "KERNELS",
+    "choose",
+    "choose_for_gradient",
+    "choose_for_step",
+    "eager",
+    "evaluate",
+    "explain",
+    "only",
+    "requested",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +129,9 @@ def choose(x: Tensor, *vectors: Optional[Tensor], valid: Optional[Tensor] = None
             raise ValueError(f"per-channel tensor of shape {tuple(each.shape)}: expected {channels} values")
     if valid is not None and (valid.numel() * channels != x.numel() or valid.dtype is not torch.bool):
         rows = math.prod(x.shape[:-1])
-        raise ValueError(f"mask of shape {tuple(valid.shape)} and dtype {valid.dtype}: expected {rows} bool, one for each row")
+        raise ValueError(
+            f"mask of shape {tuple(valid.shape)} and dtype {valid.dtype}: expected {rows} bool, one for each row"
+        )
     if transformed() or not plain(x):
         return eager
     key = (x.device.type, x.dtype)

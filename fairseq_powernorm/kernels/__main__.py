@@ -1,11 +1,11 @@
-"""``python -m fairseq_powernorm.kernels``: which kernel is in use for which tensors, and why; ``--build`` builds the C kernel."""
+"""``python -m fairseq_powernorm.kernels``: which kernel serves which tensors, and why; ``--build`` builds the C kernel."""
 import argparse
 import sys
 from typing import Optional, Sequence
 
 import torch
 
-from . import VARIABLE, build, explain, KERNELS
+from . import KERNELS, VARIABLE, build, explain
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:

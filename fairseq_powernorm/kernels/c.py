@@ -7,7 +7,8 @@ Saved for the backward pass are ``x``, one float per row and group, and a few pe
 """
 import ctypes
 import os
-from typing import Optional, Tuple
+from pathlib import Path
+from typing import Any, List, Optional, Tuple, overload
 
 import torch
 from torch import Tensor
@@ -19,25 +20,26 @@ from .interface import Backward, Forward, OwnStep, PowerNormSpec, StepSpec
 #: number of an element type in the C code
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _CPU = torch.device("cpu")
-_NO_FORWARD_STEP = None, None, 0.0, 0.0, 0.0, 0.0
-_NO_BACKWARD_STEP = None, 0.0, 0.0
+_NO_FORWARD_STEP: Tuple[Any, ...] = None, None, 0.0, 0.0, 0.0, 0.0
+_NO_BACKWARD_STEP: Tuple[Any, ...] = None, 0.0, 0.0
 #: what the functions of the C code return
 _NO_MEMORY, _NOT_FINITE = 1, 2
 _FORWARD_BATCH, _BACKWARD_BATCH, _SKIP_PADDING = 1, 2, 4
 
 _LIBRARY = build.HERE / build.NAME
-_library: Optional[ctypes.CDLL] = None
+#: the C library, once it has been loaded: a ctypes.CDLL, whose functions are found when they are called
+_library: Any = None
 _instructions = ""
 _threaded = False
 _unavailable: Optional[str] = None
 
 
-def _load(library) -> ctypes.CDLL:
+def _load(library: Path) -> ctypes.CDLL:
     global _instructions, _threaded
     loaded = ctypes.CDLL(str(library))
     number, size, pointer, real = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
-    rows = [pointer, size, size, size]
-    shape = [number, size, size, size, number]
+    rows: List[Any] = [pointer, size, size, size]
+    shape: List[Any] = [number, size, size, size, number]
     loaded.pn_evaluate.argtypes = [*shape, *rows, pointer, pointer, pointer, real, pointer]
     loaded.pn_forward.argtypes = [
         *shape, *rows, *[pointer] * 5, real, real, number, *[pointer] * 6, real, real, real, real
@@ -103,7 +105,7 @@ def _shape(x: Tensor, groups: int) -> Tuple[int, int, int, int, int]:
 
 
 def _rows(x: Tensor) -> Tuple[Tensor, int, int, int]:
-    """A tensor of the values of ``x``, and where its rows lie: ``inner``, stride of every inner-th row, stride of the others."""
+    """The values of ``x``, and where its rows lie: ``inner``, stride of every inner-th row, stride of the others."""
     if not x.is_contiguous():
         if x.stride(-1) == 1 and x.dim() == 2:
             return x, 1, x.stride(0), 0
@@ -111,6 +113,14 @@ def _rows(x: Tensor) -> Tuple[Tensor, int, int, int]:
             return x, x.size(1), x.stride(0), x.stride(1)
         x = x.contiguous()
     return x, 1, x.size(-1), 0
+
+
+@overload
+def _floats(vector: Tensor) -> Tensor: ...
+
+
+@overload
+def _floats(vector: None) -> None: ...
 
 
 def _floats(vector: Optional[Tensor]) -> Optional[Tensor]:
@@ -216,8 +226,8 @@ def power_backward(
     grads, *grad_strides = _rows(grad_y)
     status = _library.pn_backward(
         *shape, rows.data_ptr(), *strides, grads.data_ptr(), *grad_strides, _at(r),
-        _at(valid) if spec.skip_padding else None, _at(weight), saved.data_ptr(), nu.data_ptr(), scale * spec.nu_scale, scale,
-        _at(grad_x), grad_weight.data_ptr(), grad_bias.data_ptr(), _at(tally), *stepping,
+        _at(valid) if spec.skip_padding else None, _at(weight), saved.data_ptr(), nu.data_ptr(), scale * spec.nu_scale,
+        scale, _at(grad_x), grad_weight.data_ptr(), grad_bias.data_ptr(), _at(tally), *stepping,
     )
     _check(status)
     if status == _NOT_FINITE and valid is not None and not spec.skip_padding:  # it has taken no step either
@@ -231,8 +241,8 @@ def advance_forward(tally: Tensor, psi2: Tensor, iters: Tensor, step: StepSpec) 
     """See :func:`.eager.advance_forward`."""
     channels = tally.size(-1) - 2
     _library.pn_advance_forward(
-        tally.numel() // (channels + 2), channels, tally.data_ptr(), psi2.data_ptr(), iters.data_ptr(), step.alpha_fwd, step.eps,
-        step.warmup, step.trusted_after, step.jump,
+        tally.numel() // (channels + 2), channels, tally.data_ptr(), psi2.data_ptr(), iters.data_ptr(), step.alpha_fwd,
+        step.eps, step.warmup, step.trusted_after, step.jump,
     )
     increment_version(psi2)
     increment_version(iters)

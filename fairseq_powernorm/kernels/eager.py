@@ -1,7 +1,7 @@
 """The eager backend, plain torch: the arithmetic every other backend is held to, and the one that serves everywhere.
 
-Notation as in :mod:`.interface`. Everything is computed in float32, or in float64 for float64 input. Only ``x`` and ``r`` need
-to be kept for the backward pass: ``u`` and ``z`` are cheaper to recompute than to store.
+Notation as in :mod:`.interface`. Everything is computed in float32, or in float64 for float64 input. Only ``x`` and ``r``
+are kept for the backward pass: ``u`` and ``z`` are cheaper to recompute than to store.
 """
 import math
 from typing import Iterator, List, NamedTuple, Optional, Tuple
@@ -9,7 +9,14 @@ from typing import Iterator, List, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from .interface import LAYER_SCALE_EPS, Backward, Forward, OwnStep, PowerNormSpec, StepSpec
+from .interface import LAYER_SCALE_EPS, Backward, Forward, OwnStep, PowerNormSpec
+from .steps import (
+    advance_backward as advance_backward,
+    advance_forward as advance_forward,
+    finite_or as finite_or,
+    next_nu as next_nu,
+    next_psi2 as next_psi2,
+)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -111,12 +118,11 @@ def mask_rows_(q: Tensor, valid: Optional[Tensor]) -> Tensor:
     return q if valid is None else q.masked_fill_(valid.logical_not().unsqueeze(1), 0)
 
 
-def finite_padding(valid: Tensor, *rows: Optional[Tensor]) -> List[Optional[Tensor]]:
+def finite_padding(valid: Tensor, *rows: Tensor) -> List[Tensor]:
     """The given tensors (``N x ...``) with those padded rows zeroed in which any of them is not finite."""
-    there = [each for each in rows if each is not None]
-    finite = torch.stack([torch.isfinite(each).all(1) for each in there]).all(0)
+    finite = torch.stack([torch.isfinite(each).all(1) for each in rows]).all(0)
     bad = valid.logical_or(finite).logical_not().unsqueeze(1)
-    return [None if each is None else each.masked_fill(bad, 0) for each in rows]
+    return [each.masked_fill(bad, 0) for each in rows]
 
 
 def row_count(q: Tensor, valid: Optional[Tensor]) -> Tensor:
@@ -124,18 +130,6 @@ def row_count(q: Tensor, valid: Optional[Tensor]) -> Tensor:
     if valid is None:
         return q.new_full((), q.size(0))
     return valid.sum().to(q.dtype)
-
-
-class Moment(NamedTuple):
-    """Sum of squares over the rows that count (``C``) and their number (scalar tensor)."""
-
-    total: Tensor
-    count: Tensor
-
-    def mean(self, otherwise: Tensor) -> Tensor:
-        """Second moment per channel; ``otherwise`` where no row counts."""
-        mean = self.total / self.count.clamp(min=1)
-        return torch.where(self.count > 0, mean, otherwise.to(mean.dtype))
 
 
 def inverse_root(second_moment: Tensor, eps: float) -> Tensor:
@@ -172,7 +166,7 @@ def grad_sums(
 
 
 def tally(*sums: Tensor, rows: Tensor) -> Tensor:
-    """One vector ``[sums (C each), rows, 1]`` in :func:`sum_dtype`: sums of one pass over ``rows`` rows, ready to be added up."""
+    """One vector ``[sums (C each), rows, 1]`` in :func:`sum_dtype`: sums over ``rows`` rows, ready to be added up."""
     dtype = sum_dtype(rows)
     one = rows.new_ones(1, dtype=dtype)
     return torch.cat([*(each.to(dtype) for each in sums), rows.reshape(1).to(dtype), one])
@@ -180,7 +174,8 @@ def tally(*sums: Tensor, rows: Tensor) -> Tensor:
 
 def mean_of(tally: Tensor, otherwise: Tensor) -> Tensor:
     """Second moment per channel from the tally of a forward pass; ``otherwise`` where no row counts."""
-    return Moment(tally[:-2], tally[-2]).mean(otherwise).to(otherwise.dtype)
+    mean = tally[:-2] / tally[-2].clamp(min=1)
+    return torch.where(tally[-2] > 0, mean, otherwise.to(mean.dtype)).to(otherwise.dtype)
 
 
 #: elements of a block of rows: few enough for a core's cache, enough to be worth a dozen calls of torch
@@ -265,12 +260,12 @@ def power_forward(
     r = None if spec.groups == 0 else rows.new_empty(rows.size(0), spec.groups, dtype=dtype)
     total, everything = rows.new_zeros(2, rows.size(1), dtype=dtype)
     with torch.autocast(x.device.type, enabled=False):
-        inv = inverse_root(batch if spec.forward_batch else running, spec.eps)
+        inv = inverse_root(batch if spec.forward_batch and batch is not None else running, spec.eps)
         scale = inv if weight is None else inv * weight.to(dtype)
         shift = None if bias is None else bias.to(dtype)
         for block in _blocks(rows, dtype):
             u, root = _scaled(rows[block.rows], spec.groups, block.u)
-            if root is not None:
+            if r is not None and root is not None:
                 r[block.rows] = root
             squares = torch.mul(u, u, out=block.spare)
             if valid is not None and not spec.skip_padding:
@@ -284,7 +279,7 @@ def power_forward(
     own = tally(total, rows=count)
     if batch is None and spec.backward_batch:
         batch = mean_of(own, running)
-    inv_backward = inverse_root(batch if spec.backward_batch else running, spec.eps)
+    inv_backward = inverse_root(batch if spec.backward_batch and batch is not None else running, spec.eps)
     squares = total if valid is None or spec.skip_padding else everything
     saved = torch.stack([inv, inv_backward, squares * inv.square()])
     if step is not None:
@@ -319,26 +314,52 @@ def power_backward(
         step: the step that nu takes, see :class:`OwnStep`
     """
     found = _power_backward(grad_y, x, r, weight, valid, saved, nu, spec, want_x=want_x)
-    if step is None:
+    if step is None or found.tally is None:
         return found
     advance_backward(found.tally, step.nu, step.spec)
     return found._replace(tally=None)
 
 
-def _power_backward(grad_y, x, r, weight, valid, saved, nu, spec, *, want_x) -> Backward:
+def _power_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    r: Optional[Tensor],
+    weight: Optional[Tensor],
+    valid: Optional[Tensor],
+    saved: Tensor,
+    nu: Tensor,
+    spec: PowerNormSpec,
+    *,
+    want_x: bool,
+) -> Backward:
     """The same without a step."""
     rows, grads = x.reshape(-1, x.size(-1)), grad_y.reshape(-1, x.size(-1))
     if valid is None or spec.skip_padding:
-        return _rows_backward(grads, rows, x, r, weight, valid, saved, nu, spec, want_x)
+        return _rows_backward(grads, rows, x, r, weight, valid, saved, nu, spec, want_x=want_x)
     if x.device.type == "cpu":  # where looking at a result costs nothing
-        found = _rows_backward(grads, rows, x, r, weight, None, saved, nu, spec, want_x)
+        found = _rows_backward(grads, rows, x, r, weight, None, saved, nu, spec, want_x=want_x)
         if torch.isfinite(found.weight).all():
             return found
-    grads, rows, r = finite_padding(valid, grads, rows, r)
-    return _rows_backward(grads, rows, x, r, weight, None, saved, nu, spec, want_x)
+    if r is None:
+        grads, rows = finite_padding(valid, grads, rows)
+    else:
+        grads, rows, r = finite_padding(valid, grads, rows, r)
+    return _rows_backward(grads, rows, x, r, weight, None, saved, nu, spec, want_x=want_x)
 
 
-def _rows_backward(grads, rows, x, r, weight, counted, saved, nu, spec, want_x) -> Backward:
+def _rows_backward(
+    grads: Tensor,
+    rows: Tensor,
+    x: Tensor,
+    r: Optional[Tensor],
+    weight: Optional[Tensor],
+    counted: Optional[Tensor],
+    saved: Tensor,
+    nu: Tensor,
+    spec: PowerNormSpec,
+    *,
+    want_x: bool,
+) -> Backward:
     """The same for rows ``N x C``; ``counted``: the rows that count and receive a gradient, None for all."""
     dtype = compute_dtype(x)
     inv_forward, inv_backward, z_square = saved
@@ -357,7 +378,7 @@ def _rows_backward(grads, rows, x, r, weight, counted, saved, nu, spec, want_x) 
             sums = grad_sums(grad, u, part, spare=block.spare)
             grad_sum += sums[0]
             grad_u_sum += sums[1]
-            if want_x:
+            if grad_x is not None:
                 target = grad_x.view(rows.shape)[block.rows]
                 grad_u = torch.mul(grad, scale, out=target if dtype == x.dtype else None).addcmul_(u, through)
                 found = mask_rows_(scale_rows_backward(grad_u, u, root, spare=block.spare), part)
@@ -388,94 +409,6 @@ def evaluate(
     u = layer_scale(x.to(compute_dtype(x)), groups)
     inv = u.new_ones(u.size(-1)) if psi2 is None else inverse_root(psi2.to(u.dtype), eps)
     return affine(u, inv, weight, bias).to(x.dtype)
-
-
-def next_psi2(
-    psi2: Tensor, iters: Tensor, batch: Tensor, rows: Tensor, step: StepSpec, *, alpha_fwd: Optional[float] = None
-) -> Tensor:
-    """psi^2 after one step; pure, any leading dimensions.
-
-    Args:
-        psi2: ``... x C``
-        iters: ``... x 1``, steps taken before this one
-        batch: ``... x C``, the step's second moment
-        rows: ``... x 1``, number of rows it was taken over; without any, psi^2 stays as it is
-        step: constants
-        alpha_fwd: in place of ``step.alpha_fwd``, for instance 0 to replace psi^2 by the batch's
-    """
-    alpha = step.alpha_fwd if alpha_fwd is None else alpha_fwd
-    number = iters + 1
-    if step.jump < math.inf and alpha > 0.0:
-        batch = torch.where(number > step.trusted_after, torch.minimum(batch, step.jump * (psi2 + step.eps)), batch)
-    new = psi2
-    if step.warmup > 0:
-        new = torch.where(number < step.warmup, psi2 * (number - 1) / number + batch / number, psi2)
-    new = alpha * new + (1.0 - alpha) * batch
-    return torch.where(rows > 0, finite_or(new, psi2), psi2)
-
-
-def next_nu(nu: Tensor, grad_z: Tensor, z_square: Tensor, rows: Tensor, step: StepSpec) -> Tensor:
-    """nu after one step; pure, any leading dimensions.
-
-    Args:
-        nu: ``... x C``
-        grad_z, z_square: ``... x C``, means of ``weight * dy * z`` and of z^2 over the step's rows
-        rows: ``... x 1``, their number; without any, nu stays as it is
-        step: constants
-    """
-    kept = 1.0 - step.nu_scale * z_square
-    if step.nu_lowest > -math.inf:
-        kept = kept.clamp(min=step.nu_lowest)
-    return torch.where(rows > 0, finite_or(nu * kept + grad_z, nu), nu)
-
-
-def finite_or(new: Tensor, old: Tensor) -> Tensor:
-    """``new`` if all of its C channels are finite, else ``old``: one bad batch never enters a buffer."""
-    return torch.where(torch.isfinite(new).all(-1, keepdim=True), new, old)
-
-
-def _matrix(vectors: Tensor, tally: Tensor) -> Tensor:
-    """Statistics of n norms, ``n x C`` (``n x 1``), in the precision of their sums."""
-    return vectors.reshape(-1, vectors.numel() // tally.view(-1, tally.size(-1)).size(0)).to(tally.dtype)
-
-
-def _put(vectors: Tensor, new: Tensor, taken: Tensor) -> None:
-    """Write what is ``taken`` and, in the precision of the statistics, finite."""
-    old = vectors.reshape(new.shape)
-    vectors.copy_(torch.where(taken, finite_or(new.to(old.dtype), old), old).view(vectors.shape))
-
-
-@torch.no_grad()
-def advance_forward(tally: Tensor, psi2: Tensor, iters: Tensor, step: StepSpec) -> None:
-    """One step of psi^2 and of the step count of n norms, in place.
-
-    Args:
-        tally: ``n x (C + 2)``: sums of u^2, rows, calls; a norm without a call takes no step
-        psi2: ``n x C``
-        iters: ``n``
-        step: constants
-    """
-    tally = tally.view(-1, tally.size(-1))
-    rows, calls = tally[:, -2:-1], tally[:, -1:]
-    batch = tally[:, :-2] / rows.clamp(min=1)
-    count = _matrix(iters, tally)
-    _put(psi2, next_psi2(_matrix(psi2, tally), count, batch, rows, step), calls > 0)
-    _put(iters, count + 1, calls > 0)
-
-
-@torch.no_grad()
-def advance_backward(tally: Tensor, nu: Tensor, step: StepSpec) -> None:
-    """One step of nu of n norms, in place.
-
-    Args:
-        tally: ``n x (2 C + 2)``: sums of ``weight * dy * z`` and of z^2, rows, calls; a norm without a call takes no step
-        nu: ``n x C``
-        step: constants
-    """
-    tally = tally.view(-1, tally.size(-1))
-    rows, calls = tally[:, -2:-1], tally[:, -1:]
-    grad_z, z_square = (tally[:, :-2] / rows.clamp(min=1)).chunk(2, dim=1)
-    _put(nu, next_nu(_matrix(nu, tally), grad_z, z_square, rows, step), calls > 0)
 
 
 def serves(device_type: str, dtype: torch.dtype, *, asked: bool = False) -> bool:

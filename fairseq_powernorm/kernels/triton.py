@@ -8,8 +8,7 @@ float per row and group, and a few per channel.
 import math
 import os
 from contextlib import nullcontext
-from types import ModuleType
-from typing import Iterator, Optional, Tuple
+from typing import TYPE_CHECKING, Any, ContextManager, Iterator, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -17,11 +16,15 @@ from torch.autograd.graph import increment_version
 
 from .interface import LAYER_SCALE_EPS, Backward, Forward, OwnStep, PowerNormSpec, StepSpec
 
+if TYPE_CHECKING:
+    from .triton_device import Launch
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: compute capability of the oldest GPUs that it is compiled for
 CAPABILITY = (8, 0)
 
-_code: Optional[ModuleType] = None
+#: the module :mod:`.triton_device`, once Triton has been found to work
+_code: Any = None
 _unavailable: Optional[str] = None
 
 
@@ -72,14 +75,28 @@ def describe() -> str:
     return f"Triton {_code.triton.__version__}" + (" (interpreted)" if _interpreted() else "")
 
 
-def _on(x: Tensor):
+def _on(x: Tensor) -> ContextManager[Any]:
     """Triton launches on the current device: makes it that of ``x``."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _forward(
-    x, run, shape, groups, valid, psi2, weight, bias, eps, *, y=None, r=None, inv=None, sums=None, padding=False
-):  # fmt: skip
+    x: Tensor,
+    run: "Launch",
+    shape: Tuple[int, int],
+    groups: int,
+    valid: Optional[Tensor],
+    psi2: Optional[Tensor],
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    eps: float,
+    *,
+    y: Optional[Tensor] = None,
+    r: Optional[Tensor] = None,
+    inv: Optional[Tensor] = None,
+    sums: Optional[Tensor] = None,
+    padding: bool = False,
+) -> None:
     """Launch :func:`.triton_device.forward`."""
     _code.forward[run.grid](
         x, y, r, valid, psi2, inv, weight, bias, sums, *shape, run.size, eps, LAYER_SCALE_EPS,
@@ -90,7 +107,19 @@ def _forward(
     )  # fmt: skip
 
 
-def _forward_end(x, run, shape, sums, valid, psi2, batch, saved, spec, padding):
+def _forward_end(
+    x: Tensor,
+    run: "Launch",
+    shape: Tuple[int, int],
+    sums: Tensor,
+    valid: Optional[Tensor],
+    psi2: Optional[Tensor],
+    batch: Optional[Tensor],
+    saved: Optional[Tensor],
+    spec: PowerNormSpec,
+    *,
+    padding: bool,
+) -> Tensor:
     """Launch :func:`.triton_device.forward_end`; gives the tally."""
     channels = shape[1]
     tally = x.new_empty(channels + 2, dtype=torch.float64)
@@ -104,7 +133,7 @@ def _forward_end(x, run, shape, sums, valid, psi2, batch, saved, spec, padding):
 
 
 def _blocks(channels: int) -> int:
-    return -(-channels // _code.END_CHANNELS)
+    return int(-(-channels // _code.END_CHANNELS))
 
 
 def _shape(x: Tensor) -> Tuple[int, int]:
@@ -113,7 +142,7 @@ def _shape(x: Tensor) -> Tuple[int, int]:
     return x.numel() // channels, channels
 
 
-def _partial(x: Tensor, run, kinds: int) -> Tensor:
+def _partial(x: Tensor, run: "Launch", kinds: int) -> Tensor:
     """Memory for the partial sums of a sweep."""
     return x.new_empty(run.grid[0] * (kinds * x.size(-1) + 1), dtype=torch.float32)
 
@@ -128,10 +157,13 @@ def second_moment(x: Tensor, valid: Optional[Tensor], groups: int) -> Tensor:
     (valid,) = _contiguous(valid)
     run = _code.launch(x.device, *shape, groups, _code.FORWARD_PROGRAMS)
     sums = _partial(x, run, 1)
-    spec = PowerNormSpec(groups, 0.0, 0.0, 1.0, False, False, True)
+    spec = PowerNormSpec(
+        groups=groups, eps=0.0, nu_scale=0.0, gradient_scale=1.0, forward_batch=False, backward_batch=False,
+        skip_padding=True,
+    )
     with _on(x):
         _forward(x, run, shape, groups, valid, None, None, None, 0.0, sums=sums)
-        return _forward_end(x, run, shape, sums, valid, None, None, None, spec, False)
+        return _forward_end(x, run, shape, sums, valid, None, None, None, spec, padding=False)
 
 
 def power_forward(
@@ -147,7 +179,8 @@ def power_forward(
     """See :func:`.eager.power_forward`."""
     x, shape, groups = x.contiguous(), _shape(x), spec.groups
     rows, channels = shape
-    weight, bias, psi2, batch, valid = _contiguous(weight, bias, psi2, batch, valid)
+    psi2 = psi2.contiguous()
+    weight, bias, batch, valid = _contiguous(weight, bias, batch, valid)
     run = _code.launch(x.device, rows, channels, groups, _code.FORWARD_PROGRAMS)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     r = x.new_empty((rows, groups), dtype=torch.float32) if groups else None
@@ -162,7 +195,7 @@ def power_forward(
             x, run, shape, groups, valid, None if later else divisor, weight, bias, spec.eps,
             y=None if later else y, r=r, sums=sums, padding=padding,
         )
-        tally = _forward_end(x, run, shape, sums, valid, psi2, batch, saved, spec, padding)
+        tally = _forward_end(x, run, shape, sums, valid, psi2, batch, saved, spec, padding=padding)
         if later or again:
             _forward(x, run, shape, groups, None, None if later else divisor, weight, bias, spec.eps, y=y, inv=saved)
     if step is not None:
@@ -185,7 +218,8 @@ def power_backward(
 ) -> Backward:
     """See :func:`.eager.power_backward`."""
     x, grad_y, rows, channels = x.contiguous(), grad_y.contiguous(), *_shape(x)
-    weight, nu, valid = _contiguous(weight, nu, valid if spec.skip_padding else None)
+    nu = nu.contiguous()
+    weight, valid = _contiguous(weight, valid if spec.skip_padding else None)
     scale = spec.gradient_scale
     run = _code.launch(x.device, rows, channels, spec.groups, _code.BACKWARD_PROGRAMS)
     on_device = isinstance(scale, Tensor) and scale.device == x.device  # then the host does not wait for it
@@ -198,7 +232,8 @@ def power_backward(
         _code.backward[run.grid](
             grad_y, x, r, valid, saved, weight, nu, grad_x, sums, rows, channels, run.size, scale, spec.nu_scale,
             SCALE_THERE=on_device, LAYER_SCALE=spec.groups > 0, OUTPUT=want_x, HAS_VALID=valid is not None,
-            HAS_WEIGHT=weight is not None, TILE_ROWS=run.tile_rows, TILE_COLUMNS=run.tile_columns, STAGES=run.stages, num_warps=run.warps,
+            HAS_WEIGHT=weight is not None, TILE_ROWS=run.tile_rows, TILE_COLUMNS=run.tile_columns, STAGES=run.stages,
+            num_warps=run.warps,
         )  # fmt: skip
         _code.backward_end[(_blocks(channels),)](
             sums, saved, weight, grad_weight, grad_bias, tally, rows, channels, run.grid[0], scale,

@@ -3,7 +3,8 @@
 Notation as in :mod:`.interface`; arithmetic in float32. A program of the two sweeps owns one *slice* of channels (a
 group of the layer scale, or a block of channels where there is none) and every P-th tile of rows. It adds up its
 columns in registers and writes them once, as one of P rows of partial sums; a second, small kernel adds those up in
-float64 and turns them into what a pass gives, and a third one, of a program per norm, takes the step of running statistics. No atomics: on the same device the same input gives the same bits.
+float64 and turns them into what a pass gives, and a third one, of a program per norm, takes the step of the running
+statistics. No atomics: on the same device the same input gives the same bits.
 
 Partial sums are one float32 vector: the sums of the first kind (``P x C``), those of the second where there are two,
 and the number of rows that each program counted (``P``).
@@ -343,7 +344,7 @@ def advance_backward(tally_ptr, nu_ptr, channels, nu_scale, lowest, CHANNELS: tl
 
 
 class Launch(NamedTuple):
-    """How a sweep runs over ``N x C``: the grid (P, slices), channels of a slice, a program's tile, tiles in flight, warps."""
+    """How a sweep runs over ``N x C``: grid (P, slices), channels of a slice, a program's tile, tiles in flight, warps."""
 
     grid: Tuple[int, int]
     size: int

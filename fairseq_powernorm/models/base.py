@@ -6,8 +6,9 @@ function, norm options from :mod:`fairseq_powernorm.options`.
 from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import field, fields
-from typing import Any, Callable, Collection, Dict, List, Mapping, NamedTuple, Optional, Tuple, Type
+from typing import TYPE_CHECKING, Any, Callable, Collection, Dict, List, Mapping, NamedTuple, Optional, Tuple, Type
 
+import torch
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import (
     ARCH_MODEL_REGISTRY,
@@ -55,7 +56,7 @@ KINDS = (
 
 
 def check_kind(arch: str, model: type, task: type) -> None:
-    """Raise ValueError if ``arch``, a registered architecture of the class ``model``, is of another kind than ``task`` trains."""
+    """Raise ValueError if ``arch``, an architecture of the class ``model``, is of another kind than ``task`` trains."""
     for kind in KINDS:
         if issubclass(task, kind.task) and not issubclass(model, kind.model):
             ours = (each for each, of in ARCH_MODEL_REGISTRY.items() if issubclass(of, PowerNormModel))
@@ -63,8 +64,8 @@ def check_kind(arch: str, model: type, task: type) -> None:
             other = [each.our_task for each in KINDS if issubclass(model, each.model)]
             hint = f"; with this architecture --task must be {other[0]}" if other else ""
             raise ValueError(
-                f"--arch {arch} with --task {_name_of(task)}, which trains {kind.name}: with this task --arch must be one of "
-                f"{', '.join(fitting)}, or another of fairseq's {kind.name}{hint}"
+                f"--arch {arch} with --task {_name_of(task)}, which trains {kind.name}: with this task --arch must be one "
+                f"of {', '.join(fitting)}, or another of fairseq's {kind.name}{hint}"
             )
 
 
@@ -92,7 +93,7 @@ def flat_fields(
             if inner.name.startswith("_") or name in without:
                 continue
             kind = str if name.endswith("_layers_to_keep") else inner.type  # fairseq splits these at commas
-            default = inner.default
+            default: Any = inner.default
             own = not _is_interpolation(default) or default.startswith("${model.")  # else an option of task or command
             if name in by_architecture and own:
                 default = None
@@ -111,7 +112,7 @@ def given(args: Any) -> Dict[str, Any]:
 
     References to other options (``${task.tokens_per_sample}``) are followed where that option can be seen.
     """
-    values = OmegaConf.to_container(args, enum_to_str=True) if isinstance(args, DictConfig) else dict(vars(args))
+    values: Any = OmegaConf.to_container(args, enum_to_str=True) if isinstance(args, DictConfig) else dict(vars(args))
     for name, value in values.items():
         if _is_interpolation(value):
             try:
@@ -178,7 +179,13 @@ class ModelOptions(NamedTuple):
     kept_layers: Dict[str, KeptLayers]
 
 
-class PowerNormModel:
+if TYPE_CHECKING:
+    _Mixin = torch.nn.Module
+else:
+    _Mixin = object
+
+
+class PowerNormModel(_Mixin):
     """Mixin, before a model class of fairseq: options and checkpoints of a model with a choice of norms."""
 
     #: side -> how a checkpoint of the whole model is pruned when it is loaded; set by :meth:`build_model`

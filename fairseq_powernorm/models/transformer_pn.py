@@ -1,7 +1,7 @@
 """``transformer_pn``: fairseq's Transformer for translation with a choice of norms."""
 from argparse import Namespace
 from dataclasses import field, make_dataclass
-from typing import Dict, List
+from typing import Any, Dict, List
 
 from fairseq.models import register_model
 from fairseq.models.transformer import (
@@ -12,7 +12,6 @@ from fairseq.models.transformer import (
     transformer_legacy,
 )
 from fairseq.models.transformer.transformer_config import DecoderConfig, EncDecBaseConfig, QuantNoiseConfig
-
 from torch import nn
 
 from ..checkpoint import AUTHORS_NORM_OPTIONS, AUTHORS_NORMS
@@ -114,8 +113,10 @@ class TransformerPNModel(PowerNormModel, TransformerModelBase):
 
     def norm_readers(self) -> Dict[str, List[nn.Module]]:
         """The encoder's final norm -> keys and values of the decoder's attention to it, if nothing else reads it."""
-        attentions = [layer.encoder_attn for layer in self.decoder.layers if getattr(layer, "encoder_attn", None)]
-        if self.encoder.layer_norm is None or self.decoder.cross_self_attention:
+        encoder: Any = self.encoder
+        decoder: Any = self.decoder
+        attentions = [layer.encoder_attn for layer in decoder.layers if getattr(layer, "encoder_attn", None)]
+        if encoder.layer_norm is None or decoder.cross_self_attention:
             return {}
         return {"encoder.layer_norm": [reader for each in attentions for reader in projections(each, "kv")]}
 

@@ -1,13 +1,14 @@
 """Normalization layers: ``PowerNorm``, ``PowerNormV``, ``MaskedBatchNorm``, ``LayerNorm``, ``RMSNorm``.
 
 All are drop-in ``nn.Module``s called as ``norm(x, padding_mask=None)`` with ``x`` of shape ``T x B x C`` (``B x T x C`` with
-``batch_first=True``) or ``N x C`` and a bool mask of shape ``B x T`` (``N`` for two-dimensional input), True at padding. They
-need torch and nothing else. Statistics are kept and computed in float32 (float64 for float64 input) whatever the dtype of
-the input and of the parameters.
+``batch_first=True``) or ``N x C`` and a bool mask of shape ``B x T`` (``N`` for two-dimensional input), True at padding.
+They need torch and nothing else. Statistics are kept and computed in float32 (float64 for float64 input) whatever the dtype
+of the input and of the parameters.
 
 A norm with running statistics applies those of each training batch by itself. Where somebody else decides what a
-training step is (several batches, several processes, steps that are skipped), :class:`~fairseq_powernorm.statistics.RunningStatistics`
-takes over: it gives each norm a :class:`Stage`, into which the norm adds its sums, and applies them once per step.
+training step is (several batches, several processes, steps that are skipped),
+:class:`~fairseq_powernorm.statistics.RunningStatistics` takes over: it gives each norm a :class:`Stage`,
+into which the norm adds its sums, and applies them once per step.
 """
 from .base import RunningNorm
 from .batch import MaskedBatchNorm

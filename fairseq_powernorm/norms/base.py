@@ -1,17 +1,21 @@
 """The base of the norms with running statistics: checks, masks, buffers that stay in float32, transforms of torch."""
+import logging
 import threading
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Hashable, Mapping, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
-from .. import functional
+from .. import functional, operators
 from ..kernels import eager
 from ..kernels.interface import transformed
 from .masks import MaskSlot, check_mask, valid_rows
 from .staging import Stage, Sums
 
+logger = logging.getLogger(__name__)
+
 State = Mapping[str, Tensor]
+Device = Union[torch.device, str, int, None]
 
 _PLAIN = (Tensor, nn.Parameter)
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -28,11 +32,6 @@ def check_interval(name: str, value: float) -> None:
         raise ValueError(f"{name}={value!r}: must lie in [0, 1]")
 
 
-def statistics_dtype() -> torch.dtype:
-    """dtype of new statistics: float32, or float64 where that is torch's default."""
-    return torch.promote_types(torch.get_default_dtype(), torch.float32)
-
-
 def _widened(value: Tensor) -> Tensor:
     """A value for a statistic: as it is, or float32 if it is narrower (half precision, integers, bool)."""
     wide = value.is_floating_point() and torch.finfo(value.dtype).bits >= 32
@@ -41,7 +40,8 @@ def _widened(value: Tensor) -> Tensor:
 
 def size_of(x: Tensor) -> Tensor:
     """Euclidean norm over channels divided by their number, ``... x C -> ...``."""
-    return torch.linalg.vector_norm(x, dim=-1) / x.size(-1)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1)
+    return norm / x.size(-1)
 
 
 class RunningNorm(nn.Module):
@@ -59,6 +59,7 @@ class RunningNorm(nn.Module):
             precedes the norm; 0 turns it off
         affine: learn ``weight`` and ``bias`` (``C``)
         batch_first: three-dimensional input is ``B x T x C``, not ``T x B x C``
+        device, dtype: of the parameters, torch's defaults if None; statistics are on that device and float32 or wider
 
     Raises:
         ValueError: an argument is outside its range, or ``groups`` does not divide ``dim``
@@ -74,8 +75,22 @@ class RunningNorm(nn.Module):
     weight: Optional[nn.Parameter]
     bias: Optional[nn.Parameter]
     iters: Tensor
+    if TYPE_CHECKING:
+        _buffers: Dict[str, Tensor]  # type: ignore[assignment]  # a norm has no buffer that is None
+        _constants: Dict[Hashable, Any]
 
-    def __init__(self, dim: int, *, eps: float, alpha_fwd: float, groups: int, affine: bool, batch_first: bool):
+    def __init__(
+        self,
+        dim: int,
+        *,
+        eps: float,
+        alpha_fwd: float,
+        groups: int,
+        affine: bool,
+        batch_first: bool,
+        device: Device = None,
+        dtype: Optional[torch.dtype] = None,
+    ):
         super().__init__()
         if dim < 1:
             raise ValueError(f"dim={dim!r}: must be a positive number of channels")
@@ -96,13 +111,15 @@ class RunningNorm(nn.Module):
         self.mask_slot: Optional[MaskSlot] = None
         #: set by whoever applies the statistics instead of the norm
         self.stage: Optional[Stage] = None
-        with torch.inference_mode(False):  # or it could never be trained
+        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        with torch.inference_mode(mode=False):  # or it could never be trained
             for name in ("weight", "bias"):
-                self.register_parameter(name, nn.Parameter(torch.empty(dim)) if affine else None)
+                self.register_parameter(name, nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) if affine else None)
             # floating point: integer buffers break exponential moving averages of a model
-            self.register_buffer("iters", torch.empty((), dtype=statistics_dtype()))
+            self.register_buffer("iters", torch.empty((), device=device, dtype=wide))
             for name in self.STATISTICS:
-                self.register_buffer(name, torch.empty(dim, dtype=statistics_dtype()))
+                self.register_buffer(name, torch.empty(dim, device=device, dtype=wide))
+        self._from_meta = False  # statistics may have come in place of meta tensors, with or without a value
         self._steps: Optional[Tuple[Tensor, int, int]] = None  # iters, its version, its value on the host
         self._lock = threading.Lock()
         self.reset_parameters()
@@ -122,17 +139,16 @@ class RunningNorm(nn.Module):
 
     def reset_running_stats(self) -> None:
         """Set the statistics and the step count to what they were at the beginning."""
-        with torch.no_grad():
-            self.iters.zero_()
-            for name, value in self.STATISTICS.items():
-                self._buffers[name].fill_(value)
+        # torch.nn.init: Hugging Face's loading lets its functions pass over what the checkpoint had
+        for name, buffer in self._buffers.items():
+            nn.init.constant_(buffer, self.STATISTICS.get(name, 0.0))
 
     def reset_parameters(self) -> None:
         """Set statistics, ``weight`` (1) and ``bias`` (0) to what they were at the beginning."""
         self.reset_running_stats()
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
-            nn.init.zeros_(self.bias)
+        for parameter, value in ((self.weight, 1.0), (self.bias, 0.0)):
+            if parameter is not None:
+                nn.init.constant_(parameter, value)
 
     def settings(self) -> Tuple[Tuple[str, Any], ...]:
         """The norm's numbers and choices by name: norms of one class that share them share their arithmetic."""
@@ -144,7 +160,7 @@ class RunningNorm(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RunningNorm":
         before = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in self._buffers.items():
             old = before[name]
             if old.is_meta and not buffer.is_meta:  # memory without a value, as to_empty gives
@@ -157,6 +173,9 @@ class RunningNorm(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """As in any module, but the value of a statistic is widened to float32."""
         if isinstance(value, Tensor) and name in self.__dict__.get("_buffers", {}):
+            old = self._buffers[name]
+            if old is not None and old.is_meta and not value.is_meta:
+                self.__dict__["_from_meta"] = True
             value = _widened(value)
         elif not name.startswith("_"):
             self.__dict__["_constants"] = {}
@@ -169,8 +188,10 @@ class RunningNorm(nn.Module):
         return state
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.__dict__.setdefault("batch_first", False)  # pickled by an earlier version
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        earlier = {"batch_first": False, "_from_meta": False, "_constants": {}}  # pickled by an earlier version
+        for name, value in earlier.items():
+            self.__dict__.setdefault(name, value)
         self._lock = threading.Lock()
 
     def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -191,6 +212,35 @@ class RunningNorm(nn.Module):
             raise RuntimeError(f"torch.jit.script of a {type(self).__name__} in training: call eval() first")
         return Evaluation(self)
 
+    def _check_values(self) -> None:
+        """Statistics that came in place of meta tensors: what can't be a value is memory that nobody has written.
+
+        So Hugging Face's ``from_pretrained`` leaves what the checkpoint lacks; it marks what the checkpoint had.
+        """
+        if torch.compiler.is_compiling():
+            return
+        self.__dict__["_from_meta"] = False
+        unmarked = {
+            name: buffer
+            for name, buffer in self._buffers.items()
+            if not buffer.is_meta and not getattr(buffer, "_is_hf_initialized", False)
+        }
+        counted = "iters" not in unmarked or self._is_value("iters", unmarked["iters"])
+        for name, buffer in unmarked.items():
+            start = self.STATISTICS.get(name, 0.0)
+            # of a mean or nu nothing can be told by itself
+            if not self._is_value(name, buffer) or (start == 0.0 and not counted):
+                logger.warning("%s of a %s has no value yet: it begins as in a new one", name, type(self).__name__)
+                nn.init.constant_(buffer, start)
+
+    def _is_value(self, name: str, buffer: Tensor) -> bool:
+        """Can a statistic be this? Steps are counted; second moments and variances, which begin at 1, are not all zero."""
+        if not bool(torch.isfinite(buffer).all()):
+            return False
+        if name == "iters":
+            return 0 <= float(buffer) < 2**53 and float(buffer).is_integer()
+        return self.STATISTICS[name] == 0.0 or bool((buffer >= 0.0).all() and buffer.max() > 1e-30)
+
     # ------------------------------------------------------------------ the step count
 
     def steps(self) -> int:
@@ -200,9 +250,10 @@ class RunningNorm(nn.Module):
             return int(iters.item())
         known = self._steps
         if known is None or known[0] is not iters or known[1] != iters._version:
-            self.remember_steps(int(iters.item()))
-            known = self._steps
-        return known[2]  # type: ignore[index]
+            steps = int(iters.item())
+            self.remember_steps(steps)
+            return steps
+        return known[2]
 
     def remember_steps(self, steps: int) -> None:
         """Say what ``iters`` has become, so that it need not be read from an accelerator."""
@@ -224,8 +275,14 @@ class RunningNorm(nn.Module):
 
         Raises:
             ValueError: a shape, dtype or device does not fit
-            RuntimeError: a training pass outside of ``RunningStatistics.batch()``, or under a transform that has no meaning there
+            RuntimeError: a training pass outside of ``RunningStatistics.batch()``, or under a transform that has no meaning
         """
+        if type(x) not in _PLAIN and isinstance(x, torch.fx.Proxy):  # symbolic tracing takes the norm as a whole
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, padding_mask), {})
+        if self._from_meta:
+            self._check_values()
+        if x.is_nested:
+            raise ValueError("input is a nested tensor: expected a dense one with a padding mask")
         if x.dim() not in (2, 3) or x.size(-1) != self.dim:
             layout = "B x T" if self.batch_first else "T x B"
             raise ValueError(f"input of shape {tuple(x.shape)}: expected {layout} x {self.dim} or N x {self.dim}")
@@ -268,8 +325,8 @@ class RunningNorm(nn.Module):
         for interpreter in torch._C._functorch.get_interpreter_stack() or ():
             if interpreter.key() == transforms.Vmap:
                 raise RuntimeError(
-                    f"vmap over a {type(self).__name__} in training: every example would take a step of the statistics of one "
-                    "batch; call eval() first"
+                    f"vmap over a {type(self).__name__} in training: every example would take a step of the statistics of "
+                    "one batch; call eval() first"
                 )
 
     def _evaluate(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
@@ -284,7 +341,9 @@ class RunningNorm(nn.Module):
         moment = moment.detach().to(eager.sum_dtype(moment))
         scale, shift = eager.inverse_root(moment, self.eps), torch.zeros_like(moment)
         if self.weight is not None:
-            scale, shift = scale * self.weight.detach(), shift + self.bias.detach()
+            scale = scale * self.weight.detach()
+        if self.bias is not None:
+            shift = shift + self.bias.detach()
         return scale, shift if mean is None else shift - scale * mean.detach()
 
     def _train(self, x: Tensor, valid: Optional[Tensor], *, special: bool) -> Tensor:
@@ -298,6 +357,14 @@ class RunningNorm(nn.Module):
         raise NotImplementedError
 
     # ------------------------------------------------------------------ statistics
+
+    def _affine(self) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+        """weight and bias, quickly; they need not be parameters (parametrizations, pruning)."""
+        parameters = self._parameters
+        try:
+            return parameters["weight"], parameters["bias"]
+        except KeyError:
+            return self.weight, self.bias
 
     @property
     def _reduce(self) -> Optional[functional.Reduce]:
@@ -319,10 +386,12 @@ class RunningNorm(nn.Module):
 
     def _take(self, part: str, tally: Tensor) -> None:
         """Take in the tally of one pass: into the stage, or as one step of the running statistics."""
-        if self.stage is not None:
-            self.stage.add(part, tally)
-        else:
-            self.step_(part, tally, {name: self.statistic(name) for name in self.STEPS[part]})
+        with operators.outside_of_modes():
+            if self.stage is not None:
+                self.stage.add(part, tally)
+            else:
+                # of the class: torch 2.4 compiles no mapping that it finds through the module
+                self.step_(part, tally, {name: self.statistic(name) for name in type(self).STEPS[part]})
 
     def step_(self, part: str, tally: Tensor, buffers: State) -> None:
         """One step of the running statistics of n norms with these settings, in place.
@@ -370,41 +439,4 @@ class RunningNorm(nn.Module):
             channels, divided by their number, of batch minus running statistics and of the running ones.
             ``gradient_*``: root mean square over rows of the norm of the term of dL/du that a statistic causes.
         """
-        raise NotImplementedError
-
-
-class ExactNorm(RunningNorm):
-    """Base of the norms whose training divides by statistics of the batch and whose gradient is that of the function."""
-
-    def _train(self, x: Tensor, valid: Optional[Tensor], *, special: bool) -> Tensor:
-        mean, moment, spec = self._batch_arguments()
-        if special:
-            y, tally = functional.batch_norm_formula(x, self.weight, self.bias, valid, mean, moment, spec)
-            if torch.compiler.is_compiling():
-                self._take("forward", tally)
-            elif not inside_backward():
-                with torch._C._DisableFuncTorch():
-                    self._take("forward", functional.unwrapped(tally))
-            return y
-        recomputed = inside_backward()
-
-        def collect(part: str, tally: Tensor) -> None:
-            if part == "forward":
-                if not recomputed:
-                    self._take(part, tally)
-            elif self.stage is not None:
-                # the backward pass of these norms changes no statistics, it is only recorded
-                self.stage.switches.check_open("backward")
-                if self.stage.switches.recording:
-                    tally[:-2] /= self.stage.switches.gradient_scale
-                    with self._lock:
-                        self._take(part, tally)
-
-        with self._lock:
-            return functional.batch_norm(
-                x, self.weight, self.bias, valid, mean, moment, spec, collect, self._reduce
-            )
-
-    def _batch_arguments(self) -> Tuple[Optional[Tensor], Tensor, functional.BatchSpec]:
-        """Running mean (or None) and second moment, which stand in for a batch without rows, and the constants."""
         raise NotImplementedError

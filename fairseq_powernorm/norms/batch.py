@@ -6,7 +6,8 @@ from torch import Tensor
 
 from .. import functional
 from ..kernels import eager
-from .base import ExactNorm, State, size_of
+from .base import Device, State, size_of
+from .exact import ExactNorm
 from .masks import valid_rows
 from .staging import Sums
 
@@ -39,6 +40,7 @@ class MaskedBatchNorm(ExactNorm):
         variant: ``masked`` or ``reference``
         affine: learn ``weight`` and ``bias``
         batch_first: three-dimensional input is ``B x T x C``
+        device, dtype: of the parameters; statistics are on that device and float32 or wider
 
     Shape:
         - input and output: ``T x B x C`` (``B x T x C`` with ``batch_first``) or ``N x C``
@@ -65,11 +67,16 @@ class MaskedBatchNorm(ExactNorm):
         variant: str = "masked",
         affine: bool = True,
         batch_first: bool = False,
+        device: Device = None,
+        dtype: Optional[torch.dtype] = None,
     ):
         if variant not in VARIANTS:
             raise ValueError(f"variant={variant!r}: must be one of {', '.join(VARIANTS)}")
         alpha = ALPHA[variant] if alpha_fwd is None else alpha_fwd
-        super().__init__(dim, eps=eps, alpha_fwd=alpha, groups=groups, affine=affine, batch_first=batch_first)
+        super().__init__(
+            dim, eps=eps, alpha_fwd=alpha, groups=groups, affine=affine, batch_first=batch_first,
+            device=device, dtype=dtype,
+        )
         self.variant = variant
 
     def extra_repr(self) -> str:
@@ -92,14 +99,14 @@ class MaskedBatchNorm(ExactNorm):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _evaluate(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
-        parameters, buffers = self._parameters, self._buffers
+        buffers = self._buffers
         if self.variant == "reference" and padding_mask is not None:
             x = self._filled(x, valid_rows(padding_mask, x.dim() == 3 and not self.batch_first))
             groups = 0
         else:
             groups = self.groups
         return functional.running_norm(
-            x, parameters["weight"], parameters["bias"], buffers["running_var"], groups, self.eps, buffers["running_mean"]
+            x, *self._affine(), buffers["running_var"], groups, self.eps, buffers["running_mean"]
         )
 
     def _filled(self, x: Tensor, valid: Tensor) -> Tensor:

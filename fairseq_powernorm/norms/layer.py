@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .base import Device
 from .masks import check_mask
 
 
@@ -19,13 +20,23 @@ class LayerNorm(nn.LayerNorm):
         eps: added to the variance
         affine: learn ``weight`` and ``bias``
         batch_first: the input is ``B x T x C``, not ``T x B x C``
+        device, dtype: of the parameters
 
     Raises:
         ValueError: ``forward`` is given a padding mask that does not fit
     """
 
-    def __init__(self, dim: int, *, eps: float = 1e-5, affine: bool = True, batch_first: bool = False):
-        super().__init__(dim, eps=eps, elementwise_affine=affine)
+    def __init__(
+        self,
+        dim: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        batch_first: bool = False,
+        device: Device = None,
+        dtype: Optional[torch.dtype] = None,
+    ):
+        super().__init__(dim, eps=eps, elementwise_affine=affine, device=device, dtype=dtype)
         self.batch_first = batch_first
 
     def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
@@ -42,16 +53,27 @@ class RMSNorm(nn.RMSNorm):
         eps: added to the mean square
         affine: learn ``weight``
         batch_first: the input is ``B x T x C``, not ``T x B x C``
+        device, dtype: of the parameters
 
     Raises:
         ValueError: ``forward`` is given a padding mask that does not fit
     """
 
-    def __init__(self, dim: int, *, eps: float = 1e-5, affine: bool = True, batch_first: bool = False):
-        super().__init__(dim, eps=eps, elementwise_affine=affine)
+    def __init__(
+        self,
+        dim: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        batch_first: bool = False,
+        device: Device = None,
+        dtype: Optional[torch.dtype] = None,
+    ):
+        super().__init__(dim, eps=eps, elementwise_affine=affine, device=device, dtype=dtype)
         self.batch_first = batch_first
 
     def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
         if not torch.jit.is_scripting():
             check_mask(padding_mask, x, batch_first=self.batch_first)
-        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        # torch 2.4 gives the wider dtype of input and weight
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps).to(x.dtype)

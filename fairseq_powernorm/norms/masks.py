@@ -46,7 +46,8 @@ class MaskSlot:
     @property
     def padding_mask(self) -> Optional[Tensor]:
         """``B x T`` bool, True at padding; None if there is none."""
-        return getattr(self._local, "mask", None)
+        mask: Optional[Tensor] = getattr(self._local, "mask", None)
+        return mask
 
     @padding_mask.setter
     def padding_mask(self, mask: Optional[Tensor]) -> None:
@@ -55,7 +56,7 @@ class MaskSlot:
 
     def valid(self, transposed: bool) -> Tensor:
         """The mask as the norms read it: one bool for each row of the input, False at padding."""
-        known = self._local.valid
+        known: Optional[Tuple[bool, Tensor]] = self._local.valid
         if known is None or known[0] is not transposed:
             known = self._local.valid = transposed, valid_rows(self._local.mask, transposed)
         return known[1]

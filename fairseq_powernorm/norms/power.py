@@ -1,13 +1,14 @@
 """Power Normalization: ``PowerNorm``, and what it shares with PN-V."""
 import math
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Hashable, Optional, Tuple
 
+import torch
 from torch import Tensor
 
 from .. import functional, operators
 from ..kernels import choose, choose_for_step, eager
 from ..kernels.interface import OwnStep, PowerNormSpec, StepSpec
-from .base import RunningNorm, State, check_interval, inside_backward, size_of
+from .base import Device, RunningNorm, State, check_interval, inside_backward, size_of
 from .recomputation import Recomputations, recomputable
 from .staging import Sums
 
@@ -20,10 +21,7 @@ class SecondMomentNorm(RunningNorm):
     running_phi: Tensor
 
     def _evaluate(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
-        parameters = self._parameters
-        return functional.running_norm(
-            x, parameters["weight"], parameters["bias"], self._buffers["running_phi"], self.groups, self.eps
-        )
+        return functional.running_norm(x, *self._affine(), self._buffers["running_phi"], self.groups, self.eps)
 
     def scale_and_shift(self) -> Tuple[Tensor, Tensor]:
         return self._scale_and_shift(self.running_phi)
@@ -83,6 +81,7 @@ class PowerNorm(SecondMomentNorm):
         variant: ``reference`` or ``algorithm2``
         affine: learn ``weight`` (gamma) and ``bias`` (beta)
         batch_first: three-dimensional input is ``B x T x C``
+        device, dtype: of the parameters; statistics are on that device and float32 or wider
 
     Shape:
         - input and output: ``T x B x C`` (``B x T x C`` with ``batch_first``) or ``N x C``
@@ -118,13 +117,18 @@ class PowerNorm(SecondMomentNorm):
         variant: str = "reference",
         affine: bool = True,
         batch_first: bool = False,
+        device: Device = None,
+        dtype: Optional[torch.dtype] = None,
     ):
         check_interval("alpha_bkw", alpha_bkw)
         if warmup_updates < 0:
             raise ValueError(f"warmup_updates={warmup_updates!r}: must be zero or a positive number of steps")
         if variant not in VARIANTS:
             raise ValueError(f"variant={variant!r}: must be one of {', '.join(VARIANTS)}")
-        super().__init__(dim, eps=eps, alpha_fwd=alpha_fwd, groups=groups, affine=affine, batch_first=batch_first)
+        super().__init__(
+            dim, eps=eps, alpha_fwd=alpha_fwd, groups=groups, affine=affine, batch_first=batch_first,
+            device=device, dtype=dtype,
+        )
         self.alpha_bkw = alpha_bkw
         self.warmup_updates = warmup_updates
         self.variant = variant
@@ -161,11 +165,13 @@ class PowerNorm(SecondMomentNorm):
         reference, stage = self.variant == "reference", self.stage
         switches = None if stage is None else stage.switches
         counting = switches is None or switches.counting
+        # a tensor where the loss scale is one on the device
+        gradient_scale: Any = 1.0 if switches is None else switches.gradient_scale
         return operators.OpaqueSpec(
             groups=self.groups,
             eps=self.eps,
             nu_scale=1.0 - self.alpha_bkw if counting else 0.0,
-            gradient_scale=1.0 if switches is None else switches.gradient_scale,
+            gradient_scale=gradient_scale,
             warmup=self._warmup,
             trusted_after=max(1, self._warmup),
             batch_statistics=switches is not None and switches.batch_statistics,
@@ -178,19 +184,19 @@ class PowerNorm(SecondMomentNorm):
     def _spec_at(self, steps: int) -> PowerNormSpec:
         """The constants of a pass after ``steps`` steps, made once for all passes alike."""
         switches = None if self.stage is None else self.stage.switches
-        kind = steps < self.warmup_updates, steps >= max(1, self.warmup_updates), steps > 0
+        kind: Tuple[Hashable, ...] = steps < self.warmup_updates, steps >= max(1, self.warmup_updates), steps > 0
         if switches is not None:
             if isinstance(switches.gradient_scale, Tensor):
                 return self._spec().at(steps)
             kind += switches.counting, switches.gradient_scale, switches.batch_statistics
-        known = self._constants.get(kind)
+        known: Optional[PowerNormSpec] = self._constants.get(kind)
         if known is None:
             known = self._constants[kind] = self._spec().at(steps)
         return known
 
     def _step_spec(self) -> StepSpec:
         """The constants of a step of the statistics."""
-        known = self._constants.get("step")
+        known: Optional[StepSpec] = self._constants.get("step")
         if known is None:
             known = self._constants["step"] = self._make_step_spec()
         return known
@@ -222,9 +228,9 @@ class PowerNorm(SecondMomentNorm):
         """Training without a stage: each forward pass takes a step, and one that is repeated must see what it saw."""
         psi2, recomputations = self.statistic("running_phi"), self._recomputations
         if inside_backward() and recomputations:
-            rows = x.detach()
-            tally = choose(rows, valid=valid).second_moment(rows, valid, self.groups)
-            known = recomputations.recall(tally)
+            with operators.outside_of_modes():
+                rows = x.detach()
+                known = recomputations.recall(choose(rows, valid=valid).second_moment(rows, valid, self.groups))
             return self._pass(x, valid, known.spec, known.psi2, take_forward=False)
         steps = self.steps()
         spec = self._spec_at(steps)
@@ -232,12 +238,23 @@ class PowerNorm(SecondMomentNorm):
             own = OwnStep(psi2, self.statistic("iters"), self.statistic("ema_gz"), self._step_spec())
             y = self._pass(x, valid, spec, psi2, own=own)
         else:
-            before = psi2.clone()
+            with operators.outside_of_modes():
+                before = psi2.clone()
             y = self._pass(x, valid, spec, psi2, remember=lambda tally: recomputations.remember(before, spec, tally))
         self.remember_steps(steps + 1)
         return y
 
-    def _pass(self, x, valid, spec, psi2, *, take_forward=True, remember=None, own=None) -> Tensor:
+    def _pass(
+        self,
+        x: Tensor,
+        valid: Optional[Tensor],
+        spec: PowerNormSpec,
+        psi2: Tensor,
+        *,
+        take_forward: bool = True,
+        remember: Optional[Callable[[Tensor], None]] = None,
+        own: Optional[OwnStep] = None,
+    ) -> Tensor:
         """One forward pass with given statistics and constants; its backward pass follows when it will."""
 
         def collect(part: str, tally: Tensor) -> None:
@@ -246,10 +263,9 @@ class PowerNorm(SecondMomentNorm):
             if remember is not None and part == "forward":
                 remember(tally)
 
-        parameters = self._parameters
         nu = self.statistic("ema_gz") if own is None else own.nu
         return functional.power_norm(
-            x, parameters["weight"], parameters["bias"], valid, psi2, nu, spec, collect, self._reduce, self._lock, own
+            x, *self._affine(), valid, psi2, nu, spec, collect, self._reduce, self._lock, own
         )
 
     def _train_opaque(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
@@ -263,17 +279,17 @@ class PowerNorm(SecondMomentNorm):
     # ------------------------------------------------------------------ statistics
 
     def step_(self, part: str, tally: Tensor, buffers: State) -> None:
-        statistics = [buffers[name] for name in self.STEPS[part]]
-        backend = choose_for_step(tally, *statistics)
+        backend = choose_for_step(tally, *(buffers[name] for name in self.STEPS[part]))
         if part == "forward":
-            backend.advance_forward(tally, *statistics, self._step_spec())
+            backend.advance_forward(tally, buffers["running_phi"], buffers["iters"], self._step_spec())
         else:
-            backend.advance_backward(tally, *statistics, self._step_spec())
+            backend.advance_backward(tally, buffers["ema_gz"], self._step_spec())
 
     def advance(self, part: str, state: State, sums: Sums, alpha_fwd: float) -> Dict[str, Tensor]:
         step = self._step_spec()
         if part == "backward":
-            return {"ema_gz": eager.next_nu(state["ema_gz"], *sums.means(), sums.rows, step)}
+            grad_z, z_square = sums.means()
+            return {"ema_gz": eager.next_nu(state["ema_gz"], grad_z, z_square, sums.rows, step)}
         (batch,) = sums.means()
         new = eager.next_psi2(state["running_phi"], state["iters"], batch, sums.rows, step, alpha_fwd=alpha_fwd)
         return {"running_phi": new, "iters": state["iters"] + 1}

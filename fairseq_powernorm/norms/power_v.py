@@ -6,7 +6,8 @@ from torch import Tensor
 
 from .. import functional
 from ..kernels import eager
-from .base import ExactNorm, State
+from .base import Device, State
+from .exact import ExactNorm
 from .power import SecondMomentNorm
 from .staging import Sums
 
@@ -24,6 +25,7 @@ class PowerNormV(ExactNorm, SecondMomentNorm):
         groups: channel groups of the layer scale before it, 0 for none
         affine: learn ``weight`` and ``bias``
         batch_first: three-dimensional input is ``B x T x C``
+        device, dtype: of the parameters; statistics are on that device and float32 or wider
 
     Shape:
         - input and output: ``T x B x C`` (``B x T x C`` with ``batch_first``) or ``N x C``
@@ -46,8 +48,13 @@ class PowerNormV(ExactNorm, SecondMomentNorm):
         groups: int = 1,
         affine: bool = True,
         batch_first: bool = False,
+        device: Device = None,
+        dtype: Optional[torch.dtype] = None,
     ):
-        super().__init__(dim, eps=eps, alpha_fwd=alpha_fwd, groups=groups, affine=affine, batch_first=batch_first)
+        super().__init__(
+            dim, eps=eps, alpha_fwd=alpha_fwd, groups=groups, affine=affine, batch_first=batch_first,
+            device=device, dtype=dtype,
+        )
 
     def _batch_arguments(self) -> Tuple[Optional[Tensor], Tensor, functional.BatchSpec]:
         return None, self.running_phi, functional.BatchSpec(self.groups, self.eps, centre=False)

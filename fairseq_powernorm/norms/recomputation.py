@@ -20,7 +20,7 @@ TOLERANCE = 1e-4
 
 
 def recomputable() -> bool:
-    """May the forward pass in progress be repeated? Checkpointing runs it without gradient, or with hooks on saved tensors."""
+    """May the forward pass in progress be repeated? Checkpointing runs it without gradient or with hooks."""
     return not torch.is_grad_enabled() or saved_tensors_are_hooked()
 
 
@@ -61,9 +61,9 @@ class Recomputations:
         if len(distinct) != 1:
             reason = "saw the same input with other statistics each" if distinct else "has had this input"
             raise RuntimeError(
-                "activation checkpointing: a PowerNorm that applies its own statistics can't tell which of its "
-                f"{len(self._passes)} forward passes is computed again: {'several' if distinct else 'none'} of them {reason}; let "
-                "fairseq_powernorm.statistics.RunningStatistics apply the statistics, once per step"
+                "activation checkpointing: a PowerNorm that applies its own statistics can't tell which "
+                f"of its {len(self._passes)} forward passes is computed again: {'several' if distinct else 'none'} of them "
+                f"{reason}; let fairseq_powernorm.statistics.RunningStatistics apply the statistics, once per step"
             )
         self._repeated.append(distinct[0])
         return distinct[0]

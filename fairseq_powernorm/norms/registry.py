@@ -19,6 +19,8 @@ NORMS: Dict[str, Type[nn.Module]] = {
     "power": PowerNorm,
 }
 
+#: options that a model decides, not a text
+BUILT_BY_THE_MODEL = ("batch_first", "device", "dtype")
 _BOOLS = {"true": True, "false": False}
 
 
@@ -52,7 +54,7 @@ def parse_norm(text: str) -> Tuple[str, Dict[str, Any]]:
         ValueError: the norm or an option is unknown, or a value is of another type; names all of them and what is valid
     """
     name, colon, rest = str(text).partition(":")
-    parameters = {option: p for option, p in _parameters(name).items() if option != "batch_first"}
+    parameters = {option: p for option, p in _parameters(name).items() if option not in BUILT_BY_THE_MODEL}
     options: Dict[str, Any] = {}
     for part in rest.split(",") if colon else ():
         option, equals, value = (each.strip() for each in part.partition("="))

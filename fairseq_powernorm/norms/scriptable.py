@@ -1,5 +1,5 @@
 """The evaluation of a norm in the part of Python that ``torch.jit.script`` compiles."""
-from typing import Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,13 @@ class Evaluation(nn.Module):
         - input and output: ``... x C``. A padding mask is accepted and not needed.
     """
 
-    def __init__(self, norm: nn.Module):
+    if TYPE_CHECKING:  # the compiler would read annotations that are there
+        moment: Tensor
+        mean: Optional[Tensor]
+        weight: Optional[nn.Parameter]
+        bias: Optional[nn.Parameter]
+
+    def __init__(self, norm: Any):
         super().__init__()
         for name in ("weight", "bias"):
             self.register_parameter(name, getattr(norm, name))
@@ -32,13 +38,14 @@ class Evaluation(nn.Module):
         self.size: int = norm.dim // max(1, norm.groups)
         self.eps: float = norm.eps
         self.scale_eps: float = LAYER_SCALE_EPS
-        self.train(False)
+        self.train(mode=False)
 
     def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
         u = x if x.dtype == torch.float64 else x.float()
         if self.groups > 0:
             shape = u.size()
-            u = F.rms_norm(u.reshape(shape[:-1] + [self.groups, self.size]), [self.size], None, self.scale_eps).reshape(shape)
+            grouped = u.reshape(list(shape[:-1]) + [self.groups, self.size])
+            u = F.rms_norm(grouped, [self.size], None, self.scale_eps).reshape(shape)
         if self.mean is not None:
             u = u - self.mean
         u = u * torch.rsqrt(self.moment + self.eps)

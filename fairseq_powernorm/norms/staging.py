@@ -1,5 +1,5 @@
 """Where norms leave the sums of their batches for somebody else to apply: see :mod:`fairseq_powernorm.statistics`."""
-from typing import Callable, Mapping, NamedTuple, Optional, Sequence
+from typing import Callable, Mapping, NamedTuple, Optional, Sequence, Union
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class Switches:
     def __init__(self) -> None:
         self.open = False
         self.counting = False
-        self.gradient_scale: float = 1.0
+        self.gradient_scale: Union[float, Tensor] = 1.0
         self.batch_statistics = False
         self.recording = False
         self.reduce: Optional[Callable[[Tensor], Tensor]] = None
@@ -33,8 +33,9 @@ class Switches:
         """Raise RuntimeError outside of a batch, whose statistics nobody would count."""
         if not self.open:
             raise RuntimeError(
-                f"a {what} pass in training outside of RunningStatistics.batch(): wrap forward and backward pass of each batch in "
-                "'with statistics.batch():', or call statistics.release() to let the norms apply their statistics themselves"
+                f"a {what} pass in training outside of RunningStatistics.batch(): wrap forward and backward pass of each "
+                "batch in 'with statistics.batch():', or call statistics.release() to let the norms apply their statistics "
+                "themselves"
             )
 
 

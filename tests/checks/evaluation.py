@@ -20,9 +20,12 @@ import torch
 from torch.nn.functional import layer_norm, linear
 
 import fairseq_powernorm.register  # noqa: F401  (before anything of fairseq is used)
+
+# isort: split
 from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 from fairseq.tasks.translation import TranslationConfig
+
 from fairseq_powernorm.norms import PowerNorm
 from fairseq_powernorm.tasks import TranslationPNTask
 

@@ -27,7 +27,7 @@ pn_help "${BASH_SOURCE[0]}" "${1:-}"
 ENVIRONMENT_DIR=${ENVIRONMENT_DIR:-$PN_ROOT/.venv-fairseq-0.12.2}
 TORCH_SPEC=${TORCH_SPEC:-torch==2.4.1 torchaudio==2.4.1}
 PACKAGES=("fairseq==0.12.2" "numpy<2" "packaging" "sacrebleu>=2.0" "pytest>=7")
-DEFAULT_TESTS=(tests/norms/test_norms.py tests/models/test_{model,lm,tensorized}.py)
+DEFAULT_TESTS=(tests/norms tests/test_statistics.py tests/kernels/test_kernels.py tests/models/test_{model,lm,tensorized}.py)
 UPDATES=20
 
 # find_python: the interpreter to make the environment with.

@@ -1,26 +1,14 @@
 /*
- * Runs every entry point of the C kernel over odd shapes, with threads of its own: for sanitizers, see
- * scripts/check_sanitizers.sh. Every buffer is exactly as large as it must be. Also checks that sums and outputs are
- * those of plain loops in float64, roughly, and that the number of threads changes nothing that can be seen.
+ * Runs every entry point of the C kernel over odd shapes, with threads of its own, for the compiler's sanitizers: see
+ * sanitizers.sh. Every buffer is exactly as large as it must be. Sums, outputs and steps of the statistics are those of plain
+ * loops in float64, roughly, and the number of threads changes nothing that can be seen.
+ *
+ * The kernel is included, not linked: a call that no longer fits its entry point does not compile.
  */
-#include <math.h>
-#include <pthread.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include "../../fairseq_powernorm/kernels/csrc/powernorm.c"
 
-const char *pn_use_instructions(int number);
-void pn_use_threads(void (*run)(void (*)(void *), void *, unsigned, unsigned), int (*number)(void), int (*size)(void));
-void pn_stream_from(int64_t bytes);
-int pn_evaluate(int, int64_t, int64_t, int64_t, int, const void *, int64_t, int64_t, int64_t, const float *, const float *,
-                const float *, double, void *);
-int pn_forward(int, int64_t, int64_t, int64_t, int, const void *, int64_t, int64_t, int64_t, const uint8_t *, const float *,
-               const float *, const float *, const float *, double, double, int, void *, float *, float *, double *, float *,
-               float *, double, double, double);
-int pn_backward(int, int64_t, int64_t, int64_t, int, const void *, int64_t, int64_t, int64_t, const void *, int64_t, int64_t,
-                int64_t, const float *, const uint8_t *, const float *, const float *, const float *, double, double, void *,
-                float *, float *, double *, float *, double, double);
+#include <pthread.h>
+#include <stdio.h>
 
 /* ---------------------------------------------------------------- threads in place of OpenMP's */
 
@@ -38,7 +26,7 @@ static void *start(void *argument)
     return NULL;
 }
 
-static void parallel(void (*task)(void *), void *argument, unsigned threads, unsigned flags)
+static void run_team(void (*task)(void *), void *argument, unsigned threads, unsigned flags)
 {
     (void)flags;
     pthread_t ids[64];
@@ -52,12 +40,12 @@ static void parallel(void (*task)(void *), void *argument, unsigned threads, uns
         pthread_join(ids[i], NULL);
 }
 
-static int number(void)
+static int member_number(void)
 {
     return self.number;
 }
 
-static int size(void)
+static int member_team_size(void)
 {
     return self.size;
 }
@@ -106,6 +94,21 @@ static double element(int dtype, const void *p, int64_t i)
     return value;
 }
 
+static void set_element(int dtype, void *p, int64_t i, float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if (dtype)
+        ((uint16_t *)p)[i] = (uint16_t)(bits >> 16);
+    else
+        ((float *)p)[i] = value;
+}
+
+static void *copy(const void *from, size_t bytes)
+{
+    return memcpy(memory(bytes), from, bytes);
+}
+
 static void expect(int right, const char *what, int64_t rows, int64_t channels, int64_t groups)
 {
     if (!right) {
@@ -127,7 +130,7 @@ static void check(int dtype, int64_t N, int64_t C, int64_t G, int masked, int st
     void *x = elements(dtype, last), *dy = elements(dtype, N * C);
     float *weight = floats(C, 0.5f, 1.5f), *bias = floats(C, -1.0f, 1.0f), *psi2 = floats(C, 0.5f, 1.5f);
     float *nu = floats(C, -1.0f, 1.0f), *r = memory((size_t)(N * G) * 4), *saved = memory((size_t)C * 12);
-    float *grad_weight = memory((size_t)C * 4), *grad_bias = memory((size_t)C * 4), *phi = floats(C, 0.5f, 1.5f), iters = 0.0f;
+    float *grad_weight = memory((size_t)C * 4), *grad_bias = memory((size_t)C * 4);
     double *tally = memory((size_t)(C + 2) * 8), *tally_b = memory((size_t)(2 * C + 2) * 8);
     void *y[2] = {memory((size_t)(N * C) * bytes), memory((size_t)(N * C) * bytes)};
     void *dx[2] = {memory((size_t)(N * C) * bytes), memory((size_t)(N * C) * bytes)};
@@ -139,10 +142,10 @@ static void check(int dtype, int64_t N, int64_t C, int64_t G, int masked, int st
             const int threads = many ? 4 : 1;
             int status = pn_forward(dtype, N, C, G, threads, x, 1, stride, 0, valid, weight, bias, psi2, flags & 2 ? psi2 : NULL,
                                     1e-5, flags & 4 ? 1.1 : INFINITY, flags, y[many], G ? r : NULL, saved, tally, NULL, NULL, 0,
-                                    0, 0);
+                                    0, 0, 0);
             status |= pn_backward(dtype, N, C, G, threads, x, 1, stride, 0, dy, 1, C, 0, G ? r : NULL, flags & 4 ? valid : NULL,
                                   weight, saved, nu, 0.1, 2.0, dx[many], grad_weight, grad_bias, tally_b, NULL, 0, 0);
-            expect(status == 0, "status", N, C, G);
+            expect(status == OK, "status", N, C, G);
         }
         expect(!memcmp(y[0], y[1], (size_t)(N * C) * bytes), "y with threads", N, C, G);
         for (int64_t i = 0; i < N * C; i++)
@@ -168,16 +171,117 @@ static void check(int dtype, int64_t N, int64_t C, int64_t G, int masked, int st
         expect(close_to(tally[c], total, 1e-5), "sum of squares", N, C, G);
         expect(close_to(grad_bias[c], sum, 1e-5), "gradient of bias", N, C, G);
     }
-    /* what may be missing is missing; the running statistics take their step */
+    /* what may be missing is missing */
     int status = pn_evaluate(dtype, N, C, G, 4, x, 1, stride, 0, NULL, NULL, NULL, 0.0, y[0]);
     status |= pn_evaluate(dtype, N, C, G, 4, x, 1, stride, 0, weight, bias, psi2, 1e-5, y[0]);
-    status |= pn_forward(dtype, N, C, G, 4, x, 1, stride, 0, valid, NULL, NULL, phi, NULL, 1e-5, INFINITY, 2, NULL, NULL, saved,
-                         NULL, phi, &iters, 0.9, INFINITY, 0.5);
+    status |= pn_forward(dtype, N, C, G, 4, x, 1, stride, 0, valid, NULL, NULL, psi2, NULL, 1e-5, INFINITY, BACKWARD_BATCH, NULL,
+                         NULL, saved, NULL, NULL, NULL, 0, 0, 0, 0);
     status |= pn_backward(dtype, N, C, G, 4, x, 1, stride, 0, dy, 1, C, 0, G ? r : NULL, valid, NULL, saved, nu, 0.1, 1.0, NULL,
-                          grad_weight, grad_bias, NULL, nu, 0.1, -1.0);
-    expect(status == 0 && iters == 1.0f, "the rest", N, C, G);
-    void *all[] = {x, dy, weight, bias, psi2, nu, r, saved, grad_weight, grad_bias, phi, tally, tally_b, y[0], y[1], dx[0], dx[1],
+                          grad_weight, grad_bias, NULL, NULL, 0, 0);
+    expect(status == OK, "the rest", N, C, G);
+    void *all[] = {x, dy, weight, bias, psi2, nu, r, saved, grad_weight, grad_bias, tally, tally_b, y[0], y[1], dx[0], dx[1],
                    valid};
+    for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); i++)
+        free(all[i]);
+}
+
+/* Constants of the statistics' step. */
+static const double ALPHA = 0.9, EPS = 1e-5, WARMUP = 5.0, TRUSTED_AFTER = 4.0, JUMP = 1.1, SCALE = 0.1, LOWEST = 0.5;
+
+/*
+ * The step that a pass takes is that of pn_advance_forward or pn_advance_backward with the pass's sums, bit for bit. With an
+ * infinite value in the middle row, it is not taken if that row counts, and nothing is changed if it does not.
+ */
+static void check_own_step(int dtype, int64_t N, int64_t C, int64_t G, int masked, int infinite)
+{
+    const int64_t middle = N / 2;
+    const size_t size = (size_t)C * sizeof(float);
+    void *x = elements(dtype, N * C), *dy = elements(dtype, N * C), *dx = memory((size_t)(N * C) * (dtype ? 2 : 4));
+    float *psi2 = floats(C, 0.5f, 1.5f), *nu = floats(C, -1.0f, 1.0f), *r = memory((size_t)(N * G) * 4);
+    float *saved = memory(3 * size), *grad_weight = memory(size), *grad_bias = memory(size);
+    double *tally = memory((size_t)(C + 2) * 8), *tally_b = memory((size_t)(2 * C + 2) * 8);
+    uint8_t *valid = masked ? memory((size_t)N) : NULL;
+    int counts = N > 0;
+    for (int64_t n = 0; n < N && masked; n++)
+        valid[n] = n % 2 == (masked == 2);
+    if (masked && N)
+        counts = valid[middle];
+    for (int with_tally = 0; with_tally < 2; with_tally++) {
+        float *own_psi2 = copy(psi2, size), *own_nu = copy(nu, size), iters = 3.0f, expected_iters = 3.0f;
+        float *expected_psi2 = copy(psi2, size), *expected_nu = copy(nu, size);
+        for (int own = 0; own < 2; own++) { /* the sums first, then the step */
+            for (int64_t i = 0; i < 2 && infinite && N; i++)
+                set_element(dtype, x, middle * C + i * (C - 1), i ? -INFINITY : INFINITY);
+            int status = pn_forward(dtype, N, C, G, 4, x, 1, C, 0, valid, NULL, NULL, own ? own_psi2 : psi2, NULL, EPS, INFINITY,
+                                    SKIP_PADDING, NULL, G ? r : NULL, saved, own && !with_tally ? NULL : tally,
+                                    own ? own_psi2 : NULL, own ? &iters : NULL, ALPHA, WARMUP, TRUSTED_AFTER, JUMP);
+            expect(status == OK, "status of a forward pass with a step", N, C, G);
+            status = pn_backward(dtype, N, C, G, 4, x, 1, C, 0, dy, 1, C, 0, G ? r : NULL, valid, NULL, saved, own ? own_nu : nu,
+                                 SCALE, 1.0, dx, grad_weight, grad_bias, own && !with_tally ? NULL : tally_b,
+                                 own ? own_nu : NULL, SCALE, LOWEST);
+            expect(status == (infinite && counts ? NOT_FINITE : OK), "status of a backward pass with a step", N, C, G);
+        }
+        if (infinite && counts) {
+            expected_iters = 4.0f; /* such a batch is counted */
+        } else {
+            pn_advance_forward(1, C, tally, expected_psi2, &expected_iters, ALPHA, EPS, WARMUP, TRUSTED_AFTER, JUMP);
+            pn_advance_backward(1, C, tally_b, expected_nu, SCALE, LOWEST);
+        }
+        expect(iters == expected_iters, "step count of a pass", N, C, G);
+        expect(!memcmp(own_psi2, expected_psi2, size), "psi^2 after a pass", N, C, G);
+        expect(!memcmp(own_nu, expected_nu, size), "nu after a pass", N, C, G);
+        free(own_psi2), free(own_nu), free(expected_psi2), free(expected_nu);
+    }
+    void *all[] = {x, dy, dx, psi2, nu, r, saved, grad_weight, grad_bias, tally, tally_b, valid};
+    for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); i++)
+        free(all[i]);
+}
+
+enum { ORDINARY, NO_CALL, NO_ROW, NAN_SUM, INFINITE_SUM, KINDS };
+
+/* One step of several norms, the kinds of their sums in turn from the given one on, before, during and after the warm-up. */
+static void check_advance(int64_t norms, int64_t C, int first_kind, float steps_before)
+{
+    double *tally = memory((size_t)(norms * (C + 2)) * 8), *tally_b = memory((size_t)(norms * (2 * C + 2)) * 8);
+    float *psi2 = floats(norms * C, 0.5f, 1.5f), *nu = floats(norms * C, -1.0f, 1.0f), *iters = memory((size_t)norms * 4);
+    float *sums = floats(norms * C, 0.0f, 20.0f), *sums_b = floats(norms * 2 * C, 0.0f, 80.0f);
+    for (int64_t n = 0; n < norms; n++) {
+        const int kind = (int)(first_kind + n) % KINDS;
+        const double rows = kind == NO_ROW || kind == NO_CALL ? 0.0 : 7.0, calls = kind == NO_CALL ? 0.0 : 2.0;
+        double *row = tally + n * (C + 2), *row_b = tally_b + n * (2 * C + 2);
+        for (int64_t c = 0; c < C; c++)
+            row[c] = rows > 0.0 ? sums[n * C + c] : 0.0;
+        for (int64_t c = 0; c < 2 * C; c++)
+            row_b[c] = rows > 0.0 ? sums_b[n * 2 * C + c] : 0.0;
+        if (kind == NAN_SUM || kind == INFINITE_SUM)
+            row[C - 1] = row_b[C - 1] = kind == NAN_SUM ? NAN : -INFINITY;
+        row[C] = row_b[2 * C] = rows;
+        row[C + 1] = row_b[2 * C + 1] = calls;
+        iters[n] = steps_before;
+    }
+    float *old_psi2 = copy(psi2, (size_t)(norms * C) * 4), *old_nu = copy(nu, (size_t)(norms * C) * 4);
+    pn_advance_forward(norms, C, tally, psi2, iters, ALPHA, EPS, WARMUP, TRUSTED_AFTER, JUMP);
+    pn_advance_backward(norms, C, tally_b, nu, SCALE, LOWEST);
+    for (int64_t n = 0; n < norms; n++) {
+        const int kind = (int)(first_kind + n) % KINDS;
+        const double number = (double)steps_before + 1.0;
+        expect(iters[n] == (float)(kind == NO_CALL ? steps_before : number), "step count", norms, C, 0);
+        for (int64_t c = 0; c < C; c++) {
+            const int64_t i = n * C + c;
+            double moment = tally[n * (C + 2) + c] / 7.0, kept = 1.0 - SCALE * tally_b[n * (2 * C + 2) + C + c] / 7.0;
+            if (kind != ORDINARY) {
+                expect(psi2[i] == old_psi2[i] && nu[i] == old_nu[i], "a statistic that must stay", norms, C, 0);
+                continue;
+            }
+            if (number > TRUSTED_AFTER)
+                moment = fmin(moment, JUMP * (old_psi2[i] + EPS));
+            const double before = number < WARMUP ? old_psi2[i] + (moment - old_psi2[i]) / number : old_psi2[i];
+            expect(close_to(psi2[i], ALPHA * before + (1.0 - ALPHA) * moment, 1e-6), "psi^2", norms, C, 0);
+            const double grad_z = tally_b[n * (2 * C + 2) + c] / 7.0;
+            expect(close_to(nu[i], old_nu[i] * fmax(kept, LOWEST) + grad_z, 1e-6), "nu", norms, C, 0);
+        }
+    }
+    void *all[] = {tally, tally_b, psi2, nu, iters, sums, sums_b, old_psi2, old_nu};
     for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); i++)
         free(all[i]);
 }
@@ -185,8 +289,14 @@ static void check(int dtype, int64_t N, int64_t C, int64_t G, int masked, int st
 int main(void)
 {
     static const int64_t shapes[][2] = {{0, 8}, {1, 1}, {3, 1}, {1, 257}, {5, 64}, {70, 257}, {130, 96}, {140, 256}, {67, 1000}};
+    static const int64_t channels[] = {1, 5, 257};
     const char *before = "";
-    pn_use_threads(parallel, number, size);
+    for (size_t c = 0; c < sizeof(channels) / sizeof(channels[0]); c++)
+        for (int step = 0; step < 3; step++)
+            for (int kind = 0; kind < KINDS; kind++)
+                for (int64_t norms = 0; norms <= 9; norms = 3 * norms + (norms == 0)) /* 0, 1, 3, 9 */
+                    check_advance(norms, channels[c], kind, (float)(step * 4));
+    pn_use_threads(run_team, member_number, member_team_size);
     for (int set = 0; set < 3; set++) {
         const char *name = pn_use_instructions(set);
         if (!strcmp(name, before))
@@ -198,8 +308,11 @@ int main(void)
                 for (int64_t groups = 0; groups <= 8; groups = groups ? 4 * groups - groups % 2 * 2 : 1) /* 0, 1, 2, 8 */
                     if (!groups || shapes[s][1] % groups == 0)
                         for (int dtype = 0; dtype < 2; dtype++)
-                            for (int masked = 0; masked < 3; masked++)
+                            for (int masked = 0; masked < 3; masked++) {
                                 check(dtype, shapes[s][0], shapes[s][1], groups, masked, masked == 1);
+                                for (int infinite = 0; infinite < 2; infinite++)
+                                    check_own_step(dtype, shapes[s][0], shapes[s][1], groups, masked, infinite);
+                            }
         }
         printf("%s: no fault\n", name);
     }

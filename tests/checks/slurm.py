@@ -1,9 +1,7 @@
 """Runs on a real SLURM of one machine: see tests/checks/slurm.sh."""
 
 import argparse
-import contextlib
 import datetime
-import json
 import os
 import platform
 import re
@@ -17,6 +15,7 @@ import time
 from pathlib import Path
 
 import slurm_cluster
+
 from fairseq_powernorm.experiments.settings import ROOT, TOOLS, UserError, main, read_json, versions
 
 # A small model and 30 updates; they shrink what configs/demo.yaml says.

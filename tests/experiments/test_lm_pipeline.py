@@ -9,16 +9,15 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tarfile
 import zipfile
 
 import pytest
 import torch
-
-from fairseq_powernorm.experiments.reports import schema
 from pipelines import EXPERIMENTS, Scripts, contents
 from toy import ROOT
+
+from fairseq_powernorm.experiments.reports import schema
 
 pytestmark = pytest.mark.slow
 
@@ -254,7 +253,7 @@ def test_prepare_refuses_bad_arguments(scripts, tmp_path):
         "prepare", "wikitext103", "--archive", "x.zip")
     assert "exclude each other" in mine.refuses(
         "prepare", "ptb", "--archive", scripts.archives["ptb"], "--text-dir", tmp_path)
-    nowhere = {name: "http://127.0.0.1:9" for name in ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY")}
+    nowhere = dict.fromkeys(("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY"), "http://127.0.0.1:9")
     message = mine.refuses("prepare", "wikitext103", **nowhere, no_proxy="", NO_PROXY="")
     assert message.count("cannot download") == 1 and "--archive-dir" in message
     assert not (mine.data / "wikitext103").exists()

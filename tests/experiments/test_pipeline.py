@@ -1,4 +1,6 @@
-"""prepare -> train -> resume -> evaluate, driven through the scripts as a user drives them, on a corpus of a few sentences."""
+"""prepare -> train -> resume -> evaluate, driven through the scripts as a user drives them, on a corpus of a few
+sentences.
+"""
 
 import json
 import os
@@ -13,13 +15,12 @@ import zipfile
 
 import pytest
 from omegaconf import OmegaConf
+from pipelines import BIN, EXPERIMENTS, SMALL, Scripts, contents, write_text
+from toy import ROOT
 
 from fairseq_powernorm.experiments.reports import schema
 from fairseq_powernorm.experiments.runs import train, trainlog
 from fairseq_powernorm.resume import num_updates
-from pipelines import BIN, EXPERIMENTS, SMALL, Scripts, contents, write_text
-from toy import ROOT
-
 
 pytestmark = pytest.mark.slow
 
@@ -132,7 +133,7 @@ def test_prepare_refuses_bad_arguments(tmp_path):
 def test_prepare_without_network(tmp_path):
     """Without a network the message says which file is missing and how to give it."""
     mine = Scripts(tmp_path)
-    nowhere = {name: "http://127.0.0.1:9" for name in ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY")}
+    nowhere = dict.fromkeys(("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY"), "http://127.0.0.1:9")
     message = mine.refuses("prepare", "multi30k", **nowhere, no_proxy="", NO_PROXY="")
     assert "cannot download" in message and "--archive-dir" in message
     assert not (mine.data / "multi30k").exists()
@@ -164,8 +165,13 @@ def test_sentencepiece(scripts, tmp_path):
     config = copy / "configs" / "data" / "demo.yaml"
     config.write_text(re.sub(r"bpe_size: \d+", "bpe_size: 60", config.read_text()))
     assert "cannot learn bpe_size" in mine.refuses("prepare", "demo", "--text-dir", scripts.text, "--bpe", "sentencepiece")
-    done = subprocess.run(["bash", str(copy / "scripts" / "prepare.sh"), "demo", "--text-dir", str(scripts.text), "--bpe",
-                           "sentencepiece"], env=mine.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        ["bash", str(copy / "scripts" / "prepare.sh"), "demo", "--text-dir", str(scripts.text), "--bpe", "sentencepiece"],
+        env=mine.environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == 0, done.stdout
     pieces = (mine.data / "demo" / "bpe" / "test.en").read_text(encoding="utf-8")
     assert "\u2581" in pieces
@@ -192,7 +198,9 @@ def test_train_refuses(scripts, tmp_path):
     unknown = scripts.refuses("train", "demo", "powr")
     assert "norm 'powr' is unknown; valid: layer, rms, batch, power-v, power" in unknown
     assert "benchmark 'dmeo' is unknown; valid: demo, " in scripts.refuses("train", "dmeo", "power")
-    assert "--placement 'top' is unknown; valid: encoder, all" in scripts.refuses("train", "demo", "power", "--placement", "top")
+    assert "--placement 'top' is unknown; valid: encoder, all" in scripts.refuses(
+        "train", "demo", "power", "--placement", "top"
+    )
     assert "'fast' is no hydra override" in scripts.refuses("train", "demo", "power", "fast")
     assert "use --run-dir" in scripts.refuses("train", "demo", "power", "checkpoint.save_dir=/nowhere")
     assert "optimization.max_updtae" in scripts.refuses("train", "demo", "power", "optimization.max_updtae=3")
@@ -201,7 +209,9 @@ def test_train_refuses(scripts, tmp_path):
     assert set(contents(scripts.runs)) - locks == set(before) - locks
     message = Scripts(tmp_path).refuses("train", "demo", "power")
     assert "is not prepared; run: scripts/prepare.sh demo" in message
-    assert "/dev/null/x cannot be made: /dev/null: File exists" in scripts.refuses("train", "demo", "power", "--run-dir", "/dev/null/x")
+    assert "/dev/null/x cannot be made: /dev/null: File exists" in scripts.refuses(
+        "train", "demo", "power", "--run-dir", "/dev/null/x"
+    )
 
 
 def test_train_leaves_its_settings(trained):
@@ -209,7 +219,9 @@ def test_train_leaves_its_settings(trained):
     run = trained.run
     assert "update 10 of 12" in trained.first and "valid loss" in trained.first, "progress is shown"
     commands = (run / "command.txt").read_text().splitlines()
-    assert len(commands) == 2 and all("model.encoder_norm_ff=power model.decoder_norm_self=layer" in line for line in commands)
+    assert len(commands) == 2 and all(
+        "model.encoder_norm_ff=power model.decoder_norm_self=layer" in line for line in commands
+    )
     assert "seed: 3" in (run / "config.yaml").read_text()
     facts = json.loads((run / "run.json").read_text())
     assert [session["exit_status"] for session in facts["sessions"]] == [0, 0]
@@ -240,7 +252,9 @@ def test_train_resume_refuses_another_run(trained):
     assert "norm 'power', not 'layer'" in trained.refuses("train", "demo", "layer", "--run-dir", trained.run, "--resume")
     assert "placement 'encoder', not 'all'" in trained.refuses(
         "train", "demo", "power", "--placement", "all", "--run-dir", trained.run, "--resume")
-    assert "was not made by scripts/train.sh" in trained.refuses("train", "demo", "power", "--run-dir", trained.text, "--resume")
+    assert "was not made by scripts/train.sh" in trained.refuses(
+        "train", "demo", "power", "--run-dir", trained.text, "--resume"
+    )
 
 
 def test_train_lock_and_interruption(trained, tmp_path):
@@ -273,8 +287,9 @@ def test_train_on_a_full_disk(scripts, tmp_path):
     """A log that cannot be written is one clear line and the end of the training; --resume goes on with it."""
     arguments = ["demo", "power", "--run-dir", tmp_path / "run", "--resume", *SMALL, "optimization.max_update=2"]
     limited = "ulimit -f 12; exec bash \"$@\""  # kilobytes a file
-    done = subprocess.run(["bash", "-c", limited, "bash", ROOT / "scripts" / "train.sh", *arguments], text=True,
-                          env={**scripts.environment, "PYTHON": sys.executable}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = ["bash", "-c", limited, "bash", ROOT / "scripts" / "train.sh", *arguments]
+    environment = {**scripts.environment, "PYTHON": sys.executable}
+    done = subprocess.run(command, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 2 and "Traceback" not in done.stdout and done.stdout.count("error: ") == 1, done.stdout
     assert "error: File too large: progress can no longer be shown and logged in " in done.stdout
     assert "finished" in scripts.ok("train", *arguments), "no process holds the run any more"
@@ -343,7 +358,9 @@ def test_scores_are_those_of_the_tools(record, trained):
     assert record["bleu_tokenized"]["text"] in score
     assert f"BLEU4 = {record['bleu_tokenized']['score']:2.2f}," in score
     for name, metric in (("sacrebleu", "bleu"), ("chrf", "chrf")):
-        theirs = json.loads(output(BIN / "sacrebleu", folder / "ref.detok", "-i", folder / "hyp.detok", "-m", metric, "-w", 9))
+        theirs = json.loads(
+            output(BIN / "sacrebleu", folder / "ref.detok", "-i", folder / "hyp.detok", "-m", metric, "-w", 9)
+        )
         assert theirs["score"] == pytest.approx(record[name]["score"], abs=1e-9)
         for part in theirs["signature"].split("|"):
             assert part in record[name]["signature"].split("|")

@@ -17,9 +17,11 @@ import os
 import torch
 import torch.distributed as dist
 
-import fairseq_powernorm  # noqa: E402,F401
-from fairseq.models import distributed_fairseq_model  # noqa: E402
-from fairseq.trainer import Trainer  # noqa: E402
+import fairseq_powernorm  # noqa: F401
+
+# isort: split
+from fairseq.models import distributed_fairseq_model
+from fairseq.trainer import Trainer
 
 RANK = int(os.environ.get("RANK", 0))
 COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "reduce", "gather", "scatter", "all_to_all", "barrier")

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from fairseq_powernorm import kernels
-from fairseq_powernorm.kernels import build, c, eager as reference, triton
+from fairseq_powernorm.kernels import build, c, eager, triton
 from fairseq_powernorm.kernels.__main__ import main as command
 from fairseq_powernorm.kernels.interface import TOLERANCE, PowerNormSpec
 from fairseq_powernorm.norms import PowerNorm, build_norm
 
 needs_c = pytest.mark.skipif(c.unavailable() is not None, reason=f"the C kernel cannot be used: {c.unavailable()}")
 #: kernel -> those that it is tested with on a CPU
-DTYPES = {reference: list(TOLERANCE), c: [dtype for dtype in TOLERANCE if c.serves("cpu", dtype)]}
+DTYPES = {eager: list(TOLERANCE), c: [dtype for dtype in TOLERANCE if c.serves("cpu", dtype)]}
 
 
 def assert_close(got, want, tolerance, name="", size=None):
@@ -71,9 +71,9 @@ def compare(kernel, x, dy, weight, bias, psi2, nu, valid, spec, batch=None, exac
     roundings: how many times the error of rounding to nearest that of the machine's rounding is
     """
     args = [x, dy, weight, bias, psi2, nu, valid, spec, batch]
-    plain = both_passes(reference, *args)
+    plain = both_passes(eager, *args)
     wide = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in args] if exactly else args
-    want = both_passes(reference, *wide)
+    want = both_passes(eager, *wide)
     # the gradient through the layer scale is a difference: its error is that of its terms
     inv_forward, inv_backward, _ = want["forward saved"]
     du = wide[1].abs() * inv_backward * (1 if weight is None else wide[2])
@@ -98,7 +98,9 @@ SHAPES = [(1, 1), (1, 257), (5, 1), (7, 64), (130, 257), (67, 1000), (6, 11, 32)
 @pytest.mark.parametrize("dtype", DTYPES[c])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_c_is_exact(shape, dtype, instructions):
-    """Both passes over odd shapes, groups, masks and layouts equal float64's, with each instruction set of this processor."""
+    """Both passes over odd shapes, groups, masks and layouts equal float64's, with each instruction set of this
+    processor.
+    """
     names = [c._library.pn_use_instructions(n).decode() for n in range(3)]
     if instructions >= len(set(names)):
         pytest.skip(f"this processor has {sorted(set(names))}")
@@ -124,12 +126,17 @@ def test_torch_is_exact(shape, dtype):
     for groups in {g for g in (0, 1, 4) if g == 0 or shape[-1] % g == 0}:
         for reference_variant in (True, False):
             spec = PowerNormSpec(groups, 1e-5, 0.1, 4.0, False, reference_variant, not reference_variant)
-            compare(reference, x, dy, weight, bias, psi2, nu, padding(x.numel() // shape[-1]), spec)
+            compare(eager, x, dy, weight, bias, psi2, nu, padding(x.numel() // shape[-1]), spec)
 
 
-@pytest.mark.parametrize("kernel,dtype", [
-    pytest.param(kernel, dtype, marks=[needs_c] if kernel is c else []) for kernel, dtypes in DTYPES.items() for dtype in dtypes
-])
+@pytest.mark.parametrize(
+    "kernel,dtype",
+    [
+        pytest.param(kernel, dtype, marks=[needs_c] if kernel is c else [])
+        for kernel, dtypes in DTYPES.items()
+        for dtype in dtypes
+    ],
+)
 @pytest.mark.parametrize("groups", [0, 4])
 def test_the_batch_divides(groups, dtype, kernel):
     """Warm-up, a batch of several processes, a channel that jumps, no weight and bias, and evaluation."""
@@ -146,10 +153,10 @@ def test_the_batch_divides(groups, dtype, kernel):
                 spec = spec._replace(backward_batch=False, skip_padding=True)
                 compare(kernel, x, dy, None, None, jumping, nu, mask, spec, known)
     rows, sums = TOLERANCE[dtype]
-    assert_close(kernel.second_moment(x, valid, groups), reference.second_moment(x.double(), valid, groups), sums)
+    assert_close(kernel.second_moment(x, valid, groups), eager.second_moment(x.double(), valid, groups), sums)
     for some in ((weight, bias, psi2), (weight, None, None), (None, None, None)):
         for each in layouts(x):
-            assert_close(kernel.evaluate(each, *some, groups, 1e-5), reference.evaluate(x.double(), *some, groups, 1e-5), rows)
+            assert_close(kernel.evaluate(each, *some, groups, 1e-5), eager.evaluate(x.double(), *some, groups, 1e-5), rows)
 
 
 @needs_c
@@ -202,7 +209,9 @@ def test_bfloat16_rounds_as_torch_does():
 @pytest.mark.parametrize("dtype", DTYPES[c])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
 def test_bad_rows_stay_bad_and_alone(dtype, bad):
-    """NaN, inf or an overflowing square in one row: C and torch agree where the results are finite; padding is never read."""
+    """NaN, inf or an overflowing square in one row: C and torch agree where the results are finite; padding is never
+    read.
+    """
     x, dy, weight, bias, psi2, nu = inputs((33, 64), dtype)
     x[7, 3] = bad
     for skip_padding in (True, False):
@@ -214,7 +223,9 @@ def test_bad_rows_stay_bad_and_alone(dtype, bad):
     spec = PowerNormSpec(4, 1e-5, 0.1, 1.0, False, False, True)
     got = both_passes(c, x, dy, weight, bias, psi2, nu, valid, spec)
     assert torch.isfinite(got["backward x"]).all() and not got["backward x"][7].any()
-    assert all(torch.isfinite(got[name]).all() for name in ("forward tally", "backward tally", "backward weight", "backward bias"))
+    assert all(
+        torch.isfinite(got[name]).all() for name in ("forward tally", "backward tally", "backward weight", "backward bias")
+    )
 
 
 @needs_c
@@ -248,7 +259,9 @@ MODULES = [
 
 
 def compare_modules(name, options, device="cpu"):
-    """Training steps and evaluation of PowerNorm with gradients, by the kernel of that name and by torch: float32, masked."""
+    """Training steps and evaluation of PowerNorm with gradients, by the kernel of that name and by torch: float32,
+    masked.
+    """
     x, dy = (each.to(device) for each in inputs((9, 4, 32), torch.float32)[:2])
     mask = torch.arange(9).unsqueeze(0) >= torch.tensor([9, 5, 1, 7]).unsqueeze(1)
     mask, results = mask.to(device), []
@@ -280,7 +293,7 @@ def test_a_bfloat16_module(monkeypatch):
     """Parameters in bfloat16: gradients in their dtype, equal to the torch kernel's to their precision."""
     x, dy, *_ = inputs((64, 32), torch.bfloat16)
     results = []
-    for kernel in (c, reference):
+    for kernel in (c, eager):
         monkeypatch.setattr(kernels, "_chosen", {("cpu", torch.bfloat16): kernel})
         results.append(trained(PowerNorm(32, variant="algorithm2").bfloat16(), x, dy, None))
     for got, want in zip(*results):
@@ -329,8 +342,8 @@ def test_what_is_saved_for_the_backward_pass(dtype):
 THREADS = """
 import importlib.util, os, torch
 find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *a: None if name == "fairseq" else find(name, *a)  # which brings an OpenMP of its own
-from fairseq_powernorm.kernels import c, eager as reference
+importlib.util.find_spec = lambda name, *a: None if name == "fairseq" else find(name, *a)  # it has an OpenMP
+from fairseq_powernorm.kernels import c, eager
 from fairseq_powernorm.norms import PowerNorm
 count = lambda: len(os.listdir("/proc/self/task"))
 torch.set_num_threads(3)
@@ -373,7 +386,10 @@ def test_the_command_says_which_kernel_is_in_use_and_why(monkeypatch, capsys):
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
     assert command([]) == 0
     lines = {tuple(line.split()[:2]): line for line in capsys.readouterr().out.splitlines()}
-    assert "eager (plain torch) (triton: not made for cpu and float64; c: not made for cpu and float64)" in lines["cpu", "float64"]
+    assert (
+        "eager (plain torch) (triton: not made for cpu and float64; c: not made for cpu and float64)"
+        in lines["cpu", "float64"]
+    )
     for dtype in ("float32", "bfloat16"):
         reason, why = c.unavailable(), f"triton: not made for cpu and {dtype}"
         assert lines["cpu", dtype].endswith(
@@ -384,7 +400,9 @@ def test_the_command_says_which_kernel_is_in_use_and_why(monkeypatch, capsys):
 def test_the_environment_variable_chooses(root):
     """By the command itself: ``torch`` turns the others off; an unknown name is one line that names the valid ones."""
     monkey = {**os.environ, kernels.VARIABLE: "fast"}
-    done = subprocess.run([sys.executable, "-m", "fairseq_powernorm.kernels"], cwd=root, capture_output=True, text=True, env=monkey)
+    done = subprocess.run(
+        [sys.executable, "-m", "fairseq_powernorm.kernels"], cwd=root, capture_output=True, text=True, env=monkey
+    )
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == "error: POWERNORM_KERNEL='fast': must be one of triton, c, eager"
 
@@ -394,8 +412,11 @@ def test_torch_can_be_asked_for(monkeypatch, capsys):
     monkeypatch.setenv(kernels.VARIABLE, "eager")
     monkeypatch.setattr(kernels, "_chosen", {})
     assert command([]) == 0
-    assert "eager (plain torch) (triton: POWERNORM_KERNEL=eager; c: POWERNORM_KERNEL=eager)" in capsys.readouterr().out.splitlines()[0]
-    assert kernels.choose(torch.randn(3, 8)) is reference
+    assert (
+        "eager (plain torch) (triton: POWERNORM_KERNEL=eager; c: POWERNORM_KERNEL=eager)"
+        in capsys.readouterr().out.splitlines()[0]
+    )
+    assert kernels.choose(torch.randn(3, 8)) is eager
 
 
 def test_a_wrong_request_is_refused_by_the_first_pass(monkeypatch):
@@ -413,7 +434,9 @@ def test_a_wrong_request_is_refused_by_the_first_pass(monkeypatch):
 
 
 def test_triton_is_for_gpus(monkeypatch):
-    """Where Triton works it serves tensors on a GPU in three precisions; elsewhere, and on a CPU, it is not chosen unasked."""
+    """Where Triton works it serves tensors on a GPU in three precisions; elsewhere, and on a CPU, it is not chosen
+    unasked.
+    """
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
     for interpret, reason in (("0", None), ("1", None), ("0", "no reason")):
         monkeypatch.setenv("TRITON_INTERPRET", interpret)
@@ -427,7 +450,9 @@ def test_triton_is_for_gpus(monkeypatch):
 
 
 def test_without_a_gpu_triton_is_not_imported(root):
-    """The package and its norms leave the module that imports Triton alone; a request for it is one line that says why it cannot be."""
+    """The package and its norms leave the module that imports Triton alone; a request for it is one line that says
+    why it cannot be.
+    """
     program = "import sys, fairseq_powernorm.norms as n, torch; n.PowerNorm(8)(torch.ones(3, 8))"
     program += "; print('fairseq_powernorm.kernels.triton_device' in sys.modules)"
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", kernels.VARIABLE)}
@@ -507,7 +532,9 @@ def test_installing_builds_the_kernel_or_says_that_it_does_not(root, tmp_path, h
     """setup.py's build, as pip runs it: the library beside the modules; without a compiler a line, and no failure."""
     if has_compiler and not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
         pytest.skip("no C compiler")
-    shutil.copytree(root / "fairseq_powernorm", tmp_path / "fairseq_powernorm", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(
+        root / "fairseq_powernorm", tmp_path / "fairseq_powernorm", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
     for name in ("setup.py", "README.md"):
         shutil.copy(root / name, tmp_path)
     environment = {k: v for k, v in os.environ.items() if k != "CC"}
@@ -528,13 +555,13 @@ def test_tensors_that_are_not_plain_memory_go_to_torch():
     x = torch.randn(3, 8)
     seen = []
     torch.vmap(lambda row: (seen.append(kernels.choose(row)), row)[1])(x)
-    assert seen == [reference]
-    assert kernels.choose(x.double()) is reference and kernels.choose(x.half()) is reference
+    assert seen == [eager]
+    assert kernels.choose(x.double()) is eager and kernels.choose(x.half()) is eager
 
     class Sub(torch.Tensor):
         pass
 
-    assert kernels.choose(x.as_subclass(Sub)) is reference and kernels.choose(x, x[0].as_subclass(Sub)) is reference
+    assert kernels.choose(x.as_subclass(Sub)) is eager and kernels.choose(x, x[0].as_subclass(Sub)) is eager
     norm = PowerNorm(8).eval()
     torch.testing.assert_close(torch.vmap(norm)(x.view(3, 1, 8)).view(3, 8), norm(x))
 
@@ -544,7 +571,9 @@ def test_tensors_that_are_not_plain_memory_go_to_torch():
 
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_modules(tmp_path, monkeypatch):
-    """torch.compile: evaluation in one graph; training gives the gradients, psi^2 and nu of the module that is not compiled."""
+    """torch.compile: evaluation in one graph; training gives the gradients, psi^2 and nu of the module that is not
+    compiled.
+    """
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
         pytest.skip("torch.compile needs a C++ compiler")

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
+import toy
 from fairseq import checkpoint_utils
 from fairseq_cli import eval_lm, generate, train
 
-import toy
 from fairseq_powernorm import checkpoint, export
 from fairseq_powernorm.models import pruning
 
@@ -83,12 +83,18 @@ def test_both_sides_at_once():
 def test_a_checkpoint_of_another_size_is_refused(layers):
     """Neither all layers nor those that are kept: an error that says how many there are and must be."""
     model = build(LM, decoder_layers_to_keep="0,2")
-    with pytest.raises(ValueError, match=rf"--decoder-layers-to-keep 0,2 of 4 layers: the checkpoint has {layers}; must have 4, or 2"):
+    with pytest.raises(
+        ValueError, match=rf"--decoder-layers-to-keep 0,2 of 4 layers: the checkpoint has {layers}; must have 4, or 2"
+    ):
         model.load_state_dict(build(LM, layers=layers).state_dict())
 
 
-@pytest.mark.parametrize("value", ["4", "0,4", "0,0", "1,01", "-1", "x", "0,x", "1.0", "", " ", ",", "0,,1", "0 1", "[0, 1]", "None"])
-@pytest.mark.parametrize("arch,side", [(TRANSLATION, "encoder"), (TRANSLATION, "decoder"), (LM, "decoder"), (TENSORIZED, "decoder")])
+@pytest.mark.parametrize(
+    "value", ["4", "0,4", "0,0", "1,01", "-1", "x", "0,x", "1.0", "", " ", ",", "0,,1", "0 1", "[0, 1]", "None"]
+)
+@pytest.mark.parametrize(
+    "arch,side", [(TRANSLATION, "encoder"), (TRANSLATION, "decoder"), (LM, "decoder"), (TENSORIZED, "decoder")]
+)
 def test_wrong_values(arch, side, value):
     """What is no list of different layers of the model is refused before anything is built; the error names option, value,
     valid range and number of layers."""
@@ -158,8 +164,8 @@ def lm_data(toy_data, tmp_path_factory):
     ],
 )  # fmt: skip
 def test_a_run_of_some_layers(kind, options, toy_data, lm_data, tmp_path, monkeypatch, capsys):
-    """Train; go on; generate or eval-lm of the checkpoint, of an average and of a whole model pruned for it; export: all load,
-    and the saved configuration has the layers that the checkpoint has."""
+    """Train; go on; generate or eval-lm of the checkpoint, of an average and of a whole model pruned for it; export: all
+    load, and the saved configuration has the layers that the checkpoint has."""
     data = toy_data if kind == "translation" else lm_data
     flags = list(itertools.chain.from_iterable((f"--{side}-layers-to-keep", kept) for side, kept in options.items()))
     run = (data, *KINDS[kind], *RUN)
@@ -167,8 +173,21 @@ def test_a_run_of_some_layers(kind, options, toy_data, lm_data, tmp_path, monkey
     def evaluate(path, *words):
         capsys.readouterr()
         if kind == "translation":
-            command(monkeypatch, generate, data, "--task", "translation_pn", "--cpu", "--beam", 2, "--num-workers", 0, "--path",
-                    path, *words)
+            command(
+                monkeypatch,
+                generate,
+                data,
+                "--task",
+                "translation_pn",
+                "--cpu",
+                "--beam",
+                2,
+                "--num-workers",
+                0,
+                "--path",
+                path,
+                *words,
+            )
             return sorted(re.findall(r"^H-.*$", capsys.readouterr().out, re.M))
         return command(monkeypatch, eval_lm, data, "--task", "language_modeling_pn", "--cpu", "--num-workers", 0,
                        "--tokens-per-sample", 16, "--path", path, *words)["loss"]
@@ -209,5 +228,7 @@ def test_a_run_of_some_layers(kind, options, toy_data, lm_data, tmp_path, monkey
     with pytest.raises(ValueError, match="whole/checkpoint_last.pt': its optimizer .*; give --reset-optimizer"):
         command(monkeypatch, train, *run, *flags, "--save-dir", further.parent, "--max-update", 3, "--restore-file", whole)
     monkeypatch.undo()
-    command(monkeypatch, train, *run, *flags, "--save-dir", further.parent, "--max-update", 1, "--finetune-from-model", whole)
+    command(
+        monkeypatch, train, *run, *flags, "--save-dir", further.parent, "--max-update", 1, "--finetune-from-model", whole
+    )
     assert found and evaluate(further)

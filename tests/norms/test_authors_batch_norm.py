@@ -2,10 +2,10 @@
 import numpy
 import pytest
 import torch
+from norm_cases import C, batch
 
 from fairseq_powernorm.norms import MaskedBatchNorm, build_norm, parse_norm
 from fairseq_powernorm.statistics import RunningStatistics
-from norm_cases import C, batch
 
 
 def assert_golden(found, golden, tolerance):

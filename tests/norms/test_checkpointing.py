@@ -1,10 +1,9 @@
 """Activation checkpointing without a task: gradients and statistics as without it, or a refusal that says why."""
 import pytest
 import torch
+from norm_cases import CASES, C, assert_all_close, batch, make
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-from norm_cases import C, CASES, assert_all_close, batch, make
 
 
 def pattern_shared(f, norm, linear, x, mask):
@@ -108,3 +107,28 @@ def test_passes_that_were_never_repeated_are_in_nobodys_way(variant):
             f(norm, x).backward(dy)
         results.append([x.grad, *norm.buffers()])
     assert_all_close(*results, 1e-12)
+
+
+@pytest.mark.parametrize("warmup", [0, 100])
+@pytest.mark.parametrize("save", ["mm", "aten", "nothing"])
+@pytest.mark.parametrize("name, variant", CASES)
+def test_selective_checkpointing(name, variant, save, warmup):
+    """torch's selective checkpointing, whatever it saves: it counts operations, of which bookkeeping must be none."""
+    from functools import partial
+
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def policy(ctx, operation, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if save in str(operation) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    def selective():
+        return run(
+            name, variant, warmup, pattern_shared, lambda g, x: checkpoint(g, x, use_reentrant=False, context_fn=contexts)
+        )
+
+    if name == "power" and save == "aten":  # which computes in place
+        with pytest.raises(RuntimeError, match="has been mutated"):
+            selective()
+    else:
+        assert_all_close(selective(), run(name, variant, warmup, pattern_shared, lambda g, x: g(x)), 1e-12)

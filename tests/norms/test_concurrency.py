@@ -3,9 +3,9 @@ import threading
 
 import pytest
 import torch
+from norm_cases import CASES, C, assert_all_close, batch, make
 
 from fairseq_powernorm.norms import MaskSlot
-from norm_cases import C, CASES, assert_all_close, batch, make
 
 
 def in_threads(functions):

@@ -5,10 +5,10 @@ import pickle
 
 import pytest
 import torch
+from norm_cases import ALL, CASES, C, assert_all_close, batch, make, train
 from torch import nn
 
 from fairseq_powernorm.norms import NORMS, build_norm
-from norm_cases import ALL, C, CASES, assert_all_close, batch, make, train
 
 NARROW = [torch.float16, torch.bfloat16]
 
@@ -61,7 +61,9 @@ def test_narrow_copies_of_statistics_are_widened(name, variant, cast):
 def test_loading_takes_the_values_of_the_file(name, variant, dtype, assign):
     """A checkpoint in any dtype: its values arrive, widened where it is narrower than float32."""
     saved = {key: (value * 2).round() for key, value in make(name, variant).state_dict().items()}
-    saved = {key: value if dtype is torch.int64 and key in ("weight", "bias") else value.to(dtype) for key, value in saved.items()}
+    saved = {
+        key: value if dtype is torch.int64 and key in ("weight", "bias") else value.to(dtype) for key, value in saved.items()
+    }
     norm = build_norm(name, C, **({"variant": variant} if variant else {}))
     assert norm.load_state_dict(saved, assign=assign) == ([], [])
     for key, buffer in norm.named_buffers():
@@ -171,7 +173,7 @@ def test_shared_memory(name, variant):
     expected = train(make(name, variant, warmup_updates=3), steps=4)
     norm = make(name, variant, warmup_updates=3).share_memory()
     other = make(name, variant, warmup_updates=3)
-    for (key, buffer), weight in zip(norm.named_buffers(), norm.buffers()):
+    for key, buffer in list(norm.named_buffers()):
         setattr(other, key, torch.empty(0).set_(buffer.untyped_storage(), 0, buffer.shape))  # no common version counter
     train(other, steps=2)
     found = train(norm, steps=2, first=2)
@@ -201,3 +203,79 @@ def test_batch_first_is_an_option_of_every_norm(name):
     norm = build_norm(name, C, batch_first=True)
     with pytest.raises(ValueError, match=r"padding_mask of shape \(5, 3\): expected \(3, 5\)"):
         norm(torch.randn(3, 5, C), torch.zeros(5, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("name, variant", ALL)
+def test_device_and_dtype_of_the_constructor(name, variant):
+    """As in torch's modules: skip_init works, parameters have the dtype, statistics are wide."""
+    options = {"variant": variant} if variant else {}
+    norm = build_norm(name, C, device="meta", dtype=torch.bfloat16, **options)
+    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in norm.parameters())
+    assert all(b.is_meta and b.dtype == torch.float32 for b in norm.buffers())
+    made = nn.utils.skip_init(NORMS[name], C, dtype=torch.float64, **options)
+    assert all(p.dtype == torch.float64 and not p.is_meta for p in made.parameters())
+
+
+@pytest.mark.parametrize("missing", ["weight", "bias"])
+@pytest.mark.parametrize("name, variant", CASES)
+def test_without_weight_or_without_bias(name, variant, missing):
+    """One of the two parameters set to None is as if it were 1 or 0 and not trained."""
+    norm, other = make(name, variant), make(name, variant)
+    setattr(norm, missing, None)
+    with torch.no_grad():
+        getattr(other, missing).fill_(1.0 if missing == "weight" else 0.0)
+    getattr(other, missing).requires_grad_(False)
+    keep = "bias" if missing == "weight" else "weight"
+    results = []
+    for each in (norm, other):
+        found = train(each)
+        results.append([*found[:7], getattr(each, keep).grad, *each.buffers(), *each.scale_and_shift()])
+    assert_all_close(*results)
+    norm.reset_parameters()
+
+
+@pytest.mark.parametrize("name, variant", CASES)
+def test_symbolic_tracing_takes_a_norm_as_a_whole(name, variant):
+    """torch.fx: the traced model calls the norm, training and statistics included."""
+    model = nn.Sequential(nn.Linear(C, C), make(name, variant))
+    traced = torch.fx.symbolic_trace(model)
+    x = batch()[0]
+    assert [node.op for node in traced.graph.nodes].count("call_module") == 2
+    twin = copy.deepcopy(model)
+    assert torch.equal(traced(x), twin(x)) and torch.equal(traced.eval()(x), twin.eval()(x))
+
+
+@pytest.mark.parametrize("name, variant", CASES)
+def test_tensors_that_are_no_dense_rows_are_refused(name, variant):
+    """Nested and sparse input: a ValueError that says what is expected."""
+    norm = make(name, variant)
+    for x in (torch.nested.nested_tensor([torch.ones(2, C), torch.ones(2, C)]), torch.ones(3, C).to_sparse()):
+        for training in (True, False):
+            with pytest.raises(ValueError, match="expected a dense"):
+                norm.train(training)(x)
+
+
+@pytest.mark.parametrize("garbage", [0.0, -1.0, 1e-41, torch.nan, torch.inf, -1.6e18, 0.5])
+@pytest.mark.parametrize("name, variant", CASES)
+def test_statistics_that_a_loader_left_without_a_value(name, variant, garbage, caplog):
+    """Set in place of meta tensors: what can be no value begins as in a new norm, with a warning; values stay."""
+    filled = make(name, variant)
+    train(filled, steps=2)
+    for present in (None, *filled.STATISTICS):
+        norm = make(name, variant).to("meta")
+        for key, parameter in filled.named_parameters():
+            setattr(norm, key, parameter)
+        for key, buffer in filled.named_buffers():
+            value = buffer.clone() if key == present else torch.full_like(buffer, garbage)
+            if key == present:  # as Hugging Face's loading does
+                value._is_hf_initialized = True
+            setattr(norm, key, value)
+        norm.eval()(batch()[0])
+        for key, buffer in norm.named_buffers():
+            start = norm.STATISTICS.get(key, 0.0)
+            if key == present:
+                assert torch.equal(buffer, getattr(filled, key))
+            elif key == "iters" or garbage not in (0.0, 0.5) or (start == 1.0 and garbage == 0.0):
+                assert (buffer == start).all(), key
+            assert torch.isfinite(buffer).all()
+    assert "has no value yet" in caplog.text or garbage in (0.0, 1e-41)

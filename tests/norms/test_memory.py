@@ -1,11 +1,16 @@
-"""What reaches a raw pointer: the same numbers as plain torch whatever torch's defaults are and whatever a tensor is made of."""
+"""What reaches a raw pointer: the same numbers as plain torch whatever torch's defaults are and whatever a tensor is
+made of.
+"""
+
 import contextlib
 
 import pytest
 import torch
+import torch.nn.utils.prune
+from norm_cases import CASES, C, assert_all_close, batch, make, train
 
 from fairseq_powernorm import kernels
-from norm_cases import C, CASES, assert_all_close, batch, make, train
+
 
 @contextlib.contextmanager
 def defaults(dtype=None, device=None):
@@ -19,16 +24,19 @@ def defaults(dtype=None, device=None):
         torch.set_default_dtype(before)
 
 
-@pytest.fixture(params=["eager", "c"])
+@pytest.fixture(params=["eager", "c", pytest.param("triton", marks=pytest.mark.slow)])
 def kernel(request):
-    """Each backend of a CPU in turn."""
-    if request.param == "c" and kernels.c.unavailable():
-        pytest.skip(kernels.c.unavailable())
+    """Each backend in turn; Triton's in its interpreter."""
+    backend = kernels.KERNELS[request.param]
+    if backend.unavailable() or (request.param == "triton" and torch.cuda.is_available()):
+        pytest.skip(backend.unavailable() or "a GPU's Triton does not work on the CPU")
     with kernels.only(request.param):
         yield request.param
 
 
-@pytest.mark.parametrize("dtype, device", [(torch.float64, None), (torch.bfloat16, None), (torch.float16, None), (None, "meta")])
+@pytest.mark.parametrize(
+    "dtype, device", [(torch.float64, None), (torch.bfloat16, None), (torch.float16, None), (None, "meta")]
+)
 @pytest.mark.parametrize("name, variant", CASES)
 @pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16])
 def test_defaults_of_torch_change_no_number(kernel, name, variant, dtype, device, input_dtype):
@@ -154,3 +162,43 @@ def test_wrong_sizes_are_refused(kernel):
     for mode in (True, False):
         with pytest.raises(ValueError, match=f"expected {C} values"):
             norm.train(mode)(batch()[0])
+
+
+def elsewhere(tensor):
+    return torch.stack([tensor, tensor], -1)[..., 0]
+
+
+HOOKS = {
+    "on the cpu": lambda: torch.autograd.graph.save_on_cpu(),
+    "strided": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, elsewhere),
+    "double": lambda: torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.double() if t.is_floating_point() else t, lambda t: t
+    ),
+    "subclass": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.as_subclass(Sub)),
+}
+
+
+@pytest.mark.parametrize("hooks", HOOKS)
+@pytest.mark.parametrize("name, variant", CASES)
+def test_saved_tensors_that_come_back_otherwise(kernel, name, variant, hooks):
+    """Hooks on saved tensors give back other memory, another layout or dtype: the same gradients and statistics."""
+    expected = train(make(name, variant))
+    with HOOKS[hooks]():
+        found = train(make(name, variant))
+    assert_all_close(found, expected)
+
+
+@pytest.mark.parametrize("name, variant", CASES)
+def test_parametrized_weights(kernel, name, variant):
+    """A weight that is computed (parametrizations, pruning) is as good as a parameter."""
+
+    class Absolute(torch.nn.Module):
+        def forward(self, weight):
+            return weight.abs()
+
+    norm = make(name, variant)
+    torch.nn.utils.parametrize.register_parametrization(norm, "weight", Absolute())
+    pruned = make(name, variant)
+    torch.nn.utils.prune.custom_from_mask(pruned, "weight", torch.ones(C))
+    for each in (norm, pruned):
+        assert_all_close(train(each)[:7], train(make(name, variant))[:7])

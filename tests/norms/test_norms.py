@@ -730,7 +730,9 @@ def test_build_norm():
 
 
 def test_layer_and_rms_norm_are_torchs():
-    """``layer`` and ``rms`` compute what torch's own modules compute, mask or no mask."""
+    """``layer`` and ``rms`` compute what torch's own modules compute, mask or no mask; the output has the input's dtype."""
     x, _, mask = random_batch()
     assert torch.equal(build_norm("layer", 8).double()(x, mask), torch.nn.LayerNorm(8).double()(x))
     assert torch.equal(build_norm("rms", 8).double()(x, mask), torch.nn.RMSNorm(8, eps=1e-5).double()(x))
+    for name in ("layer", "rms"):
+        assert build_norm(name, 8)(x.bfloat16(), mask).dtype is torch.bfloat16

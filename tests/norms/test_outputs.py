@@ -1,8 +1,7 @@
 """Outputs are ordinary tensors, and padding that is not finite stays where it is."""
 import pytest
 import torch
-
-from norm_cases import ALL, C, CASES, assert_all_close, batch, make
+from norm_cases import ALL, CASES, C, assert_all_close, batch, make
 
 INPLACE = {
     "relu": torch.relu_, "add": lambda y: y.add_(1.0), "mul": lambda y: y.mul_(2.0), "zero row": lambda y: y[0].zero_(),
@@ -63,7 +62,9 @@ def test_padding_that_is_not_finite(name, variant, where, bad):
             y = norm(x, mask)
             y.backward(dy)
         valid = mask.t().logical_not()
-        results.append([y[valid], *(p.grad for p in norm.parameters()), *(b for k, b in norm.named_buffers() if k != "ema_gz")])
+        results.append(
+            [y[valid], *(p.grad for p in norm.parameters()), *(b for k, b in norm.named_buffers() if k != "ema_gz")]
+        )
         if not (name == "power" and variant == "reference" and where != "dy"):
             results[-1] += [x.grad[valid], *(b for k, b in norm.named_buffers() if k == "ema_gz")]
         else:  # the authors' nu counts padding: one such step leaves it as it was

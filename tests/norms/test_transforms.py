@@ -1,15 +1,18 @@
-"""What torch does around a module: function transforms, forward-mode derivatives, fake tensors, export, scripting, compiling."""
+"""What torch does around a module: function transforms, forward-mode derivatives, fake tensors, export, scripting,
+compiling.
+"""
+
 import copy
 
 import pytest
 import torch
+from norm_cases import ALL, CASES, C, assert_all_close, batch, make
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 
 from fairseq_powernorm.norms import build_norm
 from fairseq_powernorm.statistics import RunningStatistics
-from norm_cases import ALL, C, CASES, assert_all_close, batch, make, train
 
 EXACT = [case for case in CASES if case[0] != "power"]
 
@@ -72,7 +75,9 @@ def test_several_gradients_at_once_in_evaluation(name, variant):
 @pytest.mark.parametrize("captured", [True, False])
 @pytest.mark.parametrize("name, variant", ALL)
 def test_func_grad_in_training(name, variant, captured):
-    """torch.func.grad over a training pass: gradients and every step of the statistics, parameters and buffers captured or given."""
+    """torch.func.grad over a training pass: gradients and every step of the statistics, parameters and buffers
+    captured or given.
+    """
     norm, plain = make(name, variant, warmup_updates=2), make(name, variant, warmup_updates=2)
     for step in range(4):
         x, dy, mask = batch(step)
@@ -84,7 +89,6 @@ def test_func_grad_in_training(name, variant, captured):
             return ((norm(x, mask) if captured else functional_call(norm, (parameters, buffers), (x, mask))) * dy).sum()
 
         found = grad(loss, argnums=(0,) if captured else (0, 1))(x, parameters, buffers)
-        expected = [leaf.grad, *norm.buffers()]
         assert_all_close([found[0], *norm.buffers()], [leaf.grad, *plain.buffers()])
         if not captured:
             assert_all_close(found[1].values(), [p.grad for p in plain.parameters()])
@@ -166,12 +170,21 @@ def test_fake_and_meta_tensors(name, variant, training):
 # ---------------------------------------------------------------- export, scripting
 
 
+def export_for_any_length(module, x):
+    return torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("time", min=2, max=100)},))
+
+
 @pytest.mark.parametrize("name, variant", ALL)
 def test_export_of_the_evaluation(name, variant):
     """torch.export gives a graph of torch's own operations with the same numbers, for any number of rows."""
     norm = make(name, variant).eval()
     x, _, _ = batch()
-    program = torch.export.export(norm, (x,), dynamic_shapes=({0: torch.export.Dim("time", min=2, max=100)},))
+    if name == "rms":
+        try:
+            export_for_any_length(nn.RMSNorm(C), x)
+        except torch._dynamo.exc.UserError:
+            pytest.skip("torch's own RMSNorm is exported for one length only, as in torch 2.4")
+    program = export_for_any_length(norm, x)
     assert not [node for node in program.graph.nodes if "fairseq_powernorm" in str(node.target)]
     for each in (x, torch.randn(9, 3, C)):
         assert_all_close([program.module()(each)], [norm(each)])
@@ -187,7 +200,9 @@ def test_export_of_training(name, variant):
         x, _, mask = batch(step)
         with torch.no_grad():
             assert_all_close([module(x, mask)], [plain(x, mask)])
-    assert_all_close([value for _, value in sorted(module.named_buffers())], [value for _, value in sorted(plain.named_buffers())])
+    exported, expected = dict(module.named_buffers()), dict(plain.named_buffers())
+    assert set(norm.STEPS["forward"]) <= set(exported) <= set(expected)  # torch 2.4 leaves out those that are not used
+    assert_all_close([exported[name] for name in sorted(exported)], [expected[name] for name in sorted(exported)])
 
 
 @pytest.mark.parametrize("groups", [0, 1, 2])
@@ -307,7 +322,6 @@ def test_compiled_checkpointing_is_exact_or_refused():
 @pytest.mark.parametrize("groups", [0, 2])
 def test_operators_are_what_they_declare(dtype, groups):
     """torch.library.opcheck: schemas, mutations, fake results, autograd registration."""
-    from fairseq_powernorm import operators
 
     norm = make("power", "algorithm2", groups=groups)
     x, dy, _ = batch(0, dtype)

@@ -1,1 +1,1 @@
-"""What measurements of speed are compared with."""
+"""Measures the norms against torch's LayerNorm: ``python scripts/benchmark.py``, see :mod:`.options`."""

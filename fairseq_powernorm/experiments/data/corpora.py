@@ -130,7 +130,7 @@ class Downloaded:
         self.urls, self.files = self.entry["urls"], self.entry["files"]
 
     def identity(self):
-        return {name: digest for name, digest in self.files.values()}
+        return dict(self.files.values())
 
     def write(self, directory):
         archives = [self._find(file) for file in self.files]
@@ -308,7 +308,7 @@ class Archives:
                 for number, (_, member, kind) in enumerate(parts):
                     count = 0
                     with open(unpacked / flat(member), "rb") as lines:
-                        for count, line in enumerate(KINDS[kind](lines), 1):
+                        for count, line in enumerate(KINDS[kind](lines), 1):  # noqa: B007
                             text.write(line + b"\n")
                     print(f"  {name}: {count:,} lines of {member}", flush=True)
                     (unpacked / flat(member)).unlink()

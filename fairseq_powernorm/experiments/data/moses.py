@@ -97,7 +97,7 @@ class Perl:
         commands = [[self.perl, str(self.directory / script), *options]
                     for script, *options in (SCRIPTS[name](language) for name in names if SCRIPTS[name])]
         if "apostrophes" in names:  # the first step
-            lines = map(lambda line: PYTHON["apostrophes"](line, language), lines)
+            lines = (PYTHON["apostrophes"](line, language) for line in lines)
         given, failed = 0, []
         with tempfile.TemporaryFile() as errors:
             running, source = [], subprocess.PIPE
@@ -125,7 +125,7 @@ class Perl:
             feeder.start()
             taken = 0
             try:
-                for taken, line in enumerate(source, 1):
+                for taken, line in enumerate(source, 1):  # noqa: B007  (used below)
                     yield line.decode("utf-8").rstrip("\n")
                 feeder.join()
                 statuses = [process.wait() for process in running]

@@ -131,7 +131,8 @@ def detokenize(line: str, language: str) -> str:
         return MosesDetokenizer(lang=language).detokenize(line.split())
     text = ENTITY.sub(lambda entity: CHARACTERS[entity[0]], f" {line} ".replace(" @-@ ", "-"))
     words, parts = text.rstrip(" ").split(" "), []
-    quotes, joins_next = collections.Counter(), False
+    quotes: collections.Counter = collections.Counter()
+    joins_next = False
     for before, word, following in zip(["", *words], words, [*words[1:], ""]):
         joins, joins_next = joins_next, False  # does it join the word before it, and the one behind it?
         if STARTS_CJK.match(word):

@@ -16,8 +16,26 @@ import threading
 import time
 from pathlib import Path
 
-from ..settings import (BPE_TYPES, DATA_TOOLS, UserError, choose, cpus, data_root, data_settings, is_lm, load, locked,
-                        put_back, read_json, resumable_directory, same, sha256, tool, versions, write_json)
+from ..settings import (
+    BPE_TYPES,
+    DATA_TOOLS,
+    UserError,
+    choose,
+    cpus,
+    data_root,
+    data_settings,
+    is_lm,
+    load,
+    locked,
+    put_back,
+    read_json,
+    resumable_directory,
+    same,
+    sha256,
+    tool,
+    versions,
+    write_json,
+)
 from . import bpe, corpora, moses
 
 # Raised when the same settings make other data.

@@ -12,8 +12,26 @@ from pathlib import Path
 
 from ..data.moses_python import detokenize
 from ..runs import checkpoints, compose, trainlog
-from ..settings import (PLUGIN, ROOT, TOOLS, UserError, benchmarks, call, choose, data_root, data_settings, is_lm, locked,
-                        prepared, read_json, sha256, tool, versions, whole_directory, write_json)
+from ..settings import (
+    PLUGIN,
+    ROOT,
+    TOOLS,
+    UserError,
+    benchmarks,
+    call,
+    choose,
+    data_root,
+    data_settings,
+    is_lm,
+    locked,
+    prepared,
+    read_json,
+    sha256,
+    tool,
+    versions,
+    whole_directory,
+    write_json,
+)
 from . import perplexity
 from .score import lines_of, sacrebleu_scores, tokenized_bleu
 
@@ -196,8 +214,10 @@ def hypotheses_of(output, sentences):
     """The best hypotheses in fairseq-generate's output, BPE undone, in the order of the text."""
     found = {int(number): text for number, text in re.findall(r"^H-(\d+)\t[^\t\n]*\t(.*)$", output, re.MULTILINE)}
     if sorted(found) != list(range(sentences)):
-        raise UserError(f"fairseq-generate translated {len(found)} of {sentences} sentences; a score of a part of the subset "
-                        f"would be compared with scores of the whole")
+        raise UserError(
+            f"fairseq-generate translated {len(found)} of {sentences} sentences; a score of a part of the subset "
+            f"would be compared with scores of the whole"
+        )
     return [found[number] for number in range(sentences)]
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Optional, Tuple
 
 from ..runs import batch, compose
-from ..settings import (BATCH_REFERENCE, ROOT, UserError, architectures, is_lm, load, norm_in_names, placements,
-                        runs_root)
+from ..settings import BATCH_REFERENCE, ROOT, UserError, architectures, is_lm, load, norm_in_names, placements, runs_root
 
 #: what is reproduced -> (the paper's benchmarks, which are the default; others of the same kind; default seeds)
 SUBJECTS = {

@@ -22,8 +22,22 @@ from ..runs import compose
 from ..settings import PLACEMENTS, ROOT, UserError, data_settings, locked, read_json, runs_root, write_json
 from . import figures, schema, speed
 from .matrix import BASELINE, FIGURE_ROWS, NORMS, PAPER, relative
-from .table import (IRRELEVANT, LM_METRICS, METRICS, OF_THE_LINE, cell, cells, is_lm_record, lines, markdown, mean,
-                    paired_t, settings_of, spread, tables)
+from .table import (
+    IRRELEVANT,
+    LM_METRICS,
+    METRICS,
+    OF_THE_LINE,
+    cell,
+    cells,
+    is_lm_record,
+    lines,
+    markdown,
+    mean,
+    paired_t,
+    settings_of,
+    spread,
+    tables,
+)
 
 TITLES = {"table1": "Table 1: machine translation", "table2": "Table 2: language modelling"}
 CAPTIONS = (
@@ -160,7 +174,7 @@ def significance(runs, records, before):
         others = {f"{run.benchmark}/{run.name}": run for run in runs
                   if (run.benchmark, run.arch, run.seed) == key and run.row.norm != BASELINE}
 
-        def current(name, test):
+        def current(name, test, against=against):
             return (test["against"] == against and close(test["score"], records[name])
                     and close(test["baseline"], records[against]))
 

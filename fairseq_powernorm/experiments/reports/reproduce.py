@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import math
 import os
-import queue
 import shlex
 import signal
 import subprocess
@@ -18,8 +17,23 @@ from pathlib import Path
 
 from ..cluster import slurm, submission
 from ..runs import batch, compose, launch
-from ..settings import (ROOT, UserError, architectures, benchmarks, choose, cpus, data_root, in_use, listed, load,
-                        lock_path, locked, number, read_json, seeds)
+from ..settings import (
+    ROOT,
+    UserError,
+    architectures,
+    benchmarks,
+    choose,
+    cpus,
+    data_root,
+    in_use,
+    listed,
+    load,
+    lock_path,
+    locked,
+    number,
+    read_json,
+    seeds,
+)
 from . import matrix, report, schema
 
 WAIT_S = 5

@@ -77,7 +77,7 @@ def build(config):
             add_defaults(config)
             with omegaconf_no_object_check():
                 config = OmegaConf.create(OmegaConf.to_container(config, resolve=True, enum_to_str=True))
-            OmegaConf.set_struct(config, True)
+            OmegaConf.set_struct(config, True)  # noqa: FBT003
             task = tasks.setup_task(config.task)
             model = task.build_model(config.model)
             criterion = task.build_criterion(config.criterion)

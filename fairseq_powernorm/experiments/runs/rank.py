@@ -33,4 +33,5 @@ def main(world, logs, tag, command):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], sys.argv[4:])
+    _, world, logs, tag, *command = sys.argv
+    main(world, logs, tag, command)

@@ -15,8 +15,27 @@ import time
 from pathlib import Path
 
 from ..evaluation import perplexity
-from ..settings import (CONFIGS, NORMS, UserError, architectures, benchmarks, choose, cpus, is_lm, load, locked,
-                        norm_in_names, norm_name, placements, prepared, read_json, runs_root, sha256, tool, write_json)
+from ..settings import (
+    CONFIGS,
+    NORMS,
+    UserError,
+    architectures,
+    benchmarks,
+    choose,
+    cpus,
+    is_lm,
+    load,
+    locked,
+    norm_in_names,
+    norm_name,
+    placements,
+    prepared,
+    read_json,
+    runs_root,
+    sha256,
+    tool,
+    write_json,
+)
 from . import batch, checkpoints, compose, trainlog
 
 SCHEMA = 1

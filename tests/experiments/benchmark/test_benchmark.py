@@ -1,19 +1,18 @@
 """scripts/benchmark.py: what it compares with is what it says, and its verdicts follow from its numbers."""
-import importlib.util
 import shutil
 import subprocess
 import time
 
 import pytest
 import torch
-
 import toy
-from fairseq_powernorm.experiments.benchmark.authors_norm import AuthorsPowerNorm
-from fairseq_powernorm.norms import PowerNorm
 
-SPEC = importlib.util.spec_from_file_location("benchmark", toy.ROOT / "scripts" / "benchmark.py")
-benchmark = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(benchmark)
+from fairseq_powernorm.experiments.benchmark import __main__ as program, cells, models, timing
+from fairseq_powernorm.experiments.benchmark.authors_norm import AuthorsPowerNorm
+from fairseq_powernorm.experiments.benchmark.options import parse
+from fairseq_powernorm.experiments.benchmark.targets import checks
+from fairseq_powernorm.experiments.settings import UserError
+from fairseq_powernorm.norms import PowerNorm
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -37,7 +36,9 @@ def test_the_authors_way_computes_the_same(groups):
 
 def test_the_command_measures_every_level():
     """--quick goes through all levels and contenders, one from outside among them, and prints a row for each."""
-    done = toy.command("python", "scripts/benchmark.py", "--quick", "--threads", 1, "--shapes", "8x64", "--extra", "torch.nn:RMSNorm")
+    done = toy.command(
+        "python", "scripts/benchmark.py", "--quick", "--threads", 1, "--shapes", "8x64", "--extra", "torch.nn:RMSNorm"
+    )
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
     found = {(row[0].strip("| "), row[6]) for row in rows}
     assert {("layer", name) for name in ("layer", "rms", "batch", "power-g1", "power-g4", "power-torch-g4", "authors-g1",
@@ -48,23 +49,30 @@ def test_the_command_measures_every_level():
         assert {(level, name) for name in ("layer", "power", "power-torch")} <= found
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--shapes", "12"], "must be ROWSxCHANNELS"), (["--levels", "all"], "'all' is unknown; valid: accuracy, layer, encoder, step, generation"),
-    (["--device", "gpu"], "invalid choice: 'gpu'"), (["--threads", "0"], "must be positive"), (["--extra", "nowhere:Norm"], "--extra 'nowhere:Norm': must be MODULE:CLASS"),
-    (["--output", "a/b"], "--output 'a/b': must be a name"), (["--seconds", "0"], "must be positive"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--shapes", "12"], "must be ROWSxCHANNELS"),
+        (["--levels", "all"], "'all' is unknown; valid: accuracy, layer, encoder, step, generation"),
+        (["--device", "gpu"], "invalid choice: 'gpu'"),
+        (["--threads", "0"], "must be positive"),
+        (["--extra", "nowhere:Norm"], "--extra 'nowhere:Norm': must be MODULE:CLASS"),
+        (["--output", "a/b"], "--output 'a/b': must be a name"),
+        (["--seconds", "0"], "must be positive"),
+    ],
+)
 def test_bad_input_is_refused(words, message, capsys):
     """Exit status 2 (or the refusal that becomes it) with the option, the value and what is valid, before any measuring."""
-    with pytest.raises((SystemExit, benchmark.UserError)) as caught:
-        benchmark.benchmark(words)
+    with pytest.raises((SystemExit, UserError)) as caught:
+        program.benchmark(words)
     assert message in capsys.readouterr().err + str(caught.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_gpu_that_is_not_there_is_refused():
     """Before any measuring."""
-    with pytest.raises(benchmark.UserError, match="--device 'cuda': torch finds no CUDA device; valid here: cpu"):
-        benchmark.benchmark(["--device", "cuda"])
+    with pytest.raises(UserError, match="--device 'cuda': torch finds no CUDA device; valid here: cpu"):
+        program.benchmark(["--device", "cuda"])
 
 
 class Event:
@@ -89,34 +97,34 @@ def test_times_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda size, dtype, device: empty(size, dtype=dtype))
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
-    monkeypatch.setattr(benchmark.DeviceEvents, "BYTES", 1 << 16)
-    measure = benchmark.DeviceEvents()
+    monkeypatch.setattr(timing.DeviceEvents, "BYTES", 1 << 16)
+    measure = timing.DeviceEvents()
     assert measure.times > 1
     before = time.perf_counter()
     taken = measure(lambda: time.sleep(0.05))
     assert 0.05 <= taken <= time.perf_counter() - before
-    assert benchmark.device_clock(lambda: order.append("call")) > 0 and order == ["wait", "call", "wait"]
+    assert timing.device_clock(lambda: order.append("call")) > 0 and order == ["wait", "call", "wait"]
     order.clear()
-    assert benchmark.host_seconds(lambda: time.sleep(0.001)) >= 0.001 and order == ["wait"] * 12
+    assert timing.host_seconds(lambda: time.sleep(0.001)) >= 0.001 and order == ["wait"] * 12
 
 
 def test_models_in_half_precision():
     """What a GPU measures, by a CPU: a layer, an update by fairseq's own optimizer of --fp16, and a search, in float16."""
-    options = benchmark.parse(["--quick", "--contenders", "rms,batch,power,power-torch,authors"])
+    options = parse(["--quick", "--contenders", "rms,batch,power,power-torch,authors"])
     options.model_dtype = "float16"
     for level in ("encoder", "step", "generation"):
-        (found,) = benchmark.CELLS[level](options, lambda cell: None)
+        (found,) = cells.CELLS[level](options, lambda cell: None)
         assert found["dtype"] == "float16" and found["device"] == "cpu"
         assert set(found["contenders"]) == {"layer", "rms", "batch", "power", "power-torch"}
 
 
 def test_an_update_in_half_precision_trains():
     """The update that is timed changes the parameters and takes one step of the running statistics."""
-    options = benchmark.parse(["--quick"])
+    options = parse(["--quick"])
     options.model_dtype = "float16"
-    model, running, _ = benchmark.translation_model("power", options, 16, 32, 1, 40)
+    model, running, _ = models.translation_model("power", options, 16, 32, 1, 40)
     before = [p.detach().clone() for p in model.parameters()]
-    function = benchmark.update(options, model, running, 4, 8, 40)
+    function = models.update(options, model, running, 4, 8, 40)
     for _ in range(8):  # the first ones may lower the loss scale
         function()
     assert any(not torch.equal(p, q) for p, q in zip(before, model.parameters()))
@@ -126,14 +134,22 @@ def test_an_update_in_half_precision_trains():
 
 def cell(level="layer", which="train", rows=4096, dtype="float32", device="cpu", **ratios):
     """A cell of a record in which LayerNorm takes a second and a copy 0.9."""
-    contenders = {name.replace("_", "-"): {"seconds": ratio, "ratio": ratio, "saved": 1.001, "bandwidth_fraction": 0.9 / ratio,
-                                           "worst": ratio} for name, ratio in ratios.items()}
+    contenders = {
+        name.replace("_", "-"): {
+            "seconds": ratio,
+            "ratio": ratio,
+            "saved": 1.001,
+            "bandwidth_fraction": 0.9 / ratio,
+            "worst": ratio,
+        }
+        for name, ratio in ratios.items()
+    }
     return {"level": level, "pass": which, "rows": rows, "dtype": dtype, "device": device, "contenders": contenders}
 
 
 def test_targets_are_checked():
     """Each bound holds for the worst cell or the median, as its name says, and no verdict is given without a measurement."""
-    met = lambda cells: {each["target"]: each["met"] for each in benchmark.checks(cells)}  # noqa: E731
+    met = lambda found: {each["target"]: each["met"] for each in checks(found)}  # noqa: E731
     assert met([]) == {}
     good = cell(layer=1.0, power_g1=0.6, power_g4=0.65, authors_g1=20.0, authors_g4=20.0)
     assert set(met([good]).values()) == {True}
@@ -149,7 +165,7 @@ def test_targets_are_checked():
 
 def test_targets_of_a_gpu_are_checked():
     """Other bounds than a CPU's, and the share of a copy's bandwidth that the forward pass reaches."""
-    met = lambda cells: {each["target"]: each["met"] for each in benchmark.checks(cells)}  # noqa: E731
+    met = lambda found: {each["target"]: each["met"] for each in checks(found)}  # noqa: E731
     gpu = dict(device="cuda", rows=16384)
     assert met([cell(**gpu, power_g1=1.0, power_g4=1.1)])["training, float32, every cell"] is False
     assert met([cell(**gpu, power_g1=1.0)])["training, float32, every cell"] is True
@@ -169,13 +185,14 @@ def test_the_sanitizers_script_needs_a_compiler(tmp_path):
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 def test_the_stand_alone_check_passes(tmp_path):
-    """The program that the sanitizers run, built without them: every entry point equals plain loops, with threads and without.
+    """The program that the sanitizers run, built without them: every entry point equals plain loops, with threads and
+    without.
 
     In the code for other processors than x86; tests/kernels/test_kernels.py runs that for this one.
     """
-    sources = [toy.ROOT / "fairseq_powernorm" / "kernels" / "csrc" / "powernorm.c", toy.ROOT / "tests" / "checks" / "sanitize_kernel.c"]
+    source = toy.ROOT / "tests" / "checks" / "sanitize_kernel.c"
     flags = ["-std=gnu11", "-O2", "-DPN_GENERIC", "-Wno-psabi", "-o", tmp_path / "check", "-lm", "-lpthread"]
-    subprocess.run([str(word) for word in ["cc", *sources, *flags]], check=True)
+    subprocess.run([str(word) for word in ["cc", source, *flags]], check=True)
     done = subprocess.run([tmp_path / "check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "generic: no fault\n"

@@ -10,12 +10,12 @@ import sys
 import time
 
 import pytest
-
 import toy
 from checks import slurm_cluster
+from pipelines import SMALL, Scripts, program, write_text
+
 from fairseq_powernorm.experiments.cluster import submit
 from fairseq_powernorm.experiments.settings import UserError
-from pipelines import SMALL, Scripts, program, write_text
 
 SLURM = toy.ROOT / "scripts" / "slurm"
 #: tools of the shell and of Python, not of SLURM

@@ -17,12 +17,11 @@ import threading
 import zipfile
 
 import pytest
-
-from fairseq_powernorm.experiments import settings
-from fairseq_powernorm.experiments.data import archives, moses, prepare
-from fairseq_powernorm.experiments.data import corpora as corpora_table
 from pipelines import Scripts, contents
 from toy import ROOT
+
+from fairseq_powernorm.experiments import settings
+from fairseq_powernorm.experiments.data import archives, corpora as corpora_table, moses, prepare
 
 pytestmark = pytest.mark.slow
 
@@ -166,8 +165,8 @@ def test_iwslt14_killed_at_every_stage(iwslt14, tmp_path):
         assert not (mine.data / "iwslt14").exists()
     one = ["taskset", "-c", str(min(os.sched_getaffinity(0)))]
     done = subprocess.run([*one, "bash", str(ROOT / "scripts" / "prepare.sh"), "iwslt14", "--archive-dir",
-                           str(tmp_path / "archives")], env={**mine.environment, "PYTHON": sys.executable}, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT)
+                           str(tmp_path / "archives")], env={**mine.environment, "PYTHON": sys.executable},
+                          text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0 and done.stdout.count("done already") == 5, done.stdout
     assert without_stamp(contents(mine.data)) == without_stamp(contents(iwslt14.data))
     assert [path.name for path in mine.data.iterdir() if path.is_dir()] == ["iwslt14"]
@@ -216,7 +215,8 @@ def test_flipped_bits(pack, tmp_path):
     nobody unpacks it = the archive is refused; of the few bits that mean nothing there may be two among them, and then
     the text is the same."""
     draw = random.Random(1)
-    texts = {f"d/{name}": draw.randbytes(3000) for name in ("first", "unwanted", "text", "last")}
+    names = ("first", "unwanted", "text", "last")
+    texts = {f"d/{name}": draw.getrandbits(8 * 3000).to_bytes(3000, "little") for name in names}
     whole, path = pack(texts), tmp_path / "archive"
     if pack is tgz:  # between a header without a checksum of its own, and the end: the checksum itself
         places = range(10, len(whole))
@@ -268,8 +268,8 @@ def test_full_disk(iwslt14, tmp_path):
     mine = Scripts(tmp_path)
     for limit in (1, 2):
         command = f"ulimit -f {limit}; exec bash {ROOT / 'scripts' / 'prepare.sh'} iwslt14 --archive {iwslt14.archive}"
-        done = subprocess.run(["bash", "-c", command], env={**mine.environment, "PYTHON": sys.executable}, text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT)
+        done = subprocess.run(["bash", "-c", command], env={**mine.environment, "PYTHON": sys.executable},
+                              text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert done.returncode == 2 and "File too large" in done.stdout, done.stdout
         assert done.stdout.count("error: ") == 1 and "Traceback" not in done.stdout and not (mine.data / "iwslt14").exists()
         assert not [path for path in mine.data.rglob(".*") if path.is_dir() and path.parent.name == ".iwslt14.partial"]
@@ -406,7 +406,10 @@ def test_wmt14_text(version, bpe, cleaning, tmp_path):
     stamp = json.loads((data / "prepared.json").read_text())
     assert stamp["sentences"] == {"train": len(counts[0]), "valid": 1, "test": 2}
     assert stamp["settings"]["news_commentary"] == version and stamp["settings"]["bpe"] == bpe
-    assert (stamp["settings"]["cleaning"], stamp["settings"]["clean_max"]) == (cleaning, 80 if cleaning == "authors" else 250)
+    assert (stamp["settings"]["cleaning"], stamp["settings"]["clean_max"]) == (
+        cleaning,
+        80 if cleaning == "authors" else 250,
+    )
     assert f"training-parallel-nc-{version}.tgz" in stamp["sources"] and len(stamp["sources"]) == 5
 
 

@@ -113,7 +113,7 @@ def test_translation_is_a_function():
 def test_noun_phrases_agree(noun, singular, plural):
     """Determiner, adjective and noun agree in gender, case and number; written by hand: nominative|accusative|dative."""
     grammar = small_grammar(f"{noun} alt Anna zwei")
-    drawn = {("p" == phrase.person, "|".join(phrase.german.values()))
+    drawn = {(phrase.person == "p", "|".join(phrase.german.values()))
              for phrase in (grammar.noun_phrase("person") for _ in range(2000))}
     for is_plural, forms in ((False, singular), (True, plural)):
         assert {(is_plural, each) for each in forms.split("; ")} <= drawn

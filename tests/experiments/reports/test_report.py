@@ -18,7 +18,6 @@ import sys
 
 import pytest
 import torch
-
 from toy import ROOT
 
 BIN = pathlib.Path(sys.executable).parent
@@ -37,7 +36,7 @@ RECORD = json.loads((ROOT / "results" / "multi30k" / "power-seed1.json").read_te
 
 
 def run(*command, status=0):
-    done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert done.returncode == status, done.stderr
     return done.stdout if status == 0 else done.stderr
 

@@ -12,7 +12,6 @@ import shutil
 import signal
 
 import pytest
-
 from pipelines import Scripts, contents, program, write_text
 from toy import ROOT
 

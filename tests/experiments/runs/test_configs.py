@@ -4,7 +4,6 @@ import re
 import subprocess
 
 import pytest
-
 from toy import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -6,14 +6,14 @@ import sys
 
 import pytest
 import torch
-
 import toy
 from checks.slurm_cluster import free_ports
+from pipelines import SMALL, Scripts, write_text
+
 from fairseq_powernorm import ranks
 from fairseq_powernorm.checkpoint import load
 from fairseq_powernorm.experiments.runs import launch
 from fairseq_powernorm.experiments.settings import UserError
-from pipelines import SMALL, Scripts, write_text
 
 pytestmark = pytest.mark.slow
 

@@ -7,9 +7,9 @@ import pytest
 
 pytest.importorskip("fairseq")
 
-from fairseq_powernorm.experiments import settings  # noqa: E402
-from fairseq_powernorm.experiments.reports import matrix  # noqa: E402
-from fairseq_powernorm.experiments.runs import batch, compose, train  # noqa: E402
+from fairseq_powernorm.experiments import settings
+from fairseq_powernorm.experiments.reports import matrix
+from fairseq_powernorm.experiments.runs import batch, compose, train
 
 #: The authors' settings, by the keys of fairseq's configuration. IWSLT14 and WMT14: the scripts that train them. PTB and
 #: WikiText-103: the tensorized Transformer's. Baevski & Auli: the recipe in fairseq's examples/language_model for 8 GPUs.

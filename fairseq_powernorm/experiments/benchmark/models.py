@@ -1,0 +1,145 @@
+"""Whole models to time: a Transformer with each norm, its sentences, its optimizers."""
+from argparse import Namespace
+from types import SimpleNamespace
+
+import torch
+from fairseq import models
+from fairseq.data import Dictionary
+from fairseq.dataclass.configs import FairseqConfig
+from fairseq.optim import FP16Optimizer
+from fairseq.optim.adam import FairseqAdamConfig
+from omegaconf import OmegaConf
+
+import fairseq_powernorm.register  # noqa: F401
+from fairseq_powernorm.norms import PowerNorm
+from fairseq_powernorm.statistics import RunningStatistics
+
+from .authors_norm import AuthorsPowerNorm
+from .contenders import on_kernel
+from .timing import clock, device_clock
+
+
+def translation_model(norm, options, d, ffn, layers, symbols):
+    """A Transformer with the given norm everywhere, and what counts its statistics."""
+    dictionary = Dictionary()
+    for i in range(symbols):
+        dictionary.add_symbol(f"w{i}")
+    kind = "power" if norm in ("power-torch", "authors") else norm
+    sizes = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in
+             dict(layers=layers, embed_dim=d, ffn_embed_dim=ffn, attention_heads=4).items()}
+    places = {f"{side}_norm_{place}": kind for side in ("encoder", "decoder") for place in ("self", "ff")}
+    torch.manual_seed(1)
+    task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
+    model = models.build_model(Namespace(
+        _name="transformer_pn_iwslt_de_en", **sizes, **places, dropout=0.0, norm_warmup_updates=0,
+        share_all_embeddings=True), task)
+    if norm == "authors":
+        for module in list(model.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, PowerNorm):
+                    theirs = AuthorsPowerNorm(child.dim, groups=child.groups)
+                    theirs.forward = (lambda x, mask=None, slot=child.mask_slot, forward=theirs.forward:
+                                      forward(x, slot.padding_mask if mask is None and slot is not None else mask))
+                    setattr(module, name, theirs)
+    model = model.to(options.device, getattr(torch, options.model_dtype))
+    return model, RunningStatistics(model), dictionary
+
+
+def model_measure(options):
+    return device_clock if options.device == "cuda" else clock
+
+
+def sentences(options, count, length, symbols, generator):
+    """Left-padded source and right-padded target of unequal lengths (pad = 1)."""
+    lengths = torch.randint(max(1, length * 2 // 3), length + 1, (count,), generator=generator)
+    lengths[0] = length
+    source, target = (torch.randint(4, symbols, (count, length), generator=generator) for _ in range(2))
+    positions = torch.arange(length)
+    source[positions >= lengths.unsqueeze(1)] = 1
+    target[positions >= lengths.unsqueeze(1)] = 1
+    return [each.to(options.device) for each in (source.flip(1), lengths, target)]
+
+
+def model_functions(options, make):
+    """name -> function for each norm that a whole model can have."""
+    functions = {}
+    for name in ("layer", "rms", "batch", "power", "power-torch", "authors"):
+        if name != "layer" and name not in options.contenders:
+            continue
+        if name == "authors" and options.model_dtype == "float16":  # its statistics would be float16, too
+            continue
+        function = make(name)
+        if function is None:
+            continue
+        functions[name] = on_kernel("eager", function) if name == "power-torch" else function
+    return functions
+
+
+class HalfPrecision:
+    """Fairseq's own optimizer of --fp16: a float32 copy of the parameters, and a loss scale."""
+
+    def __init__(self, model, on_gpu):
+        config = OmegaConf.structured(FairseqConfig)
+        config.optimizer = OmegaConf.create(
+            {**OmegaConf.to_container(OmegaConf.structured(FairseqAdamConfig)), "lr": [1e-5]}
+        )
+        config.optimizer._name = "adam"
+        config.common.fp16, config.common.fp16_no_flatten_grads = True, not on_gpu
+        self.optimizer = FP16Optimizer.build_optimizer(config, [p for p in model.parameters() if p.requires_grad])
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+    @property
+    def scale(self):
+        return self.optimizer.scaler.loss_scale
+
+    def backward(self, loss):
+        self.optimizer.backward(loss)
+
+    def step(self):
+        try:
+            self.optimizer.clip_grad_norm(1.0)
+            self.optimizer.step()
+        except OverflowError:  # the scale has been halved
+            pass
+
+
+class SinglePrecision:
+    """torch's Adam."""
+
+    scale = 1.0
+
+    def __init__(self, model, on_gpu):
+        self.clip = torch.nn.utils.clip_grad_norm_
+        self.parameters = list(model.parameters())
+        self.optimizer = torch.optim.Adam(self.parameters, lr=1e-5)
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self):
+        self.clip(self.parameters, 1.0)
+        self.optimizer.step()
+
+
+def update(options, model, running, count, length, symbols):
+    """One update of a model on count sentences, as a function."""
+    model.train()
+    optimizer = (HalfPrecision if options.model_dtype == "float16" else SinglePrecision)(model, options.device == "cuda")
+    source, lengths, target = sentences(options, count, length, symbols, torch.Generator().manual_seed(1))
+
+    def function():
+        optimizer.zero_grad()
+        with running.batch(gradient_scale=optimizer.scale):
+            logits, _ = model(source, lengths, target)
+            optimizer.backward(torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), target.flatten(), ignore_index=1, label_smoothing=0.1))
+        running.reduce()
+        optimizer.step()
+        running.commit()
+
+    return function

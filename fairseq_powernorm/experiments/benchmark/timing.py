@@ -1,0 +1,149 @@
+"""Clocks of the host and of the GPU, turns of all contenders, memory: how a call is measured."""
+import ctypes
+import statistics
+import time
+
+import torch
+
+
+def set_memory(fresh):
+    """Tell glibc to keep freed memory (or to give large blocks back at once); elsewhere nothing is changed."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
+    mallopt(mmap_max, 65536 if fresh else 0)
+    mallopt(mmap_threshold, 128 * 1024)
+    mallopt(trim_threshold, 128 * 1024 if fresh else 2**31 - 1)
+
+
+#: seconds; a longer call is not repeated untimed
+QUICK = 0.2
+#: of whole models, of which a norm is so small a part that few rounds do not show it
+ROUNDS_OF_MODELS = 15
+
+
+def clock(function):
+    """Seconds that a call takes, by the clock."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def device_clock(function):
+    """Seconds that a call takes on the GPU, its host's work included, by the clock."""
+    torch.cuda.synchronize()
+    return clock(lambda: (function(), torch.cuda.synchronize()))
+
+
+class DeviceEvents:
+    """Seconds that the GPU itself works for a call: between two events, behind other work while the host prepares it.
+
+    That work writes more than the caches hold.
+    """
+
+    BYTES, SECONDS = 1 << 28, 0.003
+
+    def __init__(self):
+        self.other = torch.empty(self.BYTES, dtype=torch.uint8, device="cuda")
+        self.times = 1
+        self.times = max(1, round(self.SECONDS / min(self(self.other.zero_) for _ in range(3))))
+
+    def __call__(self, function):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(self.times):
+            self.other.zero_()
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+
+def host_seconds(function):
+    """Seconds after which the host goes on while the GPU works on a call, median."""
+    found = []
+    for _ in range(11):
+        torch.cuda.synchronize()
+        found.append(clock(function))
+    torch.cuda.synchronize()
+    return statistics.median(found)
+
+
+def in_turns(functions, seconds, slow=(), measure=clock, rounds=5):
+    """name -> times in seconds, one per round; those named in `slow` take part in the first five rounds only.
+
+    seconds: for how long, but at least that many rounds; 0: one round. A timed call follows an untimed one, where that is
+    quick: what is timed is then the state that a contender leaves to itself, not that of the one before.
+    """
+    for function in functions.values():
+        function()
+    quick = [name for name, function in functions.items() if seconds and clock(function) < QUICK]
+    times = {name: [] for name in functions}
+    begin, order = time.perf_counter(), list(functions)
+    number = 0
+    while True:
+        number += 1
+        for name in order:
+            if number <= 5 or name not in slow:
+                if name in quick:
+                    functions[name]()
+                times[name].append(measure(functions[name]))
+        order = order[1:] + order[:1]
+        if number >= rounds and time.perf_counter() - begin > seconds or not seconds:
+            return times
+
+
+def quartiles(values):
+    if len(values) < 2:
+        return [values[0]] * 3
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
+def summarize(times, must_move=None):
+    """For each contender: time, ratio to LayerNorm and fraction of the bandwidth limit; medians and quartiles."""
+    copy = statistics.median(times.pop("copy")) if "copy" in times else None
+    found = {}
+    for name, values in times.items():
+        low, middle, high = quartiles(values)
+        ratios = quartiles([value / layer for value, layer in zip(values, times["layer"])])
+        found[name] = {"seconds": middle, "seconds_quartiles": [low, high], "ratio": ratios[1],
+                       "ratio_quartiles": [ratios[0], ratios[2]], "rounds": len(values)}
+        if copy is not None:
+            found[name]["bandwidth_fraction"] = copy * must_move / 2 / middle
+    return found
+
+
+def saved_bytes(norm, x, mask):
+    """Bytes of the storages kept for the backward pass, parameters left out, by those of x."""
+    known, kept = {p.untyped_storage().data_ptr() for p in norm.parameters()}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = norm(x, mask)
+    del y
+    return sum(kept.values()) / (x.numel() * x.element_size())
+
+
+def peak_bytes(call, x):
+    """Largest amount of memory that the call held at a time beyond what was there, by the bytes of x."""
+    call()
+    if x.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / (x.numel() * x.element_size())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / (x.numel() * x.element_size())

@@ -1,0 +1,30 @@
+"""Autograd functions of the norms. They hold no state and make no choice of policy.
+
+The running statistics come in as arguments, the batch's statistics go out through the function ``collect``: those of the
+forward pass as soon as they are known, those of the backward pass when it runs. A function ``reduce``, where one is given,
+turns the sums of this process into those of all processes that share a batch, forward and backward: statistics and
+gradients are then those of the whole batch.
+
+Gradients are returned in the precision of the computation; autograd casts them to the dtypes of the parameters.
+"""
+from ..kernels.eager import layer_scale
+from ..kernels.interface import PowerNormSpec
+from .batch import BatchSpec, batch_norm, batch_norm_formula
+from .common import Collect, Reduce, in_transform, saved_tensors_are_hooked, unwrapped
+from .evaluation import running_norm
+from .power import power_norm
+
+__all__ = [
+    "BatchSpec",
+    "Collect",
+    "PowerNormSpec",
+    "Reduce",
+    "batch_norm",
+    "batch_norm_formula",
+    "in_transform",
+    "layer_scale",
+    "power_norm",
+    "running_norm",
+    "saved_tensors_are_hooked",
+    "unwrapped",
+]

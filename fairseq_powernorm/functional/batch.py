@@ -1,0 +1,273 @@
+"""Normalization by statistics of the batch, with its exact gradient: PN-V and batch normalization."""
+from typing import Any, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import eager
+from ..kernels.interface import plain
+from .common import Collect, Function, Gradients, Reduce, in_memory, reduced, transformed_gradient
+
+
+class BatchSpec(NamedTuple):
+    """The constants of :func:`batch_norm`.
+
+    Attributes:
+        groups: channel groups of the layer scale, 0 for none
+        eps: added to the second moment or variance
+        centre: subtract the mean: batch normalization; else PN-V
+        fill: padding takes the place of the mean and counts in the variance: the authors' batch normalization
+    """
+
+    groups: int
+    eps: float
+    centre: bool
+    fill: bool = False
+
+
+class _BatchCall(NamedTuple):
+    """What :func:`batch_norm` passes through autograd unseen."""
+
+    valid: Optional[Tensor]
+    mean: Optional[Tensor]
+    moment: Tensor
+    spec: BatchSpec
+    collect: Collect
+    reduce: Optional[Reduce]
+
+
+def _batch_tally(spec: BatchSpec, mean: Optional[Tensor], second: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    """The tally of a forward pass: sums about zero, which can be added up, in float64, where nothing is lost by taking them
+    apart again.
+
+    Args:
+        mean: ``C``, of the rows that count; None without centring
+        second: ``C``, sum of squares about ``mean`` (about zero without)
+        rows: number of rows that count
+        positions: number of all rows
+    """
+    if mean is None:
+        return eager.tally(second, rows=rows)
+    mean, second, count = (each.to(eager.sum_dtype(each)) for each in (mean, second, rows))
+    sums = [mean * count, second + mean.square() * count]
+    if spec.fill:
+        sums.append(torch.zeros_like(mean) + positions)
+    return eager.tally(*sums, rows=rows)
+
+
+class _BatchNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], call: _BatchCall) -> Tensor:
+        valid, running_mean, running_moment, spec, collect, reduce = call
+        rows, dtype = x.reshape(-1, x.size(-1)), eager.compute_dtype(x)
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        out = y.view(rows.shape) if dtype is x.dtype else torch.empty(rows.shape, dtype=dtype, device=x.device)
+        with torch.autocast(x.device.type, enabled=False):
+            wide = rows.to(dtype)
+            r = eager.layer_scale_rsqrt(wide, spec.groups)
+            u = eager.scale_rows(wide, r, out=out)
+            count = eager.row_count(u, valid)
+            positions = u.new_full((), u.size(0))
+            mean = None
+            if spec.centre:
+                assert running_mean is not None
+                kept = u if valid is None else eager.mask_rows_(u.clone(), valid)
+                own = eager.column_sum(kept) / count.clamp(min=1)
+                mean = torch.where(count > 0, own, running_mean.to(dtype))
+                u = torch.sub(u, mean, out=out)
+                if spec.fill:
+                    eager.mask_rows_(u, valid)
+            second = eager.masked_column_sum(u * u, valid)
+            tally = _batch_tally(spec, mean, second, count, positions)
+            collect("forward", tally)
+            own_count = count
+            denominator = positions if spec.fill else count
+            if reduce is not None:
+                totals = reduce(tally)
+                *sums, count, _ = totals.split([*[u.size(1)] * (len(totals) // u.size(1)), 1, 1])
+                count = count.reshape(())
+                denominator = sums[2] if spec.fill else count
+                second = sums[-1 if not spec.centre else 1]
+                if mean is not None and running_mean is not None:
+                    whole = torch.where(count > 0, sums[0] / count.clamp(min=1), running_mean)
+                    second = second - count * whole.square()
+                    shift = mean - whole.to(dtype)
+                    u = eager.mask_rows_(u.add_(shift), valid) if spec.fill else u.add_(shift)
+                    mean = whole.to(dtype)
+            moment = torch.where(count > 0, second / denominator.clamp(min=1), running_moment.to(second.dtype)).to(dtype)
+            inv = eager.inverse_root(moment, spec.eps)
+            eager.affine(u, inv, weight, bias, out=out)
+            if out.dtype is not y.dtype:
+                y.view(rows.shape).copy_(out)
+        ctx.save_for_backward(
+            x, r, weight, bias, valid, mean, inv, own_count, count.to(dtype), denominator.to(dtype)
+        )
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Optional[Tensor]) -> Gradients:
+        if grad_y is None:
+            return None, None, None, None
+        x, r, weight, bias, valid, mean, inv, own_count, count, denominator = ctx.saved_tensors
+        _, _, _, spec, collect, reduce = ctx.call
+        if torch.is_grad_enabled() or transformed_gradient(grad_y):
+            # the gradient is itself to be differentiated or transformed: that of the formula
+            if reduce is not None:
+                raise RuntimeError(
+                    "second derivatives are not available where statistics are reduced in every pass (sync 'exact')"
+                )
+            with torch.enable_grad():
+                inputs = [each for each, needed in zip((x, weight, bias), ctx.needs_input_grad) if needed]
+                y, _ = batch_norm_formula(x, weight, bias, *ctx.call[:4])
+                found = iter(torch.autograd.grad(y, inputs, grad_y, create_graph=torch.is_grad_enabled()))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None
+        if not plain(grad_y):
+            grad_y = in_memory(grad_y)
+        dtype, shape = eager.compute_dtype(x), x.shape
+        rows, grad = x.reshape(-1, x.size(-1)), grad_y.reshape(-1, x.size(-1)).to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            u = eager.scale_rows(rows.to(dtype), r)
+            if valid is not None and x.device.type != "cpu":
+                u, grad = eager.finite_padding(valid, u, grad)
+            grad_sum, grad_c_sum, centred, grad_stat = _batch_grad_sums(u, grad, mean, valid, spec)
+            if valid is not None and x.device.type == "cpu" and not bool(torch.isfinite(grad_sum + grad_c_sum).all()):
+                u, grad = eager.finite_padding(valid, u, grad)
+                grad_sum, grad_c_sum, centred, grad_stat = _batch_grad_sums(u, grad, mean, valid, spec)
+            scale = inv if weight is None else inv * weight.to(dtype)
+            tally = [scale * grad_c_sum] if mean is None else [scale / inv * grad_stat, scale * grad_c_sum]
+            collect("backward", eager.tally(*tally, rows=own_count))
+            grad_x = None
+            if ctx.needs_input_grad[0]:
+                stat, c_sum = reduced(reduce, grad_stat, grad_c_sum)
+                # mean and second moment depend on the rows that count, every row on them
+                through = centred * (-scale * c_sum * inv.square() / denominator.clamp(min=1))
+                if mean is not None:
+                    through -= scale * stat / count.clamp(min=1)
+                eager.mask_rows_(through, valid)
+                if spec.fill:
+                    grad = grad if valid is None else eager.mask_rows_(grad.clone(), valid)
+                grad_u = through.addcmul_(grad, scale)
+                grad_x = eager.scale_rows_backward(grad_u, u, r).to(x.dtype).view(shape)
+        grad_weight = None if weight is None else grad_c_sum * inv
+        return grad_x, grad_weight, grad_sum if ctx.needs_input_grad[2] else None, None
+
+
+def _batch_grad_sums(
+    u: Tensor, grad: Tensor, mean: Optional[Tensor], valid: Optional[Tensor], spec: BatchSpec
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums over rows of dy and of dy * centred u, the centred u, and the sum of the dy that reach the mean."""
+    centred = u if mean is None else u - mean
+    if spec.fill:
+        eager.mask_rows_(centred, valid)
+    grad_sum, grad_c_sum = eager.grad_sums(grad, centred, None)
+    return grad_sum, grad_c_sum, centred, eager.masked_column_sum(grad, valid) if spec.fill else grad_sum
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    valid: Optional[Tensor],
+    mean: Optional[Tensor],
+    moment: Tensor,
+    spec: BatchSpec,
+    collect: Collect,
+    reduce: Optional[Reduce] = None,
+) -> Tensor:
+    """Layer scale and normalization by statistics of the batch, with its exact gradient: PN-V and batch normalization.
+
+    The gradient is that of the function computed: one that arrives at a padded row passes through it and through the
+    statistics. Padding that is not finite reaches no other row and no parameter.
+
+    Args:
+        x: ``... x C``
+        weight, bias: ``C`` or None
+        valid: bool, one for each row in the order of ``x``, False marks padding; None if there is none
+        mean, moment: ``C``, running mean (None without centring) and second moment or variance: stand in where no row counts
+        spec: constants
+        collect: called in the forward pass with the sums of u (with centring) and u^2 over this process's non-padding rows
+            (and, with filling, with the number of all rows, C times), and in the backward pass with those of
+            ``weight * dy`` (with centring) and ``weight * dy * z`` (gradient scale not taken out)
+        reduce: makes statistics and their gradient those of the batch of all processes
+
+    Returns:
+        shape and dtype of ``x``
+    """
+    y: Tensor = _BatchNorm.apply(x, weight, bias, _BatchCall(valid, mean, moment, spec, collect, reduce))
+    return y
+
+
+class _FinitePaddingGradient(Function):
+    """Identity; a gradient that is not finite does not pass where ``valid`` is False."""
+
+    @staticmethod
+    def forward(x: Tensor, valid: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        (valid,) = ctx.saved_tensors
+        return torch.where(valid | torch.isfinite(grad), grad, 0.0), None
+
+
+class _TransformedFinitePaddingGradient(_FinitePaddingGradient):
+    """The same with what function transforms need and compilers do not take."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
+        return tangent.clone()
+
+
+def batch_norm_formula(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    valid: Optional[Tensor],
+    mean: Optional[Tensor],
+    moment: Tensor,
+    spec: BatchSpec,
+) -> Tuple[Tensor, Tensor]:
+    """What :func:`batch_norm` computes, in differentiable operations of torch: for transforms and compilers.
+
+    Returns:
+        output, and the tally of the forward pass, without gradient
+    """
+    dtype = eager.compute_dtype(x)
+    rows = x.reshape(-1, x.size(-1)).to(dtype)
+    row_valid = None if valid is None else valid.unsqueeze(1)
+    if row_valid is not None:
+        bad = row_valid.logical_or(torch.isfinite(rows).all(1, keepdim=True)).logical_not()
+        rows = rows.masked_fill(bad, 0.0)
+    u = eager.layer_scale(rows, spec.groups)
+    positions = u.new_full((), u.size(0))
+    count = positions if valid is None else valid.sum().to(dtype)
+    denominator = (positions if spec.fill else count).clamp(min=1)
+    kept = u if row_valid is None else torch.where(row_valid, u, 0.0)
+    own_mean = None
+    if spec.centre:
+        assert mean is not None
+        own_mean = torch.where(count > 0, kept.sum(0) / count.clamp(min=1), mean.to(dtype))
+        u = u - own_mean
+        if row_valid is not None:
+            kept = torch.where(row_valid, u, 0.0)
+            u = kept if spec.fill else u
+        else:
+            kept = u
+    second = kept.square().sum(0)
+    found = torch.where(count > 0, second / denominator, moment.to(dtype))
+    tally = _batch_tally(
+        spec, None if own_mean is None else own_mean.detach(), second.detach(), count, positions
+    )
+    y = eager.affine(u, eager.inverse_root(found, spec.eps), weight, bias)
+    if row_valid is not None:
+        compiling = torch.compiler.is_compiling()
+        y = (_FinitePaddingGradient if compiling else _TransformedFinitePaddingGradient).apply(y, row_valid)
+    return y.to(x.dtype).reshape(x.shape), tally
