@@ -44,8 +44,8 @@ def test_every_block_is_run():
     """The Python blocks are those that the tests below run."""
     assert set(BLOCKS) == {
         "fairseq_powernorm/norms/scale.py", "tests/norms/test_scale.py", "fairseq_powernorm/models/transformer_pn.py",
-        "tests/test_model.py",
-        "fairseq_powernorm/kernels/mine.py", "tests/test_kernels.py",
+        "tests/models/test_model.py",
+        "fairseq_powernorm/kernels/mine.py", "tests/kernels/test_kernels.py",
     }  # fmt: skip
     assert TEXT.count("```python") == len(BLOCKS)
 
@@ -66,7 +66,7 @@ def test_an_architecture():
     names = [list(each) for each in models.ARCH_MODEL_INV_REGISTRY.values()]
     try:
         exec(BLOCKS["fairseq_powernorm/models/transformer_pn.py"], dict(vars(transformer_pn)))
-        assert run_tests("tests/test_model.py") == 1
+        assert run_tests("tests/models/test_model.py") == 1
     finally:
         for each, old in zip(registries, before):
             each.clear()
@@ -84,7 +84,7 @@ def test_a_backend(monkeypatch):
     offered = [name for name in vars(kernels.Backend) if not name.startswith("_")]
     assert offered and all(callable(getattr(mine, name)) for name in offered)
     monkeypatch.setattr(kernels, "KERNELS", {"mine": mine, **kernels.KERNELS})
-    assert run_tests("tests/test_kernels.py") == 1
+    assert run_tests("tests/kernels/test_kernels.py") == 1
 
 
 def test_a_benchmark(monkeypatch, tmp_path):
