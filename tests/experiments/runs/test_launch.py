@@ -178,7 +178,8 @@ def test_hydra_launcher(scripts, tmp_path):
     words = ["fairseq-hydra-train", "--config-dir", "configs", "--config-name", "demo", f"hydra.sweep.dir={tmp_path}",
              f"common.user_dir={toy.ROOT / 'fairseq_powernorm'}", f"task.data={scripts.data / 'demo' / 'data-bin'}",
              "common.cpu=true", *SMALL, "optimization.max_update=5", "hydra.launcher.gpus_per_node=0"]
-    toy.command(words[0], "-m", *words[1:], "+launcher=submitit_local", "model.encoder_norm_self=rms")
+    toy.command(words[0], "-m", *words[1:], "+launcher=submitit_local", "model.encoder_norm_self=rms",
+                cold=True)  # the job is pickled for a process that submitit starts by itself
     model = load(str(tmp_path / "0" / "checkpoints" / "checkpoint_last.pt"))["cfg"]["model"]
     assert (model["encoder_norm_self"], model["encoder_norm_ff"], model["decoder_norm_ff"]) == ("rms", "rms", "layer")
     shown = toy.command(words[0], "--cfg", "hydra", *words[1:], "+launcher=submitit").stdout
