@@ -126,7 +126,9 @@ def serve(listener, folder):
                 elif key.fileobj is listener:
                     connection, _ = listener.accept()
                     streams, request = received(connection)
-                    if differs(request["environment"], environment):
+                    if request is None:
+                        connection.close()
+                    elif differs(request["environment"], environment):
                         connection.sendall(b"0\n")
                         connection.close()
                     else:
@@ -156,11 +158,14 @@ def serve(listener, folder):
 
 
 def received(connection):
-    """The three streams and the request of a command."""
+    """The three streams and the request of a command; None if it was killed while it asked."""
     _, streams, _, _ = socket.recv_fds(connection, 1, 3)
     text = b""
     while not text.endswith(b"\n"):
-        text += connection.recv(1 << 16)
+        part = connection.recv(1 << 16)
+        if not part:
+            return streams, None
+        text += part
     return streams, json.loads(text)
 
 
