@@ -12,19 +12,26 @@ from ..kernels.interface import PowerNormSpec
 from .batch import BatchSpec, batch_norm, batch_norm_formula
 from .common import Collect, Reduce, in_transform, saved_tensors_are_hooked, unwrapped
 from .evaluation import running_norm
+from .moments import Moments, batch_moments, output_like, root, standing_in, sum_rows
 from .power import power_norm
 
 __all__ = [
     "BatchSpec",
     "Collect",
+    "Moments",
     "PowerNormSpec",
     "Reduce",
+    "batch_moments",
     "batch_norm",
     "batch_norm_formula",
     "in_transform",
     "layer_scale",
+    "output_like",
     "power_norm",
+    "root",
     "running_norm",
     "saved_tensors_are_hooked",
+    "standing_in",
+    "sum_rows",
     "unwrapped",
 ]

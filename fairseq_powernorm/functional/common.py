@@ -59,3 +59,37 @@ def unwrapped(tensor: Tensor) -> Tensor:
     while torch._C._functorch.is_gradtrackingtensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
+
+
+class _FinitePaddingGradient(Function):
+    """Identity; a gradient that is not finite does not pass where ``valid`` is False."""
+
+    @staticmethod
+    def forward(x: Tensor, valid: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        (valid,) = ctx.saved_tensors
+        return torch.where(valid | torch.isfinite(grad), grad, 0.0), None
+
+
+class _TransformedFinitePaddingGradient(_FinitePaddingGradient):
+    """The same with what function transforms need and compilers do not take."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
+        return tangent.clone()
+
+
+def finite_padding_gradient(y: Tensor, valid: Tensor) -> Tensor:
+    """``y``, through which a gradient that is not finite does not pass where ``valid`` (``... x 1``) is False."""
+    kind = _FinitePaddingGradient if torch.compiler.is_compiling() else _TransformedFinitePaddingGradient
+    passed: Tensor = kind.apply(y, valid)
+    return passed

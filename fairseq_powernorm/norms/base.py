@@ -1,6 +1,7 @@
 """The base of the norms with running statistics: checks, masks, buffers that stay in float32, transforms of torch."""
 import logging
 import threading
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Callable, Dict, Hashable, Mapping, Optional, Tuple, Union
 
 import torch
@@ -60,6 +61,7 @@ class RunningNorm(nn.Module):
         affine: learn ``weight`` and ``bias`` (``C``)
         batch_first: three-dimensional input is ``B x T x C``, not ``T x B x C``
         device, dtype: of the parameters, torch's defaults if None; statistics are on that device and float32 or wider
+        windows: statistics that keep the values of several steps, ``W x C``: name -> W; the others are ``C``
 
     Raises:
         ValueError: an argument is outside its range, or ``groups`` does not divide ``dim``
@@ -69,6 +71,11 @@ class RunningNorm(nn.Module):
     SUMS: Mapping[str, Tuple[str, ...]] = {"forward": (), "backward": ()}
     #: buffers -> their values at the beginning
     STATISTICS: Mapping[str, float] = {}
+    #: buffers that evaluation subtracts (None: nothing) and divides by, and how: ``added`` for ``sqrt(moment + eps)``,
+    #: ``clamped`` for ``sqrt(max(moment, eps))``, ``deviation`` for ``moment`` itself
+    MEAN: Optional[str] = None
+    MOMENT: str = "running_phi"
+    ROOT: str = "added"
     #: the buffers that a step of a part changes
     STEPS: Mapping[str, Tuple[str, ...]] = {"forward": (), "backward": ()}
 
@@ -90,6 +97,7 @@ class RunningNorm(nn.Module):
         batch_first: bool,
         device: Device = None,
         dtype: Optional[torch.dtype] = None,
+        windows: Mapping[str, int] = MappingProxyType({}),
     ):
         super().__init__()
         if dim < 1:
@@ -118,7 +126,9 @@ class RunningNorm(nn.Module):
             # floating point: integer buffers break exponential moving averages of a model
             self.register_buffer("iters", torch.empty((), device=device, dtype=wide))
             for name in self.STATISTICS:
-                self.register_buffer(name, torch.empty(dim, device=device, dtype=wide))
+                size = (windows[name], dim) if name in windows else (dim,)
+                self.register_buffer(name, torch.empty(size, device=device, dtype=wide))
+        self.windows = dict(windows)
         self._from_meta = False  # statistics may have come in place of meta tensors, with or without a value
         self._steps: Optional[Tuple[Tensor, int, int]] = None  # iters, its version, its value on the host
         self._lock = threading.Lock()
@@ -189,7 +199,8 @@ class RunningNorm(nn.Module):
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        earlier = {"batch_first": False, "_from_meta": False, "_constants": {}}  # pickled by an earlier version
+        # pickled by an earlier version
+        earlier = {"batch_first": False, "_from_meta": False, "_constants": {}, "windows": {}}
         for name, value in earlier.items():
             self.__dict__.setdefault(name, value)
         self._lock = threading.Lock()
@@ -393,6 +404,9 @@ class RunningNorm(nn.Module):
                 # of the class: torch 2.4 compiles no mapping that it finds through the module
                 self.step_(part, tally, {name: self.statistic(name) for name in type(self).STEPS[part]})
 
+    def forget_batch(self) -> None:
+        """Drop what the norm keeps of the batch in progress; called when that is over."""
+
     def step_(self, part: str, tally: Tensor, buffers: State) -> None:
         """One step of the running statistics of n norms with these settings, in place.
 
@@ -403,18 +417,24 @@ class RunningNorm(nn.Module):
         """
         tally = tally.view(-1, tally.size(-1))
         count = tally.size(0)
-        old = {name: buffer.reshape(count, -1).to(tally.dtype) for name, buffer in buffers.items()}
-        called = tally[:, -1:] > 0
+        old = {name: self.by_norm(name, buffer, count).to(tally.dtype) for name, buffer in buffers.items()}
+        called = tally[:, -1] > 0
         for name, new in self.advance(part, old, Sums.of(tally, self.dim), self.alpha_fwd).items():
             buffer = buffers[name]
-            before = buffer.reshape(count, -1)
+            before = self.by_norm(name, buffer, count)
             new = eager.finite_or(new.to(buffer.dtype), before)
-            buffer.copy_(torch.where(called, new, before).view(buffer.shape))
+            taken = called.view(count, *(1,) * (before.dim() - 1))
+            buffer.copy_(torch.where(taken, new, before).view(buffer.shape))
+
+    def by_norm(self, name: str, buffer: Tensor, count: int) -> Tensor:
+        """A statistic of ``count`` norms as ``count x C`` (a window: ``count x W x C``; ``iters``: ``count x 1``)."""
+        return buffer.reshape(count, self.windows[name], self.dim) if name in self.windows else buffer.reshape(count, -1)
 
     def advance(self, part: str, state: State, sums: Sums, alpha_fwd: float) -> Dict[str, Tensor]:
         """What the buffers become by one step with the sums of one part.
 
-        Pure. The tensors may have leading dimensions (``... x C``, ``iters`` ``... x 1``): many norms at once.
+        Pure. The tensors may have leading dimensions (``... x C``, windows ``... x W x C``, ``iters`` ``... x 1``): many
+        norms at once.
 
         Args:
             part: ``forward`` or ``backward``

@@ -51,6 +51,7 @@ class MaskedBatchNorm(ExactNorm):
     """
 
     VARIANTS = VARIANTS
+    MEAN, MOMENT = "running_mean", "running_var"
     STATISTICS = {"running_mean": 0.0, "running_var": 1.0}
     STEPS = {"forward": ("iters", "running_mean", "running_var"), "backward": ()}
 

@@ -231,7 +231,8 @@ class PowerNorm(SecondMomentNorm):
             with operators.outside_of_modes():
                 rows = x.detach()
                 known = recomputations.recall(choose(rows, valid=valid).second_moment(rows, valid, self.groups))
-            return self._pass(x, valid, known.spec, known.psi2, take_forward=False)
+            assert known.spec is not None
+            return self._pass(x, valid, known.spec, known.state, take_forward=False)
         steps = self.steps()
         spec = self._spec_at(steps)
         if not recomputable():

@@ -30,10 +30,11 @@ class Evaluation(nn.Module):
             self.register_parameter(name, getattr(norm, name))
         for name, buffer in norm.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
-        #: the buffer of the second moment or variance, and whether ``running_mean`` is subtracted
-        self.centred = hasattr(norm, "running_mean")
-        self.register_buffer("moment", norm.running_var if self.centred else norm.running_phi, persistent=False)
-        self.register_buffer("mean", norm.running_mean if self.centred else None, persistent=False)
+        #: the buffers that are divided by and subtracted, under a second name
+        mean = norm.MEAN and getattr(norm, norm.MEAN)
+        self.register_buffer("moment", getattr(norm, norm.MOMENT), persistent=False)
+        self.register_buffer("mean", mean, persistent=False)
+        self.root: str = norm.ROOT
         self.groups: int = norm.groups
         self.size: int = norm.dim // max(1, norm.groups)
         self.eps: float = norm.eps
@@ -48,7 +49,12 @@ class Evaluation(nn.Module):
             u = F.rms_norm(grouped, [self.size], None, self.scale_eps).reshape(shape)
         if self.mean is not None:
             u = u - self.mean
-        u = u * torch.rsqrt(self.moment + self.eps)
+        if self.root == "deviation":
+            u = u / self.moment
+        elif self.root == "clamped":
+            u = u * torch.rsqrt(self.moment.clamp(min=self.eps))
+        else:
+            u = u * torch.rsqrt(self.moment + self.eps)
         if self.weight is not None:
             u = u * self.weight
         if self.bias is not None:
