@@ -16,10 +16,12 @@ import sys
 import time
 from pathlib import Path
 
+from ..norm_names import NORM_CLASSES
+
 PLUGIN = Path(__file__).resolve().parents[1]
 ROOT = PLUGIN.parent
 CONFIGS = ROOT / "configs"
-NORMS = ("layer", "rms", "batch", "power-v", "power")
+NORMS = tuple(NORM_CLASSES)
 #: The authors' BN, of which the paper's values are; plain "batch" has true statistics of the tokens that are not padding.
 BATCH_REFERENCE = "batch:variant=reference"
 BPE_TYPES = ("subword_nmt", "sentencepiece")
