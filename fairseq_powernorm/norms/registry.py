@@ -16,8 +16,11 @@ from ..norm_names import NORM_CLASSES
 
 def load() -> Dict[str, Type[nn.Module]]:
     """Name -> class of all norms."""
-    places = {name: path.split(".") for name, path in NORM_CLASSES.items()}
-    return {name: getattr(importlib.import_module(f".{module}", __package__), kind) for name, (module, kind) in places.items()}
+    found = {}
+    for name, path in NORM_CLASSES.items():
+        module, _, kind = path.partition(".")
+        found[name] = getattr(importlib.import_module(f".{module}", __package__), kind)
+    return found
 
 
 #: the names of the command line and of YAML files
