@@ -20,7 +20,7 @@ NORMS: Dict[str, Type[nn.Module]] = {
 }
 
 #: options that a model decides, not a text
-BUILT_BY_THE_MODEL = ("batch_first", "device", "dtype")
+BUILT_BY_THE_MODEL = ("batch_first", "layout", "device", "dtype")
 _BOOLS = {"true": True, "false": False}
 
 
@@ -108,7 +108,7 @@ def build_norm(name: str, dim: int, **options: Any) -> nn.Module:
     """Build the norm called ``name`` for ``dim`` channels.
 
     One set of options serves all norms: each takes those that it has (a LayerNorm only ``eps``, ``affine`` and
-    ``batch_first``), and a ``variant`` if it is one of its own.
+    ``layout``), and a ``variant`` if it is one of its own.
 
     Args:
         name: a key of :data:`NORMS`, or with options, see :func:`parse_norm`
