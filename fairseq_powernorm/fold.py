@@ -65,7 +65,8 @@ class FoldedNorm(Norm):
         self.eval()
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, groups={self.groups}, affine={self.scale is not None}, {super().extra_repr()}"
+        own = f"{self.dim}, groups={self.groups}, affine={self.scale is not None}"
+        return ", ".join(part for part in (own, super().extra_repr()) if part)
 
     def _normalize(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
         if not torch.jit.is_scripting():

@@ -125,10 +125,11 @@ class RunningNorm(Norm):
         self.reset_parameters()
 
     def extra_repr(self) -> str:
-        return (
+        own = (
             f"{self.dim}, eps={self.eps}, alpha_fwd={self.alpha_fwd}, groups={self.groups}, "
-            f"affine={self.weight is not None}, {super().extra_repr()}"
+            f"affine={self.weight is not None}"
         )
+        return ", ".join(part for part in (own, super().extra_repr()) if part)
 
     @classmethod
     def default_groups(cls, heads: int, **options: object) -> int:

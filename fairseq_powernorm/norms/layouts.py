@@ -74,7 +74,8 @@ class Norm(nn.Module):
         self.layout = layout_of(value, None)
 
     def extra_repr(self) -> str:
-        return ", ".join(part for part in (super().extra_repr(), f"layout={self.layout}") if part)
+        layout = f"layout={self.layout}" if self.layout != "time_first" else ""
+        return ", ".join(part for part in (super().extra_repr(), layout) if part)
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         batch_first = state.pop("batch_first", False)  # pickled by an earlier version
