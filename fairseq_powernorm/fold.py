@@ -1,13 +1,14 @@
 r"""Folding for inference: the same outputs by fewer operations.
 
-In evaluation PN, PN-V and BN are affine maps of the layer-scaled input u (u = x without layer scale),
+In evaluation the norms with running statistics are affine maps of the layer-scaled input u (u = x without layer scale),
 
 .. math:: y = s \odot u + t, \qquad s = \gamma / \sqrt{\psi^2 + \epsilon}, \qquad t = \beta - s \odot \mu
 
-(mu is BN's running mean, 0 in PN and PN-V). Where nothing but linear maps reads y, as in a pre-norm layer, s and t go
+in PN and PN-V (mu = 0) and BN, and similar ones in the others (``scale_and_shift``). Where nothing but linear maps reads y, as in a pre-norm layer, s and t go
 into their weights and biases, W y + c = (W s) u + (c + W t): without layer scale nothing is left of the norm, with it a
 root mean square norm without parameters. Elsewhere (post-norm, a projection tied to the embedding) s and t stay.
 """
+import logging
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 
 from . import kernels
 from .kernels.interface import LAYER_SCALE_EPS
-from .norms import RunningNorm
+from .norms import Norm, RunningNorm
+
+logger = logging.getLogger(__name__)
 
 REFUSAL = "this model was folded for inference (--no-fold-norms turns that off) and cannot"
 
@@ -32,25 +35,32 @@ def refuse_loading() -> None:
     raise RuntimeError(f"{REFUSAL} load a state_dict: load the checkpoint into a new model, then fold that")
 
 
-class FoldedNorm(nn.Module):
+class FoldedNorm(Norm):
     """What is left of a norm: ``y = scale * u + shift``, where u is x divided by its root mean square per group.
 
     Args:
         dim: number of channels C
         groups: channel groups of the layer scale, 0 for none
         scale, shift: ``C``, or None where linear maps have taken them over
+        layout: see :class:`~.norms.layouts.Norm`
 
     Shape:
-        - input and output: ``... x C``. A padding mask is accepted and not needed.
+        - input and output: as ``layout`` says. A padding mask is accepted and not needed.
     """
 
     if TYPE_CHECKING:  # torch.jit.script would read annotations that are there
         scale: Optional[Tensor]
         shift: Optional[Tensor]
 
-    def __init__(self, dim: int, groups: int, scale: Optional[Tensor] = None, shift: Optional[Tensor] = None):
-        super().__init__()
-        self.dim = dim
+    def __init__(
+        self,
+        dim: int,
+        groups: int,
+        scale: Optional[Tensor] = None,
+        shift: Optional[Tensor] = None,
+        layout: Optional[str] = None,
+    ):
+        super().__init__(dim, layout=layout)
         self.groups = groups
         self.eps = LAYER_SCALE_EPS
         self.register_buffer("scale", scale)
@@ -58,9 +68,10 @@ class FoldedNorm(nn.Module):
         self.eval()
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, groups={self.groups}, affine={self.scale is not None}"
+        own = f"{self.dim}, groups={self.groups}, affine={self.scale is not None}"
+        return ", ".join(part for part in (own, super().extra_repr()) if part)
 
-    def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
+    def _normalize(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
         if not torch.jit.is_scripting():
             unchanged = self.groups == 0 and self.scale is None
             if not torch.jit.is_tracing() and x.device.type == "cpu" and not unchanged:
@@ -97,7 +108,13 @@ def fold_norms(model: nn.Module) -> nn.Module:
     Returns:
         ``model`` itself in evaluation mode (what stands in for it if it is a norm). It refuses to train, be it by
         ``train()`` or by a backward pass that reaches a parameter, and to load a state_dict.
+
+    Raises:
+        ValueError: a norm is no affine map (yet), see :func:`unfoldable`; nothing has been changed
     """
+    reason = unfoldable(model)
+    if reason is not None:
+        raise ValueError(reason)
     if isinstance(model, RunningNorm):
         return _folded(model)
     if not any(isinstance(module, RunningNorm) or hasattr(type(module), "stock") for module in model.modules()):
@@ -109,7 +126,7 @@ def fold_norms(model: nn.Module) -> nn.Module:
         for name, readers in find_readers().items():
             norm = owner.get_submodule(name)
             if isinstance(norm, RunningNorm) and _fold_into(readers, norm, times_used):
-                _replace(owner, name, FoldedNorm(norm.dim, norm.groups))
+                _replace(owner, name, FoldedNorm(norm.dim, norm.groups, layout=norm.layout))
     folded: Dict[RunningNorm, FoldedNorm] = {}
     for owner in list(model.modules()):
         for name, child in list(owner.named_children()):
@@ -125,10 +142,31 @@ def fold_norms(model: nn.Module) -> nn.Module:
     return model
 
 
+def fold_if_possible(model: nn.Module) -> None:
+    """:func:`fold_norms`, or a warning that says why the norms of this model stay as they are."""
+    reason = unfoldable(model)
+    if reason is None:
+        fold_norms(model)
+    else:
+        logger.warning("norms are evaluated as they are, not folded: %s", reason)
+
+
+def unfoldable(model: nn.Module) -> Optional[str]:
+    """Why :func:`fold_norms` refuses a model: the first norm whose evaluation is no affine map; None if it does not."""
+    for name, module in model.named_modules():
+        if isinstance(module, RunningNorm):
+            try:
+                module.scale_and_shift()
+            except ValueError as error:
+                return f"{name}: {error}" if name else str(error)
+    return None
+
+
 def _folded(norm: RunningNorm) -> FoldedNorm:
     """What stands in for a norm whose output is read by others than linear maps."""
     dtype = torch.promote_types(norm.iters.dtype, torch.float32)
-    return FoldedNorm(norm.dim, norm.groups, *(each.to(dtype) for each in norm.scale_and_shift()))
+    scale, shift = (each.to(dtype) for each in norm.scale_and_shift())
+    return FoldedNorm(norm.dim, norm.groups, scale, shift, layout=norm.layout)
 
 
 def _replace(owner: nn.Module, name: str, module: nn.Module) -> None:

@@ -7,4 +7,7 @@ NORM_CLASSES = {
     "batch": "batch.MaskedBatchNorm",
     "power-v": "power_v.PowerNormV",
     "power": "power.PowerNorm",
+    "batch-renorm": "batch_renorm.BatchRenorm",
+    "rbn": "regularized.RegularizedBatchNorm",
+    "prepbn": "progressive.ProgressiveBatchNorm",
 }

@@ -22,7 +22,7 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageMode
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import II
 
-from .fold import fold_norms
+from .fold import fold_if_possible
 from .models.base import PowerNormModel, check_kind
 from .options import (
     NORM_FIELDS,
@@ -254,7 +254,7 @@ class PowerNormTask(RunningStatisticsTask):
             self._loaded.discard(model)
             # fairseq-validate drops an option that the checkpoint does not know
             if not (self.cfg.no_fold_norms or "no_fold_norms" in given_flags()):
-                fold_norms(model)
+                fold_if_possible(model)
         return super().valid_step(sample, model, criterion)
 
     @classmethod

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from ..checkpoint import check_same_norms
-from ..fold import fold_norms, refuse_loading, refuse_training
+from ..fold import fold_if_possible, refuse_loading, refuse_training
 from ..norms import RunningNorm
 from ..options import (
     NORM_FIELDS,
@@ -309,4 +309,4 @@ class PowerNormModel(_Mixin):
         """See fairseq."""
         super().make_generation_fast_(**kwargs)
         if self.folds:
-            fold_norms(self)
+            fold_if_possible(self)

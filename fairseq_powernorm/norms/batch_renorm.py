@@ -39,12 +39,12 @@ class BatchRenorm(FormulaNorm):
         r_updates, d_updates: steps within which the bounds grow
         groups: channel groups of a layer scale before it, 0 for none (as published)
         affine: learn ``weight`` and ``bias``
-        batch_first: three-dimensional input is ``B x T x C``
+        batch_first, layout: where the channels are, see :class:`~.layouts.Norm`
         device, dtype: of the parameters; statistics are on that device and float32 or wider
 
     Shape:
-        - input and output: ``T x B x C`` (``B x T x C`` with ``batch_first``) or ``N x C``
-        - ``padding_mask``: ``B x T`` or ``N``, bool, True at padding
+        - input and output: as ``layout`` says, or ``N x C``
+        - ``padding_mask``: the input's shape without C, batch first; bool, True at padding
 
     Raises:
         ValueError: an argument is outside its range, or ``groups`` does not divide ``dim``
@@ -72,6 +72,7 @@ class BatchRenorm(FormulaNorm):
         groups: int = 0,
         affine: bool = True,
         batch_first: bool = False,
+        layout: Optional[str] = None,
         device: Device = None,
         dtype: Optional[torch.dtype] = None,
     ):
@@ -80,7 +81,7 @@ class BatchRenorm(FormulaNorm):
         check_number("d_max", d_max)
         super().__init__(
             dim, eps=eps, alpha_fwd=alpha_fwd, groups=groups, affine=affine, batch_first=batch_first,
-            device=device, dtype=dtype,
+            layout=layout, device=device, dtype=dtype,
         )
         self.warmup_updates = warmup_updates
         self.r_max = r_max

@@ -1,4 +1,5 @@
 """From LayerNorm to batch normalization in the course of the training: ``ProgressiveBatchNorm``."""
+import math
 from typing import Dict, Optional, Tuple
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 from .. import functional
 from ..kernels import eager
 from .base import Device, State
-from .formula import FormulaNorm, check_number
+from .formula import FormulaNorm
+from .scriptable import MixedEvaluation
 from .staging import Sums
 
 
@@ -36,12 +38,12 @@ class ProgressiveBatchNorm(FormulaNorm):
         alpha: alpha at the beginning
         groups: channel groups of a layer scale before it, 0 for none (as published)
         affine: learn ``weight`` and ``bias`` of both norms; alpha is learned anyway
-        batch_first: three-dimensional input is ``B x T x C``
+        batch_first, layout: where the channels are, see :class:`~.layouts.Norm`
         device, dtype: of the parameters; statistics are on that device and float32 or wider
 
     Shape:
-        - input and output: ``T x B x C`` (``B x T x C`` with ``batch_first``) or ``N x C``
-        - ``padding_mask``: ``B x T`` or ``N``, bool, True at padding
+        - input and output: as ``layout`` says, or ``N x C``
+        - ``padding_mask``: the input's shape without C, batch first; bool, True at padding
 
     Raises:
         ValueError: an argument is outside its range or missing, or ``groups`` does not divide ``dim``
@@ -66,6 +68,7 @@ class ProgressiveBatchNorm(FormulaNorm):
         groups: int = 0,
         affine: bool = True,
         batch_first: bool = False,
+        layout: Optional[str] = None,
         device: Device = None,
         dtype: Optional[torch.dtype] = None,
     ):
@@ -74,10 +77,11 @@ class ProgressiveBatchNorm(FormulaNorm):
                 f"total_updates={total_updates!r}: must be the number of training steps after which LayerNorm is gone, 1 or "
                 "more"
             )
-        check_number("alpha", alpha, least=-float("inf"))
+        if not math.isfinite(alpha):
+            raise ValueError(f"alpha={alpha!r}: must be a finite number")
         super().__init__(
             dim, eps=eps, alpha_fwd=alpha_fwd, groups=groups, affine=affine, batch_first=batch_first,
-            device=device, dtype=dtype,
+            layout=layout, device=device, dtype=dtype,
         )
         self.total_updates = total_updates
         self.first_alpha = alpha
@@ -124,6 +128,11 @@ class ProgressiveBatchNorm(FormulaNorm):
         running_mean, running_var = (self._buffers[name].to(u.dtype) for name in ("running_mean", "running_var"))
         normalized = self._with_affine((u - running_mean) * torch.rsqrt(running_var + self.eps))
         return self._mixed(u, normalized, self._buffers["iters"]).to(x.dtype)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """See :class:`RunningNorm`."""
+        self._check_evaluation()
+        return MixedEvaluation(self)
 
     def scale_and_shift(self) -> Tuple[Tensor, Tensor]:
         """See :class:`RunningNorm`; raises ValueError while LayerNorm has a share, which is no affine map."""

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..functional.common import Function, Gradients
-from ..kernels import eager
 from .base import Device, State
 from .formula import FormulaNorm, check_number
 from .staging import Sums
@@ -111,12 +110,12 @@ class RegularizedBatchNorm(FormulaNorm):
         p_mean, p_var: weights of the penalty, zero for none
         groups: channel groups of a layer scale before it, 0 for none (as published)
         affine: learn ``weight`` and ``bias``
-        batch_first: three-dimensional input is ``B x T x C``
+        batch_first, layout: where the channels are, see :class:`~.layouts.Norm`
         device, dtype: of the parameters; statistics are on that device and float32 or wider
 
     Shape:
-        - input and output: ``T x B x C`` (``B x T x C`` with ``batch_first``) or ``N x C``
-        - ``padding_mask``: ``B x T`` or ``N``, bool, True at padding
+        - input and output: as ``layout`` says, or ``N x C``
+        - ``padding_mask``: the input's shape without C, batch first; bool, True at padding
 
     Raises:
         ValueError: an argument is outside its range, or ``groups`` does not divide ``dim``
@@ -141,6 +140,7 @@ class RegularizedBatchNorm(FormulaNorm):
         groups: int = 0,
         affine: bool = True,
         batch_first: bool = False,
+        layout: Optional[str] = None,
         device: Device = None,
         dtype: Optional[torch.dtype] = None,
     ):
@@ -148,7 +148,7 @@ class RegularizedBatchNorm(FormulaNorm):
         check_number("p_var", p_var)
         super().__init__(
             dim, eps=eps, alpha_fwd=alpha_fwd, groups=groups, affine=affine, batch_first=batch_first,
-            device=device, dtype=dtype,
+            layout=layout, device=device, dtype=dtype,
         )
         self.p_mean = p_mean
         self.p_var = p_var
@@ -237,6 +237,4 @@ def penalty(model: nn.Module) -> Tensor:
         model: any module; without a :class:`RegularizedBatchNorm` in training its penalty is zero
     """
     found = [each for norm in model.modules() if isinstance(norm, RegularizedBatchNorm) for each in norm.take_penalties()]
-    if not found:
-        return torch.zeros(())
-    return torch.stack([each.to(torch.promote_types(each.dtype, eager.compute_dtype(found[0]))) for each in found]).sum()
+    return sum(found[1:], found[0]) if found else torch.zeros(())

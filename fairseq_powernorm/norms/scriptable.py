@@ -6,16 +6,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.interface import LAYER_SCALE_EPS
+from .layouts import Norm
 
 
-class Evaluation(nn.Module):
+class Evaluation(Norm):
     """Evaluation of a norm with running statistics, with its parameters and buffers under their own names.
 
     Args:
         norm: in evaluation
 
     Shape:
-        - input and output: ``... x C``. A padding mask is accepted and not needed.
+        - input and output: those of ``norm``. A padding mask is accepted and not needed.
     """
 
     if TYPE_CHECKING:  # the compiler would read annotations that are there
@@ -25,7 +26,7 @@ class Evaluation(nn.Module):
         bias: Optional[nn.Parameter]
 
     def __init__(self, norm: Any):
-        super().__init__()
+        super().__init__(norm.dim, layout=norm.layout)
         for name in ("weight", "bias"):
             self.register_parameter(name, getattr(norm, name))
         for name, buffer in norm.named_buffers(recurse=False):
@@ -41,12 +42,16 @@ class Evaluation(nn.Module):
         self.scale_eps: float = LAYER_SCALE_EPS
         self.train(mode=False)
 
-    def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
+    def _rows(self, x: Tensor) -> Tensor:
+        """Rows after the layer scale, in float32 or float64."""
         u = x if x.dtype == torch.float64 else x.float()
         if self.groups > 0:
             shape = u.size()
             grouped = u.reshape(list(shape[:-1]) + [self.groups, self.size])
             u = F.rms_norm(grouped, [self.size], None, self.scale_eps).reshape(shape)
+        return u
+
+    def _by_running_statistics(self, u: Tensor) -> Tensor:
         if self.mean is not None:
             u = u - self.mean
         if self.root == "deviation":
@@ -59,4 +64,35 @@ class Evaluation(nn.Module):
             u = u * self.weight
         if self.bias is not None:
             u = u + self.bias
-        return u.to(x.dtype)
+        return u
+
+    def _normalize(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
+        return self._by_running_statistics(self._rows(x)).to(x.dtype)
+
+
+class MixedEvaluation(Evaluation):
+    """The same for :class:`~.progressive.ProgressiveBatchNorm`."""
+
+    if TYPE_CHECKING:
+        alpha: nn.Parameter
+        layer_weight: Optional[nn.Parameter]
+        layer_bias: Optional[nn.Parameter]
+        iters: Tensor
+
+    def __init__(self, norm: Any):
+        super().__init__(norm)
+        for name in ("alpha", "layer_weight", "layer_bias"):
+            self.register_parameter(name, getattr(norm, name))
+        self.total_updates: int = norm.total_updates
+
+    def _normalize(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
+        u = self._rows(x)
+        share = (1.0 - self.iters / self.total_updates).clamp(min=0.0)
+        weight, bias = self.layer_weight, self.layer_bias
+        if weight is not None:
+            weight = weight.to(u.dtype)
+        if bias is not None:
+            bias = bias.to(u.dtype)
+        layer = F.layer_norm(u, [u.size(-1)], weight, bias, self.eps)
+        y = share * layer + (1.0 - share) * (self._by_running_statistics(u) + self.alpha * u)
+        return y.to(x.dtype)

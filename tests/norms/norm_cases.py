@@ -9,14 +9,22 @@ RUNNING = [name for name, kind in NORMS.items() if issubclass(kind, RunningNorm)
 CASES = [(name, variant) for name in RUNNING for variant in getattr(NORMS[name], "VARIANTS", (None,))]
 #: every norm
 ALL = [(name, None) for name in NORMS if name not in RUNNING] + CASES
+#: options that a norm has no default for
+REQUIRED = {"prepbn": {"total_updates": 4}}
+#: the norms whose gradient is an approximation
+APPROXIMATE = ("power", "mabn", "un")
+
+
+def new(name, variant=None, dim=C, **options):
+    """A norm as it is built, with an option that it has no default for."""
+    return build_norm(name, dim, **REQUIRED.get(name, {}), **({"variant": variant} if variant else {}), **options)
 
 
 def make(name, variant=None, dtype=torch.float32, **options):
     """A norm with parameters and statistics that are no round numbers."""
     torch.manual_seed(0)
     with torch.device("cpu"):
-        options = {"groups": GROUPS, **options, **({"variant": variant} if variant else {})}
-        norm = build_norm(name, C, **options).to(dtype)
+        norm = new(name, variant, **{"groups": GROUPS, **options}).to(dtype)
         with torch.no_grad():
             for key, each in norm.state_dict().items():
                 if key != "iters":
