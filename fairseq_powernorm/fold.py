@@ -1,12 +1,13 @@
 r"""Folding for inference: the same outputs by fewer operations.
 
-In evaluation the norms with running statistics are affine maps of the layer-scaled input u (u = x without layer scale),
+In evaluation norms with running statistics are affine maps of the layer-scaled input u (u = x without layer scale),
 
 .. math:: y = s \odot u + t, \qquad s = \gamma / \sqrt{\psi^2 + \epsilon}, \qquad t = \beta - s \odot \mu
 
-in PN and PN-V (mu = 0) and BN, and similar ones in the others (``scale_and_shift``). Where nothing but linear maps reads y, as in a pre-norm layer, s and t go
-into their weights and biases, W y + c = (W s) u + (c + W t): without layer scale nothing is left of the norm, with it a
-root mean square norm without parameters. Elsewhere (post-norm, a projection tied to the embedding) s and t stay.
+in PN and PN-V (mu = 0) and BN, and similar ones in the others (``scale_and_shift``). Where nothing but linear maps
+reads y, as in a pre-norm layer, s and t go into their weights and biases, W y + c = (W s) u + (c + W t): without
+layer scale nothing is left of the norm, with it a root mean square norm without parameters. Elsewhere (post-norm, a
+projection tied to the embedding) s and t stay.
 """
 import logging
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence
@@ -142,13 +143,12 @@ def fold_norms(model: nn.Module) -> nn.Module:
     return model
 
 
-def fold_if_possible(model: nn.Module) -> None:
-    """:func:`fold_norms`, or a warning that says why the norms of this model stay as they are."""
+def may_fold(model: nn.Module) -> bool:
+    """Can :func:`fold_norms` fold this model? If not, a warning says why its norms are evaluated as they are."""
     reason = unfoldable(model)
-    if reason is None:
-        fold_norms(model)
-    else:
+    if reason is not None:
         logger.warning("norms are evaluated as they are, not folded: %s", reason)
+    return reason is None
 
 
 def unfoldable(model: nn.Module) -> Optional[str]:

@@ -158,6 +158,7 @@ class RunningStatistics:
             raise RuntimeError("RunningStatistics.batch(): a batch is in progress already, here or in another thread")
         switches.open, switches.counting, switches.gradient_scale = True, counts, gradient_scale
         self._calls = None
+        self._forget_batch()
         try:
             yield
             self._add_batch()
@@ -165,6 +166,12 @@ class RunningStatistics:
         finally:
             switches.open, switches.counting, switches.gradient_scale = False, False, 1.0
             self._batch.zero_()
+            self._forget_batch()
+
+    def _forget_batch(self) -> None:
+        for kind in self.kinds:
+            for norm in kind.norms:
+                norm.forget_batch()
 
     @torch.no_grad()
     def _add_batch(self) -> None:

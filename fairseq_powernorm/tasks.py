@@ -22,7 +22,7 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageMode
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import II
 
-from .fold import fold_if_possible
+from .fold import fold_norms, may_fold
 from .models.base import PowerNormModel, check_kind
 from .options import (
     NORM_FIELDS,
@@ -253,8 +253,8 @@ class PowerNormTask(RunningStatisticsTask):
         if model in self._loaded:
             self._loaded.discard(model)
             # fairseq-validate drops an option that the checkpoint does not know
-            if not (self.cfg.no_fold_norms or "no_fold_norms" in given_flags()):
-                fold_if_possible(model)
+            if not (self.cfg.no_fold_norms or "no_fold_norms" in given_flags()) and may_fold(model):
+                fold_norms(model)
         return super().valid_step(sample, model, criterion)
 
     @classmethod

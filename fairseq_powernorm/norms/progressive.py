@@ -3,7 +3,6 @@ import math
 from typing import Dict, Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
@@ -111,9 +110,13 @@ class ProgressiveBatchNorm(FormulaNorm):
     def _mixed(self, u: Tensor, normalized: Tensor, steps: Tensor) -> Tensor:
         """The mixture, given BN(u)."""
         share = self.share(steps.to(u.dtype))
-        weight, bias = (None if each is None else each.to(u.dtype) for each in (self.layer_weight, self.layer_bias))
         # also where its share is zero: each parameter has a gradient in each step, on which data parallelism may rely
-        layer = F.layer_norm(u, (self.dim,), weight, bias, self.eps)
+        centred = u - u.mean(-1, keepdim=True)
+        layer = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
+        if self.layer_weight is not None:
+            layer = layer * self.layer_weight.to(u.dtype)
+        if self.layer_bias is not None:
+            layer = layer + self.layer_bias.to(u.dtype)
         return share * layer + (1.0 - share) * (normalized + self.alpha.to(u.dtype) * u)
 
     def _normalized(self, moments: functional.Moments, state: State, *, recomputed: bool) -> Tensor:

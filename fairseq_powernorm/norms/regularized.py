@@ -46,7 +46,7 @@ class _Penalties:
     """
 
     def __init__(self) -> None:
-        self._with_graph: List["weakref.ref[Tensor]"] = []
+        self._with_graph: List[weakref.ref[Tensor]] = []
         self._traced: Optional[Tensor] = None
         self._without_graph: Optional[Tensor] = None
         #: what has arrived at the penalties without graph
@@ -55,9 +55,15 @@ class _Penalties:
     def add(self, penalty: Tensor, output: Tensor) -> None:
         """Note the penalty of a pass with this output."""
         if torch.compiler.is_compiling():
-            self._traced = penalty if self._traced is None else self._traced + penalty
+            if self._traced is not None:
+                raise RuntimeError(
+                    "a compiled norm's penalty has not been taken since its last pass: call penalty(model) once in each "
+                    "batch; and let no norm be used twice in one"
+                )
+            self._traced = penalty
         elif output.grad_fn is not None:
-            output.grad_fn.metadata["penalty"] = penalty
+            node: Any = output.grad_fn
+            node.metadata["penalty"] = penalty
             self._with_graph = [each for each in self._with_graph if each() is not None]
             self._with_graph.append(weakref.ref(penalty))
         else:
@@ -119,7 +125,8 @@ class RegularizedBatchNorm(FormulaNorm):
 
     Raises:
         ValueError: an argument is outside its range, or ``groups`` does not divide ``dim``
-        RuntimeError: training is exported with a penalty, which would be lost
+        RuntimeError: training is exported with a penalty, which would be lost; or it is compiled, and :func:`penalty` has not
+            been called since the last pass
     """
 
     STATISTICS = {"running_mean": 0.0, "running_var": 1.0}

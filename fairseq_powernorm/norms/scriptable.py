@@ -88,11 +88,10 @@ class MixedEvaluation(Evaluation):
     def _normalize(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
         u = self._rows(x)
         share = (1.0 - self.iters / self.total_updates).clamp(min=0.0)
-        weight, bias = self.layer_weight, self.layer_bias
-        if weight is not None:
-            weight = weight.to(u.dtype)
-        if bias is not None:
-            bias = bias.to(u.dtype)
-        layer = F.layer_norm(u, [u.size(-1)], weight, bias, self.eps)
+        layer = F.layer_norm(u, [u.size(-1)], None, None, self.eps)
+        if self.layer_weight is not None:
+            layer = layer * self.layer_weight
+        if self.layer_bias is not None:
+            layer = layer + self.layer_bias
         y = share * layer + (1.0 - share) * (self._by_running_statistics(u) + self.alpha * u)
         return y.to(x.dtype)

@@ -10,7 +10,7 @@ CASES = [(name, variant) for name in RUNNING for variant in getattr(NORMS[name],
 #: every norm
 ALL = [(name, None) for name in NORMS if name not in RUNNING] + CASES
 #: options that a norm has no default for
-REQUIRED = {"prepbn": {"total_updates": 4}}
+REQUIRED = {"prepbn": {"total_updates": 3}}
 #: the norms whose gradient is an approximation
 APPROXIMATE = ("power", "mabn", "un")
 
