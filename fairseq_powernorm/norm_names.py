@@ -8,6 +8,8 @@ NORM_CLASSES = {
     "power-v": "power_v.PowerNormV",
     "power": "power.PowerNorm",
     "batch-renorm": "batch_renorm.BatchRenorm",
+    "mabn": "window.MovingAverageBatchNorm",
+    "un": "window.UnifiedNorm",
     "rbn": "regularized.RegularizedBatchNorm",
     "prepbn": "progressive.ProgressiveBatchNorm",
 }

@@ -14,6 +14,7 @@ from .common import Collect, Reduce, in_transform, saved_tensors_are_hooked, unw
 from .evaluation import running_norm
 from .moments import Moments, batch_moments, output_like, root, standing_in, sum_rows
 from .power import power_norm
+from .window import WindowSpec, WindowState, gradient_moment, put, window_norm
 
 __all__ = [
     "BatchSpec",
@@ -21,17 +22,22 @@ __all__ = [
     "Moments",
     "PowerNormSpec",
     "Reduce",
+    "WindowSpec",
+    "WindowState",
     "batch_moments",
     "batch_norm",
     "batch_norm_formula",
+    "gradient_moment",
     "in_transform",
     "layer_scale",
     "output_like",
     "power_norm",
+    "put",
     "root",
     "running_norm",
     "saved_tensors_are_hooked",
     "standing_in",
     "sum_rows",
     "unwrapped",
+    "window_norm",
 ]

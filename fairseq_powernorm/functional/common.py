@@ -54,6 +54,13 @@ def transformed_gradient(grad_y: Tensor) -> bool:
     return in_transform() or torch._C._functorch.is_legacy_batchedtensor(grad_y)
 
 
+def undifferentiable(grads: Gradients, what: str) -> Gradients:
+    """Approximate gradients; whoever differentiates them once more gets an error, not a part of the derivative."""
+    message = f"the gradient of {what} in training is an approximation: it can't be differentiated"
+    error: Any = torch._C._functions.DelayedError(message.encode(), len(grads))
+    return tuple(error(*(None if each is None else each.requires_grad_() for each in grads)))
+
+
 def unwrapped(tensor: Tensor) -> Tensor:
     """The tensor beneath the wrappers of ``torch.func.grad``."""
     while torch._C._functorch.is_gradtrackingtensor(tensor):

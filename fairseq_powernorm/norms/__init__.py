@@ -22,6 +22,7 @@ from .progressive import ProgressiveBatchNorm
 from .registry import NORMS, build_norm, create_norm, default_groups, norm_options, parse_norm
 from .regularized import RegularizedBatchNorm, penalty
 from .staging import Stage, Sums, Switches
+from .window import MovingAverageBatchNorm, UnifiedNorm
 
 __all__ = [
     "LAYOUTS",
@@ -31,6 +32,7 @@ __all__ = [
     "LayerNorm",
     "MaskSlot",
     "MaskedBatchNorm",
+    "MovingAverageBatchNorm",
     "Norm",
     "PowerNorm",
     "PowerNormV",
@@ -42,6 +44,7 @@ __all__ = [
     "Stage",
     "Sums",
     "Switches",
+    "UnifiedNorm",
     "build_norm",
     "create_norm",
     "default_groups",

@@ -1,4 +1,5 @@
 """The base of the norms whose training is written in differentiable operations of torch: ``FormulaNorm``."""
+from contextlib import nullcontext
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
@@ -80,22 +81,31 @@ class FormulaNorm(RunningNorm):
 
     def _train(self, x: Tensor, valid: Optional[Tensor], *, special: bool) -> Tensor:
         if torch.compiler.is_compiling():
-            moments = functional.batch_moments(x, valid, self.groups)
+            tally, moments = self._measure(x, valid)
             state = {name: operators.snapshot(buffer) for name, buffer in self._buffers.items()}
-            y = self._normalized(moments, state, recomputed=False)
-            self._take("forward", moments.tally)
-        else:
-            with self._lock:
-                recomputed = inside_backward()
-                moments = functional.batch_moments(x, valid, self.groups, self._reduce)
-                tally = functional.unwrapped(moments.tally)
-                y = self._normalized(moments, self._seen(tally, recomputed=recomputed), recomputed=recomputed)
-                if not recomputed:
-                    if special:
-                        with torch._C._DisableFuncTorch():
-                            self._take("forward", tally)
-                    else:
-                        self._take("forward", tally)
+            y = self._output(x, valid, moments, state, recomputed=False)
+            self._take("forward", tally)
+            return y
+        with self._lock:
+            recomputed = inside_backward()
+            tally, moments = self._measure(x, valid)
+            tally = functional.unwrapped(tally)
+            y = self._output(x, valid, moments, self._seen(tally, recomputed=recomputed), recomputed=recomputed)
+            if not recomputed:
+                with torch._C._DisableFuncTorch() if special else nullcontext():
+                    self._take("forward", tally)
+            return y
+
+    def _measure(self, x: Tensor, valid: Optional[Tensor]) -> Tuple[Tensor, Any]:
+        """The tally of a pass, without gradient, and what ``_output`` takes besides."""
+        moments = functional.batch_moments(x, valid, self.groups, self._reduce)
+        return moments.tally, moments
+
+    def _output(
+        self, x: Tensor, valid: Optional[Tensor], moments: Any, state: State, *, recomputed: bool
+    ) -> Tensor:
+        """The output of a pass, see ``_normalized``."""
+        y = self._normalized(moments, state, recomputed=recomputed)
         return functional.output_like(y, x, moments.valid)
 
     def _seen(self, tally: Tensor, *, recomputed: bool) -> State:

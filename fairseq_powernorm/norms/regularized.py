@@ -125,8 +125,8 @@ class RegularizedBatchNorm(FormulaNorm):
 
     Raises:
         ValueError: an argument is outside its range, or ``groups`` does not divide ``dim``
-        RuntimeError: training is exported with a penalty, which would be lost; or it is compiled, and :func:`penalty` has not
-            been called since the last pass
+        RuntimeError: training is exported with a penalty, which would be lost; or it is compiled, and :func:`penalty` has
+            not been called since the last pass
     """
 
     STATISTICS = {"running_mean": 0.0, "running_var": 1.0}
