@@ -9,13 +9,14 @@ from .row import RowNorm, check_number
 
 
 class AdaNorm(RowNorm):
-    r"""AdaNorm (Xu et al., NeurIPS 2019, section 4): LayerNorm without ``weight`` and ``bias``, times ``scale * (1 - k * z)``.
+    r"""AdaNorm (Xu et al., NeurIPS 2019, section 4): LayerNorm's ``z`` times ``scale * (1 - k * z)``, nothing to learn.
 
-    With ``c`` the row minus its mean and ``s`` its standard deviation over channels (unbiased: the sum of ``c^2`` over C - 1)
+    With ``c`` the row minus its mean and ``s`` its standard deviation over channels (unbiased: by C - 1)
 
     .. math:: y = \text{scale} \cdot \frac{c - c \cdot \mathrm{sg}(k\, c / (s + \epsilon))}{s + \epsilon}
 
-    No gradient goes through sg. So the second derivative is that of this gradient's own formula, with sg constant in it.
+    No gradient goes through sg: what comes back is no derivative of the output, and a second derivative takes sg for a
+    constant, too.
 
     Args:
         dim: number of channels C, 2 or more
@@ -60,7 +61,8 @@ class AdaNorm(RowNorm):
 
     def _formula(self, u: Tensor) -> Tensor:
         c = u - u.mean(-1, keepdim=True)
-        # by vector_norm, whose gradient at 0 is 0: constant rows
-        s = torch.linalg.vector_norm(c, dim=-1, keepdim=True) * (self.dim - 1) ** -0.5
+        var = c.square().sum(-1, keepdim=True) / (self.dim - 1)
+        varies = var > 0.0  # in a constant row the root has no derivative: it is a constant, too
+        s = torch.where(varies, var, 1.0).sqrt() * varies
         z = c / (s + self.eps)
         return self.scale * (z - z * (self.k * z).detach())

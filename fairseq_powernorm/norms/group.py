@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..kernels.interface import LAYER_SCALE_EPS
 from .base import Device
-from .row import RowNorm, check_number, weight_and_bias
+from .row import RowNorm, check_dim, check_number, weight_and_bias
 
 
 class _Grouped(RowNorm):
@@ -26,6 +26,7 @@ class _Grouped(RowNorm):
         device: Device,
         dtype: Optional[torch.dtype],
     ):
+        check_dim(dim)
         check_number("eps", eps, above=0.0)
         if groups < 1 or dim % groups or dim // groups < smallest:
             valid = [g for g in range(1, dim // smallest + 1) if dim % g == 0]
@@ -55,8 +56,8 @@ class GroupScaleNorm(_Grouped):
 
     .. math:: y = \gamma \odot \frac{x}{\sqrt{\text{mean of } x^2 \text{ over the channel group} + \epsilon}} + \beta
 
-    The released code of Shen et al. (ICML 2020) has it before PN (``GroupScaling1D``). So what PN adds to its own layer scale
-    is the difference to this norm. With one group and without bias it is RMSNorm.
+    The released code of Shen et al. (ICML 2020) has it before PN (``GroupScaling1D``): the difference to this norm is what
+    PN adds to its own layer scale. With one group and no bias it is RMSNorm.
 
     Args:
         dim: number of channels C
@@ -102,8 +103,8 @@ class GroupNorm(_Grouped):
     .. math:: y = \gamma \odot \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta, \qquad
         \mu, \sigma^2: \text{ mean and biased variance of the row over the channel group}
 
-    No statistic spans several tokens, as it would in images: what a decoder has not seen yet has no influence. With one group
-    it is LayerNorm.
+    No statistic spans several tokens, as it does in images: what a decoder has not seen yet has no influence. With one
+    group it is LayerNorm.
 
     Args:
         dim: number of channels C

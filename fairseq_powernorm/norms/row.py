@@ -15,6 +15,12 @@ from .layouts import Norm
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def check_dim(dim: int) -> None:
+    """Raise ValueError unless there are channels."""
+    if dim < 1:
+        raise ValueError(f"dim={dim!r}: must be a positive number of channels")
+
+
 def check_number(name: str, value: float, *, above: float = -math.inf) -> None:
     """Raise ValueError unless ``above < value < infinity``."""
     if not above < value < math.inf:
@@ -58,8 +64,7 @@ class RowNorm(Norm):
         dtype: Optional[torch.dtype] = None,
     ):
         super().__init__(dim, batch_first=batch_first, layout=layout)
-        if dim < 1:
-            raise ValueError(f"dim={dim!r}: must be a positive number of channels")
+        check_dim(dim)
         self._initial = {name: value for name, (_, value) in parameters.items()}
         with torch.inference_mode(mode=False):  # or they could never be trained
             for name, (size, _) in parameters.items():

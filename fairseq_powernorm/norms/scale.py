@@ -46,5 +46,6 @@ class ScaleNorm(RowNorm):
         return f"{super().extra_repr()}, eps={self.eps}, affine={self.weight is not None}"
 
     def _formula(self, u: Tensor) -> Tensor:
-        z = u / torch.linalg.vector_norm(u, dim=-1, keepdim=True).clamp(min=self.eps)
+        # the square is clamped, not its root: at zero a root has no derivative, and vector_norm no second one
+        z = u * torch.rsqrt(u.square().sum(-1, keepdim=True).clamp(min=max(self.eps**2, 1e-37)))
         return z * (self.dim**0.5 if self.weight is None else self.weight.to(u.dtype))
