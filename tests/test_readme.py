@@ -103,7 +103,7 @@ def test_links_lead_somewhere(name):
 
 def test_the_results_are_those_of_the_records(tmp_path):
     """The tables of results are what the command that the README names writes; it fails if a record says otherwise."""
-    command = re.search(r"`(python -m fairseq_powernorm\.experiments report --readme)`", TEXTS[RESULTS])[1].split()
+    command = re.search(r"`(python -m fairseq_powernorm\.experiments\.report --readme)`", TEXTS[RESULTS])[1].split()
     names = ("README.md", "results/README.md")
     assert toy.command(*command, "--check").stdout == "".join(f"{name} is that of its records\n" for name in names)
     for name in ("fairseq_powernorm", "configs", "results"):
