@@ -295,7 +295,7 @@ def test_an_architecture_sets_the_same_options_on_every_route(arch, changes):
         (dict(encoder_norm_self="power"), "has no encoder.*'encoder_norm_self' = 'power'.*decoder_norm_self"),
         (dict(decoder_norm_self="powr"), "--decoder-norm-self 'powr'.*layer, rms, batch, power-v, power"),
         (dict(norm_aplha_fwd=0.5), "unknown norm option 'norm_aplha_fwd'.*norm_alpha_fwd"),
-        (dict(norm_groups=3), "--norm-groups 3.*16 channels of the decoder: 1, 2, 4, 8, 16"),
+        (dict(norm_groups=3), r"--norm-groups 3: --decoder-norm-self .*16 channels, one of \[1, 2, 4, 8, 16\]"),
         (dict(tensorized_nocausal=True), "unknown option 'tensorized_nocausal'.*decoder_norm_self"),
     ],
 )
