@@ -409,7 +409,6 @@ def readme(arguments):
     parser.add_argument("--readme", action="store_true", required=True)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
-<<<<<<< HEAD
     stale = 0
     for name in READMES:
         path = ROOT / name
@@ -427,23 +426,6 @@ def readme(arguments):
             write_whole(path, wanted.encode())
             print(f"{name} written")
     return stale
-=======
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    wanted = BLOCK.sub(lambda block: block[1] + tables_of(block[2].split()) + block[4], text)
-    if "<!-- records: " not in text:
-        raise UserError(f"{path} has no <!-- records: PATTERN... -->")
-    if wanted == text:
-        print("README.md is that of its records")
-    elif options.check:
-        print("README.md is not that of its records; python -m fairseq_powernorm.experiments.report --readme writes it",
-              file=sys.stderr)
-        return 1
-    else:
-        write_whole(path, wanted.encode())
-        print("README.md written")
-    return 0
->>>>>>> main
 
 
 def tables_of(patterns):
