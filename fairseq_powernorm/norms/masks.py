@@ -1,12 +1,9 @@
 """Padding masks: bool, True at padding; checked once, and held for norms that are called without one."""
 import threading
-from typing import TYPE_CHECKING, Any, Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .layouts import Norm
 
 HINT = "expected bool, True at padding; from an attention mask whose ones mark tokens: attention_mask == 0"
 
@@ -59,7 +56,7 @@ class MaskSlot:
         self._local.mask = mask
         self._local.valid = None
 
-    def fitting(self, norm: "Norm", x: Tensor) -> Optional[Tensor]:
+    def fitting(self, norm: Any, x: Tensor) -> Optional[Tensor]:
         """The mask of the call in progress for the rows ``x`` of that norm; raises ValueError where it does not fit."""
         mask = self.padding_mask
         norm._check_mask(mask, x)
