@@ -8,7 +8,7 @@ import pytest
 import toy
 from fairseq import models
 
-from fairseq_powernorm import kernels
+from fairseq_powernorm import kernels, norm_names
 from fairseq_powernorm.experiments import settings
 from fairseq_powernorm.experiments.data.prepare import prepare
 from fairseq_powernorm.models import transformer_pn
@@ -51,12 +51,22 @@ def test_every_block_is_run():
 
 
 def test_a_norm(monkeypatch):
-    """The file and a line of the registry make a norm with options, which its test finds; before, it is unknown."""
+    """The file and the line make a norm with options, which its test finds; before, it is unknown. Both files are those of
+    the package.
+    """
+    paths = "fairseq_powernorm/norms/scale.py", "tests/norms/test_scale.py"
+    assert [BLOCKS[path] for path in paths] == [(toy.ROOT / path).read_text(encoding="utf-8") for path in paths]
+    line = '"scale": "scale.ScaleNorm"'
+    assert f"`{line}`" in TEXT and f"    {line},\n" in (toy.ROOT / "fairseq_powernorm" / "norm_names.py").read_text()
+    monkeypatch.delitem(norm_names.NORM_CLASSES, "scale")
+    monkeypatch.setattr(registry, "NORMS", registry.load())
     with pytest.raises(ValueError, match="norm 'scale': must be one of"):
-        run_tests("tests/norms/test_scale.py")
-    assert '`"scale": ScaleNorm`' in TEXT
-    monkeypatch.setitem(registry.NORMS, "scale", module_of("fairseq_powernorm/norms/scale.py", monkeypatch).ScaleNorm)
-    assert run_tests("tests/norms/test_scale.py") == 1
+        run_tests(paths[1])
+    module = module_of(paths[0], monkeypatch)
+    monkeypatch.setitem(norm_names.NORM_CLASSES, "scale", "scale.ScaleNorm")
+    monkeypatch.setattr(registry, "NORMS", registry.load())
+    assert registry.NORMS["scale"] is module.ScaleNorm
+    assert run_tests(paths[1]) == 1
 
 
 def test_an_architecture():

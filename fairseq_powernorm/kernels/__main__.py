@@ -15,7 +15,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         description="Say which kernel computes Power Normalization on which device and dtype, and why. "
         f"The environment variable {VARIABLE} ({', '.join(KERNELS)}) restricts the choice.",
     )
-    parser.add_argument("--build", action="store_true", help="first build anew the C kernel (with CC) and its autograd function in C++ (CXX)")
+    parser.add_argument(
+        "--build", action="store_true", help="first build anew the C kernel (with CC) and its autograd function in C++ (CXX)"
+    )
     if parser.parse_args(arguments).build:
         try:
             print(f"built {build.build()}")

@@ -20,7 +20,7 @@ from typing import Dict, Iterator, List, Optional, Sequence
 
 try:
     import fcntl
-except ImportError:  # not on Windows: several processes may then build at a time, and the last one wins
+except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 HERE = Path(__file__).resolve().parent
@@ -197,15 +197,20 @@ def why_no_autograd() -> str:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[bool]:
-    """Is this the only process that builds there? The lock ends with the process that holds it."""
-    with open(folder / ".build-lock", "w") as lock:
-        try:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
+    """Is this the only process that builds there? The folder is locked, until the process ends at the latest."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        alone = True
+        if fcntl is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                alone = False
+            except OSError:
+                pass  # a file system without locks: several may build at a time, and the last one wins
+        yield alone
+    finally:
+        os.close(descriptor)
 
 
 def build_autograd() -> Path:

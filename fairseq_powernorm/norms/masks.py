@@ -12,8 +12,8 @@ def check_mask(padding_mask: Optional[Tensor], x: Tensor, *, batch_first: bool) 
     """Refuse a padding mask that does not fit the input ``x``.
 
     Args:
-        padding_mask: ``B x T`` for three-dimensional ``x``, else one bool for each row (``N``); None is fine
-        x: ``T x B x C`` (``B x T x C`` with ``batch_first``) or ``N x C``
+        padding_mask: ``B x T`` for three-dimensional ``x``, else one bool for each row (``N``, ``B x ...``); None is fine
+        x: ``T x B x C`` (``B x ... x C`` with ``batch_first``) or ``N x C``
         batch_first: see ``x``
 
     Raises:
@@ -26,9 +26,11 @@ def check_mask(padding_mask: Optional[Tensor], x: Tensor, *, batch_first: bool) 
     rows = x.shape[:-1]
     expected = rows[::-1] if len(rows) == 2 and not batch_first else rows
     if padding_mask.shape != expected:
+        names = {1: "N", 2: "B x T", 3: "B x H x W"}.get(len(rows), "B x ...")
+        order = "" if len(rows) < 2 else f" ({'batch' if batch_first else 'time'} first)"
         raise ValueError(
-            f"padding_mask of shape {tuple(padding_mask.shape)}: expected {tuple(expected)} "
-            f"({'B x T' if len(rows) > 1 else 'N'}) for an input of shape {tuple(x.shape)} (batch_first={batch_first})"
+            f"padding_mask of shape {tuple(padding_mask.shape)}: expected {tuple(expected)}, {names}, for an input with "
+            f"rows of shape {tuple(rows)}{order}"
         )
     if padding_mask.device != x.device:
         raise ValueError(f"padding_mask on {padding_mask.device}: expected it on {x.device}, as the input")
@@ -54,16 +56,22 @@ class MaskSlot:
         self._local.mask = mask
         self._local.valid = None
 
-    def valid(self, transposed: bool) -> Tensor:
-        """The mask as the norms read it: one bool for each row of the input, False at padding."""
-        known: Optional[Tuple[bool, Tensor]] = self._local.valid
-        if known is None or known[0] is not transposed:
-            known = self._local.valid = transposed, valid_rows(self._local.mask, transposed)
-        return known[1]
+    def fitting(self, norm: Any, x: Tensor) -> Optional[Tensor]:
+        """The mask of the call in progress for the rows ``x`` of that norm; raises ValueError where it does not fit."""
+        mask = self.padding_mask
+        norm._check_mask(mask, x)
+        return mask
+
+    def valid(self, mask: Tensor, transposed: bool) -> Tensor:
+        """A mask as the norms read it, see :func:`valid_rows`; made once for all norms that read the same one."""
+        known: Optional[Tuple[Tensor, bool, Tensor]] = getattr(self._local, "valid", None)
+        if known is None or known[0] is not mask or known[1] is not transposed:
+            known = self._local.valid = mask, transposed, valid_rows(mask, transposed)
+        return known[2]
 
     def __reduce__(self) -> Tuple[Any, Tuple[()]]:
         """A copy is empty: a mask belongs to a call."""
-        return MaskSlot, ()
+        return type(self), ()
 
 
 def valid_rows(padding_mask: Tensor, transposed: bool) -> Tensor:

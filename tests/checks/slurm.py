@@ -16,7 +16,11 @@ from pathlib import Path
 
 import slurm_cluster
 
-from fairseq_powernorm.experiments.settings import ROOT, TOOLS, UserError, main, read_json, versions
+from fairseq_powernorm.experiments.commands import main
+from fairseq_powernorm.experiments.errors import UserError
+from fairseq_powernorm.experiments.files import read_json
+from fairseq_powernorm.experiments.paths import ROOT
+from fairseq_powernorm.experiments.tools import TOOLS, versions
 
 # A small model and 30 updates; they shrink what configs/demo.yaml says.
 SMALL = ["common.cpu=true", "dataset.max_tokens=200", "optimization.max_update=30", "checkpoint.save_interval_updates=3",
@@ -154,8 +158,9 @@ def check_same(run, other):
 
 
 def readme_command():
-    """The arguments of the submit.sh line in the README's section on clusters."""
-    section = re.search(r"^## Clusters\n(.*?)^## ", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)[1]
+    """The arguments of the submit.sh line in the section on clusters of the scripts' README."""
+    section = re.search(r"^## Clusters\n(.*?)^## ", (ROOT / "scripts" / "README.md").read_text(encoding="utf-8") + "\n## ",
+                        re.M | re.S)[1]
     line = re.search(r"^bash scripts/slurm/submit\.sh ((?:.*\\\n)*.*)$", section, re.M)[1]
     return shlex.split(line.replace("\\\n", " "), comments=True)
 

@@ -376,13 +376,13 @@ def test_a_build_that_fails_is_not_tried_again(fresh, monkeypatch):
     assert c.autograd() is None and "does not load" in c.describe()
 
 
-HOLD = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print(flush=True); input()"
+HOLD = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), 2); print(flush=True); input()"
 
 
 def test_one_process_builds_at_a_time(fresh):
     """Another one is told so at once, and goes on with Python."""
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(fresh / ".build-lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", HOLD, str(fresh)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     try:
         holder.stdout.readline()

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from fairseq_powernorm.models import base
 from fairseq_powernorm.models.tensorized_lm_pn import TensorizedLMPNConfig
 from fairseq_powernorm.models.transformer_lm_pn import TransformerLMPNConfig
-from fairseq_powernorm.norms import NORMS, LayerNorm, PowerNorm
+from fairseq_powernorm.norms import NORMS, LayerNorm, PowerNorm, RunningNorm
 from fairseq_powernorm.statistics import RunningStatistics
 
 SIZES = dict(
@@ -90,14 +90,13 @@ def test_no_token_is_seen_before_its_time(arch, norm):
 @pytest.mark.parametrize(
     "norm,changes",
     [
-        ("layer", {}),
-        ("rms", {}),
+        *((name, {}) for name, kind in NORMS.items() if not issubclass(kind, RunningNorm)),
         ("power", dict(norm_warmup_updates=0)),
         ("power", dict(norm_warmup_updates=0, norm_variant="algorithm2")),
     ],
 )
 def test_nor_in_training_by_norms_without_batch_statistics(arch, norm, changes):
-    """The same in training mode with LN, RMSNorm and, after its warm-up, PN, which then has running statistics only."""
+    """The same in training mode with the norms without statistics and with PN after its warm-up, which has running ones."""
     assert reach_back(build(arch, norm, **changes).train(), sentences()) == 0.0
 
 
@@ -295,7 +294,7 @@ def test_an_architecture_sets_the_same_options_on_every_route(arch, changes):
         (dict(encoder_norm_self="power"), "has no encoder.*'encoder_norm_self' = 'power'.*decoder_norm_self"),
         (dict(decoder_norm_self="powr"), "--decoder-norm-self 'powr'.*layer, rms, batch, power-v, power"),
         (dict(norm_aplha_fwd=0.5), "unknown norm option 'norm_aplha_fwd'.*norm_alpha_fwd"),
-        (dict(norm_groups=3), "--norm-groups 3.*16 channels of the decoder: 1, 2, 4, 8, 16"),
+        (dict(norm_groups=3), r"--norm-groups 3: --decoder-norm-self .*16 channels, one of \[1, 2, 4, 8, 16\]"),
         (dict(tensorized_nocausal=True), "unknown option 'tensorized_nocausal'.*decoder_norm_self"),
     ],
 )
@@ -543,8 +542,9 @@ def test_missing_data_is_named(tmp_path):
 
 
 def test_the_commands_of_the_readme(monkeypatch):
-    """Every command of the README's section on language models is one that fairseq parses, with the models it names."""
-    section = (toy.ROOT / "README.md").read_text(encoding="utf-8").split("## Language models")[1].split("\n## ")[0]
+    """Every command of the section on language models is one that fairseq parses, with the models it names."""
+    text = (toy.ROOT / "fairseq_powernorm" / "README.md").read_text(encoding="utf-8")
+    section = text.split("## Language models")[1].split("\n## ")[0]
     (block,) = re.findall(r"```bash\n(.*?)```", section, re.S)
     parsers = {
         "fairseq-preprocess": options.get_preprocessing_parser,

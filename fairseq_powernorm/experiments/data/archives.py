@@ -16,7 +16,7 @@ import zipfile
 import zlib
 from pathlib import PurePosixPath
 
-from ..settings import UserError
+from ..errors import UserError
 
 BLOCK = 1 << 20
 # What reading a damaged archive raises.

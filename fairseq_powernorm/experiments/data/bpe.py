@@ -6,7 +6,7 @@ import itertools
 import os
 import sys
 
-from ..settings import UserError
+from ..errors import UserError
 
 # Sentences from which sentencepiece learns, at most: it holds them in memory.
 SENTENCES = 4_000_000

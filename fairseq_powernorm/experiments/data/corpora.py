@@ -5,7 +5,8 @@ import re
 import shutil
 from pathlib import Path
 
-from ..settings import UserError, sha256
+from ..errors import UserError
+from ..files import sha256
 from . import demo
 from .archives import differing, download, gunzip, unpack
 

@@ -11,7 +11,9 @@ import tempfile
 import threading
 from pathlib import Path
 
-from ..settings import UserError, cpus, sha256
+from ..errors import UserError
+from ..files import sha256
+from ..tools import cpus
 from . import moses_python
 
 

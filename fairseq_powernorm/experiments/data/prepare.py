@@ -16,26 +16,12 @@ import threading
 import time
 from pathlib import Path
 
-from ..settings import (
-    BPE_TYPES,
-    DATA_TOOLS,
-    UserError,
-    choose,
-    cpus,
-    data_root,
-    data_settings,
-    is_lm,
-    load,
-    locked,
-    put_back,
-    read_json,
-    resumable_directory,
-    same,
-    sha256,
-    tool,
-    versions,
-    write_json,
-)
+from ..directories import locked, put_back, resumable_directory, same
+from ..errors import UserError, choose
+from ..files import read_json, sha256, write_json
+from ..paths import data_root
+from ..settings import BPE_TYPES, data_settings, is_lm, load
+from ..tools import DATA_TOOLS, cpus, tool, versions
 from . import bpe, corpora, moses
 
 # Raised when the same settings make other data.

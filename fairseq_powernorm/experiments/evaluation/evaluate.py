@@ -11,27 +11,13 @@ import sys
 from pathlib import Path
 
 from ..data.moses_python import detokenize
+from ..directories import locked, whole_directory
+from ..errors import UserError, choose
+from ..files import read_json, sha256, write_json
+from ..paths import PLUGIN, ROOT, data_root
 from ..runs import checkpoints, compose, trainlog
-from ..settings import (
-    PLUGIN,
-    ROOT,
-    TOOLS,
-    UserError,
-    benchmarks,
-    call,
-    choose,
-    data_root,
-    data_settings,
-    is_lm,
-    locked,
-    prepared,
-    read_json,
-    sha256,
-    tool,
-    versions,
-    whole_directory,
-    write_json,
-)
+from ..settings import benchmarks, data_settings, is_lm, prepared
+from ..tools import TOOLS, call, tool, versions
 from . import perplexity
 from .score import lines_of, sacrebleu_scores, tokenized_bleu
 

@@ -5,7 +5,9 @@ import math
 import re
 import sys
 
-from ..settings import PLUGIN, UserError, call, tool
+from ..errors import UserError
+from ..paths import PLUGIN
+from ..tools import call, tool
 
 NOT_LM = "NOT a language model's: each position sees the token that it is asked for"
 # A line of fairseq-eval-lm --output-word-probs, in both formats of fairseq's log: BLOCK WORD [SCORE]<tab>...

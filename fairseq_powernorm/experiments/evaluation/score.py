@@ -1,10 +1,10 @@
 """Scores hypotheses against references, line by line, and prints JSON:
 
-python -m fairseq_powernorm.experiments score HYP REF
+python -m fairseq_powernorm.experiments.score HYP REF
     tokenized text: BLEU as fairseq-score computes it
-python -m fairseq_powernorm.experiments score HYP REF --split-compounds LANGUAGE
+python -m fairseq_powernorm.experiments.score HYP REF --split-compounds LANGUAGE
     text of that language, tokenized: compounds split, BLEU as multi-bleu.perl computes it
-python -m fairseq_powernorm.experiments score HYP REF --detokenized [--lowercase]
+python -m fairseq_powernorm.experiments.score HYP REF --detokenized [--lowercase]
     detokenized text: sacreBLEU and chrF
 """
 
@@ -15,7 +15,7 @@ import math
 import re
 
 from ..data.moses_python import detokenize, languages, tokenize
-from ..settings import UserError, choose
+from ..errors import UserError, choose
 
 # \S of bytes, as perl sees them: blanks are ASCII's.
 COMPOUND = re.compile(r"(\S)-(\S)", re.ASCII)
@@ -139,7 +139,7 @@ def paired_bootstrap(baseline, systems, references, lowercase):
 
 
 def score(arguments):
-    parser = argparse.ArgumentParser(prog="python -m fairseq_powernorm.experiments score", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m fairseq_powernorm.experiments.score", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hyp", metavar="HYP")
     parser.add_argument("ref", metavar="REF")

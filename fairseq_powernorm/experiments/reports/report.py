@@ -1,8 +1,8 @@
 """Reports of a matrix of runs: Markdown and pictures, CSV, a self-contained HTML page, from records and what runs left.
 
-python -m fairseq_powernorm.experiments report --readme [--check]
+python -m fairseq_powernorm.experiments.report --readme [--check]
 
-writes the tables of README.md: between <!-- records: PATTERN... --> and <!-- end of records --> the table of the
+writes the tables of the READMEs: between <!-- records: PATTERN... --> and <!-- end of records --> the table of the
 records that the patterns name, or what a record of scripts/benchmark.py says in short. With --check it changes nothing
 and fails if a table is not that of its records.
 """
@@ -17,9 +17,13 @@ import re
 import sys
 from pathlib import Path
 
+from ..directories import locked
+from ..errors import UserError
 from ..evaluation import score
+from ..files import read_json, write_json
+from ..paths import ROOT, runs_root
 from ..runs import compose
-from ..settings import PLACEMENTS, ROOT, UserError, data_settings, locked, read_json, runs_root, write_json
+from ..settings import PLACEMENTS, data_settings
 from . import figures, schema, speed
 from .matrix import BASELINE, FIGURE_ROWS, NORMS, PAPER, relative
 from .table import (
@@ -392,32 +396,36 @@ def as_html(subject, parts, missing, records):
         by_seed=by_seed, by_seed_heading=BY_SEED, of_t=of_t, t_heading=T_TEST)
 
 
-# ---- README.md -------------------------------------------------------------------------------------------------------
+# ---- READMEs ----------------------------------------------------------------------------------------------------------
 
+#: the files with tables of records
+READMES = ("README.md", "results/README.md")
 BLOCK = re.compile(r"(<!-- records: (.*?) -->\n)(.*?)(<!-- end of records -->)", re.S)
 
 
 def readme(arguments):
-    parser = argparse.ArgumentParser(prog="python -m fairseq_powernorm.experiments report", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m fairseq_powernorm.experiments.report", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readme", action="store_true", required=True)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    wanted = BLOCK.sub(lambda block: block[1] + tables_of(block[2].split()) + block[4], text)
-    if "<!-- records: " not in text:
-        raise UserError(f"{path} has no <!-- records: PATTERN... -->")
-    if wanted == text:
-        print("README.md is that of its records")
-    elif options.check:
-        print("README.md is not that of its records; python -m fairseq_powernorm.experiments report --readme writes it",
-              file=sys.stderr)
-        return 1
-    else:
-        write_whole(path, wanted.encode())
-        print("README.md written")
-    return 0
+    stale = 0
+    for name in READMES:
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        wanted = BLOCK.sub(lambda block: block[1] + tables_of(block[2].split()) + block[4], text)
+        if "<!-- records: " not in text:
+            raise UserError(f"{path} has no <!-- records: PATTERN... -->")
+        if wanted == text:
+            print(f"{name} is that of its records")
+        elif options.check:
+            print(f"{name} is not that of its records; python -m fairseq_powernorm.experiments.report --readme writes it",
+                  file=sys.stderr)
+            stale = 1
+        else:
+            write_whole(path, wanted.encode())
+            print(f"{name} written")
+    return stale
 
 
 def tables_of(patterns):

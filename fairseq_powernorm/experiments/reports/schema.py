@@ -1,12 +1,14 @@
 """What the JSON files in results/ hold, key by key, as results/README.md describes it.
 
-python -m fairseq_powernorm.experiments schema FILE...
+python -m fairseq_powernorm.experiments.schema FILE...
     checks files and says what is wrong with the first that is not valid
 """
 
 import math
 
-from ..settings import NORMS, UserError, norm_name, read_json
+from ..errors import UserError
+from ..files import read_json
+from ..settings import NORMS, norm_name
 
 NUMBER = (int, float)
 SHA256 = str
@@ -151,7 +153,7 @@ def read_record(path):
 
 def check_files(arguments):
     if not arguments:
-        raise UserError("no file is given; usage: python -m fairseq_powernorm.experiments schema FILE...")
+        raise UserError("no file is given; usage: python -m fairseq_powernorm.experiments.schema FILE...")
     for path in arguments:
         check(read_json(path), path)
     print(f"{len(arguments)} valid")

@@ -1,6 +1,6 @@
 """Prints Markdown tables of records, of translation and of language models:
 
-python -m fairseq_powernorm.experiments table RECORD...
+python -m fairseq_powernorm.experiments.table RECORD...
 
 Runs that differ in their seed only share a line, with the mean and, behind ±, the standard deviation over the seeds.
 """
@@ -13,7 +13,9 @@ import statistics
 import sys
 from dataclasses import dataclass
 
-from ..settings import BATCH_REFERENCE, PLACEMENTS, UserError, write_text
+from ..errors import UserError
+from ..files import write_text
+from ..settings import BATCH_REFERENCE, PLACEMENTS
 from . import schema
 from .matrix import BASELINE, NORMS, VARIANTS, Row
 
@@ -217,7 +219,7 @@ def tables(records):
 
 
 def table(arguments):
-    parser = argparse.ArgumentParser(prog="python -m fairseq_powernorm.experiments table", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m fairseq_powernorm.experiments.table", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", metavar="FILE", help="write the tables to FILE as well")
     parser.add_argument("--available", action="store_true",
