@@ -12,4 +12,10 @@ NORM_CLASSES = {
     "un": "window.UnifiedNorm",
     "rbn": "regularized.RegularizedBatchNorm",
     "prepbn": "progressive.ProgressiveBatchNorm",
+    "group-scale": "group.GroupScaleNorm",
+    "scale": "scale.ScaleNorm",
+    "ada": "ada.AdaNorm",
+    "group": "group.GroupNorm",
+    "dyt": "pointwise.DynamicTanh",
+    "derf": "pointwise.DynamicErf",
 }

@@ -168,8 +168,7 @@ class _WindowNorm(Function):
             grad_y = in_memory(grad_y)
         tensors = tuple(None if each is None else unwrapped(each) for each in ctx.saved_tensors)
         state: Iterator[Any] = (None if each is None else unwrapped(each) for each in ctx.state)
-        no_autocast = torch.autocast(grad_y.device.type, enabled=False)
-        with torch._C._DisableFuncTorch(), torch.no_grad(), no_autocast, ctx.guard:
+        with torch._C._DisableFuncTorch(), torch.no_grad(), ctx.guard:
             grads, tally = _backward(ctx, unwrapped(grad_y), tensors, WindowState(*state))
             ctx.collect("backward", tally)
         found: Gradients = grads[0], grads[1], grads[2] if ctx.has_bias else None

@@ -19,8 +19,9 @@ from .masks import MaskSlot
 from .power import VARIANTS, PowerNorm, SecondMomentNorm
 from .power_v import PowerNormV
 from .progressive import ProgressiveBatchNorm
-from .registry import NORMS, build_norm, create_norm, default_groups, norm_options, parse_norm
+from .registry import NORMS, build_norm, create_norm, default_groups, norm_options, norms_with, parse_norm
 from .regularized import RegularizedBatchNorm, penalty
+from .row import RowNorm
 from .staging import Stage, Sums, Switches
 from .window import MovingAverageBatchNorm, UnifiedNorm
 
@@ -39,6 +40,7 @@ __all__ = [
     "ProgressiveBatchNorm",
     "RMSNorm",
     "RegularizedBatchNorm",
+    "RowNorm",
     "RunningNorm",
     "SecondMomentNorm",
     "Stage",
@@ -49,6 +51,7 @@ __all__ = [
     "create_norm",
     "default_groups",
     "norm_options",
+    "norms_with",
     "parse_norm",
     "penalty",
 ]

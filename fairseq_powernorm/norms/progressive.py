@@ -48,6 +48,8 @@ class ProgressiveBatchNorm(FormulaNorm):
         ValueError: an argument is outside its range or missing, or ``groups`` does not divide ``dim``
     """
 
+    #: the option without a default, with a value: for whoever builds one to look at it
+    REQUIRED = {"total_updates": 1}
     STATISTICS = {"running_mean": 0.0, "running_var": 1.0}
     STEPS = {"forward": ("iters", "running_mean", "running_var"), "backward": ()}
 

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from fairseq_powernorm.models import base
 from fairseq_powernorm.models.tensorized_lm_pn import TensorizedLMPNConfig
 from fairseq_powernorm.models.transformer_lm_pn import TransformerLMPNConfig
-from fairseq_powernorm.norms import NORMS, LayerNorm, PowerNorm
+from fairseq_powernorm.norms import NORMS, LayerNorm, PowerNorm, RunningNorm
 from fairseq_powernorm.statistics import RunningStatistics
 
 SIZES = dict(
@@ -90,14 +90,13 @@ def test_no_token_is_seen_before_its_time(arch, norm):
 @pytest.mark.parametrize(
     "norm,changes",
     [
-        ("layer", {}),
-        ("rms", {}),
+        *((name, {}) for name, kind in NORMS.items() if not issubclass(kind, RunningNorm)),
         ("power", dict(norm_warmup_updates=0)),
         ("power", dict(norm_warmup_updates=0, norm_variant="algorithm2")),
     ],
 )
 def test_nor_in_training_by_norms_without_batch_statistics(arch, norm, changes):
-    """The same in training mode with LN, RMSNorm and, after its warm-up, PN, which then has running statistics only."""
+    """The same in training mode with the norms without statistics and with PN after its warm-up, which has running ones."""
     assert reach_back(build(arch, norm, **changes).train(), sentences()) == 0.0
 
 
@@ -543,8 +542,9 @@ def test_missing_data_is_named(tmp_path):
 
 
 def test_the_commands_of_the_readme(monkeypatch):
-    """Every command of the README's section on language models is one that fairseq parses, with the models it names."""
-    section = (toy.ROOT / "README.md").read_text(encoding="utf-8").split("## Language models")[1].split("\n## ")[0]
+    """Every command of the section on language models is one that fairseq parses, with the models it names."""
+    text = (toy.ROOT / "fairseq_powernorm" / "README.md").read_text(encoding="utf-8")
+    section = text.split("## Language models")[1].split("\n## ")[0]
     (block,) = re.findall(r"```bash\n(.*?)```", section, re.S)
     parsers = {
         "fairseq-preprocess": options.get_preprocessing_parser,

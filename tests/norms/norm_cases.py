@@ -1,7 +1,7 @@
 """What the tests of the norms share: every norm with every variant, batches, training, comparison."""
 import torch
 
-from fairseq_powernorm.norms import NORMS, RunningNorm, build_norm
+from fairseq_powernorm.norms import NORMS, RowNorm, RunningNorm, build_norm
 
 C, GROUPS = 16, 2
 RUNNING = [name for name, kind in NORMS.items() if issubclass(kind, RunningNorm)]
@@ -10,7 +10,7 @@ CASES = [(name, variant) for name in RUNNING for variant in getattr(NORMS[name],
 #: every norm
 ALL = [(name, None) for name in NORMS if name not in RUNNING] + CASES
 #: options that a norm has no default for
-REQUIRED = {"prepbn": {"total_updates": 3}}
+REQUIRED = {name: dict.fromkeys(kind.REQUIRED, 3) for name, kind in NORMS.items() if hasattr(kind, "REQUIRED")}
 #: the norms whose gradient is an approximation
 APPROXIMATE = ("power", "mabn", "un")
 
@@ -24,7 +24,10 @@ def make(name, variant=None, dtype=torch.float32, **options):
     """A norm with parameters and statistics that are no round numbers."""
     torch.manual_seed(0)
     with torch.device("cpu"):
-        norm = new(name, variant, **{"groups": GROUPS, **options}).to(dtype)
+        options = {"groups": GROUPS, **options}
+        if issubclass(NORMS[name.partition(":")[0]], RowNorm):
+            options["groups"] = max(1, options["groups"])  # 0 turns off the layer scale before a norm
+        norm = new(name, variant, **options).to(dtype)
         with torch.no_grad():
             for key, each in norm.state_dict().items():
                 if key != "iters":
