@@ -304,7 +304,8 @@ def _checked_norm(option: str, text: Any, total_updates: Optional[int]) -> str:
     """The text of a norm, if the norm can be built from it."""
     try:
         name, own = parse_norm(str(text))
-        known = {"total_updates": total_updates} if "total_updates" in options_of(name) and "total_updates" not in own else {}
+        left_open = {"total_updates"} & set(options_of(name)) - set(own)
+        known = dict.fromkeys(left_open, total_updates)
         build_norm(str(text), dim=8 * max(1, own.get("groups", 1)), device="meta", **known)
     except ValueError as error:
         raise ValueError(f"{flag(option)} {str(text)!r}: {_reason(error, str(text))}") from None

@@ -76,7 +76,7 @@ class ProgressiveBatchNorm(FormulaNorm):
         if total_updates is None or total_updates < 1:
             raise ValueError(
                 f"total_updates={total_updates!r}: must be the number of training steps after which LayerNorm is gone, 1 or "
-                "more"
+                "more; in fairseq --norm-total-updates or --max-update, if there is one, says it for all norms"
             )
         if not math.isfinite(alpha):
             raise ValueError(f"alpha={alpha!r}: must be a finite number")

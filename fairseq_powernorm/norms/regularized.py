@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..functional.common import Function, Gradients
-from .base import Device, State
+from .base import Device, State, inside_backward
 from .formula import FormulaNorm, check_number
 from .staging import Sums
 
@@ -46,13 +46,15 @@ class _Penalties:
     """
 
     def __init__(self) -> None:
+        #: of passes, and of passes that are repeated (activation checkpointing), which may ask again
         self._with_graph: List[weakref.ref[Tensor]] = []
+        self._repeated: List[weakref.ref[Tensor]] = []
         self._traced: Optional[Tensor] = None
         self._without_graph: Optional[Tensor] = None
         #: what has arrived at the penalties without graph
         self.gradient: Optional[Tensor] = None
 
-    def add(self, penalty: Tensor, output: Tensor) -> None:
+    def add(self, penalty: Tensor, output: Tensor, *, repeated: bool) -> None:
         """Note the penalty of a pass with this output."""
         if torch.compiler.is_compiling():
             if self._traced is not None:
@@ -64,27 +66,31 @@ class _Penalties:
         elif output.grad_fn is not None:
             node: Any = output.grad_fn
             node.metadata["penalty"] = penalty
-            self._with_graph = [each for each in self._with_graph if each() is not None]
-            self._with_graph.append(weakref.ref(penalty))
-        else:
+            noted = self._repeated if repeated else self._with_graph
+            noted[:] = [each for each in noted if each() is not None]
+            noted.append(weakref.ref(penalty))
+        elif not repeated:
             penalty = penalty.detach()
             self._without_graph = penalty if self._without_graph is None else self._without_graph + penalty
             self.gradient = None
 
     def take(self) -> List[Tensor]:
-        """The penalties, each once."""
-        found = [penalty for penalty in (each() for each in self._with_graph) if penalty is not None]
+        """The penalties, each once; of the pass that is repeated if one is."""
+        noted = self._repeated if inside_backward() else self._with_graph
+        found = [penalty for penalty in (each() for each in noted) if penalty is not None]
+        noted.clear()
         if self._traced is not None:
             found.append(self._traced)
-        if self._without_graph is not None:
+            self._traced = None
+        if self._without_graph is not None and not inside_backward():
             anchor = torch.zeros((), device=self._without_graph.device, requires_grad=True)
             found.append(_Given.apply(self._without_graph, anchor, self))
-        self.clear()
+            self._without_graph = None
         return found
 
     def clear(self) -> None:
         """Forget them."""
-        self._with_graph, self._traced, self._without_graph = [], None, None
+        self._with_graph, self._repeated, self._traced, self._without_graph = [], [], None, None
 
 
 class RegularizedBatchNorm(FormulaNorm):
@@ -180,9 +186,8 @@ class RegularizedBatchNorm(FormulaNorm):
         if self.p_mean == 0.0 and self.p_var == 0.0:
             return y
         penalty = self._penalty_of(mean, var, running_mean, running_var) * (moments.own / moments.total.clamp(min=1))
-        if not recomputed:
-            self._collect(penalty, y)
-        elif self._penalties.gradient is not None and penalty.requires_grad:
+        self._collect(penalty, y, repeated=recomputed)
+        if recomputed and self._penalties.gradient is not None and penalty.requires_grad:
             y = _Joined.apply(y, penalty, self._penalties.gradient)
         return y
 
@@ -193,13 +198,15 @@ class RegularizedBatchNorm(FormulaNorm):
         next_var = (alpha * running_var + (1.0 - alpha) * var).detach()
         return self.p_mean * (next_mean - mean).square().sum() + self.p_var * (next_var - var).abs().sum()
 
-    def _collect(self, penalty: Tensor, y: Tensor) -> None:
+    def _collect(self, penalty: Tensor, y: Tensor, *, repeated: bool) -> None:
         if torch.compiler.is_compiling() and _is_exporting():
             raise RuntimeError(
                 f"export of a {type(self).__name__} in training: its penalty would be lost; build it with p_mean=0, p_var=0"
             )
-        self._penalties.add(penalty, y)
-        if self.stage is None and y.requires_grad and not torch.compiler.is_compiling() and not functional.in_transform():
+        self._penalties.add(penalty, y, repeated=repeated)
+        if torch.compiler.is_compiling() or functional.in_transform() or repeated:
+            return
+        if self.stage is None and y.requires_grad:
             penalties = self._penalties
             y.register_hook(lambda grad: penalties.clear())  # the batch's backward pass has begun: it is too late to ask
 
