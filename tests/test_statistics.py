@@ -498,14 +498,16 @@ def test_two_ranks_equal_one_batch():
 for kind, sync, padding in [('batch', 'exact', True), ('power-v', 'exact', True), ('reference', 'exact', False),
                             ('algorithm2', 'exact', True), ('algorithm2', 'step', True),
                             ('batch', 'step', True), ('power-v', 'step', True), ('reference', 'step', False),
-                            ('algorithm2', 'off', True)]:
+                            ('algorithm2', 'off', True),
+                            *[(kind, sync, True) for sync in ('exact', 'step')
+                              for kind in ('batch-renorm', 'mabn', 'un', 'un-outliers', 'rbn', 'prepbn')]]:
     model = train_rank(kind, sync, padding)
     same = equal_on_both(model)
     if rank == 0:
         print(kind, sync, difference(model, train_whole(kind, padding)), same)
 """)
     found = {tuple(words[:2]): (float(words[2]), words[3] == "True") for words in map(str.split, output.splitlines())}
-    assert len(found) == 9
+    assert len(found) == 21
     for (kind, sync), (difference, same) in found.items():
         assert same == (sync != "off"), (kind, sync)
         if sync == "exact" or (kind, sync) == ("algorithm2", "step"):

@@ -106,6 +106,8 @@ def _backward(ctx: Any, grad_y: Tensor, tensors: Tuple[Any, ...], state: WindowS
     z = eager.scale_rows(rows, root) * inv
     grad_sum, grad_z_sum = grad.sum(0), (grad * z).sum(0) * r
     weighted = grad_z_sum if weight is None else grad_z_sum * weight.to(dtype)
+    # a moment that is infinite makes every z zero: that is no statistic
+    weighted = torch.where(inv > 0, weighted, torch.nan)
     own = grad.new_full((), rows.size(0)) if valid is None else valid.sum().to(dtype)
     tally = eager.tally(weighted / spec.gradient_scale, state.outlier.to(dtype) * own * torch.ones_like(inv), rows=own)
     total, count = reduced(ctx.reduce, weighted / spec.gradient_scale, own)
