@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import functional, operators
 from ..kernels import eager
 from ..kernels.interface import transformed
+from .checks import check_interval
 from .layouts import Norm
 from .masks import MaskSlot, valid_rows
 from .staging import Stage, Sums
@@ -23,27 +24,10 @@ _PLAIN = (Tensor, nn.Parameter)
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def inside_backward() -> bool:
-    """True while an autograd backward pass runs: a forward pass then is a recomputation (activation checkpointing)."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def check_interval(name: str, value: float) -> None:
-    """Raise ValueError unless 0 <= value <= 1."""
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name}={value!r}: must lie in [0, 1]")
-
-
 def _widened(value: Tensor) -> Tensor:
     """A value for a statistic: as it is, or float32 if it is narrower (half precision, integers, bool)."""
     wide = value.is_floating_point() and torch.finfo(value.dtype).bits >= 32
     return value if wide else value.to(torch.float32)
-
-
-def size_of(x: Tensor) -> Tensor:
-    """Euclidean norm over channels divided by their number, ``... x C -> ...``."""
-    norm: Tensor = torch.linalg.vector_norm(x, dim=-1)
-    return norm / x.size(-1)
 
 
 class RunningNorm(Norm):
@@ -459,5 +443,6 @@ class RunningNorm(Norm):
             quantity -> value (leading dimensions of ``state``). ``distance_*`` and ``size_*``: Euclidean norm over
             channels, divided by their number, of batch minus running statistics and of the running ones.
             ``gradient_*``: root mean square over rows of the norm of the term of dL/du that a statistic causes.
+            ``discrepancy_*``: see :func:`discrepancy`
         """
         raise NotImplementedError

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from .. import functional
 from .base import Device, State
-from .formula import FormulaNorm, check_number, check_updates
+from .checks import check_number, check_updates
+from .formula import FormulaNorm
 from .staging import Sums
 
 

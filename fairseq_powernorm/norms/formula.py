@@ -1,14 +1,15 @@
 """The base of the norms whose training is written in differentiable operations of torch: ``FormulaNorm``."""
 from contextlib import nullcontext
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from .. import functional, operators
 from ..kernels import eager
-from .base import RunningNorm, State, inside_backward, size_of
-from .recomputation import Recomputations, recomputable
+from .base import RunningNorm, State
+from .distances import discrepancy, size_of
+from .recomputation import Recomputations, inside_backward, recomputable
 from .staging import Sums
 
 
@@ -192,18 +193,5 @@ class FormulaNorm(RunningNorm):
             "size_var": size_of(running_var),
             "gradient_mean": (grad.square() * inv2).sum(-1).sqrt(),
             "gradient_var": (grad_z.square() * through_var).sum(-1).sqrt(),
+            **discrepancy(inv2.rsqrt(), 1.0 / self.inverse(state[self.MOMENT]), mean, state["running_mean"]),
         }
-
-
-def check_number(name: str, value: float, *, least: float = 0.0) -> None:
-    """Raise ValueError unless ``value`` is finite and at least ``least``."""
-    if not least <= value < float("inf"):
-        raise ValueError(f"{name}={value!r}: must be a finite number, {least:g} or more")
-
-
-def check_updates(**options: int) -> List[int]:
-    """Raise ValueError for a number of steps that is not zero or positive; returns the numbers."""
-    for name, value in options.items():
-        if value < 0:
-            raise ValueError(f"{name}={value!r}: must be zero or a positive number of steps")
-    return list(options.values())

@@ -19,6 +19,11 @@ MOST = 128
 TOLERANCE = 1e-4
 
 
+def inside_backward() -> bool:
+    """True while an autograd backward pass runs: a forward pass then is a recomputation (activation checkpointing)."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def recomputable() -> bool:
     """May the forward pass in progress be repeated? Checkpointing runs it without gradient or with hooks."""
     return not torch.is_grad_enabled() or saved_tensors_are_hooked()

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..functional.common import Function, Gradients
-from .base import Device, State, inside_backward
-from .formula import FormulaNorm, check_number
+from .base import Device, State
+from .checks import check_number
+from .formula import FormulaNorm
+from .recomputation import inside_backward
 from .staging import Sums
 
 

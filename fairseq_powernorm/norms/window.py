@@ -7,8 +7,10 @@ from torch import Tensor
 from .. import functional
 from ..functional.moments import count_rows, scaled_rows, sum_rows
 from ..kernels import eager
-from .base import Device, State, check_interval, size_of
-from .formula import FormulaNorm, check_updates
+from .base import Device, State
+from .checks import check_interval, check_updates
+from .distances import discrepancy, size_of
+from .formula import FormulaNorm
 from .staging import Sums
 
 #: bounds of the factor between the window's standard deviation and the running one
@@ -184,10 +186,12 @@ class WindowNorm(FormulaNorm):
             state.get("ema_gz"), self.alpha_bkw,
         )  # fmt: skip
         inv2 = 1.0 / (divisor.var + self.eps)
+        deviation = inv2.rsqrt() / divisor.r if self.RESCALE else inv2.rsqrt()
         return {
             "distance_var": size_of(batch - state["running_var"]),
             "size_var": size_of(state["running_var"]),
             "gradient_var": (moment.square() * inv2 * (batch * inv2)).sum(-1).sqrt(),
+            **discrepancy(deviation, 1.0 / self.inverse(state["running_var"])),
         }
 
 
