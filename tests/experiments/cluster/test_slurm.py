@@ -14,7 +14,7 @@ import toy
 from checks import slurm_cluster
 from pipelines import SMALL, Scripts, program, write_text
 
-from fairseq_powernorm.experiments.cluster import submit
+from fairseq_powernorm.experiments import submit
 from fairseq_powernorm.experiments.errors import UserError
 
 SLURM = toy.ROOT / "scripts" / "slurm"
@@ -57,7 +57,7 @@ def test_submit_refuses(scripts, with_slurm, tmp_path, monkeypatch):
 
     def refused(*words):
         with pytest.raises(UserError) as error:
-            submit.submit(words)  # in this process, where fairseq is at hand
+            submit.command(words)  # in this process, where fairseq is at hand
         return str(error.value)
 
     demo = ("demo", "power", "layer", *SMALL)
