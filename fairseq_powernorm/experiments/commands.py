@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import errno
 import inspect
+import io
 import os
 import re
 import shutil
@@ -36,7 +37,8 @@ def main(command: Callable[[List[str]], Optional[int]], arguments: Optional[Sequ
     A refusal, the disk's too, is one line on stderr and exit status 2.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal need not know every character
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal need not know every character
     try:
         status = command(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()

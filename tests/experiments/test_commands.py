@@ -185,8 +185,6 @@ def test_exit_status(function, status, said, capsys, monkeypatch):
     """A refusal and a disk that refuses are one line with the name of the script that was called, and status 2."""
     monkeypatch.setenv(commands.SCRIPT, "scripts/any.sh")
     monkeypatch.setattr(commands, "DISK", (*commands.DISK, 2))  # ENOENT, which any machine has
-    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
-    monkeypatch.setattr(sys.stderr, "reconfigure", lambda **_: None, raising=False)
     with pytest.raises(SystemExit) as end:
         commands.main(function, [])
     assert end.value.code == status
@@ -210,6 +208,10 @@ def test_who_was_called():
 INTERNAL = re.compile(r"SLURM_|(RANK|WORLD_SIZE|LOCAL_RANK|PYTHONPATH|VIRTUAL_ENV|CONDA_PREFIX|TRITON_INTERPRET)$")
 
 
+def is_environ(node):
+    return isinstance(node, ast.Attribute) and node.attr == "environ"
+
+
 def variables():
     """The environment variables that the package and the scripts read."""
     found = {commands.SCRIPT}
@@ -219,10 +221,11 @@ def variables():
                      and isinstance(node.value, ast.Constant) for target in node.targets if isinstance(target, ast.Name)}
         for node in ast.walk(tree):
             key = None
-            if isinstance(node, ast.Subscript) and getattr(node.value, "attr", "") == "environ":
-                key = node.slice if isinstance(node.ctx, ast.Load) else None
-            elif isinstance(node, ast.Call) and getattr(getattr(node.func, "value", None), "attr", "") == "environ":
-                key = node.args[0] if node.args else None
+            called = node.func if isinstance(node, ast.Call) else None
+            if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load) and is_environ(node.value):
+                key = node.slice
+            elif isinstance(called, ast.Attribute) and called.attr == "get" and is_environ(called.value):
+                key = node.args[0]
             if isinstance(key, ast.Constant):
                 found.add(key.value)
             elif isinstance(key, ast.Name) and key.id in constants:
