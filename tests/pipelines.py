@@ -11,7 +11,6 @@ import warm
 from toy import ROOT
 
 BIN = pathlib.Path(sys.executable).parent
-EXPERIMENTS = [sys.executable, "-m", "fairseq_powernorm.experiments"]
 for module in ("fairseq", "sacrebleu", "sacremoses", "subword_nmt", "sentencepiece"):
     pytest.importorskip(module)
 
@@ -20,6 +19,12 @@ SMALL = ["dataset.max_tokens=400", "optimization.max_update=30", "checkpoint.sav
          "dataset.validate_interval_updates=5", "checkpoint.keep_interval_updates=3", "common.log_interval=5",
          "lr_scheduler.warmup_updates=10", "generation.max_len_b=20", "generation.beam=2",
          "+model.encoder_layers=1", "+model.decoder_layers=1"]
+
+
+def experiment(name):
+    """The beginning of a command line that calls a command of the experiments."""
+    return [sys.executable, "-m", f"fairseq_powernorm.experiments.{name}"]
+
 
 NOUNS = [("Hund", "dog"), ("Mann", "man"), ("Baum", "tree"), ("Ball", "ball"), ("Tisch", "table")]
 VERBS = [("sieht", "sees"), ("hat", "has"), ("mag", "likes"), ("kennt", "knows")]

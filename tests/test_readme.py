@@ -81,7 +81,7 @@ def test_links_lead_somewhere(target):
 
 def test_the_results_are_those_of_the_records(tmp_path):
     """The tables of results are what the command that the README names writes; it fails if a record says otherwise."""
-    command = re.search(r"`(python -m fairseq_powernorm\.experiments report --readme)`", README)[1].split()
+    command = re.search(r"`(python -m fairseq_powernorm\.experiments\.report --readme)`", README)[1].split()
     assert toy.command(*command, "--check").stdout == "README.md is that of its records\n"
     for name in ("fairseq_powernorm", "configs", "results"):
         shutil.copytree(toy.ROOT / name, tmp_path / name)

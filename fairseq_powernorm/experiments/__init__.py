@@ -1,5 +1,6 @@
-"""The program behind ``scripts/``: prepares data, trains, evaluates and reports.
+"""The experiments: data, training, evaluation, reports, and a cluster to run them on.
 
-``python -m fairseq_powernorm.experiments`` lists its commands. They need a checkout of the repository, with ``configs/``.
-Nothing in the rest of the package imports this one.
+A module here that can be called, such as ``python -m fairseq_powernorm.experiments.train``, is a command, and its work is
+done by one of a folder; ``scripts/*.sh`` call them in an environment that has everything. They need a checkout of the
+repository, with ``configs/``.
 """

@@ -1,4 +1,4 @@
-# Sourced by every script: the root of the repository, its help text, its errors.
+# Sourced by every script: the root of the repository, errors, and how a command is started.
 
 PN_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
@@ -26,9 +26,24 @@ pn_help() {
     done
 }
 
-# pn_python COMMAND [ARGUMENTS]: a command of fairseq_powernorm.experiments in the project's environment, in place of this
-# shell. Python 3.11 and newer do not look for modules in the caller's directory.
+# pn_python COMMAND [ARGUMENTS]: the module fairseq_powernorm.experiments.COMMAND in the project's environment, in place of
+# this shell. Its help needs no environment, and makes none. Python 3.11 and newer do not look for modules in the caller's
+# directory.
 pn_python() {
-    . "$PN_ROOT/scripts/lib/environment.sh"
-    PYTHONSAFEPATH=1 exec "$PYTHON" -m fairseq_powernorm.experiments "$@"
+    local command=$1 argument path help=''
+    shift
+    for argument in "$@"; do
+        case $argument in -h | --help) help=yes ;; esac
+    done
+    if [ -z "$help" ]; then
+        . "$PN_ROOT/scripts/lib/environment.sh"
+    elif [ -z "${PYTHON:-}" ]; then
+        PYTHON=$PN_ROOT/.venv/bin/python
+        [ -x "$PYTHON" ] || PYTHON=python3
+    fi
+    if [ -n "$help" ]; then
+        export PYTHONPATH=$PN_ROOT${PYTHONPATH:+:$PYTHONPATH}
+    fi
+    path=$(cd "$(dirname "$0")" && pwd)/$(basename "$0")
+    PN_SCRIPT=${path#"$PN_ROOT/"} PYTHONSAFEPATH=1 exec "$PYTHON" -m "fairseq_powernorm.experiments.$command" "$@"
 }

@@ -16,7 +16,11 @@ from pathlib import Path
 
 import slurm_cluster
 
-from fairseq_powernorm.experiments.settings import ROOT, TOOLS, UserError, main, read_json, versions
+from fairseq_powernorm.experiments.commands import main
+from fairseq_powernorm.experiments.errors import UserError
+from fairseq_powernorm.experiments.files import read_json
+from fairseq_powernorm.experiments.paths import ROOT
+from fairseq_powernorm.experiments.tools import TOOLS, versions
 
 # A small model and 30 updates; they shrink what configs/demo.yaml says.
 SMALL = ["common.cpu=true", "dataset.max_tokens=200", "optimization.max_update=30", "checkpoint.save_interval_updates=3",

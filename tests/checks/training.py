@@ -7,8 +7,9 @@ import math
 import sys
 from pathlib import Path
 
+from fairseq_powernorm.experiments.commands import main
+from fairseq_powernorm.experiments.errors import UserError
 from fairseq_powernorm.experiments.runs import trainlog
-from fairseq_powernorm.experiments.settings import UserError, main
 
 
 def check(arguments):

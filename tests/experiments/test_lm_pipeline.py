@@ -14,7 +14,7 @@ import zipfile
 
 import pytest
 import torch
-from pipelines import EXPERIMENTS, Scripts, contents
+from pipelines import Scripts, contents, experiment
 from toy import ROOT
 
 from fairseq_powernorm.experiments.reports import schema
@@ -113,7 +113,7 @@ def record_of(run, subset=""):
 
 
 def table(*records):
-    command = [*EXPERIMENTS, "table", *map(str, records)]
+    command = [*experiment("table"), *map(str, records)]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 

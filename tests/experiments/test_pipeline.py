@@ -15,7 +15,7 @@ import zipfile
 
 import pytest
 from omegaconf import OmegaConf
-from pipelines import BIN, EXPERIMENTS, SMALL, Scripts, contents, write_text
+from pipelines import BIN, SMALL, Scripts, contents, experiment, write_text
 from toy import ROOT
 
 from fairseq_powernorm.experiments.reports import schema
@@ -435,7 +435,7 @@ def test_table_and_curves(trained, record, tmp_path):
     other = tmp_path / "other.json"
     record["config"]["optimization"]["lr"] = [0.1]
     other.write_text(json.dumps(record))
-    command = [*EXPERIMENTS, "table", path]
+    command = [*experiment("table"), path]
     table = subprocess.run([*command, str(other)], stdout=subprocess.PIPE, text=True, check=True)
     lines = table.stdout.splitlines()
     assert len(lines) == 4 and lines[2].startswith("| demo | power | encoder | yes | reference | 30 | 3 |")
@@ -443,5 +443,5 @@ def test_table_and_curves(trained, record, tmp_path):
     double = subprocess.run([*command, str(other)], stderr=subprocess.PIPE, text=True)
     assert double.returncode == 2 and "records of equal runs" in double.stderr
     picture = tmp_path / "curves.png"
-    subprocess.run([*EXPERIMENTS, "plot_curves", path, "--output", str(picture)], check=True)
+    subprocess.run([*experiment("plot_curves"), path, "--output", str(picture)], check=True)
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -4,7 +4,12 @@ import platform
 import sys
 from pathlib import Path
 
-from ..settings import ROOT, TOOLS, UserError, locked, main, versions, whole_directory, write_json
+from ..commands import main
+from ..directories import locked, whole_directory
+from ..errors import UserError
+from ..files import write_json
+from ..paths import ROOT
+from ..tools import TOOLS, versions
 from .options import parse
 
 

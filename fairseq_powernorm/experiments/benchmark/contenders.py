@@ -8,7 +8,7 @@ import torch
 from fairseq_powernorm import kernels
 from fairseq_powernorm.norms import PowerNorm
 
-from ..settings import UserError
+from ..errors import UserError
 from .authors_norm import AuthorsPowerNorm
 
 

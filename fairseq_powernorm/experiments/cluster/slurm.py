@@ -5,7 +5,7 @@ import shlex
 import shutil
 import subprocess
 
-from ..settings import UserError
+from ..errors import UserError
 
 CLIENTS = ("sbatch", "squeue", "scontrol", "scancel")
 TIMEOUT = 120  # seconds; a busy controller takes its time

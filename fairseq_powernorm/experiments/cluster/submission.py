@@ -14,8 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from ..directories import in_use
+from ..errors import UserError, number
+from ..paths import ROOT, data_root, runs_root
 from ..runs import batch, launch, train
-from ..settings import ROOT, UserError, data_root, in_use, number, prepared, runs_root
+from ..settings import prepared
 from . import slurm
 
 HERE = ROOT / "scripts" / "slurm"

@@ -4,8 +4,9 @@ import argparse
 import os
 from pathlib import Path
 
+from ..errors import UserError, seeds
 from ..runs import compose, train
-from ..settings import UserError, norm_name, seeds
+from ..settings import norm_name
 from . import submission
 
 

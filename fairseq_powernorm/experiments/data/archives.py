@@ -17,7 +17,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Protocol, Sequence, Tuple
 
-from ..settings import UserError
+from ..errors import UserError
 
 BLOCK = 1 << 20
 # What reading a damaged archive raises.

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Sequence, TextIO
 
-from ..settings import UserError
+from ..errors import UserError
 
 #: sentences from which sentencepiece learns, at most: it holds them in memory
 SENTENCES = 4_000_000

@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from ..settings import UserError
+from ..errors import UserError
 
 #: Moses' clean-corpus-n also drops pairs with a longer word
 LONGEST_WORD = 1000

@@ -12,7 +12,9 @@ import threading
 from pathlib import Path
 from typing import IO, Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, cast
 
-from ..settings import UserError, cpus, sha256
+from ..errors import UserError
+from ..files import sha256
+from ..tools import cpus
 from . import moses_python
 
 

@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Protocol, Sequence
 
-from ..settings import UserError, sha256
+from ..errors import UserError
+from ..files import sha256
 from . import demo
 from .archives import differing, download, gunzip, unpack
 from .corpora import CORPORA, SPLITS, ArchivedCorpus, LanguageModelCorpus, Part, SingleFiles, in_one_archive

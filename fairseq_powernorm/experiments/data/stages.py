@@ -9,7 +9,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import IO, Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from ..settings import UserError, cpus, tool
+from ..errors import UserError
+from ..tools import cpus, tool
 from . import bpe, cleaning, corpora, moses, texts
 from .recipe import Settings
 from .sources import Source

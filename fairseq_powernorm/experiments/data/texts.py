@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator
 
-from ..settings import UserError
+from ..errors import UserError
 from .corpora import SPLITS
 
 

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 from typing import Callable, Deque, Iterable, Iterator, List
 
-from ..settings import UserError, cpus
+from ..errors import UserError
+from ..tools import cpus
 
 #: lines that a process is given at a time
 BATCH = 500

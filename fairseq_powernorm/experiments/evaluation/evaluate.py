@@ -10,20 +10,12 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
 from ..runs import checkpoints, compose, trainlog
-from ..settings import (
-    ROOT,
-    TOOLS,
-    UserError,
-    data_root,
-    is_lm,
-    locked,
-    prepared,
-    read_json,
-    sha256,
-    versions,
-    whole_directory,
-    write_json,
-)
+from ..paths import ROOT, data_root
+from ..tools import TOOLS, versions
+from ..errors import UserError
+from ..settings import is_lm, prepared
+from ..directories import locked, whole_directory
+from ..files import read_json, sha256, write_json
 from . import perplexity, translation
 from .job import Job
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Dict, List, Mapping, NamedTuple, Sequence
 
-from ..settings import call
+from ..tools import call
 
 Command = List[str]
 

@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
-from ..settings import PLUGIN, UserError, call, tool
+from ..paths import PLUGIN
+from ..errors import UserError
+from ..tools import call, tool
 from .job import Command, Job, Scores, words_of
 
 NOT_LM = "NOT a language model's: each position sees the token that it is asked for"

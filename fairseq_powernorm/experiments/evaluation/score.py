@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 from ..data.moses_python import detokenize, languages, tokenize
-from ..settings import UserError, choose
+from ..errors import UserError, choose
 
 # \S of bytes, as Perl sees them: white space is ASCII's.
 COMPOUND = re.compile(r"(\S)-(\S)", re.ASCII)

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
+from ..errors import UserError
+from ..paths import ROOT, runs_root
 from ..runs import batch, compose
-from ..settings import BATCH_REFERENCE, ROOT, UserError, architectures, is_lm, load, norm_in_names, placements, runs_root
+from ..settings import BATCH_REFERENCE, architectures, is_lm, load, norm_in_names, placements
 
 #: what is reproduced -> (the paper's benchmarks, which are the default; others of the same kind; default seeds)
 SUBJECTS = {

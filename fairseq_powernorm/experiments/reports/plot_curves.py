@@ -1,17 +1,17 @@
 """Draws validation loss against updates, a line for each record.
 
-python -m fairseq_powernorm.experiments plot_curves RECORD... --output FILE.png
+python -m fairseq_powernorm.experiments.plot_curves RECORD... --output FILE.png
 """
 
 import argparse
 from pathlib import Path
 
-from ..settings import UserError
+from ..errors import UserError
 from . import figures, schema
 
 
 def plot(arguments):
-    parser = argparse.ArgumentParser(prog="python -m fairseq_powernorm.experiments plot_curves", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fairseq_powernorm.experiments.plot_curves", description=__doc__)
     parser.add_argument("records", nargs="+", metavar="RECORD")
     parser.add_argument("--output", required=True, metavar="FILE.png")
     options = parser.parse_args(arguments)

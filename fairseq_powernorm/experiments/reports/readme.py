@@ -3,7 +3,9 @@
 import re
 from typing import Sequence
 
-from ..settings import ROOT, UserError, read_json, write_text
+from ..paths import ROOT
+from ..errors import UserError
+from ..files import read_json, write_text
 from . import schema, speed
 from .matrix import relative
 from .table import tables

@@ -5,7 +5,9 @@ import os
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from ..settings import locked, read_json, runs_root, write_json
+from ..directories import locked
+from ..files import read_json, write_json
+from ..paths import runs_root
 from . import figures, render, schema, sections
 from .matrix import BASELINE, FIGURE_ROWS, NORMS, Row, Run, relative
 from .significance import significance

@@ -16,24 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..cluster import slurm, submission
+from ..directories import in_use, lock_path, locked
+from ..errors import UserError, choose, listed, number, seeds
+from ..files import read_json
+from ..paths import ROOT, data_root
 from ..runs import batch, compose, launch
-from ..settings import (
-    ROOT,
-    UserError,
-    architectures,
-    benchmarks,
-    choose,
-    cpus,
-    data_root,
-    in_use,
-    listed,
-    load,
-    lock_path,
-    locked,
-    number,
-    read_json,
-    seeds,
-)
+from ..settings import architectures, benchmarks, load
+from ..tools import cpus
 from . import matrix, report, schema
 
 WAIT_S = 5

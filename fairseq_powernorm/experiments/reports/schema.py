@@ -4,7 +4,9 @@ import math
 from pathlib import Path
 from typing import Any, Collection, Dict, List, Tuple, Union
 
-from ..settings import NORMS, UserError, norm_name, read_json
+from ..settings import NORMS, norm_name
+from ..errors import UserError
+from ..files import read_json
 
 NUMBER = (int, float)
 SHA256 = str

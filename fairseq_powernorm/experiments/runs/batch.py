@@ -6,7 +6,8 @@ many ranks there are: each of R ranks gathers update_freq / R batches.
 
 import math
 
-from ..settings import UserError, is_lm
+from ..errors import UserError
+from ..settings import is_lm
 
 SIZES = ("dataset.max_tokens", "dataset.batch_size")
 

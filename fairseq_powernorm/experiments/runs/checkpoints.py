@@ -3,7 +3,7 @@
 import re
 import zipfile
 
-from ..settings import UserError
+from ..errors import UserError
 
 EPOCH = re.compile(r"checkpoint(\d+)\.pt")
 UPDATE = re.compile(r"checkpoint_\d+_(\d+)\.pt")

@@ -5,7 +5,9 @@ import io
 import logging
 import re
 
-from ..settings import CONFIGS, NORM_OPTIONS, PLACEMENTS, PLUGIN, UserError, architectures, placements
+from ..errors import UserError
+from ..paths import PLUGIN
+from ..settings import CONFIGS, NORM_OPTIONS, PLACEMENTS, architectures, placements
 
 
 def places(model, placement):

@@ -6,7 +6,9 @@ import socket
 import sys
 from pathlib import Path
 
-from ..settings import UserError, cpus, number, read_json, write_json
+from ..errors import UserError, number
+from ..files import read_json, write_json
+from ..tools import cpus
 from . import compose, train
 
 PORT = 29400

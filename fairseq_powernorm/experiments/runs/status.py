@@ -1,6 +1,5 @@
-"""Shows how runs are doing: see scripts/status.sh."""
+"""Shows how runs are doing."""
 
-import argparse
 import os
 import re
 import time
@@ -8,7 +7,11 @@ import zipfile
 from pathlib import Path
 
 from ..cluster import slurm
-from ..settings import UserError, in_use, read_json, runs_root
+from ..commands import Parser
+from ..directories import in_use
+from ..errors import UserError
+from ..files import read_json
+from ..paths import runs_root
 from . import launch, trainlog
 
 SAVED = re.compile(r"Saved checkpoint (.+\.pt) \(epoch \d+ @ (\d+) updates")
@@ -16,9 +19,17 @@ COLUMNS = ("run", "state", "updates", "valid loss", "time left", "last checkpoin
 
 
 def status(arguments):
-    parser = argparse.ArgumentParser(prog="scripts/status.sh", add_help=False, allow_abbrev=False)
-    parser.add_argument("directories", nargs="*")
-    options = parser.parse_args(arguments)
+    """Prints a line for each run."""
+    parser = Parser(
+        "Shows how runs are doing: state, updates, validation loss, time left, last whole checkpoint, restarts.",
+        """
+        States: queued (a job waits), running, finished, failed (training ended by an error), interrupted (it was
+        stopped or killed, and nobody goes on with it), unreadable (its files are not those of a run). "restarts" are the
+        sessions after the first. It reads only.
+        """)
+    parser.add("directories", metavar="DIR", nargs="*",
+               help="run directories, or directories with runs anywhere below; default: runs/ ($PN_RUNS_ROOT)")
+    options = parser.parse(arguments)
     places = [Path(os.path.abspath(name)) for name in options.directories] or [runs_root()]
     for place in places:
         if not place.is_dir():

@@ -14,28 +14,24 @@ import threading
 import time
 from pathlib import Path
 
+from ..directories import locked
+from ..errors import UserError, choose
 from ..evaluation import perplexity
+from ..files import read_json, sha256, write_json
+from ..paths import runs_root
 from ..settings import (
     CONFIGS,
     NORMS,
-    UserError,
     architectures,
     benchmarks,
-    choose,
-    cpus,
     is_lm,
     load,
-    locked,
     norm_in_names,
     norm_name,
     placements,
     prepared,
-    read_json,
-    runs_root,
-    sha256,
-    tool,
-    write_json,
 )
+from ..tools import cpus, tool
 from . import batch, checkpoints, compose, trainlog
 
 SCHEMA = 1

@@ -11,7 +11,7 @@ from fairseq_powernorm.experiments.benchmark import __main__ as program, cells, 
 from fairseq_powernorm.experiments.benchmark.authors_norm import AuthorsPowerNorm
 from fairseq_powernorm.experiments.benchmark.options import parse
 from fairseq_powernorm.experiments.benchmark.targets import checks
-from fairseq_powernorm.experiments.settings import UserError
+from fairseq_powernorm.experiments.errors import UserError
 from fairseq_powernorm.norms import PowerNorm
 
 

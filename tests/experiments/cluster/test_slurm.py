@@ -15,7 +15,7 @@ from checks import slurm_cluster
 from pipelines import SMALL, Scripts, program, write_text
 
 from fairseq_powernorm.experiments.cluster import submit
-from fairseq_powernorm.experiments.settings import UserError
+from fairseq_powernorm.experiments.errors import UserError
 
 SLURM = toy.ROOT / "scripts" / "slurm"
 #: tools of the shell and of Python, not of SLURM

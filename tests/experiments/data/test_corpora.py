@@ -20,8 +20,9 @@ import pytest
 from pipelines import Scripts, contents
 from toy import ROOT
 
-from fairseq_powernorm.experiments import settings
 from fairseq_powernorm.experiments.data import archives, corpora as corpora_table, moses, prepare
+from fairseq_powernorm.experiments.errors import UserError
+from fairseq_powernorm.experiments.tools import cpus, tool
 
 pytestmark = pytest.mark.slow
 
@@ -232,7 +233,7 @@ def test_flipped_bits(pack, tmp_path):
         path.write_bytes(flipped)
         try:
             unpack()
-        except settings.UserError as error:
+        except UserError as error:
             assert "cannot unpack" in str(error)
         else:
             accepted += 1
@@ -316,7 +317,7 @@ def test_lines_are_read_as_they_are_needed():
 
     with prepare.Workers() as workers:
         out = workers.map(functools.partial(moses.process, names=["lowercase"], language="de"))(text())
-        assert next(out) == "line 1" and taken <= (2 * settings.cpus() + 1) * prepare.BATCH
+        assert next(out) == "line 1" and taken <= (2 * cpus() + 1) * prepare.BATCH
         assert list(out) == [f"line {i}" for i in range(2, 100_001)]
 
 
@@ -472,7 +473,7 @@ def test_real_dictionary(corpora, tmp_path):
         write(tmp_path / "bpe" / name, (text if "dict" in name else MosesDetokenizer().unescape_xml(text)).encode())
     with open(tmp_path / "lock", "w") as lock:
         prepare.binarize(tmp_path, tmp_path / "data-bin", [
-            settings.tool("fairseq-preprocess"), "--source-lang", "de", "--target-lang", "en", "--joined-dictionary",
+            tool("fairseq-preprocess"), "--source-lang", "de", "--target-lang", "en", "--joined-dictionary",
             "--srcdict", str(tmp_path / "bpe" / "dict.de.txt"), "--workers", "1"],
             {split: f"bpe/{split}" for split in ("valid", "test")}, lock)
     known = {line.split(" ")[0] for line in lines(tmp_path / "bpe" / "dict.de.txt")}
@@ -543,7 +544,7 @@ def test_download_is_resumed(server, direct, tmp_path):
     server cannot; a mirror that is missing is passed over."""
     server.content, server.most = bytes(range(256)) * 9000, 1_000_000
     nowhere = "http://127.0.0.1:9/"
-    with pytest.raises(settings.UserError, match=r"cannot download .*:9/a.tgz.*after 1,000,000 of 2,304,000 bytes"):
+    with pytest.raises(UserError, match=r"cannot download .*:9/a.tgz.*after 1,000,000 of 2,304,000 bytes"):
         download("a.tgz", (nowhere, server.url), tmp_path)
     server.most = None
     path = download("a.tgz", (nowhere, server.url), tmp_path, size=len(server.content))
@@ -561,7 +562,7 @@ def test_download_is_resumed(server, direct, tmp_path):
 def test_download_of_another_size(server, direct, tmp_path):
     """A file that has not the known size is not fetched; the next mirror is tried, and all are named if none has it."""
     server.content = b"<html>gone</html>"
-    with pytest.raises(settings.UserError, match=f"{server.url}a.tgz: it has 17 bytes there, expected 99"):
+    with pytest.raises(UserError, match=f"{server.url}a.tgz: it has 17 bytes there, expected 99"):
         download("a.tgz", (server.url,), tmp_path, size=99)
     assert list(tmp_path.iterdir()) == []
 
@@ -579,10 +580,10 @@ def test_download_is_verified(server, direct, tmp_path):
         assert other.read_bytes() == server.content
         asked = len(server.asked)
         assert archives.download(other.name, (server.url,), tmp_path, digest=digest) == other and len(server.asked) == asked
-        with pytest.raises(settings.UserError, match=f"its checksum is {digest}, expected {algorithm}:00"):
+        with pytest.raises(UserError, match=f"its checksum is {digest}, expected {algorithm}:00"):
             archives.download("b.tgz", (server.url,), tmp_path, digest=f"{algorithm}:00")
     asked = len(server.asked)
-    with pytest.raises(settings.UserError, match="no checksum of it is published, .* --allow-unverified takes it"):
+    with pytest.raises(UserError, match="no checksum of it is published, .* --allow-unverified takes it"):
         archives.download("b.tgz", (server.url,), tmp_path)
     assert len(server.asked) == asked and not (tmp_path / "b.tgz").exists()
 

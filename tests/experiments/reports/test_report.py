@@ -25,7 +25,9 @@ for module in ("fairseq", "sacrebleu", "jinja2", "matplotlib"):
     pytest.importorskip(module)
 
 from fairseq_powernorm.experiments import settings  # noqa: E402
+from fairseq_powernorm.experiments.errors import UserError  # noqa: E402
 from fairseq_powernorm.experiments.evaluation import score  # noqa: E402
+from fairseq_powernorm.experiments.files import json_text  # noqa: E402
 from fairseq_powernorm.experiments.reports import figures, matrix, report, schema, table  # noqa: E402
 from fairseq_powernorm.experiments.runs import checkpoints  # noqa: E402
 
@@ -199,7 +201,7 @@ def test_score_refuses(texts, tmp_path):
         ([folder / "first", folder / "ref", "--split-compounds", ""], "--split-compounds '' is unknown; valid: as, bn"),
         ([folder / "first", folder / "ref", "--split-compounds", "xx"], "--split-compounds 'xx' is unknown; valid: as, bn"),
     ):
-        with pytest.raises(settings.UserError, match=re.escape(message)):
+        with pytest.raises(UserError, match=re.escape(message)):
             score.score(list(map(str, arguments)))
 
 
@@ -221,7 +223,7 @@ def test_checkpoints_of_short_runs(tmp_path):
 
     config = settings.load("multi30k")
     config.checkpoint.no_epoch_checkpoints = False
-    with pytest.raises(settings.UserError, match="0 of the 10"):
+    with pytest.raises(UserError, match="0 of the 10"):
         checkpoints.last(config, tmp_path, 10, available=True)
     for name in ("checkpoint_last.pt", "checkpoint1.pt", "checkpoint2.pt"):
         with zipfile.ZipFile(tmp_path / name, "w") as archive:
@@ -229,7 +231,7 @@ def test_checkpoints_of_short_runs(tmp_path):
         found = [path.name for path in checkpoints.last(config, tmp_path, 10, available=True)]
         assert found == {"checkpoint_last.pt": ["checkpoint_last.pt"], "checkpoint1.pt": ["checkpoint1.pt"],
                          "checkpoint2.pt": ["checkpoint1.pt", "checkpoint2.pt"]}[name]
-        with pytest.raises(settings.UserError, match="of the 10 checkpoints"):
+        with pytest.raises(UserError, match="of the 10 checkpoints"):
             checkpoints.last(config, tmp_path, 10)
 
 
@@ -286,7 +288,7 @@ def test_schema_refuses(change, message):
     """A missing key, an unknown one at any depth, a value of another type, no finite number: each is named."""
     record = copy.deepcopy(RECORD)
     change(record)
-    with pytest.raises(settings.UserError) as error:
+    with pytest.raises(UserError) as error:
         schema.check(record, "file")
     assert message in str(error.value)
 
@@ -299,7 +301,7 @@ def test_norms_with_options_in_records():
 def test_schema_of_no_object():
     """What is no object is refused, not taken for an empty record."""
     for content in ([], 3, "text", None):
-        with pytest.raises(settings.UserError, match="is not a valid record: it is"):
+        with pytest.raises(UserError, match="is not a valid record: it is"):
             schema.check(content, "file")
 
 
@@ -616,7 +618,7 @@ def test_settings_that_differ_are_said(written):
 ], ids=lambda content: str(content)[:20])
 def test_json_of_records(content):
     """What is written reads as what was given; what fits into a line is one; only texts and lists of numbers are longer."""
-    text = settings.json_text(content)
+    text = json_text(content)
     assert json.loads(text) == content
     assert "\n" in text or len(text) <= 160
     for line in text.splitlines():

@@ -20,7 +20,11 @@ for module in ("fairseq", "sacrebleu", "sacremoses", "subword_nmt", "jinja2", "m
     pytest.importorskip(module)
 
 from fairseq_powernorm.experiments import settings  # noqa: E402
+from fairseq_powernorm.experiments.directories import locked  # noqa: E402
+from fairseq_powernorm.experiments.errors import UserError  # noqa: E402
 from fairseq_powernorm.experiments.evaluation import evaluate  # noqa: E402
+from fairseq_powernorm.experiments.files import write_json  # noqa: E402
+from fairseq_powernorm.experiments.paths import runs_root  # noqa: E402
 from fairseq_powernorm.experiments.reports import matrix, reproduce, schema  # noqa: E402
 from fairseq_powernorm.experiments.runs import compose, train  # noqa: E402
 
@@ -80,7 +84,7 @@ def test_names_and_overrides_of_earlier_ptb_runs(here):
     for arch in settings.architectures("ptb"):
         runs = {run.row_name: run for run in of("ptb", arch, 500, given)}
         for norm in ("layer", "batch", "power-v", "power"):
-            assert runs[norm].directory == settings.runs_root() / "ptb" / f"{norm}-{arch}-500-seed1"
+            assert runs[norm].directory == runs_root() / "ptb" / f"{norm}-{arch}-500-seed1"
             same = matrix.identity(runs[norm].overrides, runs[norm]) == matrix.identity(earlier, runs[norm])
             # the norm after the stack, which the tensorized model does not have, warmed up as long as the layers' then
             assert same == (norm != "power" or arch == "tensorized_lm_pn_ptb")
@@ -222,7 +226,7 @@ def test_the_lines_of_the_readme(line, here, capsys):
 ])
 def test_wrong_options(arguments, message, here):
     """Wrong options are refused with what is valid, before anything is prepared or made."""
-    with pytest.raises(settings.UserError) as error:
+    with pytest.raises(UserError) as error:
         reproduce.reproduce(arguments)
     assert message in str(error.value)
     assert not list(here.iterdir())
@@ -253,13 +257,13 @@ def test_going_on_with_a_run(here, monkeypatch):
     commands = []
     monkeypatch.setattr(reproduce, "call", lambda state, command, *_: commands.append(command))
     run.directory.mkdir(parents=True)
-    settings.write_json(run.directory / "run.json", {"overrides": list(run.overrides)})
+    write_json(run.directory / "run.json", {"overrides": list(run.overrides)})
     state = reproduce.State(None, 1, here / "results")
     assert reproduce.carry_out(state, run, {}, "", None) is None
     assert [command[1] for command in commands] == ["scripts/train.sh", "scripts/evaluate.sh"]
     assert commands[0][-1] == "--resume", "with the overrides that it was begun with"
-    settings.write_json(run.directory / "run.json", {"overrides": [*run.overrides, "optimization.lr=[0.1]"]})
-    with pytest.raises(settings.UserError, match=r"with other overrides \(optimization.lr=\[0.1\], asked for none"):
+    write_json(run.directory / "run.json", {"overrides": [*run.overrides, "optimization.lr=[0.1]"]})
+    with pytest.raises(UserError, match=r"with other overrides \(optimization.lr=\[0.1\], asked for none"):
         reproduce.carry_out(state, run, {}, "", None)
 
 
@@ -268,7 +272,7 @@ def test_a_row_that_another_process_has(here, monkeypatch):
     import fcntl
 
     taken, free = (run for run in of("demo", "transformer_pn_tiny", 12) if run.row_name in ("layer", "power"))
-    with settings.locked(taken.directory), reproduce.row_lock(taken) as lock:
+    with locked(taken.directory), reproduce.row_lock(taken) as lock:
         assert lock is None
     done = []
     with open(taken.directory.with_name(f".{taken.name}.row.lock"), "a") as stream:
@@ -366,7 +370,7 @@ def test_slurm(reproduced, cluster, tmp_path, monkeypatch):
 def test_slurm_refuses(reproduced, cluster, tmp_path, monkeypatch):
     """Before anything is queued: data that is not prepared, a record of another run, other settings, no site file."""
     def refused(*words, runs=reproduced.runs):
-        with pytest.raises(settings.UserError) as error:
+        with pytest.raises(UserError) as error:
             again(reproduced, "--slurm", *words, runs=runs)
         assert not cluster() and not (runs / "slurm").exists()
         return str(error.value)
@@ -497,6 +501,6 @@ def test_records_that_stay_valid(here):
                 tried.add(run.name)
                 try:
                     assert reproduce.done(run, record)
-                except settings.UserError:
+                except UserError:
                     refused.add(run.name)
     assert len(tried) >= 35 and refused == otherwise & tried

@@ -12,7 +12,9 @@ pytest.importorskip("fairseq")
 
 from fairseq_powernorm.experiments import settings  # noqa: E402
 from fairseq_powernorm.experiments.data import prepare  # noqa: E402
+from fairseq_powernorm.experiments.errors import UserError  # noqa: E402
 from fairseq_powernorm.experiments.evaluation import perplexity  # noqa: E402
+from fairseq_powernorm.experiments.paths import PLUGIN  # noqa: E402
 from fairseq_powernorm.experiments.runs import compose  # noqa: E402
 
 
@@ -38,7 +40,7 @@ def benchmarks(lm):
     (name, arch) for name in benchmarks(lm=True) for arch in settings.architectures(name)])
 def test_language_models_build(benchmark, arch, norm, data, tmp_path):
     """configs/BENCH.yaml + configs/BENCH/ARCH.yaml + train.sh's overrides = that architecture, NORM everywhere."""
-    overrides = [f"common.user_dir={settings.PLUGIN}", f"task.data={data}", f"checkpoint.save_dir={tmp_path}",
+    overrides = [f"common.user_dir={PLUGIN}", f"task.data={data}", f"checkpoint.save_dir={tmp_path}",
                  *compose.arch_overrides(benchmark, arch),
                  *compose.norm_overrides(settings.load(benchmark).model, norm, "all")]
     # Bands and sizes for a dictionary of 60 words: the real ones are of another test.
@@ -94,7 +96,7 @@ def test_data_settings():
 def test_wrong_data_settings(change, message):
     """A misspelt, missing or mistyped data setting is refused by name; a whole number serves where a fraction may stand."""
     found = {**settings.data_settings("demo"), **change} if change else {}
-    with pytest.raises(settings.UserError) as error:
+    with pytest.raises(UserError) as error:
         prepare.checked("demo", found)
     assert message in str(error.value)
     assert prepare.checked("demo", {**settings.data_settings("demo"), "clean_ratio": 2})["clean_ratio"] == 2.0
@@ -105,7 +107,7 @@ def test_wrong_data_settings(change, message):
 @pytest.mark.parametrize("benchmark", benchmarks(lm=False))
 def test_builds(benchmark, norm, placement, data, tmp_path):
     """configs/BENCH.yaml + train.sh's overrides = task, model and criterion, with NORM where the placement says."""
-    overrides = [f"common.user_dir={settings.PLUGIN}", f"task.data={data}", f"checkpoint.save_dir={tmp_path}",
+    overrides = [f"common.user_dir={PLUGIN}", f"task.data={data}", f"checkpoint.save_dir={tmp_path}",
                  *compose.norm_overrides(settings.load(benchmark).model, norm, placement)]
     if settings.load(benchmark).model._name.endswith("_big"):
         overrides += ["+model.encoder_layers=1", "+model.decoder_layers=1"]
@@ -128,7 +130,7 @@ def test_differences_are_all_of_a_configuration(benchmark, arch, overrides, data
     from fairseq.dataclass.initialize import add_defaults
     from omegaconf import OmegaConf
 
-    paths = [f"common.user_dir={settings.PLUGIN}", f"task.data={data}", f"checkpoint.save_dir={tmp_path}"]
+    paths = [f"common.user_dir={PLUGIN}", f"task.data={data}", f"checkpoint.save_dir={tmp_path}"]
     config, *_ = compose.build(compose.compose(benchmark, [*paths, *compose.arch_overrides(benchmark, arch), *overrides]))
     kept = compose.differences(config)
     defaults = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(FairseqConfig), enum_to_str=True))
@@ -176,8 +178,8 @@ def test_names_are_the_packages():
 
 def test_misspelt_norm_option():
     """A norm option that does not exist is refused when a run is composed, not ignored."""
-    with pytest.raises(settings.UserError, match="norm_aplha"):
-        compose.build(compose.compose("demo", [f"common.user_dir={settings.PLUGIN}", "task.data=none",
+    with pytest.raises(UserError, match="norm_aplha"):
+        compose.build(compose.compose("demo", [f"common.user_dir={PLUGIN}", "task.data=none",
                                                "checkpoint.save_dir=none", "+model.norm_aplha=0.5"]))
 
 

@@ -12,8 +12,8 @@ from pipelines import SMALL, Scripts, write_text
 
 from fairseq_powernorm import ranks
 from fairseq_powernorm.checkpoint import load
+from fairseq_powernorm.experiments.errors import UserError
 from fairseq_powernorm.experiments.runs import launch
-from fairseq_powernorm.experiments.settings import UserError
 
 pytestmark = pytest.mark.slow
 

@@ -8,6 +8,8 @@ import pytest
 pytest.importorskip("fairseq")
 
 from fairseq_powernorm.experiments import settings
+from fairseq_powernorm.experiments.errors import UserError
+from fairseq_powernorm.experiments.paths import PLUGIN
 from fairseq_powernorm.experiments.reports import matrix
 from fairseq_powernorm.experiments.runs import batch, compose, train
 
@@ -71,7 +73,7 @@ def built(tmp_path_factory):
     def build(benchmark, arch):
         if (benchmark, arch) not in found:
             config = settings.load(benchmark, arch)
-            overrides = [f"common.user_dir={settings.PLUGIN}", f"task.data={directory}", f"checkpoint.save_dir={directory}",
+            overrides = [f"common.user_dir={PLUGIN}", f"task.data={directory}", f"checkpoint.save_dir={directory}",
                          *compose.arch_overrides(benchmark, arch or config.model._name)]
             if "big" in config.model._name:
                 overrides += ["+model.encoder_layers=1", "+model.decoder_layers=1"]
@@ -159,7 +161,7 @@ def test_ranks_share_out_the_batch(benchmark, arch, built):
                 [] if ranks == 1 else [f"optimization.update_freq=[{stated // ranks}]"])
             totals.add(batch.described(config, ranks).split(":")[0])
         else:
-            with pytest.raises(settings.UserError) as error:
+            with pytest.raises(UserError) as error:
                 batch.update_freq(config, ranks)
             assert f"{ranks} ranks cannot share out optimization.update_freq=[{stated}]" in str(error.value)
             assert f"valid numbers of ranks: {', '.join(map(str, valid))}" in str(error.value)
@@ -196,7 +198,7 @@ def test_a_refused_number_of_ranks_is_told_what_to_do():
 
     for benchmark, ranks in (("iwslt14", 8), ("ptb", 6), ("demo", 64)):
         config = settings.load(benchmark)
-        with pytest.raises(settings.UserError) as error:
+        with pytest.raises(UserError) as error:
             batch.update_freq(config, ranks)
         advice = str(error.value).partition("the same updates of smaller batches: ")[2].split()
         other = OmegaConf.merge(config, OmegaConf.from_dotlist(advice))
@@ -233,7 +235,7 @@ def test_train_takes_one_gpu_unless_told_otherwise(overrides, cpu, gpus, world, 
     if world is not None:
         assert train.check_world(config, overrides, None) == world
     else:
-        with pytest.raises(settings.UserError, match="distributed_world_size=4: .* use scripts/launch.sh --ranks 4"):
+        with pytest.raises(UserError, match="distributed_world_size=4: .* use scripts/launch.sh --ranks 4"):
             train.check_world(config, overrides, None)
 
 
@@ -247,5 +249,5 @@ def test_norms_with_options(norm, name, tmp_path, monkeypatch):
     assert train.run_directory(options, config) == tmp_path / "demo" / name
     composed = compose.compose("demo", compose.norm_overrides(config.model, options.norm, options.placement))
     assert compose.norms_of(composed.model) == (norm, "encoder")
-    with pytest.raises(settings.UserError, match="norm 'btach' is unknown; valid: layer, "):
+    with pytest.raises(UserError, match="norm 'btach' is unknown; valid: layer, "):
         train.parse(["demo", norm.replace(settings.norm_name(norm), "btach")])

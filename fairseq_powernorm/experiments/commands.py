@@ -1,0 +1,304 @@
+"""What the commands of the experiments have in common: their parser, its help, the advice it gives, how they end.
+
+A command is a function of the words of its command line, which gives its exit status. It reads them with a :class:`Parser`,
+made of its own options and of those that several commands share, such as :func:`add_benchmark`. ``--help`` loads nothing but
+the standard library.
+"""
+
+import argparse
+import contextlib
+import difflib
+import errno
+import os
+import re
+import signal
+import sys
+import textwrap
+from typing import Any, Callable, Dict, List, Mapping, NoReturn, Optional, Sequence, Tuple
+
+from . import overrides
+from .errors import UserError, choose, listed, number, seeds
+from .settings import CONFIGS, NORMS, benchmarks, norm_name
+
+#: makes a value of an option's text, given (option, text); what is not valid is a UserError that names the option
+Reader = Callable[[str, str], Any]
+#: what a disk says that is full, read-only or broken, and a path that leads nowhere
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+#: the variable by which a script says how it was called
+SCRIPT = "PN_SCRIPT"
+
+
+def main(command: Callable[[List[str]], Optional[int]], arguments: Optional[Sequence[str]] = None) -> NoReturn:
+    """Carries out a command, by default with the words of the command line, and ends with its exit status.
+
+    A refusal, the disk's too, is one line on stderr and exit status 2.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal need not know every character
+    try:
+        status = command(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        sys.exit(status)
+    except UserError as error:
+        _refuse(error)
+    except BrokenPipeError:  # "| head" has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        _refuse(f"{error.filename or 'cannot write'}: {error.strerror}")
+    except KeyboardInterrupt:
+        _refuse("interrupted", 128 + signal.SIGINT)
+
+
+def _refuse(reason: object, status: int = 2) -> NoReturn:
+    with contextlib.suppress(OSError):  # the disk that is full
+        sys.stdout.flush()
+    print(f"{called_as()}: error: {reason}", file=sys.stderr)
+    sys.exit(status)
+
+
+def called_as() -> str:
+    """What the user called: a script, or a module with ``python -m``."""
+    script = os.environ.get(SCRIPT)
+    if script:
+        return script
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None:
+        name: str = spec.name
+        return "python -m " + (name[: -len(".__main__")] if name.endswith(".__main__") else name)
+    return os.path.basename(sys.argv[0])
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+def one_of(*valid: str) -> Reader:
+    """One of some words."""
+    return lambda option, text: choose(option, text, valid)
+
+
+def words_of(*valid: str) -> Reader:
+    """A list of words with commas between them, none twice; any words if none are given."""
+    return lambda option, text: listed(option, text, valid or None, ())
+
+
+def number_from(smallest: int, largest: Optional[int] = None) -> Reader:
+    """A whole number within limits."""
+    return lambda option, text: number(option, text, smallest, largest)
+
+
+# ---- the parser ------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads the words of a command line.
+
+    Options and overrides may stand anywhere; ``--option value`` and ``--option=value`` are the same. What is wrong is a
+    :class:`UserError` of one line, which says what would have been right: for an option that is fairseq's, the override.
+
+    Args:
+        description: what the command does; lines as they are to be shown
+        epilog: what it leaves behind, and how it goes on
+        subcommand: a first word of the command line that belongs to the command's name, where no script stands for it
+    """
+
+    def __init__(self, description: str, epilog: str = "", *, subcommand: str = ""):
+        prog = called_as()
+        super().__init__(
+            prog=prog if os.environ.get(SCRIPT) else f"{prog} {subcommand}".rstrip(),
+            description=textwrap.dedent(description).strip(), epilog=textwrap.dedent(epilog).strip(),
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=24),
+            allow_abbrev=False, add_help=False,
+        )  # fmt: skip
+        self._titles: Dict[str, Any] = {}
+        self._options: Dict[str, argparse.Action] = {}
+        self._places: List[argparse.Action] = []
+        self._own: Optional[Mapping[str, Optional[str]]] = None
+        self._titles["arguments"] = self.add_argument_group("arguments")  # before the options
+        self.add("-h", "--help", help="show this text and exit", flag=True)
+
+    def add(
+        self,
+        *names: str,
+        help: str,
+        read: Optional[Reader] = None,
+        default: Any = None,
+        metavar: Optional[str] = None,
+        nargs: Optional[str] = None,
+        flag: bool = False,
+        repeat: bool = False,
+        group: str = "",
+    ) -> None:
+        """Adds an option, or an argument that has its place.
+
+        Args:
+            names: as of ``add_argument``
+            help: what it is for; what it is by default is added where that is neither None nor named
+            read: makes its value of its text
+            default: its value where it is not given; a text is read like one that is given
+            metavar: what stands for its value
+            nargs: of an argument: "?", "*" or "+"
+            flag: it takes no value, and is True where it is given
+            repeat: it may be given several times, and its value is a list
+            group: the heading of the help under which it stands
+        """
+        group = group or ("options" if names[0].startswith("-") else "arguments")
+        if default is not None and default != [] and "default" not in help:
+            help += f" (default: {default})"
+        keywords: Dict[str, Any] = {"help": help.replace("%", "%%"), "default": default}
+        if flag:
+            keywords.update(action="store_true", default=False)
+        else:
+            keywords["metavar"] = metavar or names[-1].lstrip("-").replace("-", "_").upper()
+            if repeat:
+                keywords.update(action="append", default=default or [])
+        if read is not None:
+            reader, name = read, keywords["metavar"].lower() if names[-1][0] != "-" else names[-1]
+            keywords["type"] = lambda text: reader(name, text)
+        if nargs is not None:
+            keywords["nargs"] = nargs
+        if group not in self._titles:
+            self._titles[group] = self.add_argument_group(group)
+        action = self._titles[group].add_argument(*names, **keywords)
+        if action.option_strings:
+            self._options.update(dict.fromkeys(action.option_strings, action))
+        else:
+            self._places.append(action)
+
+    def add_overrides(self, help: str, own: Optional[Mapping[str, Optional[str]]] = None) -> None:
+        """Lets KEY=VALUE stand anywhere; they become the option ``overrides``.
+
+        Args:
+            help: what they change
+            own: keys that the command sets itself -> what to use instead, if anything
+        """
+        self._own = own or {}
+        self._titles["overrides"] = self.add_argument_group(
+            "overrides", f"  {help}".replace("%", "%%")
+        )
+
+    def format_usage(self) -> str:
+        """The arguments that have a place; ``--help`` lists the options."""
+        shown = {None: "{}", "?": "[{}]", "*": "[{}...]", "+": "{}..."}
+        words = [(action, shown[action.nargs].format(action.metavar)) for action in self._places]  # type: ignore[index]
+        needed = [word for action, word in words if action.nargs in (None, "+")]
+        others = [word for action, word in words if action.nargs not in (None, "+")]
+        return " ".join(["usage:", self.prog, *needed, "[options]", *others,
+                         *(["[overrides]"] if self._own is not None else [])]) + "\n"
+
+    def format_help(self) -> str:
+        """All that the command takes."""
+        self.usage = self.format_usage()[len("usage: ") :].strip().replace("%", "%%")
+        return super().format_help()
+
+    def error(self, message: str) -> NoReturn:
+        """What argparse finds wrong, as a refusal."""
+        raise UserError(re.sub(r"^argument (\S+): ", r"\1: ", message))
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """The options of a command line; raises UserError for a wrong one."""
+        options, places, found, unknown = self._sorted(arguments)
+        if "-h" in options or "--help" in options:
+            self.print_help()
+            sys.exit(0)
+        if unknown:
+            raise UserError("; ".join(self._advice(*each, places) for each in unknown))
+        needed = [action for action in self._places if action.nargs in (None, "+")]
+        usage = self.format_usage().strip()
+        if len(places) < len(needed):
+            raise UserError(f"{needed[len(places)].metavar} is missing; {usage}; --help says what they are")
+        if len(places) > len(self._places) and not any(action.nargs in ("*", "+") for action in self._places):
+            word = places[len(self._places)]
+            if self._own is not None:
+                raise UserError(f"{word!r} is no hydra override; an override reads KEY=VALUE, such as common.seed=2")
+            raise UserError(f"{word!r} is one argument too many; {usage}")
+        parsed = self.parse_args([*options, *places])
+        if self._own is not None:
+            for key, instead in self._own.items():
+                if key in overrides.by_key(found):
+                    raise UserError(f"override {key} is this command's own" + (f"; use {instead}" if instead else ""))
+            parsed.overrides = found
+        return parsed
+
+    def _sorted(
+        self, arguments: Sequence[str]
+    ) -> Tuple[List[str], List[str], List[str], List[Tuple[str, Optional[str]]]]:
+        """(options with their values, arguments that have a place, overrides, (unknown option, the word behind it))"""
+        options: List[str] = []
+        places: List[str] = []
+        found: List[str] = []
+        unknown: List[Tuple[str, Optional[str]]] = []
+        words = list(arguments)
+        while words:
+            word = words.pop(0)
+            name, equals, value = word.partition("=")
+            if name in self._options:
+                action = self._options[name]
+                if action.nargs == 0:
+                    if equals:
+                        raise UserError(f"{name} takes no value, got {value!r}")
+                    options.append(word)
+                elif equals:
+                    options.append(word)
+                elif not words or words[0].partition("=")[0] in self._options:
+                    raise UserError(f"{name} {action.metavar} needs a value: {(action.help or '').replace('%%', '%')}")
+                else:
+                    options.append(f"{name}={words.pop(0)}")
+            elif _is_option(word):
+                following = words[0] if words and not _is_option(words[0]) and not _is_override(words[0]) else None
+                unknown.append((name, value if equals else following))
+            elif self._own is not None and _is_override(word):
+                found.append(word)
+            else:
+                places.append(word)
+        return options, places, found, unknown
+
+    def _advice(self, option: str, value: Optional[str], places: Sequence[str]) -> str:
+        """What to use instead of an option that there is not."""
+        names = [name for name in self._options if name.startswith("--")]
+        near = difflib.get_close_matches(option, names, 1, 0.85)
+        if not near and self._own is not None:
+            found = overrides.of_flag(option, value, places, self._own)
+            if found:
+                return f"unknown option {option}; {found}"
+        near = near or difflib.get_close_matches(option, names, 1, 0.6)
+        if near:
+            return f"unknown option {option}; did you mean {near[0]}?"
+        return f"unknown option {option}; valid: {', '.join(names)}"
+
+
+def _is_option(word: str) -> bool:
+    return bool(re.match(r"--?[A-Za-z]", word))
+
+
+def _is_override(word: str) -> bool:
+    """Is it KEY=VALUE or ~KEY? A norm's options have their "=" behind a colon."""
+    return "=" in word.partition(":")[0] or word.startswith("~")
+
+
+# ---- options that several commands have ------------------------------------------------------------------------------
+
+
+def add_benchmark(parser: Parser, help: str = "the benchmark") -> None:
+    """BENCH, the name of a file in configs/."""
+    names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+    parser.add("benchmark", metavar="BENCH", help=f"{help}, a name of a file in configs/: {names}",
+               read=lambda option, text: choose(option, text, benchmarks()))
+
+
+def add_norm(parser: Parser, nargs: Optional[str] = None) -> None:
+    """NORM, with options of its own."""
+
+    def read(option: str, text: str) -> str:
+        choose("norm", norm_name(text), NORMS)
+        return text
+
+    parser.add("norms" if nargs else "norm", metavar="NORM", nargs=nargs, read=read,
+               help=f"{', '.join(NORMS)}, with options as in batch:variant=reference, the authors' BN")
+
+
+def add_seeds(parser: Parser, *names: str, default: Optional[str] = None, help: str = "seeds, such as 1,2,3") -> None:
+    """--seeds LIST"""
+    parser.add("--seeds", *names, metavar="LIST", help=help, read=seeds, default=default)

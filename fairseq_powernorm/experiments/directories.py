@@ -1,0 +1,130 @@
+"""Directories that one process at a time is at work in, and that appear when they are whole."""
+
+import contextlib
+import errno
+import fcntl
+import shutil
+import time
+from pathlib import Path
+from typing import Any, Dict, Iterator, TextIO
+
+from .errors import UserError
+from .files import read_json, write_json
+
+
+def lock_path(directory: Path) -> Path:
+    """The file beside a directory that is its lock."""
+    return directory.with_name(f".{directory.name}.lock")
+
+
+@contextlib.contextmanager
+def locked(directory: Path, patience: float = 1.0) -> Iterator[TextIO]:
+    """Holds the lock of a directory that need not exist yet; refuses if another process holds it for `patience` seconds.
+
+    The lock is a file beside the directory. It opens when the process ends, however it ends, and the children that were
+    given the file have ended, too. in_use() holds it for an instant, hence the patience.
+    """
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(lock_path(directory), "a")
+    except OSError as error:
+        raise UserError(f"{directory} cannot be made: {error.filename}: {error.strerror}") from None
+    with stream:
+        end = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise UserError(f"{stream.name} cannot be locked: {error.strerror}; runs need a file system with "
+                                    f"flock (on Lustre the mount option flock)") from None
+            if time.monotonic() > end:
+                raise UserError(f"another process is at work in {directory} (it holds {stream.name})")
+            time.sleep(0.1)
+        yield stream
+
+
+def in_use(directory: Path) -> bool:
+    """Is a process at work in the directory? Leaves no file."""
+    try:
+        with open(lock_path(directory)) as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def whole_directory(target: Path) -> Iterator[Path]:
+    """Yields a temporary sibling that takes the place of target when the block ends well, and vanishes when it does not.
+
+    What an earlier process left when it was killed is removed, and a target that it had set aside is put back. The caller
+    holds a lock.
+    """
+    partial = put_back(target)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    replace(target, partial)
+
+
+def put_back(target: Path) -> Path:
+    """Puts back a target that a killed process had set aside; gives the path of its temporary sibling."""
+    aside = target.with_name(f".{target.name}.old")
+    if aside.exists():
+        if target.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(target)
+    return target.with_name(f".{target.name}.partial")
+
+
+def replace(target: Path, partial: Path) -> None:
+    """The temporary sibling takes the place of target."""
+    aside = target.with_name(f".{target.name}.old")
+    if target.exists():
+        target.rename(aside)
+    partial.rename(target)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def resumable_directory(target: Path, request: Dict[str, Any]) -> Iterator[Path]:
+    """As whole_directory, but what an earlier process left after the same request is kept, to be gone on with.
+
+    The request stands in prepared.json from the beginning; the block adds to it. When the block fails, the sibling
+    stays if it holds a directory that is whole, that is, whose name begins with no dot.
+    """
+    partial = put_back(target)
+    stamp = partial / "prepared.json"
+    if partial.exists():
+        there = read_json(stamp) if stamp.is_file() and stamp.stat().st_size else {}
+        if same({key: there.get(key) for key in request}, request) and there:
+            print(f"going on with what an interrupted run left in {partial}", flush=True)
+        else:
+            print(f"removing {partial}, which an interrupted run with other settings left", flush=True)
+            shutil.rmtree(partial)
+    if not partial.exists():
+        partial.mkdir(parents=True)
+        write_json(stamp, request)
+    try:
+        yield partial
+    except BaseException:
+        if not any(path.is_dir() and not path.name.startswith(".") for path in partial.iterdir()):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    replace(target, partial)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Are two requests the same? A value of None is not known yet, and the same as any other."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    return one is None or other is None or bool(one == other)

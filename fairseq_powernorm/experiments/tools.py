@@ -1,0 +1,54 @@
+"""Programs and distributions that belong to this interpreter, and this machine's processors."""
+
+import contextlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Dict, Iterable, Sequence, TextIO
+
+from .errors import UserError
+from .paths import ROOT
+
+# Distributions on which the prepared data depend, and those on which the results depend as well.
+DATA_TOOLS = ("regex", "sacremoses", "subword-nmt", "sentencepiece", "fairseq", "ve-fairseq", "fairseq-fixed")
+TOOLS = (*DATA_TOOLS, "torch", "numpy", "hydra-core", "omegaconf", "sacrebleu", "fairseq_powernorm")
+
+
+def cpus() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def tool(name: str) -> str:
+    """The path of a console script that belongs to this interpreter."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise UserError(f"{name} is not installed beside {sys.executable}")
+    return found
+
+
+def call(command: Sequence[str], lock: TextIO) -> str:
+    """Runs a command, which holds the lock, too; gives its output, or shows it and refuses to go on."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+                   "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
+                          env=environment, pass_fds=(lock.fileno(),))
+    if done.returncode:
+        raise UserError(f"{shlex.join(command)} failed with exit status {done.returncode}:\n{done.stdout[-3000:]}")
+    return done.stdout
+
+
+def versions(distributions: Iterable[str]) -> Dict[str, str]:
+    """The versions of those of the distributions that are installed."""
+    from importlib import metadata
+
+    found: Dict[str, str] = {}
+    for name in distributions:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
