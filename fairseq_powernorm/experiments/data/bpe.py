@@ -91,6 +91,12 @@ def apply_sentencepiece(directory: Path, lines: List[str]) -> List[str]:
 
 
 #: type -> learns from training text into a directory
-LEARN: Dict[str, Callable[[Sequence[Path], Path, int], None]] = {"subword_nmt": learn_subword_nmt, "sentencepiece": learn_sentencepiece}
+LEARN: Dict[str, Callable[[Sequence[Path], Path, int], None]] = {
+    "subword_nmt": learn_subword_nmt,
+    "sentencepiece": learn_sentencepiece,
+}
 #: type -> applies what a directory holds to lines
-APPLY: Dict[str, Callable[[Path, List[str]], List[str]]] = {"subword_nmt": apply_subword_nmt, "sentencepiece": apply_sentencepiece}
+APPLY: Dict[str, Callable[[Path, List[str]], List[str]]] = {
+    "subword_nmt": apply_subword_nmt,
+    "sentencepiece": apply_sentencepiece,
+}

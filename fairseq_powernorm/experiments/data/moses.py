@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import threading
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, cast
+from typing import IO, Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, TextIO, cast
 
 from ..errors import UserError
 from ..files import sha256
@@ -100,7 +100,7 @@ class Perl:
         """script -> SHA-256, of all that the result depends on."""
         return {path.name: sha256(path) for path in self.files}
 
-    def process(self, lines: Iterable[str], names: Sequence[str], language: str, lock: IO[str]) -> Iterator[str]:
+    def process(self, lines: Iterable[str], names: Sequence[str], language: str, lock: TextIO) -> Iterator[str]:
         """The lines after the named steps, one for each; the processes hold the lock, too.
 
         Raises:
@@ -112,7 +112,7 @@ class Perl:
         given = 0
         failed: List[BaseException] = []
         with tempfile.TemporaryFile() as errors:
-            running: List["subprocess.Popen[bytes]"] = []
+            running: List[subprocess.Popen[bytes]] = []
             for command in commands:
                 source = running[-1].stdout if running else subprocess.PIPE
                 running.append(subprocess.Popen(command, stdin=source, stdout=subprocess.PIPE, stderr=errors,

@@ -4,12 +4,12 @@ import shutil
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional
 
-from ..tools import DATA_TOOLS, versions
+from ..directories import locked, put_back, resumable_directory, same
 from ..errors import UserError
+from ..files import read_json, sha256, write_json
 from ..paths import data_root
 from ..settings import is_lm, load
-from ..directories import locked, put_back, resumable_directory, same
-from ..files import read_json, sha256, write_json
+from ..tools import DATA_TOOLS, versions
 from . import moses, recipe
 from .sources import source as source_of
 from .stages import LanguageModel, Preparation, Translation

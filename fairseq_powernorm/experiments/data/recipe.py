@@ -4,8 +4,8 @@ from typing import Any, Dict, Optional, Type
 
 from omegaconf import DictConfig
 
-from ..settings import BPE_TYPES, data_settings, is_lm
 from ..errors import UserError, choose
+from ..settings import BPE_TYPES, data_settings, is_lm
 from .corpora import NEWS_COMMENTARY
 
 Settings = Dict[str, Any]

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, TextIO, Tuple
 
 from ..errors import UserError
 from ..tools import cpus, tool
@@ -31,7 +31,7 @@ class Preparation(ABC):
     #: the directories that stay in the end
     results: Sequence[str]
 
-    def __init__(self, directory: Path, source: Source, benchmark: str, lock: IO[str]) -> None:
+    def __init__(self, directory: Path, source: Source, benchmark: str, lock: TextIO) -> None:
         self.directory, self.source, self.benchmark, self.lock = directory, source, benchmark, lock
 
     @abstractmethod
@@ -81,7 +81,7 @@ class Translation(Preparation):
         directory: Path,
         source: Source,
         benchmark: str,
-        lock: IO[str],
+        lock: TextIO,
         *,
         settings: Settings,
         perl: Optional[moses.Perl],
@@ -181,7 +181,7 @@ class LanguageModel(Preparation):
 
     results = ("raw", "data-bin")
 
-    def __init__(self, directory: Path, source: Source, benchmark: str, lock: IO[str]) -> None:
+    def __init__(self, directory: Path, source: Source, benchmark: str, lock: TextIO) -> None:
         super().__init__(directory, source, benchmark, lock)
         self._counts: Optional[texts.Counts] = None
 
@@ -239,7 +239,7 @@ class LanguageModel(Preparation):
 
 
 def binarize(
-    directory: Path, data_bin: Path, command: Sequence[str], splits: Mapping[str, Path], lock: IO[str]
+    directory: Path, data_bin: Path, command: Sequence[str], splits: Mapping[str, Path], lock: TextIO
 ) -> None:
     """Fills data-bin/ by a fairseq-preprocess command; what it counts goes to preprocess.log there.
 

@@ -58,7 +58,7 @@ class Workers:
 
     def _map(self, function: Callable[[List[str]], List[str]], lines: Lines) -> Iterator[str]:
         lines = iter(lines)
-        running: Deque["concurrent.futures.Future[List[str]]"] = collections.deque()
+        running: Deque[concurrent.futures.Future[List[str]]] = collections.deque()
         try:
             for batch in iter(lambda: list(itertools.islice(lines, BATCH)), []):
                 running.append(self.pool.submit(function, batch))

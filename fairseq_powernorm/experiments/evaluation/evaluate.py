@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
-from ..runs import checkpoints, compose, trainlog
-from ..paths import ROOT, data_root
-from ..tools import TOOLS, versions
-from ..errors import UserError
-from ..settings import is_lm, prepared
 from ..directories import locked, whole_directory
+from ..errors import UserError
 from ..files import read_json, sha256, write_json
+from ..paths import ROOT, data_root
+from ..runs import checkpoints, compose, trainlog
+from ..settings import is_lm, prepared
+from ..tools import TOOLS, versions
 from . import perplexity, translation
 from .job import Job
 
@@ -222,7 +222,7 @@ def finite(curve: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def commit() -> Optional[str]:
-    """The checkout's commit, with "+changes" if files other than records differ from it; None without git or a repository."""
+    """The checkout's commit, with "+changes" if files other than records differ; None without git or a repository."""
 
     def git(*arguments: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Dict, List, Mapping, NamedTuple, Sequence
+from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, TextIO
 
 from ..tools import call
 
@@ -25,7 +25,7 @@ class Job:
     subset: str
     data: Path  # the prepared data
     stamp: Dict[str, Any]  # prepared.json
-    lock: IO[str]  # of the run, which the programs that are started hold, too
+    lock: TextIO  # of the run, which the programs that are started hold, too
 
     def averaged(self, directory: Path) -> "Averaged":
         """Averages the checkpoints into averaged.pt in a directory."""

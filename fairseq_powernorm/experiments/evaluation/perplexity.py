@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
-from ..paths import PLUGIN
 from ..errors import UserError
+from ..paths import PLUGIN
 from ..tools import call, tool
 from .job import Command, Job, Scores, words_of
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from ..data.moses_python import detokenize
-from ..paths import PLUGIN
 from ..errors import UserError
-from ..tools import call, tool
+from ..paths import PLUGIN
 from ..settings import data_settings
+from ..tools import call, tool
 from .job import Command, Job, Scores, words_of
 from .score import lines_of, sacrebleu_scores, tokenized_bleu
 

@@ -94,8 +94,9 @@ def data_of(runs: Iterable[matrix.Run], earlier: Optional[Mapping[str, Any]]) ->
             if path.is_file():
                 data["singular_values"][name] = {"checkpoint": path.name, "values": singular_values(path)}
         for key in ("statistics", "singular_values"):
-            if name in (earlier or {}).get(key, {}):
-                data[key].setdefault(name, earlier[key][name])
+            before = (earlier or {}).get(key, {})
+            if name in before:
+                data[key].setdefault(name, before[name])
     return data
 
 

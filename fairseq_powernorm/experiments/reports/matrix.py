@@ -22,6 +22,9 @@ NORMS = {"layer": (False, False), BATCH_REFERENCE: (False, False), "batch": (Tru
 BASELINE = "layer"
 VARIANTS = ("reference", "algorithm2")
 
+#: of --updates; more than any training in the field has
+MOST_UPDATES = 10**9
+
 #: The paper's values, tokenized BLEU and perplexity, for the norms where it has them, with layer scale; its BN is that of
 #: the authors' code. The published perplexities come from code whose attention sees the words that it has to predict
 #: (README, Causality).
@@ -201,9 +204,9 @@ def average(benchmark: str, config: Any, updates: Optional[int]) -> Optional[int
     """
     if updates is None or is_lm(config):
         return None
-    epochs = config.checkpoint.get("keep_last_epochs", 0)
+    epochs = int(config.checkpoint.get("keep_last_epochs", 0))
     if epochs > 0:
-        return max(1, min(int(epochs), epochs * updates // whole(benchmark, config)))
+        return max(1, min(epochs, epochs * updates // whole(benchmark, config)))
     return int(config.checkpoint.keep_interval_updates)
 
 

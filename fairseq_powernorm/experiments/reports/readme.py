@@ -3,9 +3,9 @@
 import re
 from typing import Sequence
 
-from ..paths import ROOT
 from ..errors import UserError
 from ..files import read_json, write_text
+from ..paths import ROOT
 from . import schema, speed
 from .matrix import relative
 from .table import tables
@@ -31,7 +31,7 @@ def write() -> bool:
 
 
 def tables_of(patterns: Sequence[str]) -> str:
-    """The Markdown tables of the records that patterns name, from the root; of measurements of speed, what they say in short."""
+    """The Markdown tables of the records that patterns name, from the root; of speeds, what they say in short."""
     paths = sorted({path for pattern in patterns for path in ROOT.glob(pattern)})
     if not paths:
         raise UserError(f"<!-- records: {' '.join(patterns)} --> names no record")

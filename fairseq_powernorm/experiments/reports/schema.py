@@ -4,9 +4,9 @@ import math
 from pathlib import Path
 from typing import Any, Collection, Dict, List, Tuple, Union
 
-from ..settings import NORMS, norm_name
 from ..errors import UserError
 from ..files import read_json
+from ..settings import NORMS, norm_name
 
 NUMBER = (int, float)
 SHA256 = str

@@ -114,7 +114,8 @@ class Section:
             found.append("Mean ± standard deviation over the seeds.")
         if self.tested:
             found.append(
-                "By seed: the difference from LN of the same seed, and p of sacreBLEU's paired bootstrap test (1,000 samples)."
+                "By seed: the difference from LN of the same seed, and p of sacreBLEU's paired bootstrap test (1,000 "
+                "samples)."
             )
         elif not self.is_lm:
             found.append("No bootstrap test: it needs the translations of LN and of another norm, in the run directories.")

@@ -9,8 +9,8 @@ import statistics
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from ..settings import BATCH_REFERENCE, PLACEMENTS
 from ..errors import UserError
+from ..settings import BATCH_REFERENCE, PLACEMENTS
 from .matrix import BASELINE, NORMS, VARIANTS, Row
 
 Record = Dict[str, Any]
