@@ -68,7 +68,7 @@ def check_intact(path: str) -> None:
             # torch writes zeros where it is told to save the time for checksums
             has_checksums = any(info.CRC for info in archive.infolist())
             damaged = archive.testzip() if has_checksums else None
-    except Exception as error:  # zipfile documents no common class of what a damaged header makes it raise
+    except Exception as error:  # a damaged header can make zipfile raise nearly anything
         raise ValueError(f"checkpoint {path!r}: damaged ({error})") from error
     if damaged is not None:
         raise ValueError(f"checkpoint {path!r}: damaged (the checksum of {damaged} differs)")

@@ -7,7 +7,7 @@ from typing import Any, Dict, Mapping, Optional
 from ..directories import locked, put_back, resumable_directory, same
 from ..errors import UserError
 from ..files import read_json, sha256, write_json
-from ..paths import data_root
+from ..paths import data_root, for_fairseq
 from ..settings import is_lm, load
 from ..tools import DATA_TOOLS, versions
 from . import moses, recipe
@@ -47,7 +47,7 @@ def prepare(
     perl = moses.perl(settings) if settings else None
     if perl:
         settings["moses"] = perl.digests()
-    root = data_root()
+    root = for_fairseq("data directory (PN_DATA_ROOT)", data_root())
     target = root / benchmark
     source = source_of(
         benchmark,

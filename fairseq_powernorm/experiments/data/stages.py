@@ -1,7 +1,6 @@
 """The stages from text to binarized data, each of which leaves directories that are whole or absent."""
 
 import functools
-import os
 import re
 import shutil
 import subprocess
@@ -246,17 +245,24 @@ def binarize(
     The command holds the lock, too: should this process be killed, the next one must not start while it still writes.
 
     Args:
-        directory: what the texts are relative to
-        splits: split -> its text
+        directory: holds data-bin and the texts
+        splits: split -> its text, from the directory
     """
-    command = [*command, "--destdir", str(data_bin)]
+    # Paths are relative to the directory: fairseq-preprocess takes a comma for the border between two.
+    command = [*command, "--destdir", str(data_bin.relative_to(directory))]
     for split, path in splits.items():
-        command += [f"--{split}pref", str(directory / path)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, pass_fds=(lock.fileno(),))
+        command += [f"--{split}pref", str(path)]
+    done = subprocess.run(
+        command,
+        cwd=directory,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        pass_fds=(lock.fileno(),),
+    )
     if done.returncode:
         said = [line for line in done.stdout.splitlines() if line.strip()] or ["it said nothing"]
         raise UserError(f"fairseq-preprocess failed with exit status {done.returncode}: {said[-1]}")
     # Its own log names the temporary directory; ours stays the same from run to run.
     counted = [line for line in done.stdout.splitlines() if "sents" in line and "tokens" in line]
-    text = "".join(line + "\n" for line in counted).replace(str(directory) + os.sep, "")
-    (data_bin / "preprocess.log").write_text(text, encoding="utf-8")
+    (data_bin / "preprocess.log").write_text("".join(line + "\n" for line in counted), encoding="utf-8")

@@ -12,7 +12,7 @@ from typing import Any, Dict, Optional, Sequence
 from ..directories import locked, whole_directory
 from ..errors import UserError
 from ..files import read_json, sha256, write_json
-from ..paths import ROOT, data_root
+from ..paths import ROOT, data_root, for_fairseq
 from ..runs import checkpoints, compose, trainlog
 from ..settings import is_lm, prepared
 from ..tools import TOOLS, versions
@@ -47,7 +47,8 @@ def evaluate(
     run, copy = Path(os.path.abspath(run)), record
     facts = started(run, benchmark, unfinished=unfinished)
     data, stamp = prepared(benchmark)
-    check_paths(run, data)
+    for_fairseq("run directory", run)
+    for_fairseq("data directory (PN_DATA_ROOT)", data)
     if facts["prepared_sha256"] != sha256(data / "prepared.json"):
         raise UserError(
             f"{run} was trained on other data than {data} holds now: settings or text differ; "
@@ -119,16 +120,6 @@ def started(run: Path, benchmark: str, *, unfinished: bool) -> Dict[str, Any]:
             f"or evaluate what is there with --unfinished"
         )
     return facts
-
-
-def check_paths(run: Path, data: Path) -> None:
-    """Refuses paths that fairseq cannot be given."""
-    for name, path in (("run directory", run), ("data (PN_DATA_ROOT)", data)):
-        if os.pathsep in str(path):
-            raise UserError(
-                f"{name} {str(path)!r}: fairseq takes {os.pathsep!r} for the border between two paths; move it, or give "
-                f"the path of a link to it"
-            )
 
 
 def check_copy(copy: Path, own: Path, *, force: bool) -> None:
