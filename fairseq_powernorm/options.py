@@ -7,7 +7,7 @@ from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Tuple, Type
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
-from .norms import NORMS, VARIANTS, PowerNorm, RunningNorm, create_norm, default_groups, parse_norm
+from .norms import NORMS, VARIANTS, PowerNorm, build_norm, default_groups, parse_norm
 from .recorder import check_target
 from .statistics import SYNC
 
@@ -211,7 +211,7 @@ class ChosenNorms(Namespace):
             heads: attention heads, which the norm's default number of groups may depend on
 
         Raises:
-            ValueError: the number of groups does not divide ``dim``, or another value is outside its range
+            ValueError: the number of groups does not divide ``dim``, or another value is outside its range; names the option
         """
         option = f"{side}_norm_{position}"
         final = position == "final"
@@ -228,10 +228,6 @@ class ChosenNorms(Namespace):
         groups = own.get("groups", self.norm_groups)
         if groups is None:
             groups = default_groups(**{"name": name, "heads": heads, **own})
-        if issubclass(NORMS[name], RunningNorm) and groups > 0 and dim % groups:
-            divisors = ", ".join(str(g) for g in range(1, dim + 1) if dim % g == 0)
-            where = f"{flag(option)} {text!r}: groups={groups}" if "groups" in own else f"--norm-groups {groups}"
-            raise ValueError(f"{where}: must be 0 or divide the {dim} channels of the {side}: {divisors}")
         shared = dict(
             eps=self.norm_eps,
             alpha_fwd=self.norm_alpha_fwd,
@@ -240,7 +236,22 @@ class ChosenNorms(Namespace):
             groups=groups,
             variant=self.norm_variant if issubclass(NORMS[name], PowerNorm) else None,
         )
-        return name, {**{key: value for key, value in shared.items() if value is not None}, **own}
+        settings = {**{key: value for key, value in shared.items() if value is not None}, **own}
+        try:
+            build_norm(name, dim, device="meta", **settings)
+        except ValueError as error:
+            reason = _reason(error, name)
+            culprit = reason.partition("=")[0]
+            where = f"{flag(option)} {text!r}"
+            if culprit in shared and culprit not in own:
+                where = f"{flag(f'norm_{culprit}')} {shared[culprit]}: {where}"
+            raise ValueError(f"{where}: {reason}") from None
+        return name, settings
+
+
+def _reason(error: ValueError, text: str) -> str:
+    """What an error of :mod:`~fairseq_powernorm.norms.registry` says of the norm with this text."""
+    return str(error).rpartition(f"norm {text!r}: ")[2]
 
 
 def norm_options(args: Any, model: Type[NormConstants] = NormOptions) -> ChosenNorms:
@@ -278,10 +289,9 @@ def _checked_norm(option: str, text: Any) -> str:
     """The text of a norm, if the norm can be built from it."""
     try:
         name, own = parse_norm(str(text))
-        create_norm(str(text), dim=max(1, own.get("groups", 1)))
+        build_norm(str(text), dim=8 * max(1, own.get("groups", 1)), device="meta")
     except ValueError as error:
-        reason = str(error).rpartition(f"norm {str(text)!r}: ")[2]
-        raise ValueError(f"{flag(option)} {str(text)!r}: {reason}") from None
+        raise ValueError(f"{flag(option)} {str(text)!r}: {_reason(error, str(text))}") from None
     return str(text)
 
 

@@ -105,7 +105,7 @@ def test_validation_of_a_checkpoint(toy_data, trained):
     "arguments,message",
     [
         (("--encoder-norm-self", "powr"), r"--encoder-norm-self.*powr.*power-v"),
-        (("--norm-groups", 3), r"--norm-groups 3: must be 0 or divide the 32 channels"),
+        (("--norm-groups", 3), r"--norm-groups 3: --encoder-norm-self 'power': groups=3: must .* divide the 32 channels"),
         (("--norm-alpha-fwd", 1.5), r"--norm-alpha-fwd 1.5: must lie in \[0, 1\]"),
         (("--norm-aplha-fwd", 0.5), r"unknown norm option 'norm_aplha_fwd' = '0.5'.*norm_alpha_fwd"),
         (("--norm-variant", "paper"), r"--norm-variant.*paper.*algorithm2"),
@@ -127,7 +127,7 @@ def test_bad_options_stop_the_command_line_before_anything_is_written(toy_data, 
             "model.encoder_norm_self=powr",
             "--encoder-norm-self 'powr': must be one of layer, rms, batch, power-v, power",
         ),
-        ("+model.norm_groups=3", r"--norm-groups 3: must be 0 or divide the 128 channels"),
+        ("+model.norm_groups=3", r"--norm-groups 3: .*groups=3: must be 0 \(no layer scale\) or divide the 128 channels"),
         ("+model.norm_alpha_bkw=2", r"--norm-alpha-bkw 2.0: must lie in \[0, 1\]"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import toy
 from fairseq import models
 
-from fairseq_powernorm import kernels
+from fairseq_powernorm import kernels, norm_names
 from fairseq_powernorm.experiments import settings
 from fairseq_powernorm.experiments.data.prepare import prepare
 from fairseq_powernorm.models import transformer_pn
@@ -54,8 +54,10 @@ def test_a_norm(monkeypatch):
     """The file and a line of the registry make a norm with options, which its test finds; before, it is unknown."""
     with pytest.raises(ValueError, match="norm 'scale': must be one of"):
         run_tests("tests/norms/test_scale.py")
-    assert '`"scale": ScaleNorm`' in TEXT
-    monkeypatch.setitem(registry.NORMS, "scale", module_of("fairseq_powernorm/norms/scale.py", monkeypatch).ScaleNorm)
+    assert '`"scale": "scale.ScaleNorm"`' in TEXT
+    module_of("fairseq_powernorm/norms/scale.py", monkeypatch)
+    monkeypatch.setitem(norm_names.NORM_CLASSES, "scale", "scale.ScaleNorm")
+    monkeypatch.setattr(registry, "NORMS", registry.load())
     assert run_tests("tests/norms/test_scale.py") == 1
 
 

@@ -1,14 +1,16 @@
 """Norms written with options of their own, ``NAME:OPTION=VALUE,...``, and the options for all norms of a model."""
+import subprocess
 import sys
+from typing import Optional
 
 import pytest
 import toy
 from fairseq import checkpoint_utils
 from fairseq_cli import train
 from omegaconf import OmegaConf
+from torch import nn
 
-from fairseq_powernorm.norms import NORMS
-from fairseq_powernorm.norms.registry import norm_options
+from fairseq_powernorm.norms import NORMS, build_norm, norm_options, parse_norm
 from fairseq_powernorm.options import NormOptions
 
 LM = {name: value for name, value in toy.SIZES.items() if not name.startswith("encoder")}
@@ -91,8 +93,14 @@ def test_configurations_saved_before():
         ("power:eps=small", "eps='small' must be a number"),
         ("power:alpha_fwd=2", r"alpha_fwd=2.0: must lie in \[0, 1\]"),
         ("power:variant=masked", "variant='masked': must be one of reference, algorithm2"),
-        ("batch:groups=3", "groups=3: must be 0 or divide the 16 channels of the (encoder|decoder): 1, 2, 4, 8, 16"),
-        ("power:groups=-1", "groups"),
+        ("batch:groups=3", r"groups=3: must be 0 \(no layer scale\) or divide the 16 channels, one of \[1, 2, 4, 8, 16\]"),
+        ("power:groups=-1", "groups=-1: must be 0"),
+        ("power:groups=2.5", "groups='2.5' must be a whole number"),
+        ("power:alpha_fwd=nan", "alpha_fwd=nan: must lie in"),
+        ("power:affine=yes", "affine='yes' must be true or false"),
+        ("power:variant=", "variant='' must be a word"),
+        ("power:device=cpu", "option 'device' is unknown; options of 'power': eps, "),
+        ("power:batch_first=true", "option 'batch_first' is unknown"),
         ("power:warmup_updates=1,warmup_updates=2", "given twice"),
     ],
 )
@@ -100,6 +108,61 @@ def test_wrong_texts(side, position, text, message):
     """An error before anything is built, which names the flag, the value and what is valid."""
     with pytest.raises(ValueError, match=f"--{side}-norm-{position}.*{message}"):
         toy.build(**{f"{side}_norm_{position}": text})
+
+
+@pytest.mark.parametrize(
+    "name,options,message",
+    [
+        ("powr", {}, "norm 'powr': must be one of layer, rms"),
+        ("power", dict(grops=2), "norm 'power': option 'grops' is unknown; options of 'power': eps, alpha_fwd, "),
+        ("power", dict(groups="2"), "norm 'power': groups='2' must be a whole number"),
+        ("power", dict(groups=True), "norm 'power': groups=True must be a whole number"),
+        ("power", dict(groups=3), r"norm 'power': groups=3: must be 0 .* one of \[1, 2, 4, 8\]"),
+        ("power", dict(eps=None), "norm 'power': eps=None must be a number"),
+        ("power", dict(affine=1), "norm 'power': affine=1 must be true or false"),
+        ("layer", dict(variant="paper"), "norm 'layer': variant='paper': must be one of algorithm2, masked, reference"),
+        ("power:alpha_fwd=2", {}, r"norm 'power:alpha_fwd=2': alpha_fwd=2.0: must lie in \[0, 1\]"),
+        ("power:groups=2", dict(dim=0), "norm 'power:groups=2': dim=0"),
+    ],
+)
+def test_wrong_arguments(name, options, message):
+    """build_norm refuses what it would otherwise pass over or a constructor would choke on, and names it."""
+    with pytest.raises(ValueError, match=message):
+        build_norm(name, **{"dim": 8, **options})
+
+
+class Own(nn.Module):
+    """A norm with options of every type that no other norm has."""
+
+    def __init__(self, dim: int, *, steps: int = 3, rate: Optional[float] = None, exact: bool = True, kind: str = "a"):
+        super().__init__()
+        self.given = steps, rate, exact, kind
+
+
+def test_options_are_of_the_annotated_types(monkeypatch):
+    """Texts become the types that the constructor's annotations say; an option of one norm is refused by the others."""
+    monkeypatch.setitem(NORMS, "own", Own)
+    assert build_norm("own:steps=4,rate=5,exact=false,kind=b", 8).given == (4, 5.0, False, "b")
+    assert build_norm("own", 8, steps=4, rate=0.5, groups=2, variant="reference").given == (4, 0.5, True, "a")
+    assert build_norm("own", 8, rate=None).given == (3, None, True, "a")
+    assert type(parse_norm("own:rate=5")[1]["rate"]) is float
+    for name, options, message in (
+        ("power", dict(steps=4), "norm 'power': option 'steps' is unknown; options of 'power': eps"),
+        ("power:steps=4", {}, "norm 'power:steps=4': option 'steps' is unknown"),
+        ("own:steps=4", dict(steps=5), "option 'steps' is given twice, once as 5"),
+        ("own:rate=fast", {}, "rate='fast' must be a number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_norm(name, 8, **options)
+
+
+def test_scripts_know_the_names_without_torch():
+    """The names are at hand before torch is: the scripts' help takes a moment."""
+    program = (
+        "import sys; from fairseq_powernorm.experiments import settings; "
+        "assert 'power' in settings.NORMS and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=toy.ROOT)
 
 
 @pytest.mark.parametrize("arch", ["transformer_pn", "transformer_pn_tiny"])

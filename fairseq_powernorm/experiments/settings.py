@@ -5,12 +5,13 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+from ..norm_names import NORM_CLASSES
 from .errors import UserError, choose
 from .files import read_json
 from .paths import PLUGIN, ROOT, data_root
 
 CONFIGS = ROOT / "configs"
-NORMS = ("layer", "rms", "batch", "power-v", "power")
+NORMS = tuple(NORM_CLASSES)
 #: The authors' BN, of which the paper's values are; plain "batch" has true statistics of the tokens that are not padding.
 BATCH_REFERENCE = "batch:variant=reference"
 BPE_TYPES = ("subword_nmt", "sentencepiece")

@@ -312,7 +312,7 @@ def test_half_precision_keeps_the_statistics_in_float32():
         (dict(encoder_norm_self="powr"), "--encoder-norm-self 'powr'.*layer, rms, batch, power-v, power"),
         (dict(decoder_norm_final="none"), "--decoder-norm-final 'none'.*layer, rms"),
         (dict(norm_variant="paper"), "--norm-variant 'paper'.*reference, algorithm2"),
-        (dict(norm_groups=3), "--norm-groups 3.*16 channels of the encoder: 1, 2, 4, 8, 16"),
+        (dict(norm_groups=3), r"--norm-groups 3: --encoder-norm-self .*16 channels, one of \[1, 2, 4, 8, 16\]"),
         (dict(norm_groups=-1), "--norm-groups -1.*zero or positive"),
         (dict(norm_alpha_fwd=1.5), r"--norm-alpha-fwd 1.5.*\[0, 1\]"),
         (dict(norm_alpha_bkw=-0.5), r"--norm-alpha-bkw -0.5.*\[0, 1\]"),

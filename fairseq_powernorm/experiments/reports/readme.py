@@ -1,33 +1,34 @@
-"""Writes the tables of README.md: <!-- records: PATTERN... --> and <!-- end of records --> enclose that of some records."""
+"""The tables of the READMEs: <!-- records: PATTERN... --> and <!-- end of records --> enclose that of some records."""
 
 import re
-from typing import Sequence
+from typing import Dict, Optional, Sequence
 
 from ..errors import UserError
-from ..files import read_json, write_text
+from ..files import read_json
 from ..paths import ROOT
 from . import schema, speed
 from .matrix import relative
 from .table import tables
 
-README = ROOT / "README.md"
+#: the files with tables of records
+READMES = ("README.md", "results/README.md")
 BLOCK = re.compile(r"(<!-- records: (.*?) -->\n)(.*?)(<!-- end of records -->)", re.S)
 
 
-def up_to_date(text: str) -> str:
-    """The text of README.md with the tables of today's records; raises UserError if it has no place for them."""
-    if not BLOCK.search(text):
-        raise UserError(f"{README} has no <!-- records: PATTERN... -->")
-    return BLOCK.sub(lambda block: block[1] + tables_of(block[2].split()) + block[4], text)
+def outdated() -> Dict[str, Optional[str]]:
+    """file -> its text with the tables of today's records, None if these are its tables.
 
-
-def write() -> bool:
-    """Writes the tables; gives whether any of them was another one before."""
-    text = README.read_text(encoding="utf-8")
-    wanted = up_to_date(text)
-    if wanted != text:
-        write_text(README, wanted)
-    return wanted != text
+    Raises:
+        UserError: a file has no place for tables, or a record is not valid
+    """
+    found: Dict[str, Optional[str]] = {}
+    for name in READMES:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        if not BLOCK.search(text):
+            raise UserError(f"{ROOT / name} has no <!-- records: PATTERN... -->")
+        wanted = BLOCK.sub(lambda block: block[1] + tables_of(block[2].split()) + block[4], text)
+        found[name] = None if wanted == text else wanted
+    return found
 
 
 def tables_of(patterns: Sequence[str]) -> str:

@@ -1,0 +1,10 @@
+"""The norms by name, and the classes behind the names. Imports nothing, so that scripts know the names without torch."""
+
+#: name on the command line and in YAML files -> MODULE.CLASS in :mod:`fairseq_powernorm.norms`
+NORM_CLASSES = {
+    "layer": "layer.LayerNorm",
+    "rms": "layer.RMSNorm",
+    "batch": "batch.MaskedBatchNorm",
+    "power-v": "power_v.PowerNormV",
+    "power": "power.PowerNorm",
+}
