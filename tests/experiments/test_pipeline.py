@@ -465,7 +465,8 @@ def test_evaluate_refuses(trained, tmp_path):
 
 
 def test_evaluate_anywhere_and_without_git(trained, record, tmp_path):
-    """A run and data in directories with blanks and commas, on a machine without git = the same record but the commit."""
+    """A run and data in directories with blanks and commas, on a machine without git = the same record but the commit; the
+    plugin that the run's configuration names is not imported."""
     run, data, tools = tmp_path / "a, b" / "run", tmp_path / "c, d" / "data", tmp_path / "tools"
     shutil.copytree(trained.run, run, ignore=shutil.ignore_patterns("evaluation*", ".*"))
     shutil.copytree(trained.data, data)
@@ -474,7 +475,14 @@ def test_evaluate_anywhere_and_without_git(trained, record, tmp_path):
         for path in folder.iterdir() if folder.is_dir() else ():
             if path.name != "git" and not (tools / path.name).exists():
                 (tools / path.name).symlink_to(path)
+    plugin = tmp_path / "plugin"
+    plugin.mkdir()
+    (plugin / "__init__.py").write_text(f"open({str(tmp_path / 'was here')!r}, 'w')")
+    config = OmegaConf.load(run / "config.yaml")
+    config.common.user_dir = str(plugin)
+    OmegaConf.save(config, run / "config.yaml")
     trained.ok("evaluate", "demo", run, PN_DATA_ROOT=str(data), PATH=str(tools))
+    assert not (tmp_path / "was here").exists()
     found = json.loads((run / "evaluation" / "record.json").read_text())
     assert found["git_commit"] is None
     for each in (found, record):

@@ -10,7 +10,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence
 from ..cluster import slurm, submission
 from ..directories import in_use
 from ..errors import UserError, choose, listed
-from ..paths import ROOT, data_root
+from ..paths import ROOT, data_root, for_fairseq, runs_root
 from ..runs import batch, compose, launch
 from ..settings import architectures, benchmarks, load
 from . import matrix, report, workers
@@ -64,6 +64,8 @@ def reproduce(options: argparse.Namespace) -> Optional[int]:
     os.chdir(ROOT)  # the commands' paths are relative to it
     if options.report_only:
         return finish(options, runs, {})  # from the records that there are
+    for_fairseq("runs directory (PN_RUNS_ROOT)", runs_root())
+    for_fairseq("data directory (PN_DATA_ROOT)", data_root())
     for group in report.grouped(runs):
         check_run(options, group[0])
     if options.slurm:

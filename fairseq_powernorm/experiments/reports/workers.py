@@ -56,7 +56,7 @@ def environments(jobs: int, gpus: Sequence[str]) -> List[Environment]:
 
         present = torch.cuda.device_count()
         for gpu in gpus:
-            if not gpu.isdigit() or int(gpu) >= present:
+            if gpu not in map(str, range(present)):
                 valid = f"; valid: {', '.join(map(str, range(present)))}" if present else ""
                 raise UserError(f"--gpus {gpu!r}: this machine has {present} GPUs{valid}")
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")

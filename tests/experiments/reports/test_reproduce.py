@@ -206,7 +206,9 @@ def test_the_lines_of_the_readme(line, here, capsys):
     (["table1", "--benchmark", "demo", "--updates", "many"], "--updates 'many': must be a number"),
     (["table1", "--benchmark", "demo", "--jobs", "0"], "--jobs '0': must be a number, 1 or more"),
     (["table1", "--benchmark", "demo", "--jobs", "2", "--gpus", "0"], "--gpus and --jobs exclude each other"),
+    (["table1", "--benchmark", "demo", "--jobs", "9" * 5000], "must be a number, 1 or more"),
     (["table1", "--benchmark", "demo", "--jobs", "100000"], "--jobs 100000: this machine has "),
+    (["table1", "--benchmark", "demo", "--gpus", "\u00b2"], "--gpus '\u00b2': this machine has "),
     (["table1", "--benchmark", "demo", "--gpus", "99"], "--gpus '99': this machine has "),
     (["table1", "--benchmark", "demo", "--slurm", "--jobs", "2"], "--jobs and --slurm exclude each other"),
     (["table1", "--benchmark", "demo", "--slurm", "--report-only"], "--report-only and --slurm exclude each other"),
@@ -229,6 +231,16 @@ def test_wrong_options(arguments, message, here):
     with pytest.raises(UserError) as error:
         reproduce.command(arguments)
     assert message in str(error.value)
+    assert not list(here.iterdir())
+
+
+def test_places_that_fairseq_cannot_be_given(here, monkeypatch):
+    """Runs and data in a directory with a colon, which fairseq reads as a border between paths, are refused at once."""
+    for name in ("PN_RUNS_ROOT", "PN_DATA_ROOT"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, str(here / "a:b"))
+            with pytest.raises(UserError, match=rf"\({name}\) '.*a:b': fairseq reads ':' as the border"):
+                reproduce.command(["table1", *DEMO])
     assert not list(here.iterdir())
 
 
