@@ -311,7 +311,7 @@ def test_train_on_a_full_disk(scripts, tmp_path):
 
 @pytest.mark.parametrize("command,status,message", [
     ("reproduce_table1.sh --dry-run | true", 128 + signal.SIGPIPE, ""),
-    ("reproduce_table1.sh --dry-run > /dev/full", 2, "error: cannot write: No space left on device\n"),
+    ("reproduce_table1.sh --dry-run > /dev/full", 2, "scripts/reproduce_table1.sh: error: cannot write: No space left on device\n"),
 ])
 def test_output_that_nobody_takes(command, status, message):
     """A pipe that is closed, and a full disk, end a script without a traceback."""
