@@ -12,6 +12,7 @@ from typing import Any, Dict, Optional, Sequence
 from ..directories import locked, whole_directory
 from ..errors import UserError
 from ..files import read_json, sha256, write_json
+from ..overrides import quiet
 from ..paths import PLUGIN, ROOT, data_root, for_fairseq
 from ..runs import checkpoints, compose, trainlog
 from ..settings import is_lm, prepared
@@ -149,7 +150,7 @@ def refuse_wrong_weights(inputs: Sequence[Path], config: Any) -> None:
     """Refuses checkpoints whose model has other settings than the run's, or weights that are not finite."""
     from omegaconf import OmegaConf
 
-    with compose.quiet():
+    with quiet():
         from ...checkpoint import check_finite, load
     wanted: Any = OmegaConf.to_container(config.model)
     for path in inputs:

@@ -20,7 +20,7 @@ from ..directories import lock_path, locked
 from ..errors import UserError
 from ..files import read_json
 from ..paths import data_root
-from ..runs import launch
+from ..runs import claims
 from ..tools import cpus
 from . import matrix, schema
 
@@ -189,9 +189,9 @@ def carry_out(
     if done(run, record):
         print(f"{prefix}{matrix.relative(record)} is there already; nothing to do", flush=True)
         return None
-    if launch.read_claim(run.directory):
+    if claims.read_claim(run.directory):
         with contextlib.suppress(UserError):  # without SLURM nothing is queued
-            for job in launch.jobs_of(run.directory, slurm.tasks()):
+            for job in claims.jobs_of(run.directory, slurm.tasks()):
                 return f"job {job.job} is {job.state}"
     for command in (training(run), run.evaluate_command(state.results)):
         problem = call(state, command, environment, prefix, lock)
