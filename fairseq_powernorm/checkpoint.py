@@ -6,13 +6,15 @@
 import argparse
 import os
 import sys
+import zipfile
 from contextlib import contextmanager
-from typing import Any, Container, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Set
 
 import torch
 from torch import Tensor, nn
 
 from . import compat
+from .norms import NORMS, norms_with
 
 State = Dict[str, Any]
 
@@ -39,8 +41,7 @@ def load(path: str) -> State:
     Raises:
         ValueError: the file is missing, damaged, or not a fairseq checkpoint
     """
-    if not os.path.isfile(path):
-        raise ValueError(f"checkpoint {path!r}: no such file")
+    check_intact(path)
     compat.allow_checkpoint_types()
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -49,6 +50,36 @@ def load(path: str) -> State:
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise ValueError(f"checkpoint {path!r}: holds no model; must be one written by fairseq-train")
     return state
+
+
+def check_intact(path: str) -> None:
+    """Compare every byte of a checkpoint, a zip archive, with its checksums, which ``torch.load`` does not do.
+
+    Files without checksums, as torch < 1.6 wrote them, pass.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"checkpoint {path!r}: no such file")
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch writes zeros where it is told to save the time for checksums
+            has_checksums = any(info.CRC for info in archive.infolist())
+            damaged = archive.testzip() if has_checksums else None
+    except Exception as error:  # a damaged header can make zipfile raise nearly anything
+        raise ValueError(f"checkpoint {path!r}: damaged ({error})") from error
+    if damaged is not None:
+        raise ValueError(f"checkpoint {path!r}: damaged (the checksum of {damaged} differs)")
+
+
+def check_finite(model: Mapping[str, Tensor], path: str) -> None:
+    """Raise ValueError, naming the checkpoint, if a parameter or buffer of a state_dict is NaN or infinite."""
+    for name, tensor in model.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"checkpoint {path!r}: {name} has values that are not finite: training has diverged")
 
 
 def check_output(path: str, overwrite: bool) -> None:
@@ -85,27 +116,32 @@ def save(state: State, path: str, overwrite: bool = False) -> None:
         torch.save(state, stream)
 
 
-def norm_in(names: Container[str], prefix: str) -> Optional[str]:
-    """Name of the norm whose parameters and buffers stand under ``prefix`` among the names of a state_dict."""
-    if f"{prefix}.weight" not in names:
-        return None
-    for buffer, norm in (("ema_gz", "power"), ("running_phi", "power-v"), ("running_mean", "batch"), ("bias", "layer")):
-        if f"{prefix}.{buffer}" in names:
-            return norm
-    return "rms"
+def check_same_norms(model: nn.Module, state_dict: Iterable[str]) -> None:
+    """Raise ValueError if a norm of ``model`` has other parameters and buffers than the checkpoint has in its place."""
+    norms = {prefix: module for prefix, module in model.named_modules() if prefix.endswith("layer_norm")}
+    ours, theirs = _entries(norms, model.state_dict()), _entries(norms, state_dict)
+    parts = {name.rpartition(".")[0].rpartition(".")[0] for name in state_dict}
+    for prefix, module in norms.items():
+        has, wanted = theirs[prefix], ours[prefix]
+        if "num_batches_tracked" in has:  # of torch's batch norms, and the authors'
+            has = has - {"num_batches_tracked"} | {"iters"}
+        if has != wanted and (has or prefix.rpartition(".")[0] in parts):
+            names = " or ".join(map(repr, norms_with(has))) or f"with {', '.join(sorted(has)) or 'no parameters'}"
+            own = next((repr(name) for name, kind in NORMS.items() if type(module) is kind), type(module).__name__)
+            raise ValueError(
+                f"the checkpoint has norm {names} at {prefix}, the model {own}: give the --encoder-norm-* and "
+                "--decoder-norm-* options that the checkpoint was trained with"
+            )
 
 
-def check_same_norms(model: nn.Module, state_dict: Container[str]) -> None:
-    """Raise ValueError if a norm of ``model`` is of another kind in the checkpoint."""
-    own = model.state_dict()
-    for prefix, _ in model.named_modules():
-        if prefix.endswith("layer_norm"):
-            has, wanted = norm_in(state_dict, prefix), norm_in(own, prefix)
-            if has is not None and has != wanted:
-                raise ValueError(
-                    f"the checkpoint has norm {has!r} at {prefix}, the model {wanted!r}: give the --encoder-norm-* and "
-                    "--decoder-norm-* options that the checkpoint was trained with"
-                )
+def _entries(prefixes: Iterable[str], names: Iterable[str]) -> Dict[str, Set[str]]:
+    """Prefix -> what stands under it among the names of a state_dict, without the prefix."""
+    found: Dict[str, Set[str]] = {prefix: set() for prefix in prefixes}
+    for name in names:
+        prefix, norm, entry = name.partition("layer_norm.")
+        if prefix + norm[:-1] in found:
+            found[prefix + norm[:-1]].add(entry)
+    return found
 
 
 def average_checkpoints(paths: Sequence[str]) -> State:
@@ -122,7 +158,8 @@ def average_checkpoints(paths: Sequence[str]) -> State:
         a checkpoint's content, in the dtypes of the last one
 
     Raises:
-        ValueError: no file is given, one cannot be read, or their parameters differ in name or shape
+        ValueError: no file is given, one cannot be read or is damaged, their parameters differ in name or shape, or a value
+            is not finite
     """
     if not paths:
         raise ValueError("no checkpoints to average")
@@ -130,6 +167,7 @@ def average_checkpoints(paths: Sequence[str]) -> State:
     state: State = {}
     for path in paths:
         state = load(path)
+        check_finite(state["model"], path)
         model = _with_raw_moments(state["model"])
         shapes = {name: tuple(tensor.shape) for name, tensor in model.items()}
         if sums and shapes != {name: tuple(tensor.shape) for name, tensor in sums.items()}:

@@ -2,28 +2,9 @@
 
 PN_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
-# The help text of a script is the comment at its head.
-pn_usage() {
-    sed -n '2,/^[^#]/ { /^#/ s/^# \{0,1\}//p; }' "$1"
-}
-
 pn_die() {
     printf 'error: %s\n' "$*" >&2
     exit 2
-}
-
-# pn_help SCRIPT "$@": print the help text and leave if it is asked for.
-pn_help() {
-    local script=$1 argument
-    shift
-    for argument in "$@"; do
-        case $argument in
-            -h | --help)
-                pn_usage "$script"
-                exit 0
-                ;;
-        esac
-    done
 }
 
 # pn_python COMMAND [ARGUMENTS]: the module fairseq_powernorm.experiments.COMMAND in the project's environment, in place of
@@ -37,11 +18,9 @@ pn_python() {
     done
     if [ -z "$help" ]; then
         . "$PN_ROOT/scripts/lib/environment.sh"
-    elif [ -z "${PYTHON:-}" ]; then
-        PYTHON=$PN_ROOT/.venv/bin/python
+    else
+        [ -n "${PYTHON:-}" ] || PYTHON=$PN_ROOT/.venv/bin/python
         [ -x "$PYTHON" ] || PYTHON=python3
-    fi
-    if [ -n "$help" ]; then
         export PYTHONPATH=$PN_ROOT${PYTHONPATH:+:$PYTHONPATH}
     fi
     path=$(cd "$(dirname "$0")" && pwd)/$(basename "$0")
