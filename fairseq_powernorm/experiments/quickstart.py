@@ -5,6 +5,8 @@ from typing import Sequence
 
 from .commands import Parser, main
 from .paths import ROOT, runs_root
+from .plot_curves import command as plot_curves
+from .table import command as table
 
 NORMS = ("power", "layer")
 
@@ -32,11 +34,8 @@ def command(arguments: Sequence[str]) -> int:
         if status:
             return status if status > 0 else 128 - status
     print("== result", flush=True)
-    from .reports.plot_curves import plot
-    from .reports.table import table
-
     table(records)
-    plot([*records, "--output", str(picture)])
+    plot_curves([*records, "--output", str(picture)])
     print(f"""
 The demo's corpus is artificial: it shows that everything works, not which norm is better.
   learning curves   {picture}

@@ -202,6 +202,39 @@ def test_who_was_called():
     assert done.stderr.startswith("python -m fairseq_powernorm.experiments.status: error: unknown option --al")
 
 
+# ---- quickstart ------------------------------------------------------------------------------------------------------
+
+
+def test_quickstart(monkeypatch, tmp_path, capsys):
+    """It prepares, trains and evaluates PN and LN and compares their records; a step that fails ends it with its status."""
+    pytest.importorskip("matplotlib")
+    quickstart, steps = module("quickstart"), []
+    monkeypatch.setenv("PN_RUNS_ROOT", str(tmp_path))
+
+    def call(command):
+        steps.append(" ".join(command[1:]).replace(f"{ROOT / 'scripts'}/", "").replace(str(tmp_path), "RUNS"))
+        if "evaluate.sh" in steps[-1]:
+            record = tmp_path / "quickstart" / steps[-1].rpartition("/")[2] / "evaluation" / "record.json"
+            record.parent.mkdir(parents=True)
+            record.write_bytes((ROOT / "results" / "multi30k" / f"{record.parts[-3]}-seed1.json").read_bytes())
+        return 0
+
+    monkeypatch.setattr(quickstart.subprocess, "call", call)
+    assert quickstart.command([]) == 0
+    assert steps == [
+        "prepare.sh demo",
+        "train.sh demo power --run-dir RUNS/quickstart/power --resume", "evaluate.sh demo RUNS/quickstart/power",
+        "train.sh demo layer --run-dir RUNS/quickstart/layer --resume", "evaluate.sh demo RUNS/quickstart/layer",
+    ]  # fmt: skip
+    output = capsys.readouterr().out
+    assert "| multi30k | power | " in output and "| multi30k | layer | " in output
+    assert (tmp_path / "quickstart" / "valid_loss.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(quickstart.subprocess, "call", lambda command: 5 if "layer" in command else 0)
+    assert quickstart.command([]) == 5
+    with pytest.raises(UserError, match="'now' is one argument too many; usage: "):
+        quickstart.command(["now"])
+
+
 # ---- scripts/README.md -----------------------------------------------------------------------------------------------
 
 #: what starters of processes say to those that they start, and what belongs to Python and to the tests
