@@ -448,7 +448,7 @@ def test_evaluate_refuses(trained, tmp_path):
     text = reference.read_bytes()
     try:
         reference.write_bytes(text[:-20])
-        assert "test.en has 15 lines, but 16 sentences were prepared" in trained.refuses("evaluate", "demo", run)
+        assert f"{reference} is not what scripts/prepare.sh made" in trained.refuses("evaluate", "demo", run)
     finally:
         reference.write_bytes(text)
     newest.unlink()
