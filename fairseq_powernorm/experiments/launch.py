@@ -30,7 +30,7 @@ def parser() -> Parser:
                help=f"the first machine, and a free port there (default port: {PORT})")
     made.add("--submission", metavar="NAME", group="ranks",
                help="be one rank, a task of that submission's job: scripts/slurm/train.sbatch says so")
-    add_run(made)
+    add_run(made, "--ranks, --nodes, --node-rank and --master")
     return made
 
 

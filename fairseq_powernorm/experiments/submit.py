@@ -28,7 +28,7 @@ def parser() -> Parser:
     add_seeds(made, "--array-seeds", help="a run of each norm for each of these seeds, such as 1,2,3; default: "
                                             "common.seed of configs/BENCH.yaml")
     made.add("--resume", flag=True, help="go on with runs that are there, and start those that are not")
-    add_training(made)
+    add_training(made, "--nodes and --gpus")
     made.add("--records", metavar="DIR", help="evaluate.sh's record of each run, copied to DIR/RUN.json")
     made.add("--dry-run", flag=True,
                help="print the batch scripts and the commands, queue nothing; needs no SLURM")

@@ -4,7 +4,7 @@ from argparse import Namespace
 from typing import Any, Sequence, Tuple
 
 from .commands import Parser, add_benchmark, add_norm, main
-from .runs.launchers import WORLD_SIZE
+from .runs.launchers import PLACES, WORLD_SIZE
 
 #: keys that train.sh gives itself -> what to use instead; another value would take the run's files from its directory
 OURS = {"checkpoint.save_dir": "--run-dir DIR", "task.data": "PN_DATA_ROOT", "common.user_dir": "another checkout",
@@ -14,8 +14,11 @@ on any number of GPUs: they share out optimization.update_freq, which their numb
 takes is printed."""
 
 
-def add_training(parser: Parser) -> None:
-    """The options of a run that train.sh, launch.sh and slurm/submit.sh share."""
+def add_training(parser: Parser, ranks: str = "") -> None:
+    """The options of a run that train.sh, launch.sh and slurm/submit.sh share.
+
+    ranks: the options by which the command says where the ranks are; without any, overrides may say it
+    """
     parser.add("--arch", help="another architecture than that of configs/BENCH.yaml, with the settings of "
                               "configs/BENCH/ARCH.yaml: ptb has transformer_lm_pn_ptb, wikitext103 has "
                               "transformer_lm_pn_wiki103")
@@ -24,11 +27,12 @@ def add_training(parser: Parser) -> None:
                     "default: encoder, and all for language models, which have NORM in all positions")
     parser.add("--tensorboard", flag=True, help="also write the curves to tensorboard/ in the run directory")
     parser.add_overrides(
-        "hydra overrides of configs/BENCH.yaml, such as optimization.max_update=4000 common.seed=2", OURS)
+        "hydra overrides of configs/BENCH.yaml, such as optimization.max_update=4000 common.seed=2",
+        {**OURS, **(dict.fromkeys(PLACES, ranks) if ranks else {})})
 
 
-def add_run(parser: Parser) -> None:
-    """All that train.sh takes, which launch.sh takes, too."""
+def add_run(parser: Parser, ranks: str = "") -> None:
+    """All that train.sh takes, which launch.sh takes, too; ranks: as :func:`add_training` has it"""
     add_benchmark(parser, "the benchmark, prepared by scripts/prepare.sh")
     add_norm(parser)
     parser.add("--run-dir", metavar="DIR",
@@ -36,7 +40,7 @@ def add_run(parser: Parser) -> None:
     parser.add("--resume", flag=True,
                help="go on with the run in that directory, with the overrides it was started with and any new ones; "
                     "start it if there is none; do nothing if it has finished")
-    add_training(parser)
+    add_training(parser, ranks)
 
 
 def parser() -> Parser:

@@ -2,8 +2,12 @@
 
 PN_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
+# what the user called, as the repository has it: errors begin with it
+pn_script=$(cd "$(dirname "$0")" && pwd)/$(basename "$0")
+pn_script=${pn_script#"$PN_ROOT/"}
+
 pn_die() {
-    printf 'error: %s\n' "$*" >&2
+    printf '%s: error: %s\n' "$pn_script" "$*" >&2
     exit 2
 }
 
@@ -11,7 +15,7 @@ pn_die() {
 # this shell. Its help needs no environment, and makes none. Python 3.11 and newer do not look for modules in the caller's
 # directory.
 pn_python() {
-    local command=$1 argument path help=''
+    local command=$1 argument help=''
     shift
     for argument in "$@"; do
         case $argument in -h | --help) help=yes ;; esac
@@ -23,6 +27,5 @@ pn_python() {
         [ -x "$PYTHON" ] || PYTHON=python3
         export PYTHONPATH=$PN_ROOT${PYTHONPATH:+:$PYTHONPATH}
     fi
-    path=$(cd "$(dirname "$0")" && pwd)/$(basename "$0")
-    PN_SCRIPT=${path#"$PN_ROOT/"} PYTHONSAFEPATH=1 exec "$PYTHON" -m "fairseq_powernorm.experiments.$command" "$@"
+    PN_SCRIPT=$pn_script PYTHONSAFEPATH=1 exec "$PYTHON" -m "fairseq_powernorm.experiments.$command" "$@"
 }

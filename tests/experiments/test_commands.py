@@ -134,6 +134,10 @@ def made():
         (["a", "--number=-1"], "--number '-1': must be a number, 1 to 9"),
         (["a", "--number"], "--number N needs a value: how many"),
         (["a", "--number", "--resume"], "--number N needs a value: how many"),
+        (["a", "--number", "--lr", "3"], "--number N needs a value: how many"),
+        (["a", "--number", ""], "--number N needs a value: how many"),
+        (["a", "--number="], "--number N needs a value: how many"),
+        (["a", "--res"], "unknown option --res; did you mean --resume?"),
         (["a", "--resume=yes"], "--resume takes no value, got 'yes'"),
         (["a", "--resum"], "unknown option --resum; did you mean --resume?"),
         (["a", "--numbers", "3"], "unknown option --numbers; did you mean --number?"),
@@ -151,12 +155,13 @@ def test_wrong_words(words, message):
 
 def test_words_in_any_order():
     """--option value = --option=value, before, between and behind the arguments; a value may begin with a dash."""
-    wanted = vars(made().parse(["a", "b", "--number", "3", "--extra", "x", "--extra", "-y"]))
+    wanted = vars(made().parse(["a", "b", "--number", "3", "--extra", "x", "--extra=-y"]))
     assert (wanted["places"], wanted["number"], wanted["kind"], wanted["resume"]) == (["a", "b"], 3, "one", False)
     assert wanted["extra"] == ["x", "-y"]
-    for words in ("--number=3 a --extra x b --extra=-y", "--extra x --extra -y --number 3 -- a b", "a --extra=x --number=3 "
-                  "--extra=-y b"):
+    for words in ("--number=3 a --extra x b --extra=-y", "--extra x --extra=-y --number 3 -- a b",
+                  "a --extra=x --number=3 --extra=-y b"):
         assert vars(made().parse(words.split())) == wanted
+    assert made().parse(["--", "a", "--resume"]).places == ["a", "--resume"]
 
 
 def test_overrides_stand_anywhere():
@@ -246,9 +251,9 @@ def is_environ(node):
 
 
 def variables():
-    """The environment variables that the package and the scripts read."""
-    found = {commands.SCRIPT}
-    for path in (ROOT / "fairseq_powernorm").rglob("*.py"):
+    """The environment variables that the commands and the scripts read."""
+    found = set()
+    for path in FOLDER.rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         constants = {target.id: node.value.value for node in ast.walk(tree) if isinstance(node, ast.Assign)
                      and isinstance(node.value, ast.Constant) for target in node.targets if isinstance(target, ast.Name)}
@@ -269,9 +274,13 @@ def variables():
 
 
 def test_the_environment_is_documented():
-    """The table of environment variables names those that the code reads, and no other."""
+    """The table of environment variables names all that commands and scripts read, and none that is read nowhere."""
     (table,) = re.findall(r"\n\| variable \|.*\n((?:\|.*\n)+)", README)
-    assert set(re.findall(r"^\| `(\w+)`", table, re.M)) == variables()
+    named = set(re.findall(r"`([A-Z_]+)`", "\n".join(line.split("|")[1] for line in table.splitlines())))
+    assert variables() <= named
+    package = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "fairseq_powernorm").rglob("*.py"))
+    for name in named - variables():
+        assert f'"{name}"' in package, name
 
 
 def test_every_script_is_documented():

@@ -39,4 +39,5 @@ def submit(options: Namespace) -> None:
 def table(directory: Path, records: Sequence[str]) -> List[str]:
     """The command that writes the table of the records that there are."""
     script = '. scripts/lib/common.sh; pn_python table "$@"'
-    return ["bash", "-c", script, "table", "--available", "--output", str(directory / "table.md"), *records]
+    words = ["--available", "--output", str(directory / "table.md"), *records]
+    return ["bash", "-c", script, "scripts/slurm/report.sbatch", *words]

@@ -77,7 +77,8 @@ def test_submit_refuses(scripts, with_slurm, tmp_path, monkeypatch):
     assert "--time 2: must be more than 150 s" in refused(*demo, "--time", "2")
     assert "is not prepared; run: scripts/prepare.sh ptb" in refused("ptb", "power")
     assert "optimization.max_updtae" in refused(*demo, "optimization.max_updtae=3")
-    assert "distributed_world_size is launch.sh's own" in refused(*demo, "distributed_training.distributed_world_size=2")
+    message = refused(*demo, "distributed_training.distributed_world_size=2")
+    assert "distributed_world_size is this command's own; use --nodes and --gpus" in message
     assert "without checkpoint.keep_interval_updates fills the disk" in refused(*demo, "checkpoint.keep_interval_updates=-1")
     assert "site file /none does not exist" in refused(*demo, "--site", "/none")
     (tmp_path / "site.sh").write_text("PN_CPUS_PER_TASK=many\n")
