@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .kernels.interface import LAYER_SCALE_EPS
-from .norms import RunningNorm
+from .norms import Norm, RunningNorm
 
 REFUSAL = "this model was folded for inference (--no-fold-norms turns that off) and cannot"
 
@@ -32,25 +32,32 @@ def refuse_loading() -> None:
     raise RuntimeError(f"{REFUSAL} load a state_dict: load the checkpoint into a new model, then fold that")
 
 
-class FoldedNorm(nn.Module):
+class FoldedNorm(Norm):
     """What is left of a norm: ``y = scale * u + shift``, where u is x divided by its root mean square per group.
 
     Args:
         dim: number of channels C
         groups: channel groups of the layer scale, 0 for none
         scale, shift: ``C``, or None where linear maps have taken them over
+        layout: see :class:`~.norms.layouts.Norm`
 
     Shape:
-        - input and output: ``... x C``. A padding mask is accepted and not needed.
+        - input and output: as ``layout`` says. A padding mask is accepted and not needed.
     """
 
     if TYPE_CHECKING:  # torch.jit.script would read annotations that are there
         scale: Optional[Tensor]
         shift: Optional[Tensor]
 
-    def __init__(self, dim: int, groups: int, scale: Optional[Tensor] = None, shift: Optional[Tensor] = None):
-        super().__init__()
-        self.dim = dim
+    def __init__(
+        self,
+        dim: int,
+        groups: int,
+        scale: Optional[Tensor] = None,
+        shift: Optional[Tensor] = None,
+        layout: Optional[str] = None,
+    ):
+        super().__init__(dim, layout=layout)
         self.groups = groups
         self.eps = LAYER_SCALE_EPS
         self.register_buffer("scale", scale)
@@ -58,9 +65,10 @@ class FoldedNorm(nn.Module):
         self.eval()
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, groups={self.groups}, affine={self.scale is not None}"
+        own = f"{self.dim}, groups={self.groups}, affine={self.scale is not None}"
+        return ", ".join(part for part in (own, super().extra_repr()) if part)
 
-    def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
+    def _normalize(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
         if not torch.jit.is_scripting():
             unchanged = self.groups == 0 and self.scale is None
             if not torch.jit.is_tracing() and x.device.type == "cpu" and not unchanged:
@@ -109,7 +117,7 @@ def fold_norms(model: nn.Module) -> nn.Module:
         for name, readers in find_readers().items():
             norm = owner.get_submodule(name)
             if isinstance(norm, RunningNorm) and _fold_into(readers, norm, times_used):
-                _replace(owner, name, FoldedNorm(norm.dim, norm.groups))
+                _replace(owner, name, FoldedNorm(norm.dim, norm.groups, layout=norm.layout))
     folded: Dict[RunningNorm, FoldedNorm] = {}
     for owner in list(model.modules()):
         for name, child in list(owner.named_children()):
@@ -128,7 +136,8 @@ def fold_norms(model: nn.Module) -> nn.Module:
 def _folded(norm: RunningNorm) -> FoldedNorm:
     """What stands in for a norm whose output is read by others than linear maps."""
     dtype = torch.promote_types(norm.iters.dtype, torch.float32)
-    return FoldedNorm(norm.dim, norm.groups, *(each.to(dtype) for each in norm.scale_and_shift()))
+    scale, shift = (each.to(dtype) for each in norm.scale_and_shift())
+    return FoldedNorm(norm.dim, norm.groups, scale, shift, layout=norm.layout)
 
 
 def _replace(owner: nn.Module, name: str, module: nn.Module) -> None:

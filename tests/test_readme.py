@@ -1,5 +1,6 @@
 """What the README says is true: its examples run, its tables match the code and the records."""
 import inspect
+import json
 import re
 import shlex
 import shutil
@@ -19,11 +20,24 @@ from fairseq_powernorm.options import (
     flag,
 )
 
-README = (toy.ROOT / "README.md").read_text(encoding="utf-8")
+README, PACKAGE, RESULTS = "README.md", "fairseq_powernorm/README.md", "results/README.md"
+NAMES = (README, PACKAGE, RESULTS, "scripts/README.md", "configs/README.md", "tests/checks/README.md", "CONTRIBUTING.md")
+TEXTS = {name: (toy.ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+def blocks(language, name=README):
+    return re.findall(rf"```{language}\n(.*?)```", TEXTS[name], re.S)
+
+
+def anchors(text):
+    """The anchors that a code host gives the headings."""
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_readme_is_read_to_the_end():
+    """The README has 150 lines at most; everything else stands in the folders' own."""
+    assert len(TEXTS[README].splitlines()) <= 150
 
 
 def test_the_module_example_runs():
@@ -55,11 +69,16 @@ def test_the_command_line_and_the_yaml_train_the_same_model(toy_data, tmp_path):
     losses = [toy.losses(done.stdout + done.stderr) for done in (plain, hydra)]
     assert sorted(losses[0]) == list(range(1, 11))
     assert losses[0] == losses[1]
+    (line,) = [block for block in blocks("bash") if block.startswith("fairseq-generate")]
+    words = shlex.split(line.replace("\\\n", " "))
+    words[1], words[words.index("--path") + 1] = toy_data, tmp_path / "plain" / "checkpoint_last.pt"
+    assert "BLEU4 = " in toy.command(*words, "--cpu", "--num-workers", 0).stdout
 
 
 def test_the_table_of_flags_is_complete():
     """Every norm option of models and tasks stands in the table with its default, and nothing else that looks like one."""
-    in_table = set(re.findall(r"`(--(?:(?:norm|no-fold|encoder-norm|decoder-norm|tensorized)-[a-z-]+|post-norm))`", README))
+    text = TEXTS[PACKAGE]
+    in_table = set(re.findall(r"`(--(?:(?:norm|no-fold|encoder-norm|decoder-norm|tensorized)-[a-z-]+|post-norm))`", text))
     tensorized = {flag(name) for name in TensorizedLMPNConfig.__dataclass_fields__ if name.startswith("tensorized")}
     norms = {flag(name) for name in NORM_FIELDS + STATISTICS_FIELDS + INFERENCE_FIELDS}
     assert len(tensorized) == 4 and in_table == norms | {"--post-norm"} | tensorized
@@ -69,29 +88,37 @@ def test_the_table_of_flags_is_complete():
     defaults = {**own, **vars(StatisticsOptions())}
     named = ("norm_alpha_fwd", "norm_warmup_updates", "norm_variant", "norm_eps", "norm_sync", "norm_record_interval")
     for name in named:
-        row = next(row for row in README.split("\n") if row.startswith("|") and flag(name) in row)
+        row = next(row for row in text.split("\n") if row.startswith("|") and flag(name) in row)
         assert re.search(rf"\(`?{re.escape(str(defaults[name]).replace('1e-05', '1e-5'))}`?\)", row), row
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\(((?!http)[^)#]+)\)", README))
-def test_links_lead_somewhere(target):
-    """Each relative link names a file of the repository."""
-    assert (toy.ROOT / target).exists()
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_somewhere(name):
+    """Each relative link names a file of the repository, and a heading in it where it has an anchor."""
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]*))?\)", TEXTS[name]):
+        path = (toy.ROOT / name).parent / target if target else toy.ROOT / name
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), f"{target}#{anchor}"
 
 
 def test_the_results_are_those_of_the_records(tmp_path):
     """The tables of results are what the command that the README names writes; it fails if a record says otherwise."""
-    command = re.search(r"`(python -m fairseq_powernorm\.experiments\.report --readme)`", README)[1].split()
-    assert toy.command(*command, "--check").stdout == "README.md is that of its records\n"
+    command = re.search(r"`(python -m fairseq_powernorm\.experiments\.report --readme)`", TEXTS[RESULTS])[1].split()
+    names = ("README.md", "results/README.md")
+    assert toy.command(*command, "--check").stdout == "".join(f"{name} is that of its records\n" for name in names)
     for name in ("fairseq_powernorm", "configs", "results"):
         shutil.copytree(toy.ROOT / name, tmp_path / name)
-    record = tmp_path / "results" / "multi30k" / "power-seed1.json"
-    record.write_text(record.read_text().replace('"score": 40.25092547103771', '"score": 41.25092547103771'))
-    (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    record = tmp_path / "results" / "multi30k" / "power-605-seed1.json"
+    score = json.loads(record.read_text())["bleu_tokenized"]["score"]
+    record.write_text(record.read_text().replace(f'"score": {score}', f'"score": {score + 30}'))
+    (tmp_path / "README.md").write_text(TEXTS[README], encoding="utf-8")
     assert toy.command(*command, "--check", cwd=tmp_path, check=False).returncode == 1
     toy.command(*command, cwd=tmp_path)
-    written = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert written == README.replace("| 1 | 40.25 |", "| 1 | 41.25 |") != README
+    for name in names:
+        written = (tmp_path / name).read_text(encoding="utf-8")
+        changed = [row for row, old in zip(written.splitlines(), TEXTS[name].splitlines()) if row != old]
+        (row,) = changed
+        assert row.startswith("| multi30k | power | encoder | yes | reference | 605 | 1, 2, 3 |")
     record.write_text("{}")
     assert "is not a valid record" in toy.command(*command, cwd=tmp_path, check=False).stderr
-    assert (tmp_path / "README.md").read_text(encoding="utf-8") == written
+    assert (tmp_path / names[-1]).read_text(encoding="utf-8") == written

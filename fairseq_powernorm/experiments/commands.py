@@ -9,8 +9,10 @@ import argparse
 import contextlib
 import difflib
 import errno
+import inspect
 import os
 import re
+import shutil
 import signal
 import sys
 import textwrap
@@ -99,16 +101,16 @@ class Parser(argparse.ArgumentParser):
     :class:`UserError` of one line, which says what would have been right: for an option that is fairseq's, the override.
 
     Args:
-        description: what the command does; lines as they are to be shown
+        description: what the command does, in paragraphs; one with indented lines is shown as it is
         epilog: what it leaves behind, and how it goes on
         subcommand: a first word of the command line that belongs to the command's name, where no script stands for it
     """
 
-    def __init__(self, description: str, epilog: str = "", *, subcommand: str = ""):
+    def __init__(self, description: str, *epilog: str, subcommand: str = ""):
         prog = called_as()
         super().__init__(
             prog=prog if os.environ.get(SCRIPT) else f"{prog} {subcommand}".rstrip(),
-            description=textwrap.dedent(description).strip(), epilog=textwrap.dedent(epilog).strip(),
+            description=_paragraphs(description), epilog="\n\n".join(map(_paragraphs, epilog)),
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=24),
             allow_abbrev=False, add_help=False,
         )  # fmt: skip
@@ -116,6 +118,7 @@ class Parser(argparse.ArgumentParser):
         self._options: Dict[str, argparse.Action] = {}
         self._places: List[argparse.Action] = []
         self._own: Optional[Mapping[str, Optional[str]]] = None
+        self._about_overrides = ""
         self._titles["arguments"] = self.add_argument_group("arguments")  # before the options
         self.add("-h", "--help", help="show this text and exit", flag=True)
 
@@ -155,8 +158,8 @@ class Parser(argparse.ArgumentParser):
             if repeat:
                 keywords.update(action="append", default=default or [])
         if read is not None:
-            reader, name = read, keywords["metavar"].lower() if names[-1][0] != "-" else names[-1]
-            keywords["type"] = lambda text: reader(name, text)
+            reader = read
+            keywords["type"] = lambda text: reader(names[-1], text)
         if nargs is not None:
             keywords["nargs"] = nargs
         if group not in self._titles:
@@ -174,10 +177,7 @@ class Parser(argparse.ArgumentParser):
             help: what they change
             own: keys that the command sets itself -> what to use instead, if anything
         """
-        self._own = own or {}
-        self._titles["overrides"] = self.add_argument_group(
-            "overrides", f"  {help}".replace("%", "%%")
-        )
+        self._own, self._about_overrides = own or {}, help
 
     def format_usage(self) -> str:
         """The arguments that have a place; ``--help`` lists the options."""
@@ -190,6 +190,9 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """All that the command takes."""
+        if self._own is not None and "overrides" not in self._titles:
+            about = _paragraphs(f"KEY=VALUE: {self._about_overrides}").replace("%", "%%")
+            self._titles["overrides"] = self.add_argument_group("overrides", about)
         self.usage = self.format_usage()[len("usage: ") :].strip().replace("%", "%%")
         return super().format_help()
 
@@ -204,7 +207,7 @@ class Parser(argparse.ArgumentParser):
             self.print_help()
             sys.exit(0)
         if unknown:
-            raise UserError("; ".join(self._advice(*each, places) for each in unknown))
+            raise UserError("; ".join(self._advice(*each, arguments) for each in unknown))
         needed = [action for action in self._places if action.nargs in (None, "+")]
         usage = self.format_usage().strip()
         if len(places) < len(needed):
@@ -255,18 +258,27 @@ class Parser(argparse.ArgumentParser):
                 places.append(word)
         return options, places, found, unknown
 
-    def _advice(self, option: str, value: Optional[str], places: Sequence[str]) -> str:
+    def _advice(self, option: str, value: Optional[str], arguments: Sequence[str]) -> str:
         """What to use instead of an option that there is not."""
         names = [name for name in self._options if name.startswith("--")]
         near = difflib.get_close_matches(option, names, 1, 0.85)
         if not near and self._own is not None:
-            found = overrides.of_flag(option, value, places, self._own)
+            found = overrides.of_flag(option, value, arguments, self._own)
             if found:
                 return f"unknown option {option}; {found}"
         near = near or difflib.get_close_matches(option, names, 1, 0.6)
         if near:
             return f"unknown option {option}; did you mean {near[0]}?"
         return f"unknown option {option}; valid: {', '.join(names)}"
+
+
+def _paragraphs(text: str) -> str:
+    """Text whose paragraphs are filled, but for those with indented lines."""
+    width = max(40, shutil.get_terminal_size().columns - 4)
+    blocks = inspect.cleandoc(text).split("\n\n")
+    return "\n\n".join(
+        block if re.search("^ ", block, re.M) else textwrap.fill(block, width, break_on_hyphens=False) for block in blocks
+    )
 
 
 def _is_option(word: str) -> bool:
@@ -302,3 +314,21 @@ def add_norm(parser: Parser, nargs: Optional[str] = None) -> None:
 def add_seeds(parser: Parser, *names: str, default: Optional[str] = None, help: str = "seeds, such as 1,2,3") -> None:
     """--seeds LIST"""
     parser.add("--seeds", *names, metavar="LIST", help=help, read=seeds, default=default)
+
+
+def add_slurm(parser: Parser) -> None:
+    """The options of what is queued on a cluster, which stay texts: see :func:`.cluster.submission.check_options`."""
+    group = "on a cluster with SLURM"
+    parser.add("--nodes", metavar="N", group=group, help="nodes of each run; default: 1")
+    parser.add("--gpus", metavar="G", group=group,
+               help="GPUs of each run, all nodes together, with a rank (a task) each; default: one per node. An update "
+                    "takes as much as on one: they share out optimization.update_freq, which G must divide")
+    parser.add("--time", metavar="T", group=group,
+               help="time limit of a job, as sbatch takes it; default: the site's. A run may need longer: its job stops "
+                    "before the limit and requeues itself")
+    parser.add("--partition", metavar="P", group=group, help="default: the site's")
+    parser.add("--site", metavar="FILE", group=group,
+               help="the cluster's settings; default: $PN_SLURM_SITE, scripts/slurm/site.sh or, where that is missing, "
+                    "scripts/slurm/site.example.sh")
+    parser.add("--log-dir", metavar="DIR", group=group,
+               help="a log for each job; default: logs/ in the submission's directory")

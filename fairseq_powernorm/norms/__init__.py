@@ -1,7 +1,7 @@
 """Normalization layers: ``PowerNorm``, ``PowerNormV``, ``MaskedBatchNorm``, ``LayerNorm``, ``RMSNorm``.
 
-All are drop-in ``nn.Module``s called as ``norm(x, padding_mask=None)`` with ``x`` of shape ``T x B x C`` (``B x T x C`` with
-``batch_first=True``) or ``N x C`` and a bool mask of shape ``B x T`` (``N`` for two-dimensional input), True at padding.
+All are drop-in ``nn.Module``s called as ``norm(x, padding_mask=None)`` with ``x`` of shape ``T x B x C`` or ``N x C``
+(``layout`` chooses others) and a bool mask of shape ``B x T`` (``N`` for two-dimensional input), True at padding.
 They need torch and nothing else. Statistics are kept and computed in float32 (float64 for float64 input) whatever the dtype
 of the input and of the parameters.
 
@@ -13,6 +13,7 @@ into which the norm adds its sums, and applies them once per step.
 from .base import RunningNorm
 from .batch import MaskedBatchNorm
 from .layer import LayerNorm, RMSNorm
+from .layouts import LAYOUTS, Norm
 from .masks import MaskSlot
 from .power import VARIANTS, PowerNorm, SecondMomentNorm
 from .power_v import PowerNormV
@@ -20,11 +21,13 @@ from .registry import NORMS, build_norm, create_norm, default_groups, norm_optio
 from .staging import Stage, Sums, Switches
 
 __all__ = [
+    "LAYOUTS",
     "NORMS",
     "VARIANTS",
     "LayerNorm",
     "MaskSlot",
     "MaskedBatchNorm",
+    "Norm",
     "PowerNorm",
     "PowerNormV",
     "RMSNorm",

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from .. import functional, operators
 from ..kernels import eager
 from ..kernels.interface import transformed
-from .masks import MaskSlot, check_mask, valid_rows
+from .layouts import Norm
+from .masks import MaskSlot, valid_rows
 from .staging import Stage, Sums
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def size_of(x: Tensor) -> Tensor:
     return norm / x.size(-1)
 
 
-class RunningNorm(nn.Module):
+class RunningNorm(Norm):
     """Base of the norms with running statistics.
 
     A training batch yields sums, named in ``SUMS``; ``advance`` says what the running statistics become by them. Either
@@ -58,7 +59,7 @@ class RunningNorm(nn.Module):
         groups: channel groups of the layer scale ``u = x / sqrt(mean over the group of x^2 + 1e-5)`` that
             precedes the norm; 0 turns it off
         affine: learn ``weight`` and ``bias`` (``C``)
-        batch_first: three-dimensional input is ``B x T x C``, not ``T x B x C``
+        batch_first, layout: where the channels are, see :class:`~.layouts.Norm`
         device, dtype: of the parameters, torch's defaults if None; statistics are on that device and float32 or wider
 
     Raises:
@@ -88,10 +89,11 @@ class RunningNorm(nn.Module):
         groups: int,
         affine: bool,
         batch_first: bool,
+        layout: Optional[str] = None,
         device: Device = None,
         dtype: Optional[torch.dtype] = None,
     ):
-        super().__init__()
+        super().__init__(dim, batch_first=batch_first, layout=layout)
         if dim < 1:
             raise ValueError(f"dim={dim!r}: must be a positive number of channels")
         if not 0.0 <= eps < float("inf"):
@@ -102,11 +104,9 @@ class RunningNorm(nn.Module):
             raise ValueError(
                 f"groups={groups!r}: must be 0 (no layer scale) or divide the {dim} channels, one of {divisors}"
             )
-        self.dim = dim
         self.eps = eps
         self.alpha_fwd = alpha_fwd
         self.groups = groups
-        self.batch_first = batch_first
         #: set by a layer that knows the padding mask but whose code calls the norm without it
         self.mask_slot: Optional[MaskSlot] = None
         #: set by whoever applies the statistics instead of the norm
@@ -125,10 +125,11 @@ class RunningNorm(nn.Module):
         self.reset_parameters()
 
     def extra_repr(self) -> str:
-        return (
+        own = (
             f"{self.dim}, eps={self.eps}, alpha_fwd={self.alpha_fwd}, groups={self.groups}, "
-            f"affine={self.weight is not None}, batch_first={self.batch_first}"
+            f"affine={self.weight is not None}"
         )
+        return ", ".join(part for part in (own, super().extra_repr()) if part)
 
     @classmethod
     def default_groups(cls, heads: int, **options: object) -> int:
@@ -188,8 +189,8 @@ class RunningNorm(nn.Module):
         return state
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        earlier = {"batch_first": False, "_from_meta": False, "_constants": {}}  # pickled by an earlier version
+        super().__setstate__(state)
+        earlier = {"_from_meta": False, "_constants": {}}  # pickled by an earlier version
         for name, value in earlier.items():
             self.__dict__.setdefault(name, value)
         self._lock = threading.Lock()
@@ -263,12 +264,12 @@ class RunningNorm(nn.Module):
 
     # ------------------------------------------------------------------ calls
 
-    def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
-        """Normalize ``x``.
+    def _normalize(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
+        """Normalize rows, see :class:`~.layouts.Norm`.
 
         Args:
-            x: ``T x B x C`` (``B x T x C`` with ``batch_first``) or ``N x C``, float16, bfloat16, float32 or float64
-            padding_mask: ``B x T`` (``N`` for two-dimensional input) bool, True at padding
+            x: float16, bfloat16, float32 or float64
+            padding_mask: True at padding
 
         Returns:
             tensor of the shape and dtype of ``x``
@@ -277,31 +278,29 @@ class RunningNorm(nn.Module):
             ValueError: a shape, dtype or device does not fit
             RuntimeError: a training pass outside of ``RunningStatistics.batch()``, or under a transform that has no meaning
         """
-        if type(x) not in _PLAIN and isinstance(x, torch.fx.Proxy):  # symbolic tracing takes the norm as a whole
-            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, padding_mask), {})
         if self._from_meta:
             self._check_values()
         if x.is_nested:
             raise ValueError("input is a nested tensor: expected a dense one with a padding mask")
-        if x.dim() not in (2, 3) or x.size(-1) != self.dim:
-            layout = "B x T" if self.batch_first else "T x B"
-            raise ValueError(f"input of shape {tuple(x.shape)}: expected {layout} x {self.dim} or N x {self.dim}")
+        transposed = self.layout == "time_first"
+        if x.dim() < 2 or x.size(-1) != self.dim or (transposed and x.dim() > 3):
+            raise ValueError(self._wrong_shape(x))
         if x.dtype not in _INPUT_DTYPES:
             raise ValueError(f"input of dtype {x.dtype}: expected float16, bfloat16, float32 or float64")
         if x.layout is not torch.strided:
             raise ValueError(f"input of layout {x.layout}: expected a dense tensor, torch.strided")
-        transposed = x.dim() == 3 and not self.batch_first
+        transposed = transposed and x.dim() == 3
         if padding_mask is not None:
             if x.dim() == 2 and padding_mask.dim() == 2:  # N x 1: one column of N sentences of length 1
                 padding_mask = padding_mask.squeeze(1)
-            check_mask(padding_mask, x, batch_first=self.batch_first)
+            self._check_mask(padding_mask, x)
         if not self.training:
             return self._evaluate(x, padding_mask)
         special = transformed()
         if padding_mask is not None:
             valid = valid_rows(padding_mask, transposed)
         elif self.mask_slot is not None and (held := self.mask_slot.padding_mask) is not None:
-            check_mask(held, x, batch_first=self.batch_first)
+            self._check_mask(held, x)
             valid = valid_rows(held, transposed) if special else self.mask_slot.valid(transposed)
         else:
             valid = None

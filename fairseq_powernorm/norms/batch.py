@@ -39,12 +39,12 @@ class MaskedBatchNorm(ExactNorm):
         groups: channel groups of the layer scale before it, 0 for none
         variant: ``masked`` or ``reference``
         affine: learn ``weight`` and ``bias``
-        batch_first: three-dimensional input is ``B x T x C``
+        batch_first, layout: where the channels are, see :class:`~.layouts.Norm`
         device, dtype: of the parameters; statistics are on that device and float32 or wider
 
     Shape:
-        - input and output: ``T x B x C`` (``B x T x C`` with ``batch_first``) or ``N x C``
-        - ``padding_mask``: ``B x T`` or ``N``, bool, True at padding
+        - input and output: as ``layout`` says, or ``N x C``
+        - ``padding_mask``: the input's shape without C, batch first; bool, True at padding
 
     Raises:
         ValueError: an argument is outside its range, or ``groups`` does not divide ``dim``
@@ -67,6 +67,7 @@ class MaskedBatchNorm(ExactNorm):
         variant: str = "masked",
         affine: bool = True,
         batch_first: bool = False,
+        layout: Optional[str] = None,
         device: Device = None,
         dtype: Optional[torch.dtype] = None,
     ):
@@ -75,7 +76,7 @@ class MaskedBatchNorm(ExactNorm):
         alpha = ALPHA[variant] if alpha_fwd is None else alpha_fwd
         super().__init__(
             dim, eps=eps, alpha_fwd=alpha, groups=groups, affine=affine, batch_first=batch_first,
-            device=device, dtype=dtype,
+            layout=layout, device=device, dtype=dtype,
         )
         self.variant = variant
 
@@ -101,7 +102,7 @@ class MaskedBatchNorm(ExactNorm):
     def _evaluate(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
         buffers = self._buffers
         if self.variant == "reference" and padding_mask is not None:
-            x = self._filled(x, valid_rows(padding_mask, x.dim() == 3 and not self.batch_first))
+            x = self._filled(x, valid_rows(padding_mask, transposed=x.dim() == 3 and self.layout == "time_first"))
             groups = 0
         else:
             groups = self.groups

@@ -9,17 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Device
-from .masks import check_mask
+from .layouts import Norm
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(Norm, nn.LayerNorm):
     """torch's LayerNorm over the last dimension.
 
     Args:
         dim: number of channels C
         eps: added to the variance
         affine: learn ``weight`` and ``bias``
-        batch_first: the input is ``B x T x C``, not ``T x B x C``
+        batch_first, layout: where the channels are, see :class:`~.layouts.Norm`
         device, dtype: of the parameters
 
     Raises:
@@ -33,26 +33,29 @@ class LayerNorm(nn.LayerNorm):
         eps: float = 1e-5,
         affine: bool = True,
         batch_first: bool = False,
+        layout: Optional[str] = None,
         device: Device = None,
         dtype: Optional[torch.dtype] = None,
     ):
-        super().__init__(dim, eps=eps, elementwise_affine=affine, device=device, dtype=dtype)
-        self.batch_first = batch_first
+        super().__init__(
+            dim, batch_first=batch_first, layout=layout, normalized_shape=dim, eps=eps, elementwise_affine=affine,
+            device=device, dtype=dtype,
+        )  # fmt: skip
 
-    def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
+    def _normalize(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
         if not torch.jit.is_scripting():
-            check_mask(padding_mask, x, batch_first=self.batch_first)
+            self._check_mask(padding_mask, x)
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(Norm, nn.RMSNorm):
     """torch's RMSNorm over the last dimension (no bias).
 
     Args:
         dim: number of channels C
         eps: added to the mean square
         affine: learn ``weight``
-        batch_first: the input is ``B x T x C``, not ``T x B x C``
+        batch_first, layout: where the channels are, see :class:`~.layouts.Norm`
         device, dtype: of the parameters
 
     Raises:
@@ -66,14 +69,17 @@ class RMSNorm(nn.RMSNorm):
         eps: float = 1e-5,
         affine: bool = True,
         batch_first: bool = False,
+        layout: Optional[str] = None,
         device: Device = None,
         dtype: Optional[torch.dtype] = None,
     ):
-        super().__init__(dim, eps=eps, elementwise_affine=affine, device=device, dtype=dtype)
-        self.batch_first = batch_first
+        super().__init__(
+            dim, batch_first=batch_first, layout=layout, normalized_shape=dim, eps=eps, elementwise_affine=affine,
+            device=device, dtype=dtype,
+        )  # fmt: skip
 
-    def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
+    def _normalize(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
         if not torch.jit.is_scripting():
-            check_mask(padding_mask, x, batch_first=self.batch_first)
+            self._check_mask(padding_mask, x)
         # torch 2.4 gives the wider dtype of input and weight
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps).to(x.dtype)

@@ -12,8 +12,8 @@ def check_mask(padding_mask: Optional[Tensor], x: Tensor, *, batch_first: bool) 
     """Refuse a padding mask that does not fit the input ``x``.
 
     Args:
-        padding_mask: ``B x T`` for three-dimensional ``x``, else one bool for each row (``N``); None is fine
-        x: ``T x B x C`` (``B x T x C`` with ``batch_first``) or ``N x C``
+        padding_mask: ``B x T`` for three-dimensional ``x``, else one bool for each row (``N``, ``B x ...``); None is fine
+        x: ``T x B x C`` (``B x ... x C`` with ``batch_first``) or ``N x C``
         batch_first: see ``x``
 
     Raises:
@@ -26,9 +26,11 @@ def check_mask(padding_mask: Optional[Tensor], x: Tensor, *, batch_first: bool) 
     rows = x.shape[:-1]
     expected = rows[::-1] if len(rows) == 2 and not batch_first else rows
     if padding_mask.shape != expected:
+        names = {1: "N", 2: "B x T", 3: "B x H x W"}.get(len(rows), "B x ...")
+        order = "" if len(rows) < 2 else f" ({'batch' if batch_first else 'time'} first)"
         raise ValueError(
-            f"padding_mask of shape {tuple(padding_mask.shape)}: expected {tuple(expected)} "
-            f"({'B x T' if len(rows) > 1 else 'N'}) for an input of shape {tuple(x.shape)} (batch_first={batch_first})"
+            f"padding_mask of shape {tuple(padding_mask.shape)}: expected {tuple(expected)}, {names}, for an input with "
+            f"rows of shape {tuple(rows)}{order}"
         )
     if padding_mask.device != x.device:
         raise ValueError(f"padding_mask on {padding_mask.device}: expected it on {x.device}, as the input")

@@ -80,12 +80,12 @@ class PowerNorm(SecondMomentNorm):
         groups: channel groups of the layer scale (the authors use the number of attention heads), 0 for none
         variant: ``reference`` or ``algorithm2``
         affine: learn ``weight`` (gamma) and ``bias`` (beta)
-        batch_first: three-dimensional input is ``B x T x C``
+        batch_first, layout: where the channels are, see :class:`~.layouts.Norm`
         device, dtype: of the parameters; statistics are on that device and float32 or wider
 
     Shape:
-        - input and output: ``T x B x C`` (``B x T x C`` with ``batch_first``) or ``N x C``
-        - ``padding_mask``: ``B x T`` or ``N``, bool, True at padding
+        - input and output: as ``layout`` says, or ``N x C``
+        - ``padding_mask``: the input's shape without C, batch first; bool, True at padding
 
     Raises:
         ValueError: an argument is outside its range, or ``groups`` does not divide ``dim``
@@ -117,6 +117,7 @@ class PowerNorm(SecondMomentNorm):
         variant: str = "reference",
         affine: bool = True,
         batch_first: bool = False,
+        layout: Optional[str] = None,
         device: Device = None,
         dtype: Optional[torch.dtype] = None,
     ):
@@ -127,7 +128,7 @@ class PowerNorm(SecondMomentNorm):
             raise ValueError(f"variant={variant!r}: must be one of {', '.join(VARIANTS)}")
         super().__init__(
             dim, eps=eps, alpha_fwd=alpha_fwd, groups=groups, affine=affine, batch_first=batch_first,
-            device=device, dtype=dtype,
+            layout=layout, device=device, dtype=dtype,
         )
         self.alpha_bkw = alpha_bkw
         self.warmup_updates = warmup_updates

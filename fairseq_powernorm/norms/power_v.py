@@ -24,12 +24,12 @@ class PowerNormV(ExactNorm, SecondMomentNorm):
         alpha_fwd: weight of the old value in the running average of psi^2, in [0, 1]
         groups: channel groups of the layer scale before it, 0 for none
         affine: learn ``weight`` and ``bias``
-        batch_first: three-dimensional input is ``B x T x C``
+        batch_first, layout: where the channels are, see :class:`~.layouts.Norm`
         device, dtype: of the parameters; statistics are on that device and float32 or wider
 
     Shape:
-        - input and output: ``T x B x C`` (``B x T x C`` with ``batch_first``) or ``N x C``
-        - ``padding_mask``: ``B x T`` or ``N``, bool, True at padding
+        - input and output: as ``layout`` says, or ``N x C``
+        - ``padding_mask``: the input's shape without C, batch first; bool, True at padding
 
     Raises:
         ValueError: an argument is outside its range, or ``groups`` does not divide ``dim``
@@ -48,12 +48,13 @@ class PowerNormV(ExactNorm, SecondMomentNorm):
         groups: int = 1,
         affine: bool = True,
         batch_first: bool = False,
+        layout: Optional[str] = None,
         device: Device = None,
         dtype: Optional[torch.dtype] = None,
     ):
         super().__init__(
             dim, eps=eps, alpha_fwd=alpha_fwd, groups=groups, affine=affine, batch_first=batch_first,
-            device=device, dtype=dtype,
+            layout=layout, device=device, dtype=dtype,
         )
 
     def _batch_arguments(self) -> Tuple[Optional[Tensor], Tensor, functional.BatchSpec]:

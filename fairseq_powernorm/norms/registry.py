@@ -27,7 +27,7 @@ def load() -> Dict[str, Type[nn.Module]]:
 NORMS = load()
 
 #: options that a model decides, not a text
-BUILT_BY_THE_MODEL = ("batch_first", "device", "dtype")
+BUILT_BY_THE_MODEL = ("batch_first", "layout", "device", "dtype")
 #: options that may be given for norms of any name: each takes those that it has. All others are of one norm.
 SHARED = ("eps", "alpha_fwd", "alpha_bkw", "warmup_updates", "groups", "variant", "affine", *BUILT_BY_THE_MODEL)
 

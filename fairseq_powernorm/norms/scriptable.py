@@ -6,16 +6,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.interface import LAYER_SCALE_EPS
+from .layouts import Norm
 
 
-class Evaluation(nn.Module):
+class Evaluation(Norm):
     """Evaluation of a norm with running statistics, with its parameters and buffers under their own names.
 
     Args:
         norm: in evaluation
 
     Shape:
-        - input and output: ``... x C``. A padding mask is accepted and not needed.
+        - input and output: those of ``norm``. A padding mask is accepted and not needed.
     """
 
     if TYPE_CHECKING:  # the compiler would read annotations that are there
@@ -25,7 +26,7 @@ class Evaluation(nn.Module):
         bias: Optional[nn.Parameter]
 
     def __init__(self, norm: Any):
-        super().__init__()
+        super().__init__(norm.dim, layout=norm.layout)
         for name in ("weight", "bias"):
             self.register_parameter(name, getattr(norm, name))
         for name, buffer in norm.named_buffers(recurse=False):
@@ -40,7 +41,7 @@ class Evaluation(nn.Module):
         self.scale_eps: float = LAYER_SCALE_EPS
         self.train(mode=False)
 
-    def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
+    def _normalize(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
         u = x if x.dtype == torch.float64 else x.float()
         if self.groups > 0:
             shape = u.size()

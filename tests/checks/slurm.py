@@ -158,8 +158,9 @@ def check_same(run, other):
 
 
 def readme_command():
-    """The arguments of the submit.sh line in the README's section on clusters."""
-    section = re.search(r"^## Clusters\n(.*?)^## ", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)[1]
+    """The arguments of the submit.sh line in the section on clusters of the scripts' README."""
+    section = re.search(r"^## Clusters\n(.*?)^## ", (ROOT / "scripts" / "README.md").read_text(encoding="utf-8") + "\n## ",
+                        re.M | re.S)[1]
     line = re.search(r"^bash scripts/slurm/submit\.sh ((?:.*\\\n)*.*)$", section, re.M)[1]
     return shlex.split(line.replace("\\\n", " "), comments=True)
 

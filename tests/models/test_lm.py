@@ -543,8 +543,9 @@ def test_missing_data_is_named(tmp_path):
 
 
 def test_the_commands_of_the_readme(monkeypatch):
-    """Every command of the README's section on language models is one that fairseq parses, with the models it names."""
-    section = (toy.ROOT / "README.md").read_text(encoding="utf-8").split("## Language models")[1].split("\n## ")[0]
+    """Every command of the section on language models is one that fairseq parses, with the models it names."""
+    text = (toy.ROOT / "fairseq_powernorm" / "README.md").read_text(encoding="utf-8")
+    section = text.split("## Language models")[1].split("\n## ")[0]
     (block,) = re.findall(r"```bash\n(.*?)```", section, re.S)
     parsers = {
         "fairseq-preprocess": options.get_preprocessing_parser,

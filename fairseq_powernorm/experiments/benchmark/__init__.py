@@ -1,1 +1,1 @@
-"""Measures the norms against torch's LayerNorm: ``python scripts/benchmark.py``, see :mod:`.options`."""
+"""Measures the norms against torch's LayerNorm: ``python scripts/benchmark.py``."""

@@ -5,13 +5,26 @@ indexing, every intermediate result a tensor of its own, buffers of shape (1, C,
 holds its arithmetic to that of ``PowerNorm(variant="reference")``.
 """
 
+from typing import Any, Optional, Tuple
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, weight, bias, valid_rows, phi, ema_gz, alpha_fwd, alpha_bkw, eps):
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        valid_rows: Tensor,
+        phi: Tensor,
+        ema_gz: Tensor,
+        alpha_fwd: float,
+        alpha_bkw: float,
+        eps: float,
+    ) -> Tensor:
         channels = u.size(1)
         moment = (valid_rows * valid_rows).mean(dim=0).reshape(1, channels, 1, 1)
         z = u / (phi + eps).sqrt()
@@ -22,7 +35,7 @@ class _Function(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> Tuple[Optional[Tensor], ...]:
         z, moment, weight, ema_gz = ctx.saved_tensors
         alpha_bkw, eps = ctx.settings
         dz = dy * weight.reshape(1, -1, 1, 1)
@@ -37,14 +50,19 @@ class _Function(torch.autograd.Function):
 class AuthorsPowerNorm(nn.Module):
     """After its warm-up. x: T x B x C or N x C; padding_mask: B x T or N, True = padding."""
 
-    def __init__(self, dim, *, groups=1, alpha_fwd=0.9, alpha_bkw=0.9, eps=1e-5):
+    running_phi: Tensor
+    ema_gz: Tensor
+
+    def __init__(
+        self, dim: int, *, groups: int = 1, alpha_fwd: float = 0.9, alpha_bkw: float = 0.9, eps: float = 1e-5
+    ) -> None:
         super().__init__()
         self.groups, self.alpha_fwd, self.alpha_bkw, self.eps = groups, alpha_fwd, alpha_bkw, eps
         self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
         self.register_buffer("running_phi", torch.ones(1, dim, 1, 1))
         self.register_buffer("ema_gz", torch.zeros(1, dim, 1, 1))
 
-    def forward(self, x, padding_mask=None):
+    def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
         shape = x.shape
         if x.dim() == 2:
             x = x.unsqueeze(0)
@@ -58,7 +76,7 @@ class AuthorsPowerNorm(nn.Module):
         valid_rows = valid_rows.reshape(-1, channels)
         first = u.permute(1, 2, 0).contiguous().unsqueeze(-1)
         if self.training:
-            y = _Function.apply(
+            y: Tensor = _Function.apply(
                 first, self.weight, self.bias, valid_rows.detach(), self.running_phi, self.ema_gz, self.alpha_fwd,
                 self.alpha_bkw, self.eps,
             )

@@ -1,9 +1,12 @@
 """What is measured at each level: a cell is one size, dtype and pass, with all contenders in it."""
 import functools
 import itertools
+from argparse import Namespace
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import torch
 from fairseq.sequence_generator import SequenceGenerator
+from torch import Tensor
 
 from fairseq_powernorm.kernels.interface import TOLERANCE
 from fairseq_powernorm.norms import PowerNorm
@@ -14,8 +17,11 @@ from .models import model_functions, model_measure, sentences, translation_model
 from .options import PASSES
 from .timing import ROUNDS_OF_MODELS, DeviceEvents, clock, host_seconds, in_turns, peak_bytes, saved_bytes, summarize
 
+#: a cell of the record
+Cell = Dict[str, Any]
 
-def inputs(options, rows, channels, name):
+
+def inputs(options: Namespace, rows: int, channels: int, name: str) -> Tuple[Tensor, Tensor, Tensor]:
     """x, dy and a mask (True = padding) of about a fifth of the rows, on the device."""
     generator = torch.Generator().manual_seed(1)
     x, dy = (torch.randn(rows, channels, generator=generator).to(options.device, getattr(torch, name)) for _ in range(2))
@@ -24,12 +30,15 @@ def inputs(options, rows, channels, name):
     return x, dy, mask.to(options.device)
 
 
-def cell_of(options, level, which, rows, channels, dtype, masked):
+def cell_of(
+    options: Namespace, level: str, which: str, rows: int, channels: int, dtype: str, masked: bool
+) -> Cell:
+    """What a cell is, without its contenders."""
     return {"level": level, "pass": which, "rows": rows, "channels": channels, "dtype": dtype, "masked": masked,
             "device": options.device, "threads": torch.get_num_threads()}
 
 
-def accuracy_cells(options, say):
+def accuracy_cells(options: Namespace, say: Callable[[Cell], None]) -> Iterator[Cell]:
     """Largest errors of a training step of PN against the authors' arithmetic in float64, by the tolerance of a kernel."""
     for (rows, channels), name, masked in itertools.product(options.shapes, options.dtype, (False, True)):
         x, dy, mask = inputs(options, rows, channels, name)
@@ -38,9 +47,10 @@ def accuracy_cells(options, say):
         contenders = {}
         for groups in (g for g in options.groups if channels % g == 0):
             found = []
-            for kind, dtype in ((PowerNorm, x.dtype), (AuthorsPowerNorm, torch.float64)):
-                norm = kind(channels, groups=groups, **({"warmup_updates": 0} if kind is PowerNorm else {}))
-                norm = norm.to(options.device, None if kind is PowerNorm else torch.float64)
+            ours = PowerNorm(channels, groups=groups, warmup_updates=0).to(options.device)
+            theirs = AuthorsPowerNorm(channels, groups=groups).to(options.device, torch.float64)
+            norms: Tuple[Tuple[Any, torch.dtype], ...] = (ours, x.dtype), (theirs, torch.float64)
+            for norm, dtype in norms:
                 leaf = x.to(dtype, copy=True).requires_grad_()
                 y = norm(leaf, mask if masked else None)
                 y.backward(dy.to(dtype))
@@ -57,7 +67,8 @@ def accuracy_cells(options, say):
         yield {**cell, "contenders": contenders}
 
 
-def layer_cells(options, say):
+def layer_cells(options: Namespace, say: Callable[[Cell], None]) -> Iterator[Cell]:
+    """A norm alone."""
     on_gpu = options.device == "cuda"
     measure = DeviceEvents() if on_gpu else clock
     passes = [which for which in PASSES if which != "forward" or on_gpu]
@@ -83,10 +94,11 @@ def layer_cells(options, say):
             yield {**cell, "contenders": found}
 
 
-def encoder_cells(options, say):
+def encoder_cells(options: Namespace, say: Callable[[Cell], None]) -> Iterator[Cell]:
+    """One Transformer layer in training."""
     d, length, count = (64, 8, 4) if options.quick else (512, 32, 128)
 
-    def make(norm):
+    def make(norm: str) -> Callable[[], None]:
         model, running, _ = translation_model(norm, options, d, 2 * d, 1, 40)
         layer = model.encoder.layers[0].train()
         generator = torch.Generator().manual_seed(1)
@@ -95,7 +107,7 @@ def encoder_cells(options, say):
         x.requires_grad_()
         source, _, _ = sentences(options, count, length, 40, generator)
 
-        def function():
+        def function() -> None:
             x.grad = None
             layer.zero_grad()
             with running.batch():
@@ -110,13 +122,14 @@ def encoder_cells(options, say):
                                                     model_measure(options), ROUNDS_OF_MODELS))}
 
 
-def step_cells(options, say):
+def step_cells(options: Namespace, say: Callable[[Cell], None]) -> Iterator[Cell]:
+    """A whole update."""
     d, ffn, layers, symbols = (512, 1024, 6, 10000) if options.device == "cuda" else (256, 1024, 3, 8000)
     length, count = 32, 128
     if options.quick:
         d, ffn, layers, symbols, length, count = 16, 64, 3, 40, 8, 4
 
-    def make(norm):
+    def make(norm: str) -> Callable[[], None]:
         model, running, _ = translation_model(norm, options, d, ffn, layers, symbols)
         return update(options, model, running, count, length, symbols)
 
@@ -127,10 +140,11 @@ def step_cells(options, say):
                                                     ROUNDS_OF_MODELS))}
 
 
-def generation_cells(options, say):
+def generation_cells(options: Namespace, say: Callable[[Cell], None]) -> Iterator[Cell]:
+    """Beam search."""
     d, length, count, symbols = (16, 4, 2, 40) if options.quick else (256, 20, 32, 8000)
 
-    def make(norm):
+    def make(norm: str) -> Optional[Callable[[], None]]:
         if norm == "authors":
             return None
         model, _, dictionary = translation_model(norm, options, d, 4 * d, 3, symbols)
@@ -139,7 +153,7 @@ def generation_cells(options, say):
         search = SequenceGenerator([model.eval()], dictionary, beam_size=5, max_len_a=0, max_len_b=length, min_len=length)
         sample = {"net_input": {"src_tokens": source, "src_lengths": lengths}}
 
-        def function():
+        def function() -> None:
             with torch.no_grad():
                 search.generate([model], sample)
 

@@ -1,6 +1,7 @@
 """Whole models to time: a Transformer with each norm, its sentences, its optimizers."""
 from argparse import Namespace
 from types import SimpleNamespace
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from fairseq import models
@@ -9,6 +10,7 @@ from fairseq.dataclass.configs import FairseqConfig
 from fairseq.optim import FP16Optimizer
 from fairseq.optim.adam import FairseqAdamConfig
 from omegaconf import OmegaConf
+from torch import Tensor, nn
 
 import fairseq_powernorm.register  # noqa: F401
 from fairseq_powernorm.norms import PowerNorm
@@ -16,10 +18,12 @@ from fairseq_powernorm.statistics import RunningStatistics
 
 from .authors_norm import AuthorsPowerNorm
 from .contenders import on_kernel
-from .timing import clock, device_clock
+from .timing import Measure, clock, device_clock
 
 
-def translation_model(norm, options, d, ffn, layers, symbols):
+def translation_model(
+    norm: str, options: Namespace, d: int, ffn: int, layers: int, symbols: int
+) -> Tuple[Any, RunningStatistics, Any]:
     """A Transformer with the given norm everywhere, and what counts its statistics."""
     dictionary = Dictionary()
     for i in range(symbols):
@@ -30,14 +34,14 @@ def translation_model(norm, options, d, ffn, layers, symbols):
     places = {f"{side}_norm_{place}": kind for side in ("encoder", "decoder") for place in ("self", "ff")}
     torch.manual_seed(1)
     task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
-    model = models.build_model(Namespace(
+    model: Any = models.build_model(Namespace(
         _name="transformer_pn_iwslt_de_en", **sizes, **places, dropout=0.0, norm_warmup_updates=0,
         share_all_embeddings=True), task)
     if norm == "authors":
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, PowerNorm):
-                    theirs = AuthorsPowerNorm(child.dim, groups=child.groups)
+                    theirs: Any = AuthorsPowerNorm(child.dim, groups=child.groups)
                     theirs.forward = (lambda x, mask=None, slot=child.mask_slot, forward=theirs.forward:
                                       forward(x, slot.padding_mask if mask is None and slot is not None else mask))
                     setattr(module, name, theirs)
@@ -45,11 +49,14 @@ def translation_model(norm, options, d, ffn, layers, symbols):
     return model, RunningStatistics(model), dictionary
 
 
-def model_measure(options):
+def model_measure(options: Namespace) -> Measure:
+    """The clock that times whole models."""
     return device_clock if options.device == "cuda" else clock
 
 
-def sentences(options, count, length, symbols, generator):
+def sentences(
+    options: Namespace, count: int, length: int, symbols: int, generator: torch.Generator
+) -> Tuple[Tensor, Tensor, Tensor]:
     """Left-padded source and right-padded target of unequal lengths (pad = 1)."""
     lengths = torch.randint(max(1, length * 2 // 3), length + 1, (count,), generator=generator)
     lengths[0] = length
@@ -57,12 +64,14 @@ def sentences(options, count, length, symbols, generator):
     positions = torch.arange(length)
     source[positions >= lengths.unsqueeze(1)] = 1
     target[positions >= lengths.unsqueeze(1)] = 1
-    return [each.to(options.device) for each in (source.flip(1), lengths, target)]
+    return source.flip(1).to(options.device), lengths.to(options.device), target.to(options.device)
 
 
-def model_functions(options, make):
+def model_functions(
+    options: Namespace, make: Callable[[str], Optional[Callable[[], object]]]
+) -> Dict[str, Callable[[], object]]:
     """name -> function for each norm that a whole model can have."""
-    functions = {}
+    functions: Dict[str, Callable[[], object]] = {}
     for name in ("layer", "rms", "batch", "power", "power-torch", "authors"):
         if name != "layer" and name not in options.contenders:
             continue
@@ -78,26 +87,25 @@ def model_functions(options, make):
 class HalfPrecision:
     """Fairseq's own optimizer of --fp16: a float32 copy of the parameters, and a loss scale."""
 
-    def __init__(self, model, on_gpu):
+    def __init__(self, model: nn.Module, *, on_gpu: bool):
         config = OmegaConf.structured(FairseqConfig)
-        config.optimizer = OmegaConf.create(
-            {**OmegaConf.to_container(OmegaConf.structured(FairseqAdamConfig)), "lr": [1e-5]}
-        )
+        adam: Any = OmegaConf.to_container(OmegaConf.structured(FairseqAdamConfig))
+        config.optimizer = OmegaConf.create({**adam, "lr": [1e-5]})
         config.optimizer._name = "adam"
         config.common.fp16, config.common.fp16_no_flatten_grads = True, not on_gpu
         self.optimizer = FP16Optimizer.build_optimizer(config, [p for p in model.parameters() if p.requires_grad])
 
-    def zero_grad(self):
+    def zero_grad(self) -> None:
         self.optimizer.zero_grad()
 
     @property
-    def scale(self):
-        return self.optimizer.scaler.loss_scale
+    def scale(self) -> float:
+        return float(self.optimizer.scaler.loss_scale)
 
-    def backward(self, loss):
+    def backward(self, loss: Tensor) -> None:
         self.optimizer.backward(loss)
 
-    def step(self):
+    def step(self) -> None:
         try:
             self.optimizer.clip_grad_norm(1.0)
             self.optimizer.step()
@@ -110,29 +118,32 @@ class SinglePrecision:
 
     scale = 1.0
 
-    def __init__(self, model, on_gpu):
+    def __init__(self, model: nn.Module, *, on_gpu: bool):
         self.clip = torch.nn.utils.clip_grad_norm_
-        self.parameters = list(model.parameters())
+        self.parameters: List[nn.Parameter] = list(model.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=1e-5)
 
-    def zero_grad(self):
+    def zero_grad(self) -> None:
         self.optimizer.zero_grad()
 
-    def backward(self, loss):
+    def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self):
+    def step(self) -> None:
         self.clip(self.parameters, 1.0)
         self.optimizer.step()
 
 
-def update(options, model, running, count, length, symbols):
+def update(
+    options: Namespace, model: nn.Module, running: RunningStatistics, count: int, length: int, symbols: int
+) -> Callable[[], None]:
     """One update of a model on count sentences, as a function."""
     model.train()
-    optimizer = (HalfPrecision if options.model_dtype == "float16" else SinglePrecision)(model, options.device == "cuda")
+    kind: Any = HalfPrecision if options.model_dtype == "float16" else SinglePrecision
+    optimizer = kind(model, on_gpu=options.device == "cuda")
     source, lengths, target = sentences(options, count, length, symbols, torch.Generator().manual_seed(1))
 
-    def function():
+    def function() -> None:
         optimizer.zero_grad()
         with running.batch(gradient_scale=optimizer.scale):
             logits, _ = model(source, lengths, target)

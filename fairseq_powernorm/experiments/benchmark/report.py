@@ -1,15 +1,17 @@
 """A record as Markdown and as a figure."""
 import statistics
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Tuple
 
 from .options import CONTENDERS
 
 
-def named(contenders, name):
+def named(contenders: Mapping[str, Any], name: str) -> List[Tuple[str, Any]]:
     """The entries of a contender, whatever its groups."""
     return [(full, entry) for full, entry in contenders.items() if full == name or full.startswith(f"{name}-g")]
 
 
-def show(record):
+def show(record: Mapping[str, Any]) -> str:
     """The record as Markdown."""
     timed, accurate = [], []
     for cell in record["cells"]:
@@ -25,7 +27,7 @@ def show(record):
             host = f"{entry['host_seconds'] * 1e6:,.0f}" if "host_seconds" in entry else ""
             timed.append("| " + " | ".join([*words, f"{entry['seconds'] * 1e6:,.0f}", host,
                                             f"{entry['ratio']:.2f} ({low:.2f} - {high:.2f})", *optional]) + " |")
-    lines = []
+    lines: List[str] = []
     if timed:
         lines += [
             "| level | pass | rows x C | dtype | mask | threads | norm | time (us) | host (us) | / LayerNorm (quartiles) "
@@ -44,14 +46,14 @@ def show(record):
     return "\n".join(lines) + "\n"
 
 
-def draw(record, path):
+def draw(record: Mapping[str, Any], path: Path) -> None:
     """Ratios to LayerNorm: a panel for each level, pass and dtype, in it a row for each contender, in it a mark for each
     size, the median of its cells, with their range."""
     from matplotlib import ticker
 
     from ..reports.figures import png, pyplot
 
-    panels = {}
+    panels: Dict[Tuple[str, str, str], Dict[str, Dict[Tuple[int, int], List[float]]]] = {}
     for cell in record["cells"]:
         if cell["level"] == "accuracy":
             continue

@@ -1,5 +1,6 @@
 """What must be shown, and whether a record's numbers show it."""
 import statistics
+from typing import Any, Callable, Collection, Dict, List, Optional, Sequence, Tuple
 
 from .options import DTYPES
 from .report import named
@@ -7,7 +8,7 @@ from .report import named
 #: what must be shown on a device: description, level, pass, dtype, contender, numbers of rows, statistic over cells,
 #: bound of the ratio to LayerNorm
 LARGE, SMALL, ROW = {4096, 16384}, {512}, {1}
-TARGETS = {"cpu": [
+TARGETS: Dict[str, List[Tuple[Any, ...]]] = {"cpu": [
     ("training, float32, every cell", "layer", "train", "float32", "power", LARGE, max, 1.00),
     ("training, float32, median", "layer", "train", "float32", "power", LARGE, statistics.median, 0.70),
     ("training, bfloat16, every cell", "layer", "train", "bfloat16", "power", LARGE, max, 0.52),
@@ -33,19 +34,28 @@ SLOWER = [("authors' arithmetic, float32", "float32", 25.0), ("authors' arithmet
 SAVED = ("bytes saved for the backward pass / those of x", 1.01)
 
 
-def checks(cells):
+def checks(cells: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
     """Each target of the cells' device that they say something about: description, value, bound, is it met?"""
-    found = []
+    found: List[Dict[str, Any]] = []
     device = cells[0]["device"] if cells else "cpu"
 
-    def cells_of(level, which, dtype=None, rows=None):
+    def cells_of(
+        level: str, which: str, dtype: Optional[str] = None, rows: Optional[Collection[int]] = None
+    ) -> List[Dict[str, Any]]:
         return [cell for cell in cells if (cell["level"], cell["pass"]) == (level, which)
                 and (dtype is None or cell["dtype"] == dtype) and (rows is None or cell["rows"] in rows)]
 
-    def values(cells, contender, key):
+    def values(cells: Sequence[Dict[str, Any]], contender: str, key: str) -> List[float]:
         return [entry[key] for cell in cells for _, entry in named(cell["contenders"], contender)]
 
-    def judge(text, numbers, statistic, bound, at_least=False):
+    def judge(
+        text: str,
+        numbers: Sequence[float],
+        statistic: Callable[[Sequence[float]], float],
+        bound: float,
+        *,
+        at_least: bool = False,
+    ) -> None:
         if numbers:
             value = statistic(numbers)
             met = value >= bound if at_least else value <= bound

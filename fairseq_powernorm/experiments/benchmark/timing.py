@@ -2,11 +2,16 @@
 import ctypes
 import statistics
 import time
+from typing import Any, Callable, Collection, Dict, List, Mapping, Optional
 
 import torch
+from torch import Tensor
+
+#: seconds that a call takes
+Measure = Callable[[Callable[[], object]], float]
 
 
-def set_memory(fresh):
+def set_memory(*, fresh: bool) -> None:
     """Tell glibc to keep freed memory (or to give large blocks back at once); elsewhere nothing is changed."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -24,17 +29,22 @@ QUICK = 0.2
 ROUNDS_OF_MODELS = 15
 
 
-def clock(function):
+def clock(function: Callable[[], object]) -> float:
     """Seconds that a call takes, by the clock."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
-def device_clock(function):
+def device_clock(function: Callable[[], object]) -> float:
     """Seconds that a call takes on the GPU, its host's work included, by the clock."""
     torch.cuda.synchronize()
-    return clock(lambda: (function(), torch.cuda.synchronize()))
+
+    def until_done() -> None:
+        function()
+        torch.cuda.synchronize()
+
+    return clock(until_done)
 
 
 class DeviceEvents:
@@ -45,12 +55,12 @@ class DeviceEvents:
 
     BYTES, SECONDS = 1 << 28, 0.003
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.other = torch.empty(self.BYTES, dtype=torch.uint8, device="cuda")
         self.times = 1
         self.times = max(1, round(self.SECONDS / min(self(self.other.zero_) for _ in range(3))))
 
-    def __call__(self, function):
+    def __call__(self, function: Callable[[], object]) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for _ in range(self.times):
             self.other.zero_()
@@ -61,7 +71,7 @@ class DeviceEvents:
         return begin.elapsed_time(end) / 1000
 
 
-def host_seconds(function):
+def host_seconds(function: Callable[[], object]) -> float:
     """Seconds after which the host goes on while the GPU works on a call, median."""
     found = []
     for _ in range(11):
@@ -71,7 +81,13 @@ def host_seconds(function):
     return statistics.median(found)
 
 
-def in_turns(functions, seconds, slow=(), measure=clock, rounds=5):
+def in_turns(
+    functions: Mapping[str, Callable[[], object]],
+    seconds: float,
+    slow: Collection[str] = (),
+    measure: Measure = clock,
+    rounds: int = 5,
+) -> Dict[str, List[float]]:
     """name -> times in seconds, one per round; those named in `slow` take part in the first five rounds only.
 
     seconds: for how long, but at least that many rounds; 0: one round. A timed call follows an untimed one, where that is
@@ -80,7 +96,7 @@ def in_turns(functions, seconds, slow=(), measure=clock, rounds=5):
     for function in functions.values():
         function()
     quick = [name for name, function in functions.items() if seconds and clock(function) < QUICK]
-    times = {name: [] for name in functions}
+    times: Dict[str, List[float]] = {name: [] for name in functions}
     begin, order = time.perf_counter(), list(functions)
     number = 0
     while True:
@@ -95,31 +111,33 @@ def in_turns(functions, seconds, slow=(), measure=clock, rounds=5):
             return times
 
 
-def quartiles(values):
+def quartiles(values: List[float]) -> List[float]:
+    """First quartile, median and third quartile."""
     if len(values) < 2:
         return [values[0]] * 3
     return statistics.quantiles(values, n=4, method="inclusive")
 
 
-def summarize(times, must_move=None):
+def summarize(times: Dict[str, List[float]], must_move: Optional[int] = None) -> Dict[str, Dict[str, Any]]:
     """For each contender: time, ratio to LayerNorm and fraction of the bandwidth limit; medians and quartiles."""
     copy = statistics.median(times.pop("copy")) if "copy" in times else None
-    found = {}
+    found: Dict[str, Dict[str, Any]] = {}
     for name, values in times.items():
         low, middle, high = quartiles(values)
         ratios = quartiles([value / layer for value, layer in zip(values, times["layer"])])
         found[name] = {"seconds": middle, "seconds_quartiles": [low, high], "ratio": ratios[1],
                        "ratio_quartiles": [ratios[0], ratios[2]], "rounds": len(values)}
-        if copy is not None:
+        if copy is not None and must_move is not None:
             found[name]["bandwidth_fraction"] = copy * must_move / 2 / middle
     return found
 
 
-def saved_bytes(norm, x, mask):
+def saved_bytes(norm: Any, x: Tensor, mask: Optional[Tensor]) -> float:
     """Bytes of the storages kept for the backward pass, parameters left out, by those of x."""
-    known, kept = {p.untyped_storage().data_ptr() for p in norm.parameters()}, {}
+    known = {p.untyped_storage().data_ptr() for p in norm.parameters()}
+    kept: Dict[int, int] = {}
 
-    def pack(tensor):
+    def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             kept[storage.data_ptr()] = storage.nbytes()
@@ -131,7 +149,7 @@ def saved_bytes(norm, x, mask):
     return sum(kept.values()) / (x.numel() * x.element_size())
 
 
-def peak_bytes(call, x):
+def peak_bytes(call: Callable[[], object], x: Tensor) -> float:
     """Largest amount of memory that the call held at a time beyond what was there, by the bytes of x."""
     call()
     if x.is_cuda:
@@ -141,7 +159,8 @@ def peak_bytes(call, x):
         return (torch.cuda.max_memory_allocated() - before) / (x.numel() * x.element_size())
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    profiler: Any = profile.profiler
+    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()

@@ -5,83 +5,33 @@ scripts/slurm/submit.sh queues norms x seeds, the scripts that reproduce the tab
 
 import contextlib
 import os
-import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from ..directories import in_use
 from ..errors import UserError, number
 from ..paths import ROOT, data_root, runs_root
-from ..runs import batch, launch, train
+from ..runs import batch, claims, launchers, train
 from ..settings import prepared
 from . import slurm
+from .site import SCRIPTS, Site
 
-HERE = ROOT / "scripts" / "slurm"
-SITE = ("PN_ACCOUNT", "PN_PARTITION", "PN_TIME", "PN_CPUS_PER_TASK", "PN_GRES", "PN_WARNING")
 OPTIONS = ("nodes", "gpus", "time", "partition", "site", "log-dir")
 
 
-def check_options(options):
+def check_options(options: Namespace) -> None:
     """Makes numbers of --nodes and --gpus; refuses what cannot be."""
     options.nodes = number("--nodes", options.nodes or "1", 1)
     options.gpus = number("--gpus", options.gpus or str(options.nodes), 1)
     if options.gpus % options.nodes:
         raise UserError(f"--gpus {options.gpus} cannot be divided among --nodes {options.nodes}: it is the number of "
                         f"GPUs of all nodes together, and each node has as many as the others")
-
-
-def seconds(option, text):
-    """The length of a time as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
-    found = re.fullmatch(r"(?:([0-9]+)-)?([0-9]+)(?::([0-9]+))?(?::([0-9]+))?", text)
-    if not found:
-        raise UserError(f"{option} {text!r} is no time limit; valid: MINUTES, HOURS:MINUTES:SECONDS, DAYS-HOURS")
-    days, first, second, third = (int(group or 0) for group in found.groups())
-    if found[1] is not None or found[4] is not None:
-        return days * 86400 + first * 3600 + second * 60 + third
-    return first * 60 + second
-
-
-class Site:
-    """A cluster's settings: those of site.example.sh where the file does not give its own."""
-
-    def __init__(self, options):
-        chosen = options.site or os.environ.get("PN_SLURM_SITE")
-        usual = HERE / "site.sh"
-        self.path = Path(os.path.abspath(chosen or (usual if usual.exists() else HERE / "site.example.sh")))
-        if not self.path.is_file():
-            raise UserError(f"site file {self.path} does not exist; copy scripts/slurm/site.example.sh there")
-        # what the file itself prints goes to stderr
-        script = ("exec 3>&1 >&2; set -eu; . \"$1\"; . \"$2\"; printf '%s\\0' " + " ".join(f'"${name}"' for name in SITE)
-                  + ' "${#PN_CONTAINER[@]}" ${PN_SBATCH[@]+"${PN_SBATCH[@]}"} >&3')
-        done = subprocess.run(["bash", "-c", script, "site", str(HERE / "site.example.sh"), str(self.path)],
-                              capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        values = done.stdout.split("\0")[:-1]
-        if done.returncode or len(values) <= len(SITE):
-            raise UserError(f"site file {self.path} does not work: "
-                            f"{' '.join(done.stderr.split()) or f'exit status {done.returncode}'}")
-        self.account, self.partition, self.time, cpus, self.gres, warning, container = values[:7]
-        self.sbatch = values[7:]
-        self.cpus, self.warning = (number(f"{name} of {self.path}", value, 1) for name, value in (
-            ("PN_CPUS_PER_TASK", cpus), ("PN_WARNING", warning)))
-        self.container = container != "0"
-        self.partition = options.partition or self.partition
-        option, limit = ("--time", options.time) if options.time else (f"PN_TIME of {self.path}", self.time)
-        # SLURM looks every half minute and warns as much earlier
-        if limit and seconds(option, limit) <= self.warning + 30:
-            raise UserError(f"{option} {limit}: must be more than {self.warning + 30} s, for a job stops and requeues "
-                            f"itself {self.warning} s before its limit (PN_WARNING of {self.path}), and up to 30 s earlier")
-        self.time = limit
-
-    def options(self, per_node):
-        """The options of sbatch that every job has."""
-        chosen = [("account", self.account), ("partition", self.partition), ("time", self.time),
-                  ("cpus-per-task", self.cpus), ("gres", f"{self.gres}:{per_node}" if self.gres else "")]
-        return [*(f"--{name}={value}" for name, value in chosen if value), *self.sbatch]
 
 
 class Run:
@@ -91,14 +41,16 @@ class Run:
     run's directory; record: the file to which evaluate.sh copies the record, or None
     """
 
-    def __init__(self, words, evaluation=None, record=None):
+    def __init__(
+        self, words: List[str], evaluation: Optional[List[str]] = None, record: Optional[Path] = None
+    ):
         self.options, self.config = train.parse(words)
         self.benchmark = self.options.benchmark
         self.directory = train.run_directory(self.options, self.config)
         self.record = record
         self.arguments = [*words, *([] if self.options.run_dir else ["--run-dir", str(self.directory)])]
         self.evaluation = evaluation or [self.benchmark, str(self.directory)]
-        launch.Launcher().check_overrides(self.options.overrides)
+        launchers.Launcher().check_overrides(self.options.overrides)
 
 
 class Submission:
@@ -108,7 +60,15 @@ class Submission:
     given the submission's directory; after: jobs of others that the report is to wait for
     """
 
-    def __init__(self, label, options, runs, report, resume, after=()):
+    def __init__(
+        self,
+        label: str,
+        options: Namespace,
+        runs: Sequence[Run],
+        report: Callable[[Path], List[str]],
+        resume: bool,
+        after: Iterable[str] = (),
+    ):
         self.options, self.runs, self.resume = options, runs, resume
         self.site = Site(options)
         self.directory = runs_root() / "slurm" / f"{label}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
@@ -116,10 +76,10 @@ class Submission:
         self.logs = Path(os.path.abspath(options.log_dir)) if options.log_dir else self.directory / "logs"
         self.report, self.after = report(self.directory), list(after)
 
-    def check(self, dry_run=False):
+    def check(self, dry_run: bool = False) -> None:
         """Refuses whatever would fail. dry_run: without SLURM."""
-        twice = [run.directory for run in self.runs]
-        twice = sorted({str(name) for name in twice if twice.count(name) > 1})
+        directories = [run.directory for run in self.runs]
+        twice = sorted(str(name) for name in set(directories) if directories.count(name) > 1)
         if twice:
             raise UserError(f"two runs of this submission have the directory {twice[0]}; each norm and each seed only once")
         data = {benchmark: prepared(benchmark)[0] for benchmark in sorted({run.benchmark for run in self.runs})}
@@ -137,9 +97,9 @@ class Submission:
             for command in (self.training(), self.evaluation("1"), self.reporting("1")):
                 slurm.check_options(command)
 
-    def check_runs(self, dry_run):
+    def check_runs(self, dry_run: bool) -> None:
         """Refuses runs that are there, in use or queued."""
-        queue = {}
+        queue: slurm.Queue = {}
         with contextlib.suppress(*((UserError,) if dry_run else ())):
             queue = slurm.tasks()
         for run in self.runs:
@@ -147,13 +107,13 @@ class Submission:
                 raise UserError(f"{run.directory} exists already; --resume goes on with it")
             if in_use(run.directory):
                 raise UserError(f"another process is at work in {run.directory}")
-            for job in launch.jobs_of(run.directory, queue):
+            for job in claims.jobs_of(run.directory, queue):
                 raise UserError(f"{run.directory} belongs to job {job.job}, which is {job.state}; "
                                 f"scancel {job.job} ends it")
 
-    def check_settings(self, data):
+    def check_settings(self, data: Dict[str, Path]) -> None:
         """Refuses settings that build no model, and runs that were started with others; says what an update takes."""
-        built = {}
+        built: Dict[Tuple[str, str, str], Any] = {}
         for run in self.runs:
             facts = train.started(run.options, data[run.benchmark], run.directory)
             key = (run.benchmark, run.options.arch, run.options.norm)
@@ -174,7 +134,7 @@ class Submission:
             print(f"each run of {arch}: {self.options.nodes} node(s) x {ranks} rank(s); "
                   f"{batch.described(config, self.options.gpus)}")
 
-    def files(self):
+    def files(self) -> Dict[str, str]:
         """What stands in the submission's directory: name -> text. Task i of an array takes line i + 1."""
         return {
             "tasks": "".join(shlex.join(run.arguments) + "\n" for run in self.runs),
@@ -185,31 +145,33 @@ class Submission:
                 *([] if self.site.container else [("PYTHON", sys.executable)]))),
         }
 
-    def job(self, script, *options, nodes=1, ranks=1, name=None):
+    def job(self, script: str, *options: str, nodes: int = 1, ranks: int = 1, name: Optional[str] = None) -> List[str]:
         """The command that queues a batch script."""
         return ["sbatch", "--parsable", f"--job-name={name or self.name}", "--export=ALL", *options, f"--nodes={nodes}",
-                f"--ntasks-per-node={ranks}", *self.site.options(ranks), str(HERE / script), str(ROOT),
+                f"--ntasks-per-node={ranks}", *self.site.options(ranks), str(SCRIPTS / script), str(ROOT),
                 str(self.directory)]
 
-    def training(self):
+    def training(self) -> List[str]:
+        """The command that queues the training of all runs."""
         return self.job("train.sbatch", "--hold", f"--array=0-{len(self.runs) - 1}",
                         f"--signal=B:USR1@{self.site.warning}", f"--output={self.logs}/%A_%a.log",
                         nodes=self.options.nodes, ranks=self.options.gpus // self.options.nodes)
 
-    def evaluation(self, array):
-        """Each task waits for the task of the same number to end well (afterok, task by task)."""
+    def evaluation(self, array: str) -> List[str]:
+        """The command that queues the evaluations: each task waits for that of the same number to end well."""
         return self.job("evaluate.sbatch", f"--array=0-{len(self.runs) - 1}", f"--dependency=aftercorr:{array}",
                         "--kill-on-invalid-dep=yes", f"--output={self.logs}/%A_%a-evaluation.log",
-                        name=self.name + launch.EVALUATION)
+                        name=self.name + claims.EVALUATION)
 
-    def reporting(self, evaluations):
+    def reporting(self, evaluations: str) -> List[str]:
+        """The command that queues the report, to begin when all evaluations have ended."""
         return self.job("report.sbatch", f"--dependency=afterany:{':'.join([evaluations, *self.after])}",
                         f"--output={self.logs}/%j-report.log", name=f"{self.name}-report")
 
-    def show(self):
+    def show(self) -> None:
         """Prints the batch scripts, all files and the commands."""
         for name in ("train.sbatch", "evaluate.sbatch", "report.sbatch", "job.sh"):
-            print(f"# ---- scripts/slurm/{name}\n{(HERE / name).read_text(encoding='utf-8')}")
+            print(f"# ---- scripts/slurm/{name}\n{(SCRIPTS / name).read_text(encoding='utf-8')}")
         for name, text in self.files().items():
             print(f"# ---- {self.directory}/{name}\n{text}")
         print("# ---- commands; TRAINING and EVALUATION are the numbers that the first two print")
@@ -217,16 +179,17 @@ class Submission:
                         ["scontrol", "release", "TRAINING"]):
             print(shlex.join(command))
 
-    def queue(self, what):
+    def queue(self, what: str) -> None:
         """Writes the submission and queues its jobs: all of them or, should one be refused, none. what: the report"""
         self.directory.mkdir(parents=True)
-        jobs, claims = [], []
+        jobs: List[str] = []
+        claimed: List[Path] = []
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
             for name, text in self.files().items():
                 (self.directory / name).write_text(text, encoding="utf-8")
             for task, run in enumerate(self.runs):
-                claims.append(launch.write_claim(run.directory, self.name, task))
+                claimed.append(claims.write_claim(run.directory, self.name, task))
             jobs.append(slurm.sbatch(self.training()))
             jobs.append(slurm.sbatch(self.evaluation(jobs[0])))
             jobs.append(slurm.sbatch(self.reporting(jobs[1])))
@@ -235,7 +198,7 @@ class Submission:
             for job in jobs:
                 with contextlib.suppress(UserError):
                     slurm.client("scancel", job)
-            for claim in claims:
+            for claim in claimed:
                 claim.unlink()
             shutil.rmtree(self.directory, ignore_errors=True)
             raise
@@ -246,7 +209,7 @@ class Submission:
               f"logs: {self.logs}\nhow they are doing: scripts/status.sh; end them: scancel {' '.join(jobs)}")
 
 
-def check_writable(what, directory):
+def check_writable(what: str, directory: Path) -> None:
     """Refuses a directory in which, once it is made, no file can be written; leaves nothing."""
     existing = directory
     while not existing.exists():

@@ -1,38 +1,50 @@
-"""Queues an array of runs on a cluster with SLURM: see scripts/slurm/submit.sh."""
+"""Queues an array of runs on a cluster with SLURM."""
 
-import argparse
 import os
+from argparse import Namespace
 from pathlib import Path
+from typing import List, Sequence
 
-from ..errors import UserError, seeds
-from ..runs import compose, train
-from ..settings import norm_name
+from ..commands import Parser, add_benchmark, add_norm, add_seeds, add_slurm
+from ..errors import UserError
+from ..overrides import by_key
+from ..runs import train
 from . import submission
 
 
-def parse(arguments):
-    parser = argparse.ArgumentParser(prog="scripts/slurm/submit.sh", add_help=False, allow_abbrev=False)
-    parser.add_argument("benchmark")
-    for name in ("arch", "placement", "array-seeds", "records", *submission.OPTIONS):
-        parser.add_argument(f"--{name}")
-    for name in ("tensorboard", "resume", "dry-run"):
-        parser.add_argument(f"--{name}", action="store_true")
-    parser.add_argument("words", nargs="*")
-    options = parser.parse_intermixed_args(arguments)
-    options.norms = [word for word in options.words if "=" not in norm_name(word) and not word.startswith("~")]
-    options.overrides = [word for word in options.words if word not in options.norms]
-    if not options.norms:
-        raise UserError(f"which norms? submit.sh {options.benchmark} NORM...; valid: {', '.join(train.NORMS)}")
+def parse(arguments: Sequence[str]) -> Namespace:
+    """The options of the command line."""
+    parser = Parser(
+        """
+        Queues training of one or more norms, with one or more seeds, on a cluster with SLURM: an array with a job for
+        each run, one that evaluates each run once it has ended well, and, behind all of these, a job that makes the
+        table.
+        """,
+        """
+        Everything is checked before anything is queued. A submission has a directory, runs/slurm/BENCH-DATE-TIME
+        ($PN_RUNS_ROOT): tasks and evaluations (the arguments of each job), logs/ and, in the end, table.md, which lacks
+        the runs that failed. Runs lie where scripts/train.sh puts them. scripts/status.sh shows how they are doing;
+        scancel ends them.
+        """)
+    add_benchmark(parser, "the benchmark, prepared by scripts/prepare.sh")
+    add_norm(parser, "+")
+    add_seeds(parser, "--array-seeds", help="a run of each norm for each of these seeds, such as 1,2,3; default: "
+                                            "common.seed of configs/BENCH.yaml")
+    parser.add("--resume", flag=True, help="go on with runs that are there, and start those that are not")
+    train.add_training(parser)
+    parser.add("--records", metavar="DIR", help="evaluate.sh's record of each run, copied to DIR/RUN.json")
+    parser.add("--dry-run", flag=True,
+               help="print the batch scripts and the commands, queue nothing; needs no SLURM")
+    add_slurm(parser)
+    options = parser.parse(arguments)
     submission.check_options(options)
-    options.seeds = []
-    if options.array_seeds is not None:
-        if "common.seed" in compose.by_key(options.overrides):
-            raise UserError("--array-seeds and the override common.seed both choose the seed; give one of them")
-        options.seeds = seeds("--array-seeds", options.array_seeds)
+    if options.seeds is not None and "common.seed" in by_key(options.overrides):
+        raise UserError("--array-seeds and the override common.seed both choose the seed; give one of them")
     return options
 
 
-def submit(arguments):
+def submit(arguments: Sequence[str]) -> None:
+    """Queues the runs, or prints what would be queued."""
     options = parse(arguments)
     runs = []
     for norm in options.norms:
@@ -59,7 +71,7 @@ def submit(arguments):
         queued.queue(f"the table, {queued.directory / 'table.md'}")
 
 
-def table(directory, records):
+def table(directory: Path, records: Sequence[str]) -> List[str]:
     """The command that writes the table of the records that there are."""
     script = '. scripts/lib/common.sh; pn_python table "$@"'
     return ["bash", "-c", script, "table", "--available", "--output", str(directory / "table.md"), *records]

@@ -2,7 +2,7 @@
 
 python -m fairseq_powernorm.experiments.report --readme [--check]
 
-writes the tables of README.md: between <!-- records: PATTERN... --> and <!-- end of records --> the table of the
+writes the tables of the READMEs: between <!-- records: PATTERN... --> and <!-- end of records --> the table of the
 records that the patterns name, or what a record of scripts/benchmark.py says in short. With --check it changes nothing
 and fails if a table is not that of its records.
 """
@@ -396,8 +396,10 @@ def as_html(subject, parts, missing, records):
         by_seed=by_seed, by_seed_heading=BY_SEED, of_t=of_t, t_heading=T_TEST)
 
 
-# ---- README.md -------------------------------------------------------------------------------------------------------
+# ---- READMEs ----------------------------------------------------------------------------------------------------------
 
+#: the files with tables of records
+READMES = ("README.md", "results/README.md")
 BLOCK = re.compile(r"(<!-- records: (.*?) -->\n)(.*?)(<!-- end of records -->)", re.S)
 
 
@@ -407,21 +409,23 @@ def readme(arguments):
     parser.add_argument("--readme", action="store_true", required=True)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    wanted = BLOCK.sub(lambda block: block[1] + tables_of(block[2].split()) + block[4], text)
-    if "<!-- records: " not in text:
-        raise UserError(f"{path} has no <!-- records: PATTERN... -->")
-    if wanted == text:
-        print("README.md is that of its records")
-    elif options.check:
-        print("README.md is not that of its records; python -m fairseq_powernorm.experiments.report --readme writes it",
-              file=sys.stderr)
-        return 1
-    else:
-        write_whole(path, wanted.encode())
-        print("README.md written")
-    return 0
+    stale = 0
+    for name in READMES:
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        wanted = BLOCK.sub(lambda block: block[1] + tables_of(block[2].split()) + block[4], text)
+        if "<!-- records: " not in text:
+            raise UserError(f"{path} has no <!-- records: PATTERN... -->")
+        if wanted == text:
+            print(f"{name} is that of its records")
+        elif options.check:
+            print(f"{name} is not that of its records; python -m fairseq_powernorm.experiments.report --readme writes it",
+                  file=sys.stderr)
+            stale = 1
+        else:
+            write_whole(path, wanted.encode())
+            print(f"{name} written")
+    return stale
 
 
 def tables_of(patterns):

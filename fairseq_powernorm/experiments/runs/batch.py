@@ -5,6 +5,7 @@ many ranks there are: each of R ranks gathers update_freq / R batches.
 """
 
 import math
+from typing import Any, List, Sequence, Tuple
 
 from ..errors import UserError
 from ..settings import is_lm
@@ -12,7 +13,7 @@ from ..settings import is_lm
 SIZES = ("dataset.max_tokens", "dataset.batch_size")
 
 
-def update_freq(config, ranks=1):
+def update_freq(config: Any, ranks: int = 1) -> List[int]:
     """The batches that each rank gathers for an update, a number for each epoch (the last one for all that follow).
 
     Raises UserError, with the numbers of ranks that are valid, if the ranks cannot share them out evenly.
@@ -35,18 +36,18 @@ def update_freq(config, ranks=1):
                     f"GPU; valid numbers of ranks: {', '.join(map(str, valid))}{advice}")
 
 
-def override(frequencies):
+def override(frequencies: Sequence[int]) -> str:
     """The hydra override of optimization.update_freq."""
     return f"optimization.update_freq=[{','.join(map(str, frequencies))}]"
 
 
-def overrides(config, ranks):
+def overrides(config: Any, ranks: int) -> List[str]:
     """The hydra overrides that share out an update among ranks: none for one; raises UserError as update_freq does."""
     frequencies = update_freq(config, ranks)
     return [override(frequencies)] if ranks > 1 else []
 
 
-def sizes_of(config):
+def sizes_of(config: Any) -> List[Tuple[str, int]]:
     """[(key, number)] of the limits that a batch has."""
     from omegaconf import OmegaConf
 
@@ -54,7 +55,7 @@ def sizes_of(config):
     return [(key, size) for key, size in found if size]
 
 
-def described(config, ranks):
+def described(config: Any, ranks: int) -> str:
     """What an update takes, in words: at most so much, as batches are cut at the ends of sentences."""
     sentences = f"blocks of {config.task.tokens_per_sample} tokens" if is_lm(config) else "sentences"
     unit = dict(zip(SIZES, ("tokens", sentences)))

@@ -2,6 +2,8 @@
 
 import re
 import zipfile
+from pathlib import Path
+from typing import Any, List, Optional, Pattern, Tuple
 
 from ..errors import UserError
 
@@ -9,13 +11,13 @@ EPOCH = re.compile(r"checkpoint(\d+)\.pt")
 UPDATE = re.compile(r"checkpoint_\d+_(\d+)\.pt")
 
 
-def found(directory, pattern):
+def found(directory: Path, pattern: Pattern[str]) -> List[Path]:
     """The checkpoints whose names match, oldest first."""
     matches = ((pattern.fullmatch(path.name), path) for path in directory.glob("checkpoint*.pt"))
     return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
 
-def kept(config):
+def kept(config: Any) -> Tuple[Pattern[str], int]:
     """(pattern, number) of the checkpoints that a run's configuration keeps for averaging."""
     checkpoint = config.checkpoint
     if checkpoint.keep_last_epochs > 0 and not checkpoint.no_epoch_checkpoints:
@@ -26,7 +28,7 @@ def kept(config):
                     "checkpoint.keep_interval_updates are both off; give --average N")
 
 
-def intact(path):
+def intact(path: Path) -> bool:
     """Is every byte of the checkpoint, a zip archive, what was written? Reads all of it and compares checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -35,7 +37,7 @@ def intact(path):
         return False
 
 
-def best(directory):
+def best(directory: Path) -> List[Path]:
     """The checkpoint with the lowest validation loss, in a list; refuses if there is none or it is damaged."""
     path = directory / "checkpoint_best.pt"
     if not path.is_file():
@@ -44,7 +46,7 @@ def best(directory):
     return refuse_damaged([path])
 
 
-def refuse_damaged(paths):
+def refuse_damaged(paths: List[Path]) -> List[Path]:
     """paths, if each of them is whole."""
     damaged = [str(path) for path in paths if not intact(path)]
     if damaged:
@@ -52,7 +54,7 @@ def refuse_damaged(paths):
     return paths
 
 
-def last(config, directory, number, available=False):
+def last(config: Any, directory: Path, number: Optional[int], available: bool = False) -> List[Path]:
     """The run's last checkpoints to average, oldest first; refuses if there are too few or one is damaged.
 
     available: take as many as there are, checkpoint_last.pt if none was kept, where a short run has fewer

@@ -1,31 +1,31 @@
 """Composes a run's configuration exactly as fairseq-hydra-train does, and proves that it builds."""
 
-import contextlib
-import io
-import logging
 import re
+from pathlib import Path
+from typing import Any, Dict, List, Sequence, Tuple
 
 from ..errors import UserError
+from ..overrides import by_key, check, quiet, quote  # noqa: F401
 from ..paths import PLUGIN
 from ..settings import CONFIGS, NORM_OPTIONS, PLACEMENTS, architectures, placements
 
 
-def places(model, placement):
+def places(model: Any, placement: str) -> Dict[str, bool]:
     """option -> does NORM stand there?, for those of the four options that the model has."""
     return {option: chosen for option, chosen in zip(NORM_OPTIONS, PLACEMENTS[placement]) if option in model}
 
 
-def norm_overrides(model, norm, placement):
+def norm_overrides(model: Any, norm: str, placement: str) -> List[str]:
     """The hydra overrides that put NORM at a placement of a model (its configuration), and LayerNorm elsewhere."""
     return [f"model.{option}={quote(norm) if chosen else 'layer'}" for option, chosen in places(model, placement).items()]
 
 
-def arch_overrides(benchmark, arch):
+def arch_overrides(benchmark: str, arch: str) -> List[str]:
     """The hydra override that lays configs/BENCH/ARCH.yaml over configs/BENCH.yaml; none for the default."""
     return [] if arch == architectures(benchmark)[0] else [f"+{benchmark}={arch}"]
 
 
-def norms_of(model):
+def norms_of(model: Any) -> Tuple[str, str]:
     """(norm, placement) of a model's configuration, ("custom", "custom") if it is none of train.sh's."""
     for placement in placements(model):
         chosen = places(model, placement)
@@ -35,35 +35,30 @@ def norms_of(model):
     return "custom", "custom"
 
 
-def by_key(overrides):
-    """Overrides by the key that they set; a later one replaces an earlier one."""
-    return {override.split("=", 1)[0].lstrip("+~"): override for override in overrides}
-
-
-def compose(benchmark, overrides):
-    """The composed configuration; fairseq must be importable (about 3 s)."""
+def compose(benchmark: str, overrides: Sequence[str]) -> Any:
+    """The composed configuration; fairseq must be importable (about 3 s). Refuses settings that there are not."""
+    check(overrides, benchmark)
     with quiet():
         from fairseq.dataclass.initialize import hydra_init
 
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
-    try:
-        from hydra import initialize_config_dir
-    except ImportError:  # hydra 1.0
-        from hydra.experimental import compose as hydra_compose, initialize_config_dir
-    else:
-        hydra_compose = hydra.compose
+    old: Any = None
+    if not hasattr(hydra, "initialize_config_dir"):  # hydra 1.0
+        import hydra.experimental as old
+    api: Any = old or hydra
     hydra_init(benchmark)
     GlobalHydra.instance().clear()
     try:
-        with quiet(), initialize_config_dir(config_dir=str(CONFIGS)):
-            return hydra_compose(config_name=benchmark, overrides=overrides)
+        with quiet(), api.initialize_config_dir(config_dir=str(CONFIGS)):
+            return api.compose(config_name=benchmark, overrides=list(overrides))
     except Exception as error:  # hydra's errors share no base class
-        raise UserError(f"configs/{benchmark}.yaml does not take these overrides: {' '.join(overrides)}: {error}") from None
+        reason = " ".join(f"{error}: {error.__cause__}".split() if error.__cause__ else str(error).split())
+        raise UserError(f"configs/{benchmark}.yaml does not take these overrides: {' '.join(overrides)}: {reason}") from None
 
 
-def build(config):
+def build(config: Any) -> Tuple[Any, Any, Any, Any]:
     """Resolves a composed configuration with fairseq's defaults and builds its task, model and criterion.
 
     Returns (resolved configuration, task, model, criterion).
@@ -92,7 +87,7 @@ def build(config):
 PATHS = (("common", "user_dir"), ("task", "data"), ("checkpoint", "save_dir"))
 
 
-def differences(config):
+def differences(config: Any) -> Dict[str, Any]:
     """The settings of a resolved configuration that differ from the defaults of fairseq and of the package, as nested
     dictionaries; `_name`, which chooses an implementation and with it the defaults, always; PATHS never."""
     with quiet():
@@ -103,22 +98,22 @@ def differences(config):
         utils.import_user_module(config.common)
     from omegaconf import OmegaConf
 
-    found = OmegaConf.to_container(config)
+    found: Any = OmegaConf.to_container(config)
     for group, key in PATHS:
         found[group].pop(key)
-    defaults = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(FairseqConfig), enum_to_str=True))
+    schema: Any = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(FairseqConfig), enum_to_str=True))
     for group, settings in found.items():
         if isinstance(settings, dict) and settings.get("_name"):
-            defaults[group] = {"_name": settings["_name"]}
-    add_defaults(defaults)
-    defaults = OmegaConf.to_container(defaults, enum_to_str=True)
+            schema[group] = {"_name": settings["_name"]}
+    add_defaults(schema)
+    defaults: Any = OmegaConf.to_container(schema, enum_to_str=True)
 
-    def default_of(value):
+    def default_of(value: Any) -> Any:
         """What a default means in this configuration: ${optimization.lr} is its learning rate."""
         link = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
         return OmegaConf.select(config, link[1]) if link else value
 
-    def walk(settings, defaults):
+    def walk(settings: Dict[str, Any], defaults: Dict[str, Any]) -> Dict[str, Any]:
         kept = {}
         for key, value in settings.items():
             default = defaults.get(key)
@@ -131,30 +126,11 @@ def differences(config):
     return walk(found, defaults)
 
 
-@contextlib.contextmanager
-def quiet():
-    """Keeps fairseq's and hydra's logging and warnings off the terminal."""
-    import warnings
-
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
-def resolved(benchmark, overrides, data, save_dir):
+def resolved(
+    benchmark: str, overrides: Sequence[str], data: Path, save_dir: Path
+) -> Tuple[List[str], Any, int]:
     """compose + build with the paths that train.sh gives; returns (overrides with paths, configuration, parameters)."""
     complete = [f"common.user_dir={quote(PLUGIN)}", f"task.data={quote(data)}", f"checkpoint.save_dir={quote(save_dir)}",
                 *overrides]
     config, _, model, _ = build(compose(benchmark, complete))
     return complete, config, sum(parameter.numel() for parameter in model.parameters())
-
-
-def quote(path):
-    """A path as a value in a hydra override, in quotes where hydra's grammar needs them."""
-    text = str(path)
-    return text if re.fullmatch(r"[\w./-]+", text, re.ASCII) else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -8,11 +8,12 @@ import os
 import signal
 import sys
 import time
+from typing import List, NoReturn
 
 PR_SET_PDEATHSIG = 1
 
 
-def main(world, logs, tag, command):
+def main(world: str, logs: str, tag: str, command: List[str]) -> NoReturn:
     rank = int(os.environ["RANK"])
     if os.environ["WORLD_SIZE"] != world:
         sys.exit(f"error: rank {rank} was told of {world} ranks, but {os.environ['WORLD_SIZE']} were started: "

@@ -5,6 +5,7 @@ import re
 import time
 import zipfile
 from pathlib import Path
+from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
 
 from ..cluster import slurm
 from ..commands import Parser
@@ -12,13 +13,13 @@ from ..directories import in_use
 from ..errors import UserError
 from ..files import read_json
 from ..paths import runs_root
-from . import launch, trainlog
+from . import claims, trainlog
 
 SAVED = re.compile(r"Saved checkpoint (.+\.pt) \(epoch \d+ @ (\d+) updates")
 COLUMNS = ("run", "state", "updates", "valid loss", "time left", "last checkpoint", "restarts")
 
 
-def status(arguments):
+def status(arguments: Sequence[str]) -> None:
     """Prints a line for each run."""
     parser = Parser(
         "Shows how runs are doing: state, updates, validation loss, time left, last whole checkpoint, restarts.",
@@ -39,7 +40,7 @@ def status(arguments):
         print(f"no runs in {', '.join(map(str, places))}")
         return
     try:
-        queue = slurm.tasks()
+        queue: Optional[slurm.Queue] = slurm.tasks()
     except UserError:
         queue = None
     base = Path(os.path.commonpath([run.parent for run in runs]))
@@ -50,7 +51,7 @@ def status(arguments):
         print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
 
 
-def found(place):
+def found(place: Path) -> Iterator[Path]:
     """The run directories in a place, those that only a job knows included; not what lies within a run."""
     if (place / "run.json").is_file():
         yield place
@@ -62,14 +63,14 @@ def found(place):
         yield from (Path(directory, name[1:-4]) for name in files if re.fullmatch(r"\..+\.job", name))
 
 
-def row(run, name, queue):
+def row(run: Path, name: str, queue: Optional[slurm.Queue]) -> Tuple[str, ...]:
     try:
         return cells(run, name, queue)
     except (UserError, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         return (name, f"unreadable: {error}", *[""] * (len(COLUMNS) - 2))
 
 
-def cells(run, name, queue):
+def cells(run: Path, name: str, queue: Optional[slurm.Queue]) -> Tuple[str, ...]:
     facts = read_json(run / "run.json") if (run / "run.json").is_file() else {"sessions": []}
     sessions, log = facts["sessions"], run / "train.log"
     curve = trainlog.curve(log) if log.is_file() else {"train": [], "valid": []}
@@ -84,8 +85,8 @@ def cells(run, name, queue):
             str(max(0, len(sessions) - 1)))
 
 
-def state_of(run, finished, sessions, queue):
-    claim, jobs = launch.read_claim(run), launch.jobs_of(run, queue or {})
+def state_of(run: Path, finished: bool, sessions: Sequence[Dict[str, Any]], queue: Optional[slurm.Queue]) -> str:
+    claim, jobs = claims.read_claim(run), claims.jobs_of(run, queue or {})
     if finished:  # what training goes on with has not
         job = f", job {jobs[-1].job}" if jobs else ""
         return f"finished (in evaluation{job})" if in_use(run) else "finished"
@@ -99,7 +100,7 @@ def state_of(run, finished, sessions, queue):
     return "failed" if ended is not None and 0 < ended < 128 else "interrupted"
 
 
-def progress(log):
+def progress(log: Path) -> Tuple[int, Optional[float]]:
     """(updates, seconds left at the present speed or None) by the newest line of progress."""
     newest = {}
     with open(log, encoding="utf-8", errors="replace") as lines:
@@ -112,7 +113,7 @@ def progress(log):
     return updates, (limit - updates) / speed if limit and speed else None
 
 
-def max_update(run):
+def max_update(run: Path) -> int:
     """optimization.max_update of the run's resolved settings; 0 for none."""
     try:
         text = (run / "config.yaml").read_text(encoding="utf-8")
@@ -123,7 +124,7 @@ def max_update(run):
     return int(limit[1]) if limit else 0
 
 
-def last_checkpoint(run, log):
+def last_checkpoint(run: Path, log: Path) -> str:
     """The newest checkpoint that is there and whole, with its updates and its age."""
     saved = {}
     if log.is_file():
@@ -136,7 +137,7 @@ def last_checkpoint(run, log):
     return "none"
 
 
-def duration(seconds):
+def duration(seconds: float) -> str:
     seconds = int(seconds)
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:

@@ -1,9 +1,15 @@
 """Reads the log of a training run (common.log_format=json)."""
 
 import json
+from typing import Any, Dict, List, Optional
+
+from ..files import AnyPath
+
+#: a validation, or the training of an epoch: updates, epoch, loss, nll_loss, ppl, as far as the log has them
+Entry = Dict[str, Any]
 
 
-def parse_line(line):
+def parse_line(line: str) -> Optional[Dict[str, Any]]:
     """The JSON object at the end of a log line, or None."""
     start = line.find('{"')
     if start < 0:
@@ -15,13 +21,13 @@ def parse_line(line):
     return found if isinstance(found, dict) else None
 
 
-def curve(path):
+def curve(path: AnyPath) -> Dict[str, List[Entry]]:
     """{"train": [...], "valid": [...]}: one entry per epoch and per validation, with updates, loss, nll_loss and ppl.
 
     After a resumption training repeats the updates since the last checkpoint; the later account of them replaces the
     earlier one.
     """
-    curves = {"train": [], "valid": []}
+    curves: Dict[str, List[Entry]] = {"train": [], "valid": []}
     with open(path, encoding="utf-8", errors="replace") as lines:
         for line in lines:
             found = parse_line(line)
@@ -38,12 +44,12 @@ def curve(path):
     return curves
 
 
-def updates(curves):
+def updates(curves: Dict[str, List[Entry]]) -> int:
     """The number of updates that a run's curves reach."""
     return max((entry["updates"] for entries in curves.values() for entry in entries), default=0)
 
 
-def brief(line, max_update, remark=""):
+def brief(line: str, max_update: int, remark: str = "") -> Optional[str]:
     """A log line as shown to the user: progress in short, None for the lines that are in the log only.
 
     remark: what is to be said of each perplexity

@@ -7,7 +7,7 @@ import pytest
 import torch
 import toy
 
-from fairseq_powernorm.experiments.benchmark import __main__ as program, cells, models, timing
+from fairseq_powernorm.experiments.benchmark import cells, measure, models, timing
 from fairseq_powernorm.experiments.benchmark.authors_norm import AuthorsPowerNorm
 from fairseq_powernorm.experiments.benchmark.options import parse
 from fairseq_powernorm.experiments.benchmark.targets import checks
@@ -54,17 +54,17 @@ def test_the_command_measures_every_level():
     [
         (["--shapes", "12"], "must be ROWSxCHANNELS"),
         (["--levels", "all"], "'all' is unknown; valid: accuracy, layer, encoder, step, generation"),
-        (["--device", "gpu"], "invalid choice: 'gpu'"),
-        (["--threads", "0"], "must be positive"),
+        (["--device", "gpu"], "--device 'gpu' is unknown; valid: cpu, cuda"),
+        (["--threads", "0"], "--threads '0': must be a number, 1 or more"),
         (["--extra", "nowhere:Norm"], "--extra 'nowhere:Norm': must be MODULE:CLASS"),
         (["--output", "a/b"], "--output 'a/b': must be a name"),
-        (["--seconds", "0"], "must be positive"),
+        (["--seconds", "0"], "--seconds '0': must be a positive number"),
     ],
 )
 def test_bad_input_is_refused(words, message, capsys):
     """Exit status 2 (or the refusal that becomes it) with the option, the value and what is valid, before any measuring."""
     with pytest.raises((SystemExit, UserError)) as caught:
-        program.benchmark(words)
+        measure.benchmark(words)
     assert message in capsys.readouterr().err + str(caught.value)
 
 
@@ -72,7 +72,7 @@ def test_bad_input_is_refused(words, message, capsys):
 def test_a_gpu_that_is_not_there_is_refused():
     """Before any measuring."""
     with pytest.raises(UserError, match="--device 'cuda': torch finds no CUDA device; valid here: cpu"):
-        program.benchmark(["--device", "cuda"])
+        measure.benchmark(["--device", "cuda"])
 
 
 class Event:

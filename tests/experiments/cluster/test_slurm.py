@@ -63,7 +63,7 @@ def test_submit_refuses(scripts, with_slurm, tmp_path, monkeypatch):
     demo = ("demo", "power", "layer", *SMALL)
     assert "benchmark 'dmeo' is unknown; valid: demo, " in refused("dmeo", "power")
     assert "norm 'powr' is unknown; valid: layer, rms" in refused("demo", "layer", "powr")
-    assert "which norms?" in refused("demo")
+    assert "NORM is missing; usage: " in refused("demo")
     assert "--arch 'x' is unknown" in refused(*demo, "--arch", "x")
     assert "--gpus 3 cannot be divided among --nodes 2" in refused(*demo, "--nodes", "2", "--gpus", "3")
     assert "--nodes '0': must be a number" in refused(*demo, "--nodes", "0")
@@ -251,7 +251,8 @@ def test_job_that_ends(job):
     """The job's own line of the submission is trained, on the first node's address and a port of the job's; status 0."""
     status, output, calls = job("exit 0").end()
     assert status == 0 and "requeue" not in calls
-    assert re.search(r"bash scripts/launch.sh demo power --run-dir .*/b c --slurm demo-1 --master 10.0.0.1:23456\n", calls)
+    command = "bash scripts/launch.sh demo power --run-dir .*/b c --submission demo-1 --master 10.0.0.1:23456\n"
+    assert re.search(command, calls)
     assert "--kill-on-bad-exit=1" in calls and "job 100_1, restart 2, on node[1-2]" in output
 
 

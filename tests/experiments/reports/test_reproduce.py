@@ -15,7 +15,7 @@ import pytest
 from pipelines import Scripts, contents, program, write_text
 from toy import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "scripts" / "README.md").read_text(encoding="utf-8") + (ROOT / "README.md").read_text(encoding="utf-8")
 for module in ("fairseq", "sacrebleu", "sacremoses", "subword_nmt", "jinja2", "matplotlib"):
     pytest.importorskip(module)
 

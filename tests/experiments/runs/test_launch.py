@@ -138,7 +138,7 @@ def test_a_task_without_a_gpu(monkeypatch):
     for name, value in (("PROCID", 0), ("STEP_NUM_TASKS", 1), ("LOCALID", 0), ("STEP_NUM_NODES", 1)):
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    task = launch.parse(["demo", "power", "--slurm", "demo-1", "--master", "h:1"])[0]
+    task = launch.parse(["demo", "power", "--submission", "demo-1", "--master", "h:1"])[0]
     task.check_overrides([])
     config = OmegaConf.create({"common": {"cpu": False}, "distributed_training": {"ddp_backend": "legacy_ddp"},
                                "optimization": {"update_freq": [1]}})

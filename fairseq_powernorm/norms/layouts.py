@@ -1,0 +1,129 @@
+"""Where the channels of an input are: ``Norm``, the base of every norm."""
+from typing import Any, Dict, Optional
+
+import torch
+from torch import Tensor, nn
+
+from .masks import check_mask
+
+CHANNELS_FIRST = "channels_first"
+#: layout -> shape of the input, with T for one or more dimensions where there may be several
+LAYOUTS = {
+    "time_first": "T x B x C",
+    "batch_first": "B x T x C, or with several dimensions B x ... x C",
+    CHANNELS_FIRST: "B x C x T, or with several dimensions B x C x ...",
+}
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def layout_of(batch_first: bool, layout: Optional[str]) -> str:
+    """The layout that two options name: ``batch_first=True`` is short for ``layout="batch_first"``.
+
+    Raises:
+        ValueError: ``layout`` is unknown, or the two contradict each other
+    """
+    if layout is None:
+        return "batch_first" if batch_first else "time_first"
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r}: must be one of {', '.join(LAYOUTS)}")
+    if batch_first and layout != "batch_first":
+        raise ValueError(f"layout={layout!r} with batch_first=True: must be one or the other")
+    return layout
+
+
+class Norm(nn.Module):
+    """Base of every norm: the layout of its input, and the padding mask that goes with it.
+
+    A norm computes on rows, ``... x C``, in ``_normalize``; this base brings the input there and the output back. Where the
+    channels come first and are not adjacent in memory that takes a copy each way, and the output is contiguous, too; in
+    ``torch.channels_last`` memory (or any other with adjacent channels) there is no copy, and the output keeps the format.
+
+    Args:
+        dim: number of channels C
+        batch_first: short for ``layout="batch_first"``
+        layout: ``time_first`` for ``T x B x C`` (default), ``batch_first`` for ``B x T x C`` or with several dimensions
+            ``B x H x W x C``, ``channels_first`` for ``B x C x T`` or ``B x C x H x W``. All take ``N x C`` as well.
+        options: of the next class
+
+    Shape:
+        - input and output: as ``layout`` says, or ``N x C``
+        - ``padding_mask``: bool, True at padding: the input's shape without C and batch first, so ``B x T`` or
+          ``B x H x W``; ``N`` for two-dimensional input
+
+    Raises:
+        ValueError: ``layout`` is unknown or contradicts ``batch_first``; or ``forward`` is given what does not fit
+    """
+
+    #: torch.jit.script would compile a property
+    __jit_unused_properties__ = ["batch_first"]
+
+    def __init__(self, dim: int, *, batch_first: bool = False, layout: Optional[str] = None, **options: Any):
+        layout = layout_of(batch_first, layout)
+        super().__init__(**options)
+        self.dim = dim
+        self.layout = layout
+
+    @property
+    def batch_first(self) -> bool:
+        """Is the layout ``batch_first``? Setting it chooses between that and ``time_first``."""
+        return self.layout == "batch_first"
+
+    @batch_first.setter
+    def batch_first(self, value: bool) -> None:
+        self.layout = layout_of(value, None)
+
+    def extra_repr(self) -> str:
+        layout = f"layout={self.layout}" if self.layout != "time_first" else ""
+        return ", ".join(part for part in (super().extra_repr(), layout) if part)
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        batch_first = state.pop("batch_first", False)  # pickled by an earlier version
+        state.setdefault("layout", layout_of(batch_first, None))
+        if "dim" not in state and "normalized_shape" in state:
+            (state["dim"],) = state["normalized_shape"]
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
+    def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
+        """Normalize ``x``, see the class; ``padding_mask`` is True at padding."""
+        # symbolic tracing takes the norm as a whole; TorchScript passes over what is not for it only as an if of its own
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if type(x) not in _PLAIN and isinstance(x, torch.fx.Proxy):
+                return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, padding_mask), {})
+        if self.layout != "channels_first":  # TorchScript knows no constants of a module
+            return self._normalize(x, padding_mask)
+        if not torch.jit.is_scripting():
+            self._check_channels_first(x)
+        rows = x.movedim(1, -1)
+        if rows.stride(-1) == 1:
+            return self._normalize(rows, padding_mask).movedim(-1, 1)
+        return self._normalize(rows.contiguous(), padding_mask).movedim(-1, 1).contiguous()
+
+    def _check_channels_first(self, x: Tensor) -> None:
+        if x.is_nested:
+            raise ValueError("input is a nested tensor: expected a dense one with a padding mask")
+        if x.layout is not torch.strided:
+            raise ValueError(f"input of layout {x.layout}: expected a dense tensor, torch.strided")
+        if x.dim() < 2 or x.size(1) != self.dim:
+            raise ValueError(self._wrong_shape(x))
+
+    def _wrong_shape(self, x: Tensor) -> str:
+        shape = LAYOUTS[self.layout].replace("C", str(self.dim))
+        return (
+            f"input of shape {tuple(x.shape)}: expected {shape}, or N x {self.dim}; that is layout={self.layout!r}, the "
+            f"others are {', '.join(sorted(LAYOUTS.keys() - {self.layout}))}"
+        )
+
+    def _normalize(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
+        """Normalize rows.
+
+        Args:
+            x: ``T x B x C`` with layout ``time_first``, else ``B x ... x C``; or ``N x C``
+            padding_mask: ``B x T`` (``B x ...``, ``N``), not checked yet
+        """
+        raise NotImplementedError
+
+    def _check_mask(self, padding_mask: Optional[Tensor], x: Tensor) -> None:
+        """Refuse a padding mask that does not fit the rows ``x`` of :meth:`_normalize`; raises ValueError."""
+        if padding_mask is not None:
+            check_mask(padding_mask, x, batch_first=self.layout != "time_first")
