@@ -52,7 +52,7 @@ def check_parallelism(owner: str, kind: Any, config: Any) -> None:
     for each in ("tp", "cp", "sp"):
         size = getattr(config, f"{each}_size", 1)
         if size > 1:
-            raise ValueError(f"{owner}: {each}_size={size} in the ParallelismConfig: must be 1, each rank needs its own data")
+            raise ValueError(f"{owner}: ParallelismConfig with {each}_size={size}: must be 1, each rank needs its own data")
 
 
 class AcceleratedStatistics(OptimizerStatistics, Joinable):

@@ -112,7 +112,9 @@ class RunningStatisticsCallback(Callback):  # type: ignore[misc]
         dimensions = getattr(mesh, "mesh_dim_names", None) or ()
         if mesh is not None and "tensor_parallel" in dimensions and mesh["tensor_parallel"].size() > 1:
             size = mesh["tensor_parallel"].size()
-            raise ValueError(f"RunningStatisticsCallback: tensor_parallel_size={size}: must be 1, each rank needs its own data")
+            raise ValueError(
+                f"RunningStatisticsCallback: tensor_parallel_size={size}: must be 1, each rank needs its own data"
+            )
         self._following = OptimizerStatistics(
             trainer.strategy.model,
             trainer.optimizers[0],

@@ -32,10 +32,10 @@ def algorithm2(dim):
     return PowerNorm(dim, groups=2, variant="algorithm2", batch_first=True)
 
 
-def build(kind, make=algorithm2):
-    """``bert`` or ``gpt``, in float64, with random weights that are the same in each call."""
+def build(kind, make=algorithm2, *, tied=True):
+    """``bert`` or ``gpt``, in float64, with random weights that are the same in each call; tied embeddings or not."""
     torch.manual_seed(0)
-    sizes = dict(vocab_size=SYMBOLS, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    sizes = dict(vocab_size=SYMBOLS, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=tied)
     if kind == "bert":
         model = BertForMaskedLM(
             BertConfig(

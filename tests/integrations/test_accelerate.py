@@ -146,5 +146,5 @@ def test_parallelism_that_is_not_supported():
     with pytest.raises(ValueError, match="X: distributed type DEEPSPEED scales gradients in a way of its own"):
         check_parallelism("X", DistributedType.DEEPSPEED, None)
     for name in ("tp", "cp", "sp"):
-        with pytest.raises(ValueError, match=f"X: {name}_size=2 in the ParallelismConfig: must be 1"):
+        with pytest.raises(ValueError, match=f"X: ParallelismConfig with {name}_size=2: must be 1"):
             check_parallelism("X", DistributedType.MULTI_GPU, SimpleNamespace(**{f"{name}_size": 2}))
