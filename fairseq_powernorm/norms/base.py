@@ -313,9 +313,8 @@ class RunningNorm(Norm):
         special = transformed()
         if padding_mask is not None:
             valid = valid_rows(padding_mask, transposed)
-        elif self.mask_slot is not None and (held := self.mask_slot.padding_mask) is not None:
-            self._check_mask(held, x)
-            valid = valid_rows(held, transposed) if special else self.mask_slot.valid(transposed)
+        elif self.mask_slot is not None and (held := self.mask_slot.fitting(self, x)) is not None:
+            valid = valid_rows(held, transposed) if special else self.mask_slot.valid(held, transposed)
         else:
             valid = None
         if self.stage is not None:

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-from fairseq_powernorm.norms import MaskSlot, PowerNorm, RunningNorm
+from fairseq_powernorm.masks import attach_mask
+from fairseq_powernorm.norms import PowerNorm, RunningNorm
 
 SYMBOLS, LENGTH = 24, 7
 STEPS, SENTENCES = 20, 8
@@ -15,16 +16,8 @@ def with_norms(model, make):
         for name, child in parent.named_children():
             if isinstance(child, nn.LayerNorm):
                 setattr(parent, name, make(child.normalized_shape[0]))
-    slot = MaskSlot()
-    for module in model.modules():
-        if isinstance(module, RunningNorm):
-            module.mask_slot = slot
-
-    def show(_module, _args, kwargs):
-        mask = kwargs.get("attention_mask")
-        slot.padding_mask = None if mask is None else mask == 0
-
-    model.register_forward_pre_hook(show, with_kwargs=True)
+    if any(isinstance(module, RunningNorm) for module in model.modules()):
+        attach_mask(model)
     return model
 
 

@@ -31,6 +31,12 @@ def equally_long(number):
     return [{**each, "attention_mask": mask, "labels": each["input_ids"]} for each in sentences(number)]
 
 
+def batches_of(ranks):
+    """This rank's share of all micro-batches."""
+    loader = torch.utils.data.DataLoader(equally_long(STEPS * 8), batch_size=2)
+    return list(loader)[dist.get_rank() if ranks > 1 else 0 :: ranks]
+
+
 def blocks(model):
     return model.bert.encoder.layer if hasattr(model, "bert") else model.transformer.h
 
@@ -115,9 +121,10 @@ def in_lightning(folder, kind, *, ranks, fsdp=False):
         max_steps=STEPS, accumulate_grad_batches=4 // ranks, logger=False, enable_checkpointing=False, accelerator="cpu",
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, devices=ranks,
         strategy=strategy if ranks > 1 else "auto", callbacks=[RunningStatisticsCallback()],
+        use_distributed_sampler=False,
     )
     module = Module()
-    trainer.fit(module, torch.utils.data.DataLoader(equally_long(STEPS * 8), batch_size=2))
+    trainer.fit(module, batches_of(ranks))
     return whole(module.model)
 
 
@@ -134,11 +141,9 @@ def with_accelerate(folder, kind, *, ranks, fsdp=False, uneven=False):
     model = build(kind, tied=False)
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), RATE))
     statistics = AcceleratedStatistics(accelerator, model, optimizer)
-    loader = torch.utils.data.DataLoader(equally_long(STEPS * 8), batch_size=2)
-    rank = dist.get_rank() if ranks > 1 else 0
-    batches = [batch for index, batch in enumerate(loader) if index % ranks == rank]
+    batches = batches_of(ranks)
     if uneven:
-        batches = batches[: (20, 9)[rank]]
+        batches = batches[: (20, 9)[dist.get_rank()]]
     with Join([model, statistics]) if uneven else contextlib.nullcontext():
         for batch in batches:
             with accelerator.accumulate(model), statistics.batch():
