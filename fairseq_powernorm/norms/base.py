@@ -45,6 +45,25 @@ def size_of(x: Tensor) -> Tensor:
     return norm / x.size(-1)
 
 
+def discrepancy(
+    deviation: Tensor, running_deviation: Tensor, mean: Optional[Tensor] = None, running_mean: Optional[Tensor] = None
+) -> Dict[str, Tensor]:
+    """The training-inference discrepancy of Yang et al. (NeurIPS 2022): how far evaluation is from this step's training.
+
+    Args:
+        deviation, running_deviation: ``... x C``, what training divides by and what evaluation would
+        mean, running_mean: what they subtract; None in norms that subtract nothing
+
+    Returns:
+        ``discrepancy_mean``: distance of the means in deviations of the batch, and ``discrepancy_std``: relative difference
+        of the deviations; both are means over channels (leading dimensions stay)
+    """
+    found = {"discrepancy_std": (running_deviation / deviation - 1.0).abs().mean(-1)}
+    if mean is not None and running_mean is not None:
+        found["discrepancy_mean"] = ((running_mean - mean).abs() / deviation).mean(-1)
+    return found
+
+
 class RunningNorm(Norm):
     """Base of the norms with running statistics.
 
@@ -450,5 +469,6 @@ class RunningNorm(Norm):
             quantity -> value (leading dimensions of ``state``). ``distance_*`` and ``size_*``: Euclidean norm over
             channels, divided by their number, of batch minus running statistics and of the running ones.
             ``gradient_*``: root mean square over rows of the norm of the term of dL/du that a statistic causes.
+            ``discrepancy_*``: see :func:`discrepancy`
         """
         raise NotImplementedError
