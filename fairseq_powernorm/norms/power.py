@@ -219,11 +219,33 @@ class PowerNorm(SecondMomentNorm):
         if special and operators.needed(x):
             return self._train_opaque(x, valid)
         with self._lock:
+            if not special and (y := self._train_natively(x, valid)) is not None:
+                return y
             if self.stage is None:
                 return self._train_alone(x, valid)
             return self._pass(
                 x, valid, self._spec_at(self.steps()), self.statistic("running_phi"), take_forward=not inside_backward()
             )
+
+    def _train_natively(self, x: Tensor, valid: Optional[Tensor]) -> Optional[Tensor]:
+        """An ordinary pass by the autograd function in C++; None, with nothing done, where that does not serve."""
+        stage, step, sums = self.stage, None, functional.NO_STAGE
+        if stage is None:
+            if recomputable() or inside_backward():
+                return None
+            step = self._step_spec()
+        elif stage.switches.reduce is not None:
+            return None
+        elif stage.switches.counting:
+            forward = None if inside_backward() else stage.parts["forward"]
+            sums = functional.StageSums(forward, stage.parts["backward"], stage.switches)
+        else:
+            sums = functional.StageSums(None, None, stage.switches)
+        buffers = self._buffers
+        return functional.native_power_norm(
+            x, *self._affine(), valid, buffers["running_phi"], buffers["ema_gz"], buffers["iters"],
+            self._spec_at(self.steps()), self._take, self._lock, step, sums,
+        )  # fmt: skip
 
     def _train_alone(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
         """Training without a stage: each forward pass takes a step, and one that is repeated must see what it saw."""
