@@ -140,4 +140,4 @@ class GroupNorm(_Grouped):
 
     def _formula(self, u: Tensor) -> Tensor:
         grouped = self._by_group(u)
-        return self._with_affine(F.layer_norm(grouped, [grouped.size(-1)], None, None, self.eps).reshape(u.shape))
+        return self._with_affine(F.layer_norm(grouped, [self.dim // self.groups], None, None, self.eps).reshape(u.shape))

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import functional, operators
 from ..kernels import choose, choose_for_step, eager
 from ..kernels.interface import OwnStep, PowerNormSpec, StepSpec
-from .base import Device, RunningNorm, State, check_interval, inside_backward, size_of
+from .base import Device, RunningNorm, State, check_interval, discrepancy, inside_backward, size_of
 from .recomputation import Recomputations, recomputable
 from .staging import Sums
 
@@ -31,6 +31,7 @@ class SecondMomentNorm(RunningNorm):
         return {
             "distance_psi2": size_of(batch - state["running_phi"]),
             "size_psi2": size_of(state["running_phi"]),
+            **discrepancy((batch + self.eps).sqrt(), (state["running_phi"] + self.eps).sqrt()),
         }
 
 
@@ -322,4 +323,5 @@ class PowerNorm(SecondMomentNorm):
         psi2 = batch if self.variant == "reference" else state["running_phi"]
         nu = (1.0 - self.alpha_bkw) * state["ema_gz"]
         through_nu = (nu.square() / (psi2 + self.eps) * z_square).sum(-1).sqrt()
-        return {**self._describe_psi2(state, forward), "gradient_nu": through_nu}
+        largest = nu.abs().amax(-1)
+        return {**self._describe_psi2(state, forward), "gradient_nu": through_nu, "nu_largest": largest}
