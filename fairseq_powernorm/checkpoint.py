@@ -8,12 +8,13 @@ import os
 import sys
 import zipfile
 from contextlib import contextmanager
-from typing import Any, Container, Dict, Iterator, List, Mapping, Optional, Sequence
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Set
 
 import torch
 from torch import Tensor, nn
 
 from . import compat
+from .norms import NORMS, norms_with
 
 State = Dict[str, Any]
 
@@ -115,27 +116,32 @@ def save(state: State, path: str, overwrite: bool = False) -> None:
         torch.save(state, stream)
 
 
-def norm_in(names: Container[str], prefix: str) -> Optional[str]:
-    """Name of the norm whose parameters and buffers stand under ``prefix`` among the names of a state_dict."""
-    if f"{prefix}.weight" not in names:
-        return None
-    for buffer, norm in (("ema_gz", "power"), ("running_phi", "power-v"), ("running_mean", "batch"), ("bias", "layer")):
-        if f"{prefix}.{buffer}" in names:
-            return norm
-    return "rms"
+def check_same_norms(model: nn.Module, state_dict: Iterable[str]) -> None:
+    """Raise ValueError if a norm of ``model`` has other parameters and buffers than the checkpoint has in its place."""
+    norms = {prefix: module for prefix, module in model.named_modules() if prefix.endswith("layer_norm")}
+    ours, theirs = _entries(norms, model.state_dict()), _entries(norms, state_dict)
+    parts = {name.rpartition(".")[0].rpartition(".")[0] for name in state_dict}
+    for prefix, module in norms.items():
+        has, wanted = theirs[prefix], ours[prefix]
+        if "num_batches_tracked" in has:  # of torch's batch norms, and the authors'
+            has = has - {"num_batches_tracked"} | {"iters"}
+        if has != wanted and (has or prefix.rpartition(".")[0] in parts):
+            names = " or ".join(map(repr, norms_with(has))) or f"with {', '.join(sorted(has)) or 'no parameters'}"
+            own = next((repr(name) for name, kind in NORMS.items() if type(module) is kind), type(module).__name__)
+            raise ValueError(
+                f"the checkpoint has norm {names} at {prefix}, the model {own}: give the --encoder-norm-* and "
+                "--decoder-norm-* options that the checkpoint was trained with"
+            )
 
 
-def check_same_norms(model: nn.Module, state_dict: Container[str]) -> None:
-    """Raise ValueError if a norm of ``model`` is of another kind in the checkpoint."""
-    own = model.state_dict()
-    for prefix, _ in model.named_modules():
-        if prefix.endswith("layer_norm"):
-            has, wanted = norm_in(state_dict, prefix), norm_in(own, prefix)
-            if has is not None and has != wanted:
-                raise ValueError(
-                    f"the checkpoint has norm {has!r} at {prefix}, the model {wanted!r}: give the --encoder-norm-* and "
-                    "--decoder-norm-* options that the checkpoint was trained with"
-                )
+def _entries(prefixes: Iterable[str], names: Iterable[str]) -> Dict[str, Set[str]]:
+    """Prefix -> what stands under it among the names of a state_dict, without the prefix."""
+    found: Dict[str, Set[str]] = {prefix: set() for prefix in prefixes}
+    for name in names:
+        prefix, norm, entry = name.partition("layer_norm.")
+        if prefix + norm[:-1] in found:
+            found[prefix + norm[:-1]].add(entry)
+    return found
 
 
 def average_checkpoints(paths: Sequence[str]) -> State:

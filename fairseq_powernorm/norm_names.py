@@ -7,4 +7,10 @@ NORM_CLASSES = {
     "batch": "batch.MaskedBatchNorm",
     "power-v": "power_v.PowerNormV",
     "power": "power.PowerNorm",
+    "group-scale": "group.GroupScaleNorm",
+    "scale": "scale.ScaleNorm",
+    "ada": "ada.AdaNorm",
+    "group": "group.GroupNorm",
+    "dyt": "pointwise.DynamicTanh",
+    "derf": "pointwise.DynamicErf",
 }

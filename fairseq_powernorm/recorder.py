@@ -1,7 +1,8 @@
 """Records of the running statistics along training, and the figures drawn from them (paper, figures 1 and 2).
 
 A record is a text file with one JSON object per norm and recorded update: ``update`` (optimizer steps taken),
-``norm`` (its name in the model) and the quantities of :meth:`~fairseq_powernorm.norms.RunningNorm.describe`.
+``norm`` (its name in the model) and the quantities of :meth:`~fairseq_powernorm.norms.RunningNorm.describe` and
+:meth:`~fairseq_powernorm.probe.GradientProbe.describe`.
 
 ``python -m fairseq_powernorm.recorder RECORD... --output FIGURE.png``
 """
@@ -22,7 +23,14 @@ PANELS = {
     "gradient_var": "gradient through the variance",
     "gradient_psi2": "gradient through the second moment",
     "gradient_nu": "gradient term of nu",
+    "discrepancy_mean": "discrepancy of the mean",
+    "discrepancy_std": "discrepancy of the deviation",
+    "gradient_ratio": "gradient norm, PN-V's over BN's",
+    "gradient_smaller": "channels where PN-V's is smaller",
+    "nu_largest": "largest |nu|",
 }
+#: those that are drawn on a linear scale: shares
+LINEAR = ("gradient_smaller",)
 
 
 def check_target(path: str, interval: int) -> None:
@@ -140,7 +148,7 @@ def plot(records: Mapping[str, List[Row]], output: str) -> None:
             if by_update:
                 means = [sum(values) / len(values) for values in by_update.values()]
                 axis.plot(list(by_update), means, color=f"C{colour}", linewidth=1.8, label=label)
-        axis.set(title=PANELS[panel], xlabel="updates", yscale="log")
+        axis.set(title=PANELS[panel], xlabel="updates", yscale="linear" if panel in LINEAR else "log")
         axis.grid(alpha=0.3)
         axis.legend()
     for axis in list(axes.flat)[len(panels) :]:

@@ -130,6 +130,14 @@ class RunningStatistics:
             allocated.append(_Kind(list(names), list(norms), parts))
         return allocated
 
+    def norms(self) -> Dict[str, RunningNorm]:
+        """The norms that were taken over, by name."""
+        return {name: norm for kind in self.kinds for name, norm in zip(kind.names, kind.norms)}
+
+    def total(self, vector: Tensor) -> Tensor:
+        """A vector of sums over all processes that share a batch; each of them calls this."""
+        return self._all_reduced(vector) if self._shared else vector
+
     def _all_reduced(self, vector: Tensor) -> Tensor:
         total = vector.detach().clone()
         dist.all_reduce(total, group=self._group)

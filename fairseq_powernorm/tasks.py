@@ -32,6 +32,7 @@ from .options import (
     flag,
     given_flags,
 )
+from .probe import GradientProbe
 from .recorder import Recorder
 from .statistics import RunningStatistics, running_norms
 
@@ -68,6 +69,7 @@ class RunningStatisticsTask:
         self._statistics: Optional[RunningStatistics] = None
         self._model: Optional[torch.nn.Module] = None
         self._recorder: Optional[Recorder] = None
+        self._probe: Optional[GradientProbe] = None
         self._gradient_is_finite = True
         self._loss_is_void = False
         self._skipped_in_a_row = 0
@@ -89,6 +91,8 @@ class RunningStatisticsTask:
         """See fairseq. A dummy batch (``ignore_grad``) leaves no statistics and no gradient."""
         if model is not self._model:
             self._take_over(model, update_num)
+        if self._probe is not None and self._statistics.batches == 0:
+            (self._probe.begin if self._recorder.due(update_num + 1) else self._probe.end)()
         scale = gradient_scale(optimizer, next(model.parameters()).device)
         with self._statistics.batch(counts=not ignore_grad, gradient_scale=scale):
             return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs)
@@ -100,8 +104,11 @@ class RunningStatisticsTask:
         if self._gradient_is_finite:
             super().optimizer_step(optimizer, model, update_num)
             self._skipped_in_a_row = 0
-            if self._recorder is not None and self._recorder.due(update_num + 1) and _rank() == 0:
-                self._recorder.write(update_num + 1, statistics.describe())
+            if self._recorder is not None and self._recorder.due(update_num + 1):
+                gradients = self._probe.describe()  # on all ranks
+                if _rank() == 0:
+                    described = {name: {**row, **gradients.get(name, {})} for name, row in statistics.describe().items()}
+                    self._recorder.write(update_num + 1, described)
             if statistics.batches > 1:
                 self._warn_of_micro_batches()
             statistics.commit()
@@ -159,6 +166,7 @@ class RunningStatisticsTask:
             if _rank() == 0:
                 self._recorder.go_on(update_num)
             self._statistics.switches.recording = True
+            self._probe = GradientProbe(self._statistics.norms(), self._statistics.total)
 
     def _report(self, left_out: Dict[str, int], skipped: bool = False) -> None:
         """Count what was not finite in the log, and warn once per log interval."""

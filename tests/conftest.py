@@ -8,6 +8,8 @@ import torch
 
 # one thread each: several processes run at a time, and OpenMP's threads wait for each other busily
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# what is built is tested; nothing is built in the background
+os.environ.setdefault("POWERNORM_AUTOGRAD", "prebuilt")
 # read when Triton is imported: without a GPU its kernels are interpreted
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -7,6 +7,7 @@ import torch
 import toy
 
 from fairseq_powernorm import checkpoint
+from fairseq_powernorm.norms import NORMS, norms_with
 
 MODULE = ("-m", "fairseq_powernorm.checkpoint")
 
@@ -232,3 +233,20 @@ def test_what_cannot_be_converted_is_named(state, message):
     """No options, another architecture, or a norm without a counterpart: ValueError saying what is valid."""
     with pytest.raises(ValueError, match=message):
         checkpoint.convert_authors_checkpoint(state)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_checkpoints_of_each_norm(name):
+    """A model loads a checkpoint of its own norm to the last bit, and refuses one with other parameters or buffers there."""
+    model = toy.build(encoder_norm_self=name, seed=1)
+    state = model.state_dict()
+    twin = toy.build(encoder_norm_self=name, seed=2)
+    twin.load_state_dict(state)
+    assert all(torch.equal(value, state[key]) for key, value in twin.state_dict().items())
+    place = "encoder.layers.0.self_attn_layer_norm"
+    own = {key[len(place) + 1:] for key in state if key.startswith(f"{place}.")}
+    assert name in norms_with(own)
+    for other in ("layer", "batch", "power", "scale", "ada"):
+        if other not in norms_with(own):
+            with pytest.raises(ValueError, match=f"has norm .*'{name}'.* at {place}, the model '{other}'"):
+                toy.build(encoder_norm_self=other).load_state_dict(state)

@@ -51,14 +51,22 @@ def test_every_block_is_run():
 
 
 def test_a_norm(monkeypatch):
-    """The file and a line of the registry make a norm with options, which its test finds; before, it is unknown."""
+    """The file and the line make a norm with options, which its test finds; before, it is unknown. Both files are those of
+    the package.
+    """
+    paths = "fairseq_powernorm/norms/scale.py", "tests/norms/test_scale.py"
+    assert [BLOCKS[path] for path in paths] == [(toy.ROOT / path).read_text(encoding="utf-8") for path in paths]
+    line = '"scale": "scale.ScaleNorm"'
+    assert f"`{line}`" in TEXT and f"    {line},\n" in (toy.ROOT / "fairseq_powernorm" / "norm_names.py").read_text()
+    monkeypatch.delitem(norm_names.NORM_CLASSES, "scale")
+    monkeypatch.setattr(registry, "NORMS", registry.load())
     with pytest.raises(ValueError, match="norm 'scale': must be one of"):
-        run_tests("tests/norms/test_scale.py")
-    assert '`"scale": "scale.ScaleNorm"`' in TEXT
-    module_of("fairseq_powernorm/norms/scale.py", monkeypatch)
+        run_tests(paths[1])
+    module = module_of(paths[0], monkeypatch)
     monkeypatch.setitem(norm_names.NORM_CLASSES, "scale", "scale.ScaleNorm")
     monkeypatch.setattr(registry, "NORMS", registry.load())
-    assert run_tests("tests/norms/test_scale.py") == 1
+    assert registry.NORMS["scale"] is module.ScaleNorm
+    assert run_tests(paths[1]) == 1
 
 
 def test_an_architecture():

@@ -503,12 +503,15 @@ def test_exact_with_layers_dropped(refused):
 
 
 KEYS = {
-    "power": ["update", "norm", "distance_psi2", "size_psi2", "gradient_nu"],
-    "power-v": ["update", "norm", "distance_psi2", "size_psi2", "gradient_psi2"],
+    "power": ["update", "norm", "distance_psi2", "size_psi2", "discrepancy_std", "gradient_nu", "nu_largest"],
+    "power-v": ["update", "norm", "distance_psi2", "size_psi2", "discrepancy_std", "gradient_psi2"],
     "batch": [
-        "update", "norm", "distance_mean", "distance_var", "size_mean", "size_var", "gradient_mean", "gradient_var"
+        "update", "norm", "distance_mean", "distance_var", "size_mean", "size_var", "gradient_mean", "gradient_var",
+        "discrepancy_std", "discrepancy_mean",
     ],
 }  # fmt: skip
+#: what BN and PN-V would make of the gradient, whichever norm is there
+PROBED = ["gradient_ratio", "gradient_smaller"]
 NORMS = {
     "encoder.layer_norm": "power",
     "decoder.layer_norm": "power",
@@ -531,8 +534,8 @@ def test_record(mixed):
     places = sorted((row["update"], row["norm"]) for row in found)
     assert places == sorted((update, norm) for update in (5, 10, 15, 20) for norm in NORMS)
     for row in found:
-        assert list(row) == KEYS[NORMS[row["norm"]]]
-        assert all(0 < row[key] < 10 for key in list(row)[2:]), row
+        assert list(row) == [*KEYS[NORMS[row["norm"]]], *PROBED]
+        assert all(0 < row[key] < 10 for key in list(row)[2:-1]) and 0 <= row["gradient_smaller"] <= 1, row
     # after the warm-up: psi2(t) = 0.9 psi2(t-1) + 0.1 batch, so batch - psi2(t-1) = 10 (psi2(t) - psi2(t-1))
     for row in found:
         name = f"{row['norm']}.running_{'mean' if NORMS[row['norm']] == 'batch' else 'phi'}"
@@ -549,6 +552,7 @@ def test_record_of_two_ranks(mixed):
     one, two = ({(row.pop("update"), row.pop("norm")): row for row in rows(path)} for path in paths)
     assert list(one) == list(two) and len(one) == 4 * len(NORMS)
     for place, row in one.items():
+        assert row.pop("gradient_smaller") == pytest.approx(two[place].pop("gradient_smaller"), abs=0.1)  # of 32 channels
         assert row == pytest.approx(two[place], rel=1e-3)
     assert files(mixed["records"]) == ["exact", "whole"]
 

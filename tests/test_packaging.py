@@ -13,7 +13,7 @@ from fairseq_powernorm.kernels import build
 pytestmark = pytest.mark.slow
 
 MADE_AT_THE_TOP = (".git", ".venv*", "data", "runs", "build", "dist", "outputs", "multirun", "checkpoints")
-MADE_ANYWHERE = ("__pycache__", "*.egg-info", "*.so", ".*_cache")
+MADE_ANYWHERE = ("__pycache__", "*.egg-info", "*.so", "*.failed", ".*_cache")
 
 
 def copy_checkout(source, target):

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import List, Optional
 
-from .commands import Parser, add_seeds, main, number_from
+from .commands import Parser, add_seeds, add_slurm, main, number_from
 from .errors import UserError, choose
 from .paths import ROOT
 from .reports import matrix
@@ -76,24 +76,14 @@ def parser(subject: str) -> Parser:
              "(wmt14) where only early stopping ends training")
     made.add("--jobs", metavar="N", read=number_from(1),
              help="runs at a time, on the CPU, a thread each unless OMP_NUM_THREADS is set; default: 1")
-    made.add("--gpus", metavar="LIST",
-             help="a run at a time on each of these GPUs, such as 0,1,2,3; with --slurm the number of GPUs of each run")
     made.add("--slurm", flag=True,
              help="queue the runs on a cluster with SLURM, an evaluation of each and, behind all, the report")
-    group = "with --slurm, as in scripts/slurm/submit.sh"
-    made.add("--nodes", metavar="N", group=group, help="nodes of each run; default: 1")
-    made.add("--time", metavar="T", group=group,
-             help="time limit of a job, as sbatch takes it; a run may need longer; default: the site's")
-    made.add("--partition", metavar="P", group=group, help="default: the site's")
-    made.add("--site", metavar="FILE", group=group,
-             help="the cluster's settings; default: $PN_SLURM_SITE, scripts/slurm/site.sh or scripts/slurm/site.example.sh")
-    made.add("--log-dir", metavar="DIR", group=group,
-             help="a log for each job; default: logs/ in the submission's directory")
     made.add("--results", metavar="DIR", help="where records and report go; default: results")
     made.add("--dry-run", flag=True,
              help="print what an update takes and every command that would run, with an estimate of its GPU hours, and the "
              "total")
     made.add("--report-only", flag=True, help="write the report of the records that there are")
+    add_slurm(made, "a run at a time on each of these GPUs, such as 0,1,2,3; with --slurm the number of GPUs of each run")
     made.add_overrides("hydra overrides for every run, such as common.cpu=true or common.fp16=true", matrix.OURS)
     return made
 

@@ -12,17 +12,20 @@ from ..kernels.interface import PowerNormSpec
 from .batch import BatchSpec, batch_norm, batch_norm_formula
 from .common import Collect, Reduce, in_transform, saved_tensors_are_hooked, unwrapped
 from .evaluation import running_norm
-from .power import power_norm
+from .power import NO_STAGE, StageSums, native_power_norm, power_norm
 
 __all__ = [
+    "NO_STAGE",
     "BatchSpec",
     "Collect",
     "PowerNormSpec",
     "Reduce",
+    "StageSums",
     "batch_norm",
     "batch_norm_formula",
     "in_transform",
     "layer_scale",
+    "native_power_norm",
     "power_norm",
     "running_norm",
     "saved_tensors_are_hooked",

@@ -4,7 +4,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from ..kernels import choose, choose_for_gradient, eager, wants_gradient
+from ..kernels import choose, choose_for_gradient, eager, evaluate, wants_gradient
 from ..kernels.interface import Backend, PowerNormSpec, plain
 from .common import Function, Gradients, in_memory, transformed_gradient
 
@@ -81,12 +81,12 @@ def running_norm(
         tensor of ``x``'s shape and dtype
     """
     if mean is None:
+        if not wants_gradient(x, weight, bias):
+            return evaluate(x, weight, bias, psi2, groups, eps)
         backend = choose(x, weight, bias, psi2)
         if backend is eager:
             return eager.evaluate(x, weight, bias, psi2, groups, eps)
-        if wants_gradient(x, weight, bias):
-            y: Tensor = _Evaluation.apply(x, weight, bias, psi2, groups, eps, backend)
-            return y
-        return backend.evaluate(x, weight, bias, psi2, groups, eps)
+        y: Tensor = _Evaluation.apply(x, weight, bias, psi2, groups, eps, backend)
+        return y
     u = eager.layer_scale(x.to(eager.compute_dtype(x)), groups) - mean.to(eager.compute_dtype(x))
     return eager.affine(u, eager.inverse_root(psi2.to(u.dtype), eps), weight, bias).to(x.dtype)

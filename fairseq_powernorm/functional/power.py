@@ -6,8 +6,8 @@ from typing import Any, ContextManager, Iterator, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..kernels import choose, choose_for_gradient, eager
-from ..kernels.interface import Backend, OwnStep, PowerNormSpec, plain, writable
+from ..kernels import autograd_for, choose, choose_for_gradient, eager
+from ..kernels.interface import Backend, OwnStep, PowerNormSpec, StepSpec, plain, writable
 from .common import (
     Collect,
     Function,
@@ -103,14 +103,18 @@ class _PowerNorm(Function):
         return tuple(error(*grads))
 
 
-def _backward(ctx: Any, grad_y: Optional[Tensor]) -> Gradients:
-    if grad_y is None:
-        return None, None, None, None
+def _refuse_several(grad_y: Tensor) -> None:
     if transformed_gradient(grad_y):
         raise RuntimeError(
             "several gradients at once (vmap, is_grads_batched) through PowerNorm in training: each would be a step of nu; "
             "compute them one by one, or in evaluation mode"
         )
+
+
+def _backward(ctx: Any, grad_y: Optional[Tensor]) -> Gradients:
+    if grad_y is None:
+        return None, None, None, None
+    _refuse_several(grad_y)
     x, r, weight, saved, valid = ctx.saved_tensors
     grad_x, grad_weight, grad_bias = _power_backward(
         grad_y, x, r, weight, saved, valid, ctx.call, ctx.kernel, want_x=ctx.needs_input_grad[0]
@@ -148,6 +152,74 @@ class _TransformedPowerNorm(Function):
         with torch._C._DisableFuncTorch(), torch.no_grad():
             backend = choose(x, weight, valid=valid)
             return *_power_backward(bare_y, x, r, weight, saved, valid, call, backend, want_x=True), None
+
+
+class StageSums(NamedTuple):
+    """Where a stage wants the sums of a pass.
+
+    Attributes:
+        forward, backward: vectors that the tallies are added to; None: not at all
+        switches: has an attribute ``open``: may a backward pass run?
+    """
+
+    forward: Optional[Tensor]
+    backward: Optional[Tensor]
+    switches: Any
+
+
+NO_STAGE = StageSums(None, None, None)
+
+
+def native_power_norm(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    valid: Optional[Tensor],
+    psi2: Tensor,
+    nu: Tensor,
+    iters: Tensor,
+    spec: PowerNormSpec,
+    collect: Collect,
+    guard: ContextManager[Any],
+    step: Optional[StepSpec] = None,
+    stage: StageSums = NO_STAGE,
+) -> Optional[Tensor]:
+    """:func:`power_norm` by the autograd function in C++; None, with nothing done, where that does not serve.
+
+    Args:
+        x, weight, bias, valid, psi2, nu, spec: as there
+        iters: scalar, the step count
+        collect: called instead of what ``step`` and ``stage`` say where a backward pass must be left to Python
+        guard: a lock, held already; it is taken while the backward pass reads nu
+        step: the step that the running statistics take, unless ``stage`` is given
+    """
+    autograd = autograd_for(x)
+    if autograd is None:
+        return None
+    y: Optional[Tensor] = autograd.train(
+        x, weight, bias, valid, psi2, nu, iters, spec, step, *stage, _native_backward, collect, guard
+    )
+    return y
+
+
+def _native_backward(
+    collect: Collect,
+    guard: ContextManager[Any],
+    spec: PowerNormSpec,
+    grad_y: Tensor,
+    x: Tensor,
+    r: Optional[Tensor],
+    weight: Optional[Tensor],
+    saved: Tensor,
+    valid: Optional[Tensor],
+    nu: Tensor,
+    want_x: bool,
+) -> Gradients:
+    """The backward pass that C++ leaves to Python: gradients of x, weight and bias."""
+    _refuse_several(grad_y)
+    call = _Call(valid, nu, nu, spec, collect, None, guard, None, hooked=True)
+    backend = choose(x, weight, valid=valid)
+    return _power_backward(grad_y, x, r, weight, saved, valid, call, backend, want_x=want_x)
 
 
 def power_norm(

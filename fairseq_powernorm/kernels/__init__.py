@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from contextlib import contextmanager
-from typing import Dict, Iterator, List, Optional, Set, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from .interface import Backend, plain, readable, transformed, writable
 
 __all__ = [
     "KERNELS",
+    "autograd_for",
     "choose",
     "choose_for_gradient",
     "choose_for_step",
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+_is_compiling = torch.compiler.is_compiling
 
 #: name -> backend; the first that serves a tensor is used
 KERNELS: Dict[str, Backend] = {"triton": triton, "c": c, "eager": eager}
@@ -77,7 +80,10 @@ def explain(device_type: str, dtype: torch.dtype) -> Tuple[str, List[str]]:
 
 def _find(key: _Key) -> Backend:
     name, reasons = explain(*key)
-    kernel = _chosen[key] = KERNELS[name]
+    kernel = KERNELS[name]
+    if kernel is c:
+        c.autograd()  # which the message describes
+    _chosen[key] = kernel
     message = f"Power Normalization on {key[0]}: kernel {kernel.describe()}"
     if reasons:
         message += f" ({'; '.join(reasons)})"
@@ -110,6 +116,17 @@ def only(name: str) -> Iterator[None]:
             del os.environ[VARIABLE]
         else:
             os.environ[VARIABLE] = variable
+
+
+def autograd_for(x: Tensor) -> Any:
+    """The autograd function in C++ (:mod:`.native`) that may be asked first for a pass over ``x``; None if there is none.
+
+    It has a gate of its own, and answers None where it leaves a call to Python.
+    """
+    if _is_compiling() or not x.is_cpu:
+        return None
+    key = ("cpu", x.dtype)
+    return c.autograd() if (_chosen.get(key) or _find(key)) is c else None
 
 
 def choose(x: Tensor, *vectors: Optional[Tensor], valid: Optional[Tensor] = None) -> Backend:
@@ -220,6 +237,10 @@ def evaluate(
     Returns:
         tensor of ``x``'s shape and dtype
     """
+    autograd = autograd_for(x)
+    if autograd is not None and (y := autograd.evaluate(x, weight, bias, psi2, groups, eps)) is not None:
+        found: Tensor = y
+        return found
     backend = eager if wants_gradient(x, weight, bias) else choose(x, weight, bias, psi2)
     return backend.evaluate(x, weight, bias, psi2, groups, eps)
 

@@ -1,11 +1,11 @@
-"""``python -m fairseq_powernorm.kernels``: which kernel serves which tensors, and why; ``--build`` builds the C kernel."""
+"""``python -m fairseq_powernorm.kernels``: which kernel serves which tensors, and why; ``--build`` compiles."""
 import argparse
 import sys
 from typing import Optional, Sequence
 
 import torch
 
-from . import KERNELS, VARIABLE, build, explain
+from . import KERNELS, VARIABLE, build, c, explain
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -15,15 +15,23 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         description="Say which kernel computes Power Normalization on which device and dtype, and why. "
         f"The environment variable {VARIABLE} ({', '.join(KERNELS)}) restricts the choice.",
     )
-    parser.add_argument("--build", action="store_true", help="build the C kernel anew with the system's compiler (CC) first")
+    parser.add_argument(
+        "--build", action="store_true", help="first build anew the C kernel (with CC) and its autograd function in C++ (CXX)"
+    )
     if parser.parse_args(arguments).build:
         try:
             print(f"built {build.build()}")
         except build.BuildError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        try:
+            print(f"built {build.build_autograd()}")
+        except build.BuildError as error:
+            print(f"the autograd function in C++ is not built, that in Python serves: {error}", file=sys.stderr)
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     try:
+        if c.unavailable() is None:
+            c.autograd()
         for device in devices:
             for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
                 name, reasons = explain(device, dtype)

@@ -1,22 +1,43 @@
-"""Builds the C kernel with the system's compiler. Standard library only: setup.py and the scripts run it by its path.
+"""Builds the C kernel and the autograd function in C++ with the system's compilers.
 
-``python fairseq_powernorm/kernels/build.py`` builds the library beside this file unless a current one is there.
+Standard library only: setup.py and the scripts run it by its path. ``python fairseq_powernorm/kernels/build.py`` builds both
+beside this file unless current ones are there. The C kernel fits any torch; the autograd function is compiled for the torch
+that is installed, of which nothing but headers and ``version.py`` is read here.
 """
+import contextlib
 import hashlib
+import importlib.util
+import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
-from typing import List, Optional
+from typing import Dict, Iterator, List, Optional, Sequence
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 HERE = Path(__file__).resolve().parent
 SOURCES = (HERE / "csrc" / "powernorm.c", HERE / "csrc" / "sweeps.h")
 NAME = "libpowernorm.so"
 #: no flag ties the library to the processor of this machine: the code chooses its instructions when it runs
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-psabi")
+#: the autograd function: source, module, and what its file is called besides
+AUTOGRAD_SOURCE = HERE / "csrc" / "autograd.cpp"
+AUTOGRAD = "powernorm_autograd"
+AUTOGRAD_FLAGS = ("-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
+#: what the compiler must know of the installed torch: printed by another process, which imports it
+_FACTS = """
+import json, re, torch
+standard = re.search(r"C\\+\\+ Version: (\\d{4})", torch.__config__.show())
+print(json.dumps({"standard": standard.group(1)[2:] if standard else "17", "abi": int(torch._C._GLIBCXX_USE_CXX11_ABI)}))
+"""
 
 
 class BuildError(Exception):
@@ -59,35 +80,28 @@ def why_missing(library: Path = HERE / NAME) -> str:
     return f"it was built from other sources; {remedy}" if library.is_file() else f"it is not built; {remedy}"
 
 
-def compiler() -> List[str]:
-    """The C compiler's command: the environment variable CC, else the first of cc, gcc, clang in PATH.
+def compiler(variable: str = "CC", candidates: Sequence[str] = ("cc", "gcc", "clang"), language: str = "C") -> List[str]:
+    """A compiler's command: what the environment variable says, else the first candidate in PATH.
 
     Raises:
         BuildError: there is none
     """
-    given = os.environ.get("CC", "").strip()
-    candidates = [shlex.split(given)] if given else [["cc"], ["gcc"], ["clang"]]
-    for words in candidates:
+    given = os.environ.get(variable, "").strip()
+    for words in [shlex.split(given)] if given else [[name] for name in candidates]:
         if shutil.which(words[0]):
             return words
-    raise BuildError(f"CC={given!r} is not a command" if given else "no C compiler: neither cc, gcc nor clang is in PATH")
+    if given:
+        raise BuildError(f"{variable}={given!r} is not a command")
+    raise BuildError(f"no {language} compiler: neither {', '.join(candidates[:-1])} nor {candidates[-1]} is in PATH")
 
 
-def build(folder: Optional[Path] = None) -> Path:
-    """Compile the library into ``folder`` (default: beside this file), replacing what stands there in one step.
-
-    Raises:
-        BuildError: there is no compiler, it fails, or the folder cannot be written
-    """
-    target = Path(folder or HERE) / NAME
-    command = [*compiler(), *FLAGS, f'-DPN_SOURCE="{source_hash()}"']
+def _compile(command: Sequence[str], target: Path) -> Path:
+    """Run a compiler, and put what it makes in the place of ``target`` in one step."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as work:
-            made = os.path.join(work, NAME)
-            done = subprocess.run(
-                [*command, str(SOURCES[0]), "-o", made, "-lm"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
+            made = os.path.join(work, target.name)
+            done = subprocess.run([*command, "-o", made], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             if done.returncode != 0:
                 lines = done.stdout.strip().splitlines()
                 first = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
@@ -98,17 +112,181 @@ def build(folder: Optional[Path] = None) -> Path:
     return target
 
 
-def main() -> int:
-    """Build if needed and say what was done; a machine without a compiler is no failure."""
-    if is_current(HERE / NAME):
-        return 0
+def build(folder: Optional[Path] = None) -> Path:
+    """Compile the library into ``folder`` (default: beside this file), replacing what stands there in one step.
+
+    Raises:
+        BuildError: there is no compiler, it fails, or the folder cannot be written
+    """
+    command = [*compiler(), *FLAGS, f'-DPN_SOURCE="{source_hash()}"', str(SOURCES[0]), "-lm"]
+    return _compile(command, Path(folder or HERE) / NAME)
+
+
+# ---------------------------------------------------------------- the autograd function in C++
+
+
+def _torch() -> Path:
+    """The folder of the installed torch.
+
+    Raises:
+        BuildError: there is none
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise BuildError("torch is not installed")
+    return Path(spec.origin).parent
+
+
+def autograd_name() -> str:
+    """File name of the autograd function that fits its source, the installed torch and this Python.
+
+    Raises:
+        BuildError: torch is not installed
+    """
+    version = _torch() / "version.py"
+    marks = [AUTOGRAD_SOURCE.read_bytes(), version.read_bytes(), " ".join(AUTOGRAD_FLAGS).encode()]
+    marks.append(str(sysconfig.get_config_var("SOABI")).encode())
+    return f"{AUTOGRAD}-{hashlib.sha256(b'|'.join(marks)).hexdigest()[:16]}.so"
+
+
+def autograd_folders() -> List[Path]:
+    """Where it may lie: beside this file, or, where that cannot be written, in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return [HERE, Path(cache) / "fairseq_powernorm"]
+
+
+def find_autograd() -> Optional[Path]:
+    """The autograd function, if it has been built."""
+    with contextlib.suppress(BuildError):
+        name = autograd_name()
+        for folder in autograd_folders():
+            if (folder / name).is_file():
+                return folder / name
+    return None
+
+
+def _failure(name: str) -> Path:
+    """The file that says why it could not be built."""
+    return _folder_to_write() / f"{name}.failed"
+
+
+def _failed() -> bool:
+    with contextlib.suppress(BuildError):
+        return _failure(autograd_name()).exists()
+    return True
+
+
+def _folder_to_write() -> Path:
+    for folder in autograd_folders():
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder
+    raise BuildError(f"neither {' nor '.join(map(str, autograd_folders()))} can be written")
+
+
+def why_no_autograd() -> str:
+    """Why it has not been built: what its last build said, if there was one."""
     try:
-        build()
-        print("built the C kernel")
+        return _failure(autograd_name()).read_text().strip()
     except BuildError as error:
-        print(f"the C kernel is not built, the torch kernel serves: {error}")
+        return str(error)
+    except OSError:
+        return "it is not built; build it with: python -m fairseq_powernorm.kernels --build"
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Is this the only process that builds there? The folder is locked, until the process ends at the latest."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        alone = True
+        if fcntl is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                alone = False
+            except OSError:
+                pass  # a file system without locks: several may build at a time, and the last one wins
+        yield alone
+    finally:
+        os.close(descriptor)
+
+
+def build_autograd() -> Path:
+    """Compile the autograd function for the installed torch.
+
+    Raises:
+        BuildError: there is no torch or no compiler, it fails, no folder can be written, or another process is building it
+    """
+    name, folder, root = autograd_name(), _folder_to_write(), _torch()
+    with _alone(folder) as alone:
+        if not alone:
+            raise BuildError("another process is building it")
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", _FACTS], capture_output=True, text=True, cwd=folder.anchor
+            )
+            if done.returncode != 0:
+                raise BuildError(f"torch cannot be imported: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+            facts: Dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+            include = [root / "include", root / "include" / "torch" / "csrc" / "api" / "include"]
+            print(f"building the autograd function in C++ for torch in {root} (some seconds)", file=sys.stderr, flush=True)
+            found = _compile(
+                [
+                    *compiler("CXX", ("c++", "g++", "clang++"), "C++"), f"-std=c++{facts['standard']}", *AUTOGRAD_FLAGS,
+                    f"-D_GLIBCXX_USE_CXX11_ABI={facts['abi']}", *(f"-I{each}" for each in include),
+                    f"-I{sysconfig.get_paths()['include']}", str(AUTOGRAD_SOURCE), f"-L{root / 'lib'}",
+                    "-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10",
+                ],
+                folder / name,
+            )  # fmt: skip
+            with contextlib.suppress(OSError):
+                _failure(name).unlink()
+            return found
+        except BuildError as error:
+            with contextlib.suppress(OSError):
+                _failure(name).write_text(f"{error}\n")
+            raise
+
+
+def start_autograd() -> bool:
+    """Have it built by a process of its own, unless that failed before or is being done; returns whether it is under way."""
+    try:
+        folder = _folder_to_write()
+        if _failed():
+            return False
+        compiler("CXX", ("c++", "g++", "clang++"), "C++")
+        with _alone(folder) as alone:
+            if not alone:
+                return True
+        subprocess.Popen(
+            [sys.executable, str(HERE / "build.py"), "--in-background"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, start_new_session=True, cwd=folder.anchor,
+        )  # fmt: skip
+    except (BuildError, OSError):
+        return False
+    return True
+
+
+def main(arguments: Sequence[str] = ()) -> int:
+    """Build what is missing and say what was done; a machine without a compiler is no failure."""
+    if "--in-background" in arguments:
+        os.nice(10)
+    if not is_current(HERE / NAME):
+        try:
+            build()
+            print("built the C kernel")
+        except BuildError as error:
+            print(f"the C kernel is not built, the torch kernel serves: {error}")
+    if find_autograd() is None and not _failed():
+        try:
+            build_autograd()
+            print("built the autograd function in C++")
+        except BuildError as error:
+            print(f"the autograd function in C++ is not built, that in Python serves: {error}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import build, eager
+from . import build, eager, native
 from .interface import Backward, Forward, OwnStep, PowerNormSpec, StepSpec
 
 #: number of an element type in the C code
@@ -91,7 +91,12 @@ def serves(device_type: str, dtype: torch.dtype, *, asked: bool = False) -> bool
 
 def describe() -> str:
     """What is in use, for people."""
-    return f"C ({_instructions}, {'threads of torch' if _threaded else 'one thread'})"
+    return f"C ({_instructions}, {'threads of torch' if _threaded else 'one thread'}, {native.describe()})"
+
+
+def autograd() -> Any:
+    """The autograd function in C++ over this kernel, see :mod:`.native`; None where that in Python serves."""
+    return native.extension(_library)
 
 
 def _check(status: int) -> None:

@@ -17,7 +17,8 @@ from .layouts import LAYOUTS, Norm
 from .masks import MaskSlot
 from .power import VARIANTS, PowerNorm, SecondMomentNorm
 from .power_v import PowerNormV
-from .registry import NORMS, build_norm, create_norm, default_groups, norm_options, parse_norm
+from .registry import NORMS, build_norm, create_norm, default_groups, norm_options, norms_with, parse_norm
+from .row import RowNorm
 from .staging import Stage, Sums, Switches
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "PowerNorm",
     "PowerNormV",
     "RMSNorm",
+    "RowNorm",
     "RunningNorm",
     "SecondMomentNorm",
     "Stage",
@@ -40,5 +42,6 @@ __all__ = [
     "create_norm",
     "default_groups",
     "norm_options",
+    "norms_with",
     "parse_norm",
 ]

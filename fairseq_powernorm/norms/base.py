@@ -45,6 +45,25 @@ def size_of(x: Tensor) -> Tensor:
     return norm / x.size(-1)
 
 
+def discrepancy(
+    deviation: Tensor, running_deviation: Tensor, mean: Optional[Tensor] = None, running_mean: Optional[Tensor] = None
+) -> Dict[str, Tensor]:
+    """The training-inference discrepancy of Yang et al. (NeurIPS 2022): how far evaluation is from this step's training.
+
+    Args:
+        deviation, running_deviation: ``... x C``, what training divides by and what evaluation would
+        mean, running_mean: what they subtract; None in norms that subtract nothing
+
+    Returns:
+        ``discrepancy_mean``: distance of the means in deviations of the batch, and ``discrepancy_std``: relative difference
+        of the deviations; both are means over channels (leading dimensions stay)
+    """
+    found = {"discrepancy_std": (running_deviation / deviation - 1.0).abs().mean(-1)}
+    if mean is not None and running_mean is not None:
+        found["discrepancy_mean"] = ((running_mean - mean).abs() / deviation).mean(-1)
+    return found
+
+
 class RunningNorm(Norm):
     """Base of the norms with running statistics.
 
@@ -172,15 +191,29 @@ class RunningNorm(Norm):
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As in any module, but the value of a statistic is widened to float32."""
-        if isinstance(value, Tensor) and name in self.__dict__.get("_buffers", {}):
-            old = self._buffers[name]
-            if old is not None and old.is_meta and not value.is_meta:
-                self.__dict__["_from_meta"] = True
-            value = _widened(value)
+        """As in any module, but a statistic is widened to float32, and what a loader finds in no checkpoint begins anew."""
+        if isinstance(value, Tensor) and (name in self._buffers or name in self._parameters):
+            old = self._buffers.get(name, self._parameters.get(name))
+            came = old is not None and old.is_meta and not value.is_meta
+            if came and self._is_lacking(value):
+                with torch.no_grad():
+                    value.fill_(self.STATISTICS.get(name, 1.0 if name == "weight" else 0.0))
+            elif name in self._buffers:
+                if came:
+                    self.__dict__["_from_meta"] = True
+                value = _widened(value)
         elif not name.startswith("_"):
             self.__dict__["_constants"] = {}
         super().__setattr__(name, value)
+
+    def _is_lacking(self, value: Tensor) -> bool:
+        """Is this memory that nobody has written, in place of what a checkpoint lacks?
+
+        So Hugging Face's ``from_pretrained`` leaves it. It marks what the checkpoint has, and has put that in place before.
+        """
+        tensors = (value, *self._parameters.values(), *self._buffers.values())
+        marked = [getattr(tensor, "_is_hf_initialized", False) for tensor in tensors]
+        return any(marked) and not marked[0]
 
     def __getstate__(self) -> Dict[str, Any]:
         """A copy, or what is read back from a pickle, is on its own: it applies its statistics itself."""
@@ -299,9 +332,8 @@ class RunningNorm(Norm):
         special = transformed()
         if padding_mask is not None:
             valid = valid_rows(padding_mask, transposed)
-        elif self.mask_slot is not None and (held := self.mask_slot.padding_mask) is not None:
-            self._check_mask(held, x)
-            valid = valid_rows(held, transposed) if special else self.mask_slot.valid(transposed)
+        elif self.mask_slot is not None and (held := self.mask_slot.fitting(self, x)) is not None:
+            valid = valid_rows(held, transposed) if special else self.mask_slot.valid(held, transposed)
         else:
             valid = None
         if self.stage is not None:
@@ -437,5 +469,6 @@ class RunningNorm(Norm):
             quantity -> value (leading dimensions of ``state``). ``distance_*`` and ``size_*``: Euclidean norm over
             channels, divided by their number, of batch minus running statistics and of the running ones.
             ``gradient_*``: root mean square over rows of the norm of the term of dL/du that a statistic causes.
+            ``discrepancy_*``: see :func:`discrepancy`
         """
         raise NotImplementedError

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import functional
 from ..kernels import eager
-from .base import Device, State, size_of
+from .base import Device, State, discrepancy, size_of
 from .exact import ExactNorm
 from .masks import valid_rows
 from .staging import Sums
@@ -154,4 +154,7 @@ class MaskedBatchNorm(ExactNorm):
             "size_var": size_of(state["running_var"]),
             "gradient_mean": (grad.square() * inv2).sum(-1).sqrt(),
             "gradient_var": (grad_z.square() * inv2 * (var * inv2)).sum(-1).sqrt(),
+            **discrepancy(
+                (var + self.eps).sqrt(), (state["running_var"] + self.eps).sqrt(), mean, state["running_mean"]
+            ),
         }

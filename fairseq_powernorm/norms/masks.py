@@ -56,16 +56,22 @@ class MaskSlot:
         self._local.mask = mask
         self._local.valid = None
 
-    def valid(self, transposed: bool) -> Tensor:
-        """The mask as the norms read it: one bool for each row of the input, False at padding."""
-        known: Optional[Tuple[bool, Tensor]] = self._local.valid
-        if known is None or known[0] is not transposed:
-            known = self._local.valid = transposed, valid_rows(self._local.mask, transposed)
-        return known[1]
+    def fitting(self, norm: Any, x: Tensor) -> Optional[Tensor]:
+        """The mask of the call in progress for the rows ``x`` of that norm; raises ValueError where it does not fit."""
+        mask = self.padding_mask
+        norm._check_mask(mask, x)
+        return mask
+
+    def valid(self, mask: Tensor, transposed: bool) -> Tensor:
+        """A mask as the norms read it, see :func:`valid_rows`; made once for all norms that read the same one."""
+        known: Optional[Tuple[Tensor, bool, Tensor]] = getattr(self._local, "valid", None)
+        if known is None or known[0] is not mask or known[1] is not transposed:
+            known = self._local.valid = mask, transposed, valid_rows(mask, transposed)
+        return known[2]
 
     def __reduce__(self) -> Tuple[Any, Tuple[()]]:
         """A copy is empty: a mask belongs to a call."""
-        return MaskSlot, ()
+        return type(self), ()
 
 
 def valid_rows(padding_mask: Tensor, transposed: bool) -> Tensor:

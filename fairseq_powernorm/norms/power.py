@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import functional, operators
 from ..kernels import choose, choose_for_step, eager
 from ..kernels.interface import OwnStep, PowerNormSpec, StepSpec
-from .base import Device, RunningNorm, State, check_interval, inside_backward, size_of
+from .base import Device, RunningNorm, State, check_interval, discrepancy, inside_backward, size_of
 from .recomputation import Recomputations, recomputable
 from .staging import Sums
 
@@ -31,6 +31,7 @@ class SecondMomentNorm(RunningNorm):
         return {
             "distance_psi2": size_of(batch - state["running_phi"]),
             "size_psi2": size_of(state["running_phi"]),
+            **discrepancy((batch + self.eps).sqrt(), (state["running_phi"] + self.eps).sqrt()),
         }
 
 
@@ -219,11 +220,33 @@ class PowerNorm(SecondMomentNorm):
         if special and operators.needed(x):
             return self._train_opaque(x, valid)
         with self._lock:
+            if not special and (y := self._train_natively(x, valid)) is not None:
+                return y
             if self.stage is None:
                 return self._train_alone(x, valid)
             return self._pass(
                 x, valid, self._spec_at(self.steps()), self.statistic("running_phi"), take_forward=not inside_backward()
             )
+
+    def _train_natively(self, x: Tensor, valid: Optional[Tensor]) -> Optional[Tensor]:
+        """An ordinary pass by the autograd function in C++; None, with nothing done, where that does not serve."""
+        stage, step, sums = self.stage, None, functional.NO_STAGE
+        if stage is None:
+            if recomputable() or inside_backward():
+                return None
+            step = self._step_spec()
+        elif stage.switches.reduce is not None:
+            return None
+        elif stage.switches.counting:
+            forward = None if inside_backward() else stage.parts["forward"]
+            sums = functional.StageSums(forward, stage.parts["backward"], stage.switches)
+        else:
+            sums = functional.StageSums(None, None, stage.switches)
+        buffers = self._buffers
+        return functional.native_power_norm(
+            x, *self._affine(), valid, buffers["running_phi"], buffers["ema_gz"], buffers["iters"],
+            self._spec_at(self.steps()), self._take, self._lock, step, sums,
+        )  # fmt: skip
 
     def _train_alone(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
         """Training without a stage: each forward pass takes a step, and one that is repeated must see what it saw."""
@@ -300,4 +323,5 @@ class PowerNorm(SecondMomentNorm):
         psi2 = batch if self.variant == "reference" else state["running_phi"]
         nu = (1.0 - self.alpha_bkw) * state["ema_gz"]
         through_nu = (nu.square() / (psi2 + self.eps) * z_square).sum(-1).sqrt()
-        return {**self._describe_psi2(state, forward), "gradient_nu": through_nu}
+        largest = nu.abs().amax(-1)
+        return {**self._describe_psi2(state, forward), "gradient_nu": through_nu, "nu_largest": largest}

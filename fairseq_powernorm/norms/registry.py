@@ -172,3 +172,8 @@ def default_groups(name: str, heads: int, **options: Any) -> int:
     """Channel groups of a norm in a model with ``heads`` attention heads; 0 where it has none."""
     default = getattr(norm_class(name), "default_groups", None)
     return 0 if default is None else int(default(heads, **options))
+
+
+def norms_with(entries: Collection[str]) -> Tuple[str, ...]:
+    """Names of the norms whose state_dict, with their default options, has these entries and no others."""
+    return tuple(name for name in NORMS if set(build_norm(name, 2, device="meta").state_dict()) == set(entries))

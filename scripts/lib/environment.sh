@@ -69,7 +69,7 @@ pn_make_venv() {
         fi
         read -r -a words <<<"$torch"
         "$venv/bin/python" -m pip install --quiet "${words[@]}"
-        "$venv/bin/python" -m pip install --quiet -e "$PN_ROOT[data,plots,slurm,test]"
+        "$venv/bin/python" -m pip install --quiet -e "$PN_ROOT[data,integrations,plots,slurm,test]"
         printf '%s\n' "$stamp" >"$venv/installed"
         rm "$unfinished"
     fi
@@ -104,5 +104,6 @@ pn_environment() {
 }
 
 pn_environment
-# The C kernel, if its sources have changed or nobody built it; without a compiler the log says that torch's serves.
-"$PYTHON" "$PN_ROOT/fairseq_powernorm/kernels/build.py" >/dev/null 2>&1 || true
+# The C kernel and its autograd function in C++, if their sources or torch have changed or nobody built them; without a compiler
+# the log says what serves instead.
+"$PYTHON" "$PN_ROOT/fairseq_powernorm/kernels/build.py" >/dev/null || true

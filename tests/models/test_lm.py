@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from fairseq_powernorm.models import base
 from fairseq_powernorm.models.tensorized_lm_pn import TensorizedLMPNConfig
 from fairseq_powernorm.models.transformer_lm_pn import TransformerLMPNConfig
-from fairseq_powernorm.norms import NORMS, LayerNorm, PowerNorm
+from fairseq_powernorm.norms import NORMS, LayerNorm, PowerNorm, RunningNorm
 from fairseq_powernorm.statistics import RunningStatistics
 
 SIZES = dict(
@@ -90,14 +90,13 @@ def test_no_token_is_seen_before_its_time(arch, norm):
 @pytest.mark.parametrize(
     "norm,changes",
     [
-        ("layer", {}),
-        ("rms", {}),
+        *((name, {}) for name, kind in NORMS.items() if not issubclass(kind, RunningNorm)),
         ("power", dict(norm_warmup_updates=0)),
         ("power", dict(norm_warmup_updates=0, norm_variant="algorithm2")),
     ],
 )
 def test_nor_in_training_by_norms_without_batch_statistics(arch, norm, changes):
-    """The same in training mode with LN, RMSNorm and, after its warm-up, PN, which then has running statistics only."""
+    """The same in training mode with the norms without statistics and with PN after its warm-up, which has running ones."""
     assert reach_back(build(arch, norm, **changes).train(), sentences()) == 0.0
 
 

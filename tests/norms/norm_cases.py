@@ -1,7 +1,7 @@
 """What the tests of the norms share: every norm with every variant, batches, training, comparison."""
 import torch
 
-from fairseq_powernorm.norms import NORMS, RunningNorm, build_norm
+from fairseq_powernorm.norms import NORMS, RowNorm, RunningNorm, build_norm
 
 C, GROUPS = 16, 2
 RUNNING = [name for name, kind in NORMS.items() if issubclass(kind, RunningNorm)]
@@ -16,6 +16,8 @@ def make(name, variant=None, dtype=torch.float32, **options):
     torch.manual_seed(0)
     with torch.device("cpu"):
         options = {"groups": GROUPS, **options, **({"variant": variant} if variant else {})}
+        if issubclass(NORMS[name.partition(":")[0]], RowNorm):
+            options["groups"] = max(1, options["groups"])  # 0 turns off the layer scale before a norm
         norm = build_norm(name, C, **options).to(dtype)
         with torch.no_grad():
             for key, each in norm.state_dict().items():

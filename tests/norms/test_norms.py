@@ -483,7 +483,7 @@ def test_two_and_three_dimensional_input_and_layouts(kind):
         else:
             y = norm(leaf, mask)
         y.backward(g)
-        result = [y, leaf.grad, norm.weight.grad, *norm.buffers()]
+        result = [y, leaf.grad, *(p.grad for p in norm.parameters()), *norm.buffers()]
         reference = reference or result
         for a, b in zip(result, reference):
             torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
@@ -640,9 +640,10 @@ def test_torch_compile(kind):
 
 @pytest.mark.parametrize("kind", list(NORMS))
 def test_without_affine_parameters(kind):
-    """affine=False has no parameters and equals weight 1 and bias 0, gradients included."""
-    plain, unit = build_norm(kind, 8, affine=False).double(), build_norm(kind, 8).double()
-    assert not list(plain.parameters())
+    """affine=False has no weight and no bias and equals those of a new norm, gradients included."""
+    options = dict(dtype=torch.float64)
+    plain, unit = build_norm(kind, 8, affine=False, **options), build_norm(kind, 8, **options)
+    assert not {"weight", "bias"} & set(dict(plain.named_parameters()))
     results = []
     for norm in (plain, unit):
         x, g, mask = random_batch()

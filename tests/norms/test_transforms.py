@@ -53,6 +53,8 @@ def test_transforms_in_evaluation(name, variant, frozen):
 @pytest.mark.parametrize("name, variant", ALL)
 def test_second_derivatives_in_evaluation(name, variant):
     """gradgradcheck of the evaluation."""
+    if name == "ada":
+        pytest.skip("a part of its output has no gradient: what comes back is no function's derivative")
     norm = make(name, variant, torch.float64).eval()
     x = batch(0, torch.float64)[0][:2, :1].requires_grad_()
     assert torch.autograd.gradgradcheck(norm, (x,))
@@ -158,7 +160,8 @@ def test_fake_and_meta_tensors(name, variant, training):
         x = torch.empty(5, 3, C, dtype=dtype, device="meta", requires_grad=True)
         y = norm(x)
         y.sum().backward()
-        assert y.is_meta and y.shape == x.shape and y.dtype == x.grad.dtype == dtype and norm.weight.grad.shape == (C,)
+        assert y.is_meta and y.shape == x.shape and y.dtype == x.grad.dtype == dtype
+        assert all(p.grad.shape == p.shape for p in norm.parameters())
         with FakeTensorMode():
             norm = build_norm(name, C, **({"variant": variant} if variant else {})).train(training)
             x = torch.empty(5, 3, C, dtype=dtype, requires_grad=True)

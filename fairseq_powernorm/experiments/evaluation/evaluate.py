@@ -12,7 +12,8 @@ from typing import Any, Dict, Optional, Sequence
 from ..directories import locked, whole_directory
 from ..errors import UserError
 from ..files import read_json, sha256, write_json
-from ..paths import ROOT, data_root, for_fairseq
+from ..overrides import quiet
+from ..paths import PLUGIN, ROOT, data_root, for_fairseq
 from ..runs import checkpoints, compose, trainlog
 from ..settings import is_lm, prepared
 from ..tools import TOOLS, versions
@@ -134,20 +135,22 @@ def check_copy(copy: Path, own: Path, *, force: bool) -> None:
 
 
 def load_config(run: Path) -> Any:
-    """The run's resolved configuration."""
+    """The run's resolved configuration. Its plugin is this one, whatever the file says: a foreign run executes no code."""
     from omegaconf import OmegaConf
 
     try:
-        return OmegaConf.load(run / "config.yaml")
+        config = OmegaConf.load(run / "config.yaml")
+        config.common.user_dir = str(PLUGIN)
     except Exception as error:  # the errors of YAML share no base class with those of files
         raise UserError(f"cannot read {run / 'config.yaml'}: {error}") from None
+    return config
 
 
 def refuse_wrong_weights(inputs: Sequence[Path], config: Any) -> None:
     """Refuses checkpoints whose model has other settings than the run's, or weights that are not finite."""
     from omegaconf import OmegaConf
 
-    with compose.quiet():
+    with quiet():
         from ...checkpoint import check_finite, load
     wanted: Any = OmegaConf.to_container(config.model)
     for path in inputs:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, TextIO
 
+from ..errors import UserError
+from ..files import sha256
 from ..tools import call
 
 Command = List[str]
@@ -26,6 +28,18 @@ class Job:
     data: Path  # the prepared data
     stamp: Dict[str, Any]  # prepared.json
     lock: TextIO  # of the run, which the programs that are started hold, too
+
+    def check_data(self, *texts: str) -> None:
+        """Refuses if a file that the evaluation reads is missing or not what was prepared.
+
+        Args:
+            texts: beginnings of the names of those that it reads beside the binarized ones
+        """
+        read = ("data-bin/dict.", f"data-bin/{self.subset}.", *texts)
+        for name, digest in self.stamp["outputs"].items():
+            path = self.data / name
+            if name.startswith(read) and not (path.is_file() and sha256(path) == digest):
+                raise UserError(f"{path} is not what scripts/prepare.sh made; --force prepares the data again")
 
     def averaged(self, directory: Path) -> "Averaged":
         """Averages the checkpoints into averaged.pt in a directory."""

@@ -44,7 +44,7 @@ def check(config: Any) -> None:
 def check_job(job: Job) -> None:
     """Refuses before any work what would be found missing in the middle of it: the text, a program."""
     tool("fairseq-eval-lm")
-    targets(job.data, job.subset)
+    job.check_data(f"raw/{job.subset}.")
 
 
 def evaluate(job: Job, directory: Path) -> Scores:

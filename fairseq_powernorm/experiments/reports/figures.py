@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 from ...recorder import PANELS, read
-from ..runs import compose
+from ..overrides import quiet
 from . import matrix
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def singular_values(path: Path) -> List[float]:
 
     from ...checkpoint import load
 
-    with compose.quiet():  # what loading imports turns logging on
+    with quiet():  # what loading imports turns logging on
         model = load(str(path))["model"]
     side = "encoder" if any(key.startswith("encoder.") for key in model) else "decoder"
     whole = model.get(f"{side}.embed_tokens.weight")

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from ..errors import UserError
+from ..overrides import by_key
 from ..paths import ROOT, runs_root
-from ..runs import batch, compose
+from ..runs import batch
 from ..settings import BATCH_REFERENCE, architectures, is_lm, load, norm_in_names, placements
 
 #: what is reproduced -> (the paper's benchmarks, which are the default; others of the same kind; default seeds)
@@ -224,7 +225,7 @@ def runs(
             own += [f"+model.norm_variant={row.variant}"] if row.variant not in (None, VARIANTS[0]) else []
             if row.norm != BASELINE:
                 own += [f"+task.norm_record={NORM_RECORD}", f"+task.norm_record_interval={interval}"]
-            merged = {**compose.by_key(own), **compose.by_key(overrides)}
+            merged = {**by_key(own), **by_key(overrides)}
             yield Run(benchmark, arch, row, row.name(placements(config.model)[0]), seed, number,
                       tokens_of(config, merged), average(benchmark, config, updates), tuple(merged.values()))
 
@@ -241,7 +242,7 @@ def tokens_of(config: Any, overrides: Dict[str, str]) -> int:
 
 def identity(overrides: Sequence[str], run: Run) -> Dict[str, str]:
     """Overrides by key, without those that do not change the training of a run."""
-    return {key: value for key, value in compose.by_key(overrides).items()
+    return {key: value for key, value in by_key(overrides).items()
             if not key.startswith("task.norm_record") and (key != FINAL_WARMUP or run.final_warmup_matters)}
 
 

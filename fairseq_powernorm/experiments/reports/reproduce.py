@@ -10,8 +10,8 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence
 from ..cluster import slurm, submission
 from ..directories import in_use
 from ..errors import UserError, choose, listed
-from ..paths import ROOT, data_root
-from ..runs import batch, compose, launch
+from ..paths import ROOT, data_root, for_fairseq, runs_root
+from ..runs import batch, claims, compose
 from ..settings import architectures, benchmarks, load
 from . import matrix, report, workers
 
@@ -64,6 +64,8 @@ def reproduce(options: argparse.Namespace) -> Optional[int]:
     os.chdir(ROOT)  # the commands' paths are relative to it
     if options.report_only:
         return finish(options, runs, {})  # from the records that there are
+    for_fairseq("runs directory (PN_RUNS_ROOT)", runs_root())
+    for_fairseq("data directory (PN_DATA_ROOT)", data_root())
     for group in report.grouped(runs):
         check_run(options, group[0])
     if options.slurm:
@@ -129,13 +131,14 @@ def print_cost(runs: Sequence[matrix.Run]) -> None:
 
 def submit(options: argparse.Namespace, runs: Sequence[matrix.Run]) -> Optional[int]:
     """Queues the runs that are neither done nor queued already, an evaluation of each and, behind all, the report."""
-    queue: Mapping[Any, Any] = {}
+    queue: slurm.Queue = {}
     with contextlib.suppress(*((UserError,) if options.dry_run else ())):
         slurm.check_installed()
         queue = slurm.tasks()
-    new, after = [], []
+    new: List[matrix.Run] = []
+    after: List[Optional[str]] = []
     for run in runs:
-        jobs, record = launch.jobs_of(run.directory, queue), run.record(options.results)
+        jobs, record = claims.jobs_of(run.directory, queue), run.record(options.results)
         if jobs:
             print(f"{run.key}: job {jobs[0].job} is {jobs[0].state}")
             after.append(jobs[-1].job)

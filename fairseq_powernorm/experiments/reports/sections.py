@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from ..runs import compose
+from ..overrides import by_key
 from ..settings import PLACEMENTS, data_settings
 from .matrix import BASELINE, PAPER
 from .significance import Test
@@ -195,7 +195,7 @@ def departures(lines: Sequence[Line]) -> List[str]:
     """The overrides that change the recipe of configs/BENCH.yaml: all but those that name a line of the table."""
     found: Dict[str, Any] = {}
     for record in (record for line in lines for record in line.records):
-        for key, override in compose.by_key(record["overrides"]).items():
+        for key, override in by_key(record["overrides"]).items():
             if key not in OF_THE_LINE | IRRELEVANT:
                 found[override] = None
     return list(found)

@@ -20,7 +20,7 @@ from ..directories import lock_path, locked
 from ..errors import UserError
 from ..files import read_json
 from ..paths import data_root
-from ..runs import launch
+from ..runs import claims
 from ..tools import cpus
 from . import matrix, schema
 
@@ -56,7 +56,7 @@ def environments(jobs: int, gpus: Sequence[str]) -> List[Environment]:
 
         present = torch.cuda.device_count()
         for gpu in gpus:
-            if not gpu.isdigit() or int(gpu) >= present:
+            if gpu not in map(str, range(present)):
                 valid = f"; valid: {', '.join(map(str, range(present)))}" if present else ""
                 raise UserError(f"--gpus {gpu!r}: this machine has {present} GPUs{valid}")
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -189,9 +189,9 @@ def carry_out(
     if done(run, record):
         print(f"{prefix}{matrix.relative(record)} is there already; nothing to do", flush=True)
         return None
-    if launch.read_claim(run.directory):
+    if claims.read_claim(run.directory):
         with contextlib.suppress(UserError):  # without SLURM nothing is queued
-            for job in launch.jobs_of(run.directory, slurm.tasks()):
+            for job in claims.jobs_of(run.directory, slurm.tasks()):
                 return f"job {job.job} is {job.state}"
     for command in (training(run), run.evaluate_command(state.results)):
         problem = call(state, command, environment, prefix, lock)

@@ -24,6 +24,7 @@ from fairseq_powernorm.experiments.directories import locked  # noqa: E402
 from fairseq_powernorm.experiments.errors import UserError  # noqa: E402
 from fairseq_powernorm.experiments.evaluate import parser as evaluate_parser  # noqa: E402
 from fairseq_powernorm.experiments.files import write_json  # noqa: E402
+from fairseq_powernorm.experiments.overrides import by_key  # noqa: E402
 from fairseq_powernorm.experiments.paths import runs_root  # noqa: E402
 from fairseq_powernorm.experiments.reports import matrix, reproduce as reproduction, schema, workers  # noqa: E402
 from fairseq_powernorm.experiments.runs import compose, train  # noqa: E402
@@ -92,7 +93,7 @@ def test_names_and_overrides_of_earlier_ptb_runs(here):
 
 def test_updates_scale_the_schedule(here):
     """--updates N: all that is counted in updates shrinks in proportion, the architecture's file too; N = all: none."""
-    overrides = compose.by_key(of("wikitext103", "transformer_lm_pn_wiki103", 2860)[0].overrides)
+    overrides = by_key(of("wikitext103", "transformer_lm_pn_wiki103", 2860)[0].overrides)
     assert overrides["model.norm_final_warmup_updates"].endswith("=10")
     assert overrides["lr_scheduler.warmup_updates"].endswith("=160")
     assert overrides["lr_scheduler.lr_period_updates"].endswith("=2700")
@@ -111,7 +112,7 @@ def test_runs_that_early_stopping_ends(here):
         assert run.name == "layer-early-stop-seed1" and run.overrides == ("common.seed=1",) and run.average is None
         limited = of(benchmark, arch, typical)[0]
         assert limited.name == f"layer-{typical}-seed1" and limited.gpu_hours == run.gpu_hours
-        warm_up = compose.by_key(of(benchmark, arch, typical // 10)[0].overrides)
+        warm_up = by_key(of(benchmark, arch, typical // 10)[0].overrides)
         assert warm_up["lr_scheduler.warmup_updates"].endswith("=800")
         assert warm_up["model.norm_final_warmup_updates"].endswith("=100")
         assert warm_up["optimization.max_update"] == f"optimization.max_update={typical // 10}"
@@ -206,7 +207,9 @@ def test_the_lines_of_the_readme(line, here, capsys):
     (["table1", "--benchmark", "demo", "--updates", "many"], "--updates 'many': must be a number"),
     (["table1", "--benchmark", "demo", "--jobs", "0"], "--jobs '0': must be a number, 1 or more"),
     (["table1", "--benchmark", "demo", "--jobs", "2", "--gpus", "0"], "--gpus and --jobs exclude each other"),
+    (["table1", "--benchmark", "demo", "--jobs", "9" * 5000], "must be a number, 1 or more"),
     (["table1", "--benchmark", "demo", "--jobs", "100000"], "--jobs 100000: this machine has "),
+    (["table1", "--benchmark", "demo", "--gpus", "\u00b2"], "--gpus '\u00b2': this machine has "),
     (["table1", "--benchmark", "demo", "--gpus", "99"], "--gpus '99': this machine has "),
     (["table1", "--benchmark", "demo", "--slurm", "--jobs", "2"], "--jobs and --slurm exclude each other"),
     (["table1", "--benchmark", "demo", "--slurm", "--report-only"], "--report-only and --slurm exclude each other"),
@@ -229,6 +232,16 @@ def test_wrong_options(arguments, message, here):
     with pytest.raises(UserError) as error:
         reproduce.command(arguments)
     assert message in str(error.value)
+    assert not list(here.iterdir())
+
+
+def test_places_that_fairseq_cannot_be_given(here, monkeypatch):
+    """Runs and data in a directory with a colon, which fairseq reads as a border between paths, are refused at once."""
+    for name in ("PN_RUNS_ROOT", "PN_DATA_ROOT"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, str(here / "a:b"))
+            with pytest.raises(UserError, match=rf"\({name}\) '.*a:b': fairseq reads ':' as the border"):
+                reproduce.command(["table1", *DEMO])
     assert not list(here.iterdir())
 
 

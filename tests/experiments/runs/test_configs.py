@@ -14,6 +14,7 @@ from fairseq_powernorm.experiments import settings  # noqa: E402
 from fairseq_powernorm.experiments.data import recipe  # noqa: E402
 from fairseq_powernorm.experiments.errors import UserError  # noqa: E402
 from fairseq_powernorm.experiments.evaluation import perplexity  # noqa: E402
+from fairseq_powernorm.experiments.overrides import by_key  # noqa: E402
 from fairseq_powernorm.experiments.paths import PLUGIN  # noqa: E402
 from fairseq_powernorm.experiments.runs import compose  # noqa: E402
 
@@ -146,7 +147,7 @@ def test_differences_are_all_of_a_configuration(benchmark, arch, overrides, data
     leaves = sum(len(group) if isinstance(group, dict) else 1 for group in kept.values())
     assert leaves < 80 and str(tmp_path) not in str(kept)
     assert kept["model"]["_name"] == arch
-    assert all(OmegaConf.select(OmegaConf.create(kept), key) is not None for key in compose.by_key(overrides))
+    assert all(OmegaConf.select(OmegaConf.create(kept), key) is not None for key in by_key(overrides))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

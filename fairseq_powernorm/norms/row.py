@@ -1,0 +1,113 @@
+"""The base of the norms that look at one row at a time: ``RowNorm``.
+
+They know no batch: training and evaluation are one function, padded rows are normalized like all others and touch none of
+them, and the gradient is that of the function, so every transform of torch applies.
+"""
+import math
+from typing import TYPE_CHECKING, Dict, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from .base import Device
+from .layouts import Norm
+
+_INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_dim(dim: int) -> None:
+    """Raise ValueError unless there are channels."""
+    if dim < 1:
+        raise ValueError(f"dim={dim!r}: must be a positive number of channels")
+
+
+def check_number(name: str, value: float, *, above: float = -math.inf) -> None:
+    """Raise ValueError unless ``above < value < infinity``."""
+    if not above < value < math.inf:
+        raise ValueError(f"{name}={value!r}: must be a finite number{f' above {above:g}' if above > -math.inf else ''}")
+
+
+def weight_and_bias(dim: int, *, affine: bool) -> Dict[str, Tuple[int, float]]:
+    """The ``parameters`` of a :class:`RowNorm` with ``weight`` and ``bias``, both None without ``affine``."""
+    size = dim if affine else 0
+    return {"weight": (size, 1.0), "bias": (size, 0.0)}
+
+
+class RowNorm(Norm):
+    """Base of norms without statistics, for which a row is ``C`` channels of one token.
+
+    A subclass says in ``_formula`` what it computes, in float32 whatever the dtype of input and parameters (in float64 for
+    float64 input): what overflows in half precision, such as the sum of the squares of a row, does so nowhere.
+
+    Args:
+        dim: number of channels C
+        parameters: name -> size and initial value of what is learned; size 0: the parameter is None
+        batch_first, layout: where the channels are, see :class:`~.layouts.Norm`
+        device, dtype: of the parameters
+
+    Raises:
+        ValueError: an argument is outside its range; or ``forward`` is given an input or a mask that does not fit
+    """
+
+    if TYPE_CHECKING:  # torch.jit.script would read annotations that are there
+        weight: Optional[nn.Parameter]
+        bias: Optional[nn.Parameter]
+
+    def __init__(
+        self,
+        dim: int,
+        parameters: Dict[str, Tuple[int, float]],
+        *,
+        batch_first: bool = False,
+        layout: Optional[str] = None,
+        device: Device = None,
+        dtype: Optional[torch.dtype] = None,
+    ):
+        super().__init__(dim, batch_first=batch_first, layout=layout)
+        check_dim(dim)
+        self._initial = {name: value for name, (_, value) in parameters.items()}
+        with torch.inference_mode(mode=False):  # or they could never be trained
+            for name, (size, _) in parameters.items():
+                new = nn.Parameter(torch.empty(size, device=device, dtype=dtype)) if size else None
+                self.register_parameter(name, new)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the parameters to what they were at the beginning."""
+        for name, value in self._initial.items():
+            parameter = self._parameters.get(name)
+            if parameter is not None:
+                nn.init.constant_(parameter, value)
+
+    def extra_repr(self) -> str:
+        return ", ".join(part for part in (str(self.dim), super().extra_repr()) if part)
+
+    def _normalize(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
+        if not torch.jit.is_scripting():
+            self._check(x)
+            self._check_mask(padding_mask, x)
+        u = x if x.dtype == torch.float64 else x.float()
+        return self._formula(u).to(x.dtype)
+
+    def _check(self, x: Tensor) -> None:
+        if x.is_nested:
+            raise ValueError("input is a nested tensor: expected a dense one with a padding mask")
+        if x.layout is not torch.strided:
+            raise ValueError(f"input of layout {x.layout}: expected a dense tensor, torch.strided")
+        if x.dim() < 1 or x.size(-1) != self.dim:
+            raise ValueError(self._wrong_shape(x))
+        if x.dtype not in _INPUT_DTYPES:
+            raise ValueError(f"input of dtype {x.dtype}: expected float16, bfloat16, float32 or float64")
+
+    def _formula(self, u: Tensor) -> Tensor:
+        """The norm of rows ``... x C``, float32 or float64, in that dtype; never ``u`` itself."""
+        raise NotImplementedError
+
+    def _with_affine(self, z: Tensor) -> Tensor:
+        """``weight * z + bias``, without what is None."""
+        weight, bias = self.weight, self.bias
+        if weight is not None:
+            z = z * weight.to(z.dtype)
+        if bias is not None:
+            z = z + bias.to(z.dtype)
+        return z
