@@ -2,6 +2,7 @@
 import functools
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -54,7 +55,8 @@ def compare(norm: str, one: Path, two: Path) -> None:
     differing = [name for (name, a), (_, b) in zip(first, second) if a.dtype != b.dtype or not torch.equal(a, b)]
     assert not differing, f"{norm}: {len(differing)} tensors differ, the first {differing[0]}"
     logs = [entries(path / "train.log") for path in (one, two)]
-    assert logs[0] and logs[0] == logs[1], f"{norm}: the logged losses differ"
+    assert logs[0], f"{norm}: nothing was logged"
+    assert logs[0] == logs[1], f"{norm}: the logged losses differ"
     print(f"{norm}: {len(first)} tensors and {len(logs[0])} lines of the log are the same\n", flush=True)
 
 
@@ -73,8 +75,8 @@ def tensors(part, name=""):
 
 def entries(log: Path):
     """What fairseq logged as JSON, without times."""
-    lines = (line.partition(" | INFO | ")[2] for line in log.read_text(errors="replace").splitlines())
-    parsed = [json.loads(line.partition(" | ")[2]) for line in lines if line.partition(" | ")[2].startswith("{")]
+    found = (re.search(r"\{.*\}$", line) for line in log.read_text(errors="replace").splitlines() if '"epoch": ' in line)
+    parsed = [json.loads(match[0]) for match in found if match]
     return [{key: value for key, value in entry.items() if key not in TIMES} for entry in parsed]
 
 
