@@ -291,7 +291,7 @@ def test_train_lock_and_interruption(trained, tmp_path):
     # at the end of an epoch there is no checkpoint_E_U.pt: the best one may be the newest
     newest = max(num_updates(str(path)) for path in (run / "checkpoints").glob("checkpoint*.pt") if path != last)
     output = trained.ok(*arguments, f"optimization.max_update={newest + 1}")
-    assert "checkpoint_last.pt was truncated; going on from checkpoint_" in output
+    assert "checkpoint_last.pt is truncated or damaged; going on from checkpoint_" in output
     assert json.loads((run / "finished.json").read_text())["updates"] == newest + 1
     updates = [entry["updates"] for entry in trainlog.curve(run / "train.log")["valid"]]
     assert updates == sorted(set(updates)), "repeated updates count once"
