@@ -1,5 +1,6 @@
 """Who imports whom."""
 import ast
+import subprocess
 import sys
 
 import pytest
@@ -9,13 +10,21 @@ PACKAGE = "fairseq_powernorm"
 FLOORS = {
     "version": 0, "norm_names": 0, "kernels": 0,
     "functional": 1, "operators": 1, "norms": 1,
-    "statistics": 2, "masks": 2, "fold": 2, "recorder": 2, "probe": 2,
+    "statistics": 2, "masks": 2, "convert": 2, "recognition": 2, "readers": 2, "fold": 2, "recorder": 2, "probe": 2,
+    "integrations": 2,
     "experiments": 4,
 }
 #: the fairseq half
 FAIRSEQ = 3
 #: the torch half, which never imports fairseq
 TORCH_HALF = 2
+#: what else a module of the torch half imports: for a figure, or because it is made for that package
+FOREIGN = {
+    "recorder": {"matplotlib"},
+    "integrations.accelerate": {"accelerate"},
+    "integrations.hugging_face": {"transformers"},
+    "integrations.lightning": {"lightning", "pytorch_lightning"},
+}
 #: registers the package; whoever needs fairseq imports it in the last line, so that each of them registers all
 REGISTER = "register"
 
@@ -66,16 +75,31 @@ def own_imports(root):
 @pytest.mark.skipif(sys.version_info < (3, 10), reason="Python 3.8 and 3.9 have no list of the standard library's modules")
 def test_floors(root):
     """Each module imports its own floor and those below; the torch half imports nothing but torch and the standard
-    library.
+    library, and what ``FOREIGN`` says.
     """
     for name, own, foreign in own_imports(root):
         for imported in own - {""}:
             assert floor(imported) <= floor(name), f"{name} imports {imported}"
         if floor(name) <= TORCH_HALF:
-            own_packages = {"torch", "triton", *sys.stdlib_module_names}
-            lazy = {"matplotlib"} if name == "recorder" else set()
-            assert foreign <= own_packages | lazy, f"{name} imports {foreign - own_packages}"
+            allowed = {"torch", "triton", *sys.stdlib_module_names, *FOREIGN.get(name, ())}
+            assert foreign <= allowed, f"{name} imports {foreign - allowed}"
         assert "experiments" not in {each.split(".")[0] for each in own} or floor(name) == 4
+
+
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="Python 3.8 and 3.9 have no list of the standard library's modules")
+def test_integrations_load_their_package_on_use(root):
+    """``fairseq_powernorm.integrations`` and what its rooms share load no other project but torch, and no module outside
+    imports one of the rooms.
+    """
+    code = (
+        "import sys, fairseq_powernorm.integrations.steps; "
+        "print(*{'transformers', 'lightning', 'pytorch_lightning', 'accelerate', 'fairseq'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    assert done.stdout.split() == []
+    for name, own, _ in own_imports(root):
+        rooms = {each for each in own if each.startswith("integrations.")}
+        assert not rooms or name.startswith("integrations."), f"{name} imports {rooms}"
 
 
 def test_no_circles(root):

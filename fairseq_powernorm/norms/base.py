@@ -166,15 +166,29 @@ class RunningNorm(Norm):
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As in any module, but the value of a statistic is widened to float32."""
-        if isinstance(value, Tensor) and name in self.__dict__.get("_buffers", {}):
-            old = self._buffers[name]
-            if old is not None and old.is_meta and not value.is_meta:
-                self.__dict__["_from_meta"] = True
-            value = _widened(value)
+        """As in any module, but a statistic is widened to float32, and what a loader finds in no checkpoint begins anew."""
+        if isinstance(value, Tensor) and (name in self._buffers or name in self._parameters):
+            old = self._buffers.get(name, self._parameters.get(name))
+            came = old is not None and old.is_meta and not value.is_meta
+            if came and self._is_lacking(value):
+                with torch.no_grad():
+                    value.fill_(self.STATISTICS.get(name, 1.0 if name == "weight" else 0.0))
+            elif name in self._buffers:
+                if came:
+                    self.__dict__["_from_meta"] = True
+                value = _widened(value)
         elif not name.startswith("_"):
             self.__dict__["_constants"] = {}
         super().__setattr__(name, value)
+
+    def _is_lacking(self, value: Tensor) -> bool:
+        """Is this memory that nobody has written, in place of what a checkpoint lacks?
+
+        So Hugging Face's ``from_pretrained`` leaves it. It marks what the checkpoint has, and has put that in place before.
+        """
+        tensors = (value, *self._parameters.values(), *self._buffers.values())
+        marked = [getattr(tensor, "_is_hf_initialized", False) for tensor in tensors]
+        return any(marked) and not marked[0]
 
     def __getstate__(self) -> Dict[str, Any]:
         """A copy, or what is read back from a pickle, is on its own: it applies its statistics itself."""

@@ -69,7 +69,7 @@ pn_make_venv() {
         fi
         read -r -a words <<<"$torch"
         "$venv/bin/python" -m pip install --quiet "${words[@]}"
-        "$venv/bin/python" -m pip install --quiet -e "$PN_ROOT[data,plots,slurm,test]"
+        "$venv/bin/python" -m pip install --quiet -e "$PN_ROOT[data,integrations,plots,slurm,test]"
         printf '%s\n' "$stamp" >"$venv/installed"
         rm "$unfinished"
     fi

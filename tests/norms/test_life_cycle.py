@@ -278,3 +278,23 @@ def test_statistics_that_a_loader_left_without_a_value(name, variant, garbage, c
                 assert (buffer == start).all(), key
             assert torch.isfinite(buffer).all()
     assert "has no value yet" in caplog.text or garbage in (0.0, 1e-41)
+
+
+@pytest.mark.parametrize("name, variant", CASES)
+def test_what_a_checkpoint_lacks_begins_as_in_a_new_norm(name, variant):
+    """A loader that marks what the checkpoint had (here ``weight``) and puts memory in place of the rest: whatever stands
+    there, were it a value, each of the rest begins as in a new norm, before any pass.
+    """
+    norm, new = make(name, variant).to("meta"), make(name, variant)
+    new.reset_parameters()
+    loaded = torch.nn.Parameter(torch.full((C,), 3.0))
+    loaded._is_hf_initialized = True
+    norm.weight = loaded
+    for key, value in [*new.named_parameters(), *new.named_buffers()]:
+        if key != "weight":
+            left = torch.full_like(value, 7.0)
+            setattr(norm, key, torch.nn.Parameter(left) if isinstance(value, torch.nn.Parameter) else left)
+    assert torch.equal(norm.weight, loaded)
+    for key, value in new.state_dict().items():
+        if key != "weight":
+            assert torch.equal(norm.state_dict()[key], value), key

@@ -1,0 +1,2 @@
+"""What these tests need before transformers is imported."""
+import loadable  # noqa: F401
