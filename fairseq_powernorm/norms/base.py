@@ -1,5 +1,4 @@
 """The base of the norms with running statistics: checks, masks, buffers that stay in float32, transforms of torch."""
-import logging
 import threading
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Callable, Dict, Hashable, Mapping, Optional, Tuple, Union
@@ -10,12 +9,11 @@ from torch import Tensor, nn
 from .. import functional, operators
 from ..kernels import eager
 from ..kernels.interface import transformed
+from . import loading
 from .checks import check_interval
 from .layouts import Norm
 from .masks import MaskSlot, valid_rows
 from .staging import Stage, Sums
-
-logger = logging.getLogger(__name__)
 
 State = Mapping[str, Tensor]
 Device = Union[torch.device, str, int, None]
@@ -141,9 +139,14 @@ class RunningNorm(Norm):
     def reset_parameters(self) -> None:
         """Set statistics, ``weight`` (1) and ``bias`` (0) to what they were at the beginning."""
         self.reset_running_stats()
-        for parameter, value in ((self.weight, 1.0), (self.bias, 0.0)):
+        values = self.first_values()
+        for name, parameter in self._parameters.items():
             if parameter is not None:
-                nn.init.constant_(parameter, value)
+                nn.init.constant_(parameter, values.get(name, 0.0))
+
+    def first_values(self) -> Dict[str, float]:
+        """Parameters and statistics -> their values at the beginning, where these are not zero."""
+        return {"weight": 1.0, **self.STATISTICS}
 
     def settings(self) -> Tuple[Tuple[str, Any], ...]:
         """The norm's numbers and choices by name: norms of one class that share them share their arithmetic."""
@@ -170,9 +173,9 @@ class RunningNorm(Norm):
         if isinstance(value, Tensor) and (name in self._buffers or name in self._parameters):
             old = self._buffers.get(name, self._parameters.get(name))
             came = old is not None and old.is_meta and not value.is_meta
-            if came and self._is_lacking(value):
+            if came and loading.is_lacking(self, value):
                 with torch.no_grad():
-                    value.fill_(self.STATISTICS.get(name, 1.0 if name == "weight" else 0.0))
+                    value.fill_(self.first_values().get(name, 0.0))
             elif name in self._buffers:
                 if came:
                     self.__dict__["_from_meta"] = True
@@ -180,15 +183,6 @@ class RunningNorm(Norm):
         elif not name.startswith("_"):
             self.__dict__["_constants"] = {}
         super().__setattr__(name, value)
-
-    def _is_lacking(self, value: Tensor) -> bool:
-        """Is this memory that nobody has written, in place of what a checkpoint lacks?
-
-        So Hugging Face's ``from_pretrained`` leaves it. It marks what the checkpoint has, and has put that in place before.
-        """
-        tensors = (value, *self._parameters.values(), *self._buffers.values())
-        marked = [getattr(tensor, "_is_hf_initialized", False) for tensor in tensors]
-        return any(marked) and not marked[0]
 
     def __getstate__(self) -> Dict[str, Any]:
         """A copy, or what is read back from a pickle, is on its own: it applies its statistics itself."""
@@ -224,35 +218,6 @@ class RunningNorm(Norm):
         """Raise RuntimeError if a norm in training is to be scripted."""
         if self.training:
             raise RuntimeError(f"torch.jit.script of a {type(self).__name__} in training: call eval() first")
-
-    def _check_values(self) -> None:
-        """Statistics that came in place of meta tensors: what can't be a value is memory that nobody has written.
-
-        So Hugging Face's ``from_pretrained`` leaves what the checkpoint lacks; it marks what the checkpoint had.
-        """
-        if torch.compiler.is_compiling():
-            return
-        self.__dict__["_from_meta"] = False
-        unmarked = {
-            name: buffer
-            for name, buffer in self._buffers.items()
-            if not buffer.is_meta and not getattr(buffer, "_is_hf_initialized", False)
-        }
-        counted = "iters" not in unmarked or self._is_value("iters", unmarked["iters"])
-        for name, buffer in unmarked.items():
-            start = self.STATISTICS.get(name, 0.0)
-            # of a mean or nu nothing can be told by itself
-            if not self._is_value(name, buffer) or (start == 0.0 and not counted):
-                logger.warning("%s of a %s has no value yet: it begins as in a new one", name, type(self).__name__)
-                nn.init.constant_(buffer, start)
-
-    def _is_value(self, name: str, buffer: Tensor) -> bool:
-        """Can a statistic be this? Steps are counted; second moments and variances, which begin at 1, are not all zero."""
-        if not bool(torch.isfinite(buffer).all()):
-            return False
-        if name == "iters":
-            return 0 <= float(buffer) < 2**53 and float(buffer).is_integer()
-        return self.STATISTICS[name] == 0.0 or bool((buffer >= 0.0).all() and buffer.max() > 1e-30)
 
     # ------------------------------------------------------------------ the step count
 
@@ -291,7 +256,7 @@ class RunningNorm(Norm):
             RuntimeError: a training pass outside of ``RunningStatistics.batch()``, or under a transform that has no meaning
         """
         if self._from_meta:
-            self._check_values()
+            loading.check_values(self)
         if x.is_nested:
             raise ValueError("input is a nested tensor: expected a dense one with a padding mask")
         transposed = self.layout == "time_first"

@@ -53,6 +53,7 @@ class ProgressiveBatchNorm(FormulaNorm):
     STATISTICS = {"running_mean": 0.0, "running_var": 1.0}
     STEPS = {"forward": ("iters", "running_mean", "running_var"), "backward": ()}
 
+    first_alpha = 1.0
     running_mean: Tensor
     running_var: Tensor
     layer_weight: Optional[nn.Parameter]
@@ -96,14 +97,8 @@ class ProgressiveBatchNorm(FormulaNorm):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, total_updates={self.total_updates}, alpha={self.first_alpha}"
 
-    def reset_parameters(self) -> None:
-        """Set statistics, weights (1), biases (0) and alpha to what they were at the beginning."""
-        super().reset_parameters()
-        if "alpha" in self._parameters:  # not so while the base is built
-            nn.init.constant_(self.alpha, self.first_alpha)
-            for parameter, value in ((self.layer_weight, 1.0), (self.layer_bias, 0.0)):
-                if parameter is not None:
-                    nn.init.constant_(parameter, value)
+    def first_values(self) -> Dict[str, float]:
+        return {**super().first_values(), "alpha": self.first_alpha, "layer_weight": 1.0}
 
     def share(self, steps: Tensor) -> Tensor:
         """lambda after that many steps."""
