@@ -22,7 +22,7 @@ from pipelines import BIN, SMALL, Scripts, contents, experiment, write_text
 from toy import ROOT
 
 from fairseq_powernorm.experiments.reports import schema
-from fairseq_powernorm.experiments.runs import train, trainlog
+from fairseq_powernorm.experiments.runs import session, trainlog
 from fairseq_powernorm.resume import num_updates
 
 pytestmark = pytest.mark.slow
@@ -307,7 +307,7 @@ def test_train_lock_and_interruption(trained, tmp_path):
     # at the end of an epoch there is no checkpoint_E_U.pt: the best one may be the newest
     newest = max(num_updates(str(path)) for path in (run / "checkpoints").glob("checkpoint*.pt") if path != last)
     output = trained.ok(*arguments, f"optimization.max_update={newest + 1}")
-    assert "checkpoint_last.pt was truncated; going on from checkpoint_" in output
+    assert "checkpoint_last.pt is truncated or damaged; going on from checkpoint_" in output
     assert json.loads((run / "finished.json").read_text())["updates"] == newest + 1
     updates = [entry["updates"] for entry in trainlog.curve(run / "train.log")["valid"]]
     assert updates == sorted(set(updates)), "repeated updates count once"
@@ -345,7 +345,7 @@ def test_statistics_begin_anew(tmp_path):
 
     def dropped(name):
         record.write_text("{}\n"), other.write_text("{}\n")
-        train.drop_statistics(run, OmegaConf.create({"task": {"norm_record": name}}))
+        session.drop_statistics(run, OmegaConf.create({"task": {"norm_record": name}}))
         return [path.name for path in (record, other) if not path.exists()]
 
     assert dropped("record.jsonl") == ["record.jsonl"]
