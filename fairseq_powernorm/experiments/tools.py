@@ -16,7 +16,7 @@ from .paths import ROOT
 DATA_TOOLS = ("regex", "sacremoses", "subword-nmt", "sentencepiece", "fairseq", "ve-fairseq", "fairseq-fixed")
 TOOLS = (*DATA_TOOLS, "torch", "numpy", "hydra-core", "omegaconf", "sacrebleu", "fairseq_powernorm")
 
-# What scripts/lib/environment.sh sets unless the user has: how long OpenMP's threads wait busily, and what glibc does with memory.
+# What scripts/lib/environment.sh sets unless the user has: how OpenMP's threads wait, and what glibc does with memory.
 PROCESSOR = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_",
              "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
 

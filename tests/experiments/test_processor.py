@@ -16,8 +16,9 @@ def settings(root, given):
     from fairseq_powernorm.experiments.tools import processor_settings
 
     environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
-    text = 'set -euo pipefail; . scripts/lib/common.sh; . scripts/lib/environment.sh >/dev/null; env -0'
-    done = subprocess.run(["bash", "-c", text], cwd=root, env={**environment, "PYTHON": sys.executable, **given}, capture_output=True, text=True)
+    text = "set -euo pipefail; . scripts/lib/common.sh; . scripts/lib/environment.sh >/dev/null; env -0"
+    environment.update(given, PYTHON=sys.executable)
+    done = subprocess.run(["bash", "-c", text], cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = dict(pair.split("=", 1) for pair in done.stdout.split("\0") if "=" in pair)
     assert processor_settings(found) == " ".join(f"{name}={found[name]}" for name in VARIABLES if name in found)
