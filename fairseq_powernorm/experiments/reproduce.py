@@ -11,6 +11,8 @@ from .commands import Parser, add_seeds, add_slurm, main, number_from
 from .errors import UserError, choose
 from .paths import ROOT
 from .reports import matrix
+from .runs.launchers import PLACES
+from .train import OURS as TRAINING
 
 ROWS = {
     "table1": """
@@ -84,7 +86,8 @@ def parser(subject: str) -> Parser:
              "total")
     made.add("--report-only", flag=True, help="write the report of the records that there are")
     add_slurm(made, "a run at a time on each of these GPUs, such as 0,1,2,3; with --slurm the number of GPUs of each run")
-    made.add_overrides("hydra overrides for every run, such as common.cpu=true or common.fp16=true", matrix.OURS)
+    made.add_overrides("hydra overrides for every run, such as common.cpu=true or common.fp16=true",
+                       {**dict.fromkeys((*TRAINING, *PLACES)), **matrix.OURS})
     return made
 
 

@@ -22,7 +22,7 @@ from pipelines import BIN, SMALL, Scripts, contents, experiment, write_text
 from toy import ROOT
 
 from fairseq_powernorm.experiments.reports import schema
-from fairseq_powernorm.experiments.runs import train, trainlog
+from fairseq_powernorm.experiments.runs import session, trainlog
 from fairseq_powernorm.resume import num_updates
 
 pytestmark = pytest.mark.slow
@@ -329,7 +329,7 @@ def test_statistics_begin_anew(tmp_path):
 
     def dropped(name):
         record.write_text("{}\n"), other.write_text("{}\n")
-        train.drop_statistics(run, OmegaConf.create({"task": {"norm_record": name}}))
+        session.drop_statistics(run, OmegaConf.create({"task": {"norm_record": name}}))
         return [path.name for path in (record, other) if not path.exists()]
 
     assert dropped("record.jsonl") == ["record.jsonl"]
