@@ -1,17 +1,17 @@
-"""What a loader leaves behind that has built a norm on the meta device and puts tensors in place of its own."""
+"""What a loader leaves behind that has built a norm on the meta device and puts tensors in place of its own.
+
+``norm`` is a norm with running statistics, whose base uses these functions.
+"""
 import logging
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .base import RunningNorm
-
 logger = logging.getLogger(__name__)
 
 
-def is_lacking(norm: "RunningNorm", value: Tensor) -> bool:
+def is_lacking(norm: Any, value: Tensor) -> bool:
     """Is this memory that nobody has written, in place of what a checkpoint lacks?
 
     So Hugging Face's ``from_pretrained`` leaves it. It marks what the checkpoint has, and has put that in place before.
@@ -21,7 +21,7 @@ def is_lacking(norm: "RunningNorm", value: Tensor) -> bool:
     return any(marked) and not marked[0]
 
 
-def check_values(norm: "RunningNorm") -> None:
+def check_values(norm: Any) -> None:
     """Statistics that came in place of meta tensors: what can't be a value is memory that nobody has written.
 
     So Hugging Face's ``from_pretrained`` leaves what the checkpoint lacks; it marks what the checkpoint had.
@@ -43,7 +43,7 @@ def check_values(norm: "RunningNorm") -> None:
             nn.init.constant_(buffer, start)
 
 
-def _is_value(norm: "RunningNorm", name: str, buffer: Tensor) -> bool:
+def _is_value(norm: Any, name: str, buffer: Tensor) -> bool:
     """Can a statistic be this? Steps are counted; second moments and variances, which begin at 1, are not all zero."""
     if not bool(torch.isfinite(buffer).all()):
         return False
