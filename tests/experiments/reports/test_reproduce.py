@@ -59,8 +59,10 @@ def of(benchmark, arch, updates=None, overrides=(), seeds=(1,)):
 
 def test_rows(here):
     """Every norm, placement, layer scale and variant once; nothing that a norm or a language model does not have."""
-    assert [run.row_name for run in of("multi30k", "transformer_pn_tiny")] == TRANSLATION
-    assert [run.row_name for run in of("ptb", "tensorized_lm_pn_ptb")] == LM
+    others = [name for name in settings.NORMS if name not in matrix.PAPER_NORMS]
+    in_places = [f"{name}{place}" for name in others for place in ("", "-all")]
+    assert [run.row_name for run in of("multi30k", "transformer_pn_tiny")] == TRANSLATION + in_places
+    assert [run.row_name for run in of("ptb", "tensorized_lm_pn_ptb")] == LM + others
     assert set(matrix.FIGURE_ROWS) <= set(LM) and set(matrix.FIGURE_ROWS) <= set(TRANSLATION)
 
 
