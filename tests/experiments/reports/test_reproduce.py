@@ -451,9 +451,9 @@ def test_killed(reproduced):
 
 @pytest.mark.slow
 def test_report_of_real_runs(reproduced):
-    """The report has its table, four figures and their data, significance, and no path of this machine."""
+    """The report has its table, six figures and their data, significance, and no path of this machine."""
     stem = "table1-demo-12"
-    figures = [f"{stem}.demo-transformer_pn_tiny.figure{i}.png" for i in (1, 2, 3, 4)]
+    figures = [f"{stem}.demo-transformer_pn_tiny.figure{i}.png" for i in range(1, 7)]
     assert sorted(path.name for path in reproduced.results.glob("*.*")) == sorted([
         *figures, *(f"{stem}.{end}" for end in ("csv", "figures.json", "html", "md", "significance.json"))])
     for name in ("figures", "significance"):
@@ -463,7 +463,8 @@ def test_report_of_real_runs(reproduced):
     assert set(data["singular_values"]) == {"demo/layer-12-seed1", "demo/power-12-seed1"}
     statistics = data["statistics"]["demo/power-12-seed1"]
     assert statistics["updates"] == list(range(1, 13))
-    assert set(statistics["quantities"]) == {"distance_psi2", "gradient_nu"}
+    assert set(statistics["quantities"]) == {
+        "distance_psi2", "gradient_nu", "discrepancy_std", "gradient_ratio", "gradient_smaller", "nu_largest"}
     for path in reproduced.results.rglob("*.*"):
         if path.suffix != ".png":
             assert str(reproduced.runs.parent) not in path.read_text() and str(ROOT) not in path.read_text(), path
