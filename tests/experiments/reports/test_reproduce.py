@@ -468,7 +468,7 @@ def test_report_of_real_runs(reproduced):
     for path in reproduced.results.rglob("*.*"):
         if path.suffix != ".png":
             assert str(reproduced.runs.parent) not in path.read_text() and str(ROOT) not in path.read_text(), path
-    assert (reproduced.results / f"{stem}.html").read_text().count("data:image/png") == 4
+    assert (reproduced.results / f"{stem}.html").read_text().count("data:image/png") == 6
 
 
 @pytest.mark.slow
