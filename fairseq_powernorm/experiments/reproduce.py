@@ -7,8 +7,7 @@ import os
 from pathlib import Path
 from typing import List, Optional
 
-from .commands import Parser, add_seeds, add_slurm, main, number_from
-from .errors import UserError, choose
+from .commands import Parser, add_seeds, add_slurm, main, number_from, one_of
 from .paths import ROOT
 from .reports import matrix
 from .runs.launchers import PLACES
@@ -38,7 +37,7 @@ ROWS = {
 FILES = {
     "table1": "The report is results/table1-BENCH[-UPDATES].{html,md,csv} with pictures and their data beside it.",
     "table2": "The report is results/table2-BENCH[-UPDATES].{html,md,csv} with pictures and their data beside it.",
-    "figures": """The pictures are results/figures-BENCH[-UPDATES].BENCH-ARCH.figure[1-4].png, their data beside them in
+    "figures": """The pictures are results/figures-BENCH[-UPDATES].BENCH-ARCH.figure[1-6].png, their data beside them in
         results/figures-BENCH[-UPDATES].figures.json, so that --report-only draws them again without the runs.""",
 }
 EPILOG = """
@@ -54,8 +53,9 @@ EPILOG = """
         """
 ROW_NAMES = {
     "table1": "these rows only, NORM[-all][-algorithm2][-groups0]: in all positions, by the paper's algorithm, without "
-    "layer scale (groups0), such as power-all-groups0",
-    "table2": "these rows only, NORM[-algorithm2][-groups0]: by the paper's algorithm, without layer scale",
+    "layer scale (groups0), such as power-all-groups0; all: of every norm; default: of the paper's norms, or of --norms",
+    "table2": "these rows only, NORM[-algorithm2][-groups0]: by the paper's algorithm, without layer scale; all: of every "
+    "norm; default: of the paper's norms, or of --norms",
     "figures": f"the rows that are compared; default: {','.join(matrix.FIGURE_ROWS)}",
 }
 
@@ -93,9 +93,10 @@ def parser(subject: str) -> Parser:
 
 def parse(arguments: List[str]) -> argparse.Namespace:
     """The options of a command line, the first word of which is one of matrix.SUBJECTS."""
-    if not arguments:
-        raise UserError(f"what is to be reproduced? valid: {', '.join(matrix.SUBJECTS)}")
-    subject = choose("subject", arguments[0], matrix.SUBJECTS)
+    whole = Parser("Trains, evaluates and reports the runs of one of the paper's tables, or draws its figures.")
+    whole.add("subject", metavar="SUBJECT", read=one_of(*matrix.SUBJECTS),
+              help=f"{', '.join(matrix.SUBJECTS)}; what each of them takes: SUBJECT --help")
+    subject: str = whole.parse(arguments[:1]).subject
     options = parser(subject).parse(arguments[1:])
     options.subject = subject
     options.results = Path(os.path.abspath(options.results or ROOT / "results"))
