@@ -134,7 +134,7 @@ class RunningStatisticsCallback(TrainerCallback):  # type: ignore[misc]
                 "several GPUs) copies the model in each step, and the statistics of the copies are lost; start one process "
                 "for each device, with torchrun or accelerate launch"
             )
-        check_parallelism(self._owner, args.distributed_state.distributed_type, args.parallelism_config)
+        check_parallelism(self._owner, args.distributed_state.distributed_type, getattr(args, "parallelism_config", None))
         if (getattr(model, "tp_size", None) or 1) > 1:
             raise ValueError(f"{self._owner}: tensor parallelism (tp_size={model.tp_size}) is not supported")
         ddp = str(args.distributed_state.distributed_type.value).startswith("MULTI_")
