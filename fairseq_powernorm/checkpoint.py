@@ -6,8 +6,9 @@
 import argparse
 import os
 import sys
+import zipfile
 from contextlib import contextmanager
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Set
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Set
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +41,7 @@ def load(path: str) -> State:
     Raises:
         ValueError: the file is missing, damaged, or not a fairseq checkpoint
     """
-    if not os.path.isfile(path):
-        raise ValueError(f"checkpoint {path!r}: no such file")
+    check_intact(path)
     compat.allow_checkpoint_types()
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -50,6 +50,36 @@ def load(path: str) -> State:
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise ValueError(f"checkpoint {path!r}: holds no model; must be one written by fairseq-train")
     return state
+
+
+def check_intact(path: str) -> None:
+    """Compare every byte of a checkpoint, a zip archive, with its checksums, which ``torch.load`` does not do.
+
+    Files without checksums, as torch < 1.6 wrote them, pass.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"checkpoint {path!r}: no such file")
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch writes zeros where it is told to save the time for checksums
+            has_checksums = any(info.CRC for info in archive.infolist())
+            damaged = archive.testzip() if has_checksums else None
+    except Exception as error:  # a damaged header can make zipfile raise nearly anything
+        raise ValueError(f"checkpoint {path!r}: damaged ({error})") from error
+    if damaged is not None:
+        raise ValueError(f"checkpoint {path!r}: damaged (the checksum of {damaged} differs)")
+
+
+def check_finite(model: Mapping[str, Tensor], path: str) -> None:
+    """Raise ValueError, naming the checkpoint, if a parameter or buffer of a state_dict is NaN or infinite."""
+    for name, tensor in model.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"checkpoint {path!r}: {name} has values that are not finite: training has diverged")
 
 
 def check_output(path: str, overwrite: bool) -> None:
@@ -128,7 +158,8 @@ def average_checkpoints(paths: Sequence[str]) -> State:
         a checkpoint's content, in the dtypes of the last one
 
     Raises:
-        ValueError: no file is given, one cannot be read, or their parameters differ in name or shape
+        ValueError: no file is given, one cannot be read or is damaged, their parameters differ in name or shape, or a value
+            is not finite
     """
     if not paths:
         raise ValueError("no checkpoints to average")
@@ -136,6 +167,7 @@ def average_checkpoints(paths: Sequence[str]) -> State:
     state: State = {}
     for path in paths:
         state = load(path)
+        check_finite(state["model"], path)
         model = _with_raw_moments(state["model"])
         shapes = {name: tuple(tensor.shape) for name, tensor in model.items()}
         if sums and shapes != {name: tuple(tensor.shape) for name, tensor in sums.items()}:

@@ -5,9 +5,12 @@ Applied when the plugin registers itself; safe to apply again. None of them turn
 import argparse
 import codecs
 import collections
+import contextlib
+import os
 import types
 import typing
 import warnings
+from typing import Iterator
 
 import numpy as np
 import torch
@@ -42,10 +45,9 @@ def restore_numpy_long() -> None:
 def allow_checkpoint_types() -> None:
     """Let torch's weights-only loading, the default from torch 2.6 on, read fairseq's checkpoints.
 
-    An allow-list of plain data types; weights-only loading itself stays on. What reads checkpoints outside of fairseq's
-    commands calls this first. Before torch 2.6 a
-    type is known by its own name only, so checkpoints of fairseq 0.8 and 0.9 that
-    hold meters cannot be read there.
+    An allow-list of plain data types; weights-only loading itself stays on (before torch 2.6, :func:`weights_only` turns
+    it on). What reads checkpoints outside of fairseq's commands calls this first. Before torch 2.6 a type is known by its
+    own name only, so checkpoints of fairseq 0.8 and 0.9 that hold meters cannot be read there.
     """
     import omegaconf
     from fairseq.distributed.utils import _TensorPlaceholder
@@ -81,6 +83,24 @@ def allow_checkpoint_types() -> None:
     if Version(torch.__version__) < Version("2.6"):
         allowed = [reconstruct, codecs.encode, *(entry for entry in allowed if hasattr(entry, "__name__"))]
     torch.serialization.add_safe_globals(allowed)
+
+
+@contextlib.contextmanager
+def weights_only() -> Iterator[None]:
+    """Within it ``torch.load`` executes nothing from a file, whatever its caller leaves to a default of torch before 2.6."""
+    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    if Version(torch.__version__) >= Version("2.6"):
+        yield
+        return
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 def apply() -> None:

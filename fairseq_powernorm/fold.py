@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import kernels
 from .kernels.interface import LAYER_SCALE_EPS
 from .norms import Norm, RunningNorm
+from .readers import LinearMap, linear_map, norm_readers
 
 REFUSAL = "this model was folded for inference (--no-fold-norms turns that off) and cannot"
 
@@ -113,8 +114,7 @@ def fold_norms(model: nn.Module) -> nn.Module:
     model.eval()
     times_used = _uses(model)
     for owner in list(model.modules()):
-        find_readers: Any = getattr(owner, "norm_readers", dict)
-        for name, readers in find_readers().items():
+        for name, readers in norm_readers(owner).items():
             norm = owner.get_submodule(name)
             if isinstance(norm, RunningNorm) and _fold_into(readers, norm, times_used):
                 _replace(owner, name, FoldedNorm(norm.dim, norm.groups, layout=norm.layout))
@@ -176,25 +176,29 @@ def _fold_into(readers: Sequence[nn.Module], norm: RunningNorm, times_used: Dict
 
     None if one of them is not a plain linear map, is tied to another, or would overflow (float16).
     """
-    linears: List[nn.Linear] = []
+    maps: List[LinearMap] = []
     for reader in readers:
-        if not isinstance(reader, nn.Linear) or type(reader) is not nn.Linear or reader._parameters.get("weight") is None:
+        found = linear_map(reader)
+        if found is None or reader._parameters.get(found.weight) is None or reader._forward_pre_hooks:
             return False
-        linears.append(reader)
+        maps.append(found)
         if any(times_used[_memory(parameter)] > 1 for parameter in reader.parameters()):
             return False
     scale, shift = norm.scale_and_shift()
     new = []
-    for reader in linears:
-        weight = reader.weight.to(scale.dtype)
+    for reader, weight_name, bias_name, transposed in maps:
+        old: Tensor = getattr(reader, weight_name)
+        old_bias: Optional[Tensor] = getattr(reader, bias_name)
+        weight = (old.t() if transposed else old).to(scale.dtype)
         bias = weight @ shift
-        if reader.bias is not None:
-            bias = bias + reader.bias
-        new.append([each.to(reader.weight.dtype) for each in (weight * scale, bias)])
+        if old_bias is not None:
+            bias = bias + old_bias
+        weight = weight * scale
+        new.append([each.to(old.dtype) for each in ((weight.t().contiguous() if transposed else weight), bias)])
     if not all(bool(torch.isfinite(each).all()) for tensors in new for each in tensors):
         return False
-    for reader, (weight, bias) in zip(linears, new):
-        reader.weight = nn.Parameter(weight)
-        if reader.bias is not None or shift.any():
-            reader.bias = nn.Parameter(bias)
-    return bool(linears)
+    for (reader, weight_name, bias_name, _), (weight, bias) in zip(maps, new):
+        setattr(reader, weight_name, nn.Parameter(weight))
+        if getattr(reader, bias_name) is not None or shift.any():
+            setattr(reader, bias_name, nn.Parameter(bias))
+    return bool(maps)

@@ -5,7 +5,7 @@ import logging
 import os
 from typing import Any, Callable, List, Optional, Tuple
 
-from . import ranks, resume
+from . import checkpoint, compat, ranks, resume
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,19 @@ def copy_whole(copy, src_path: str, dst_path: str, overwrite: bool = False):
         if os.path.exists(temporary):
             os.remove(temporary)
     return dst_path if done == temporary else done
+
+
+def load_safely(load, path: str, *args, **kwargs):
+    """``load_checkpoint_to_cpu``: no code from the file is executed, and not one byte of it differs from what was written.
+
+    Before torch 2.6, fairseq's call would execute what the file asks for; torch itself never compares checksums.
+    """
+    from fairseq.file_io import PathManager
+
+    if not PathManager.path_requires_pathmanager(path):
+        checkpoint.check_intact(path)
+    with compat.weights_only():
+        return load(path, *args, **kwargs)
 
 
 def load_whole_checkpoint(load_checkpoint, trainer, filename, *args, **kwargs):
@@ -178,12 +191,14 @@ def judge_gradient(clip_grad_norm, trainer, clip_norm):
 
 def patches() -> List[Tuple[Any, str, Callable]]:
     """Class or module of fairseq, name in it, and what replaces it."""
+    from fairseq import checkpoint_utils
     from fairseq.dataclass import utils
     from fairseq.file_io import PathManager
     from fairseq.trainer import Trainer
 
     return [
         (utils, "merge_with_parent", check_yaml_options),
+        (checkpoint_utils, "load_checkpoint_to_cpu", load_safely),
         (PathManager, "copy", copy_whole),
         (Trainer, "__init__", check_task),
         (Trainer, "load_checkpoint", load_whole_checkpoint),

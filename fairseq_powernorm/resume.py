@@ -8,7 +8,7 @@ from typing import Optional, Sequence
 
 import torch
 
-from . import compat
+from . import checkpoint, compat
 
 logger = logging.getLogger(__name__)
 
@@ -18,9 +18,9 @@ NAMES = r"checkpoint(?:\d+|_\d+_\d+|_best|_last|\.best_.+_-?\d+\.\d+)"
 
 
 def whole(path: str) -> bool:
-    """Was the checkpoint written to its end? Reads the zip directory, which stands there, and no tensor.
+    """Is every byte of the checkpoint what was written? Reads all of it, see :func:`checkpoint.check_intact`.
 
-    torch's older format, a row of pickles, does not show its end and counts as whole.
+    torch's older format, a row of pickles without checksums, counts as whole.
 
     Raises:
         OSError: the file cannot be read
@@ -30,10 +30,10 @@ def whole(path: str) -> bool:
     if start != b"PK":
         return start[:1] == b"\x80"
     try:
-        with zipfile.ZipFile(path):
-            return True
-    except (zipfile.BadZipFile, ValueError):
+        checkpoint.check_intact(path)
+    except ValueError:
         return False
+    return zipfile.is_zipfile(path)
 
 
 def num_updates(path: str) -> Optional[int]:
@@ -51,8 +51,8 @@ def num_updates(path: str) -> Optional[int]:
 def choose(directory: str, suffixes: Sequence[str] = ("",)) -> str:
     """The name, without suffix and ending, of the checkpoint in ``directory`` to resume from.
 
-    ``checkpoint_last``, be it there or not, unless saving it was cut short: then the one with the most updates of
-    those that are whole, with a warning.
+    ``checkpoint_last``, be it there or not, unless it is damaged or saving it was cut short: then the one with the most
+    updates of those that are whole, with a warning.
 
     Args:
         suffixes: those of the files that make up one checkpoint (several if it is sharded)
@@ -77,8 +77,8 @@ def choose(directory: str, suffixes: Sequence[str] = ("",)) -> str:
     if updates:
         name = max(sorted(updates), key=lambda name: (updates[name], "best" not in name))
         logger.warning(
-            f"{(damaged + unfinished)[0]} was truncated; going on from {os.path.basename(files(name)[0])} of the same "
-            f"directory, which has {updates[name]} updates"
+            f"{(damaged + unfinished)[0]} is truncated or damaged; going on from {os.path.basename(files(name)[0])} of the "
+            f"same directory, which has {updates[name]} updates"
         )
         return name
     if not damaged:

@@ -1,5 +1,6 @@
 """Averaging, safe loading and conversion of checkpoints, as functions and as a command."""
 import argparse
+import random
 
 import pytest
 import torch
@@ -54,6 +55,54 @@ def test_average_of_one_checkpoint_is_itself(runs):
     paths, states = runs
     for name, value in checkpoint.average_checkpoints(paths[:1])["model"].items():
         torch.testing.assert_close(value, states[0][name], rtol=1e-6, atol=1e-6)
+
+
+def test_flipped_bits(tmp_path):
+    """One bit flipped at any of many places of a checkpoint = refused in one line, or a bit that means nothing: what is
+    loaded is then the same."""
+    path = write(tmp_path / "whole.pt", {"w": torch.randn(50, 40), "b": torch.arange(7.0)})
+    whole, wanted = (tmp_path / "whole.pt").read_bytes(), checkpoint.load(path)["model"]
+    draw = random.Random(2)
+    refused = 0
+    for place in range(0, len(whole), len(whole) // 150):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << draw.randrange(8)
+        (tmp_path / "whole.pt").write_bytes(flipped)
+        try:
+            found = checkpoint.load(path)["model"]
+        except ValueError as error:
+            assert str(error).startswith(f"checkpoint {path!r}: damaged")
+            refused += 1
+        else:
+            assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    assert refused > 100
+
+
+def test_without_checksums(tmp_path):
+    """Files of torch before 1.6, and those that torch was told to write without checksums, are read."""
+    model = {"model": {"w": torch.ones(3)}}
+    torch.save(model, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    if hasattr(torch.serialization, "set_crc32_options"):
+        torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(model, tmp_path / "new.pt")
+    finally:
+        if hasattr(torch.serialization, "set_crc32_options"):
+            torch.serialization.set_crc32_options(True)
+    for name in ("old.pt", "new.pt"):
+        assert torch.equal(checkpoint.load(str(tmp_path / name))["model"]["w"], torch.ones(3))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(value, tmp_path):
+    """A checkpoint of a training that has diverged is not averaged, and nothing is written."""
+    paths = [write(tmp_path / f"{v}.pt", {"w": torch.tensor([0.0, v])}) for v in (1.0, value)]
+    with pytest.raises(ValueError, match=rf"{value}\.pt.*: w has values that are not finite: training has diverged"):
+        checkpoint.average_checkpoints(paths)
+    done = toy.command(
+        "python", *MODULE, "average", "--inputs", *paths, "--output", tmp_path / "c.pt", check=False
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr and not (tmp_path / "c.pt").exists()
 
 
 def test_averaging_does_not_change_its_inputs_dtype(tmp_path):

@@ -112,6 +112,6 @@ def test_a_benchmark(monkeypatch, tmp_path):
             (text / f"{split}.{language}").write_text(f"{words} {words[::-1]} .\n" * count)
     config = settings.load("talks")
     assert (config.task.source_lang, config.model._name) == ("nl", "transformer_pn_iwslt_de_en")
-    prepare(["talks", "--text-dir", str(text)])
+    prepare("talks", text_dir=str(text))
     directory, facts = settings.prepared("talks")
     assert (directory / "data-bin" / "train.nl-en.nl.bin").is_file() and facts["settings"]["bpe_size"] == 100

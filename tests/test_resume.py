@@ -124,7 +124,7 @@ def test_truncated_last_checkpoint(toy_data, undisturbed, tmp_path):
     for name in ("last", "3_24"):
         truncate(run / f"checkpoint_{name}.pt")
     _, output = train(toy_data, run)
-    assert re.findall(r"WARNING.*?(\w+\.pt) was truncated; going on from (\w+\.pt).* (\d+) updates", output) == [
+    assert re.findall(r"WARNING.*?(\w+\.pt) is truncated or damaged; going on from (\w+\.pt).* (\d+) updates", output) == [
         ("checkpoint_last.pt", "checkpoint_2_16.pt", "16")
     ]
     check_same_end(undisturbed[0], run)
@@ -164,7 +164,7 @@ def test_truncated_on_two_ranks(toy_data, tmp_path):
     (tmp_path / "twice" / "checkpoint_best.pt").unlink()
     truncate(tmp_path / "twice" / "checkpoint_last.pt")
     twice = train_on_two_ranks(toy_data, tmp_path / "twice", "--max-update", 9)
-    assert twice.count("was truncated; going on from checkpoint_2_8.pt") == 1
+    assert twice.count("is truncated or damaged; going on from checkpoint_2_8.pt") == 1
     assert "checkpoint_2_8.pt (epoch 2 @ 8 updates)" in twice
     check_same_end(tmp_path / "once", tmp_path / "twice")
     assert toy.losses(twice) == {9: toy.losses(once)[9]}
@@ -237,6 +237,41 @@ def test_whole(save):
         assert not resume.whole(path) and resume.num_updates(path) is None
     assert resume.whole(save("old.pt", 5, _use_new_zipfile_serialization=False))
     assert resume.num_updates("old.pt") is None and resume.num_updates(path.with_name("old.pt")) == 5
+
+
+def test_one_flipped_bit(save, tmp_path):
+    """A checkpoint whose size is right but one bit of whose tensors is not: another one is chosen, and what loads it by
+    fairseq's own function is told."""
+    from fairseq import checkpoint_utils
+
+    import fairseq_powernorm.register  # noqa: F401
+
+    save("checkpoint_1_5.pt", 5)
+    path = save("checkpoint_last.pt", 9)
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.ones(1000).numpy().tobytes()) + 2001] ^= 4
+    path.write_bytes(content)
+    assert not resume.whole(path) and resume.choose(str(tmp_path)) == "checkpoint_1_5"
+    with pytest.raises(ValueError, match=r"checkpoint_last\.pt'?: damaged"):
+        checkpoint_utils.load_checkpoint_to_cpu(str(path))
+
+
+def test_no_code_of_a_checkpoint_is_executed(tmp_path):
+    """What fairseq loads by its own function may hold code, which torch refuses: in every version of torch."""
+    import pickle
+
+    from fairseq import checkpoint_utils
+
+    import fairseq_powernorm.register  # noqa: F401
+
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save({"model": {}, "extra_state": Code()}, tmp_path / "checkpoint.pt")
+    with pytest.raises((pickle.UnpicklingError, RuntimeError)):
+        checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "checkpoint.pt"))
+    assert not (tmp_path / "executed").exists()
 
 
 def test_killed_in_the_first_save(save, tmp_path):

@@ -316,13 +316,17 @@ def add_seeds(parser: Parser, *names: str, default: Optional[str] = None, help: 
     parser.add("--seeds", *names, metavar="LIST", help=help, read=seeds, default=default)
 
 
-def add_slurm(parser: Parser) -> None:
-    """The options of what is queued on a cluster, which stay texts: see :func:`.cluster.submission.check_options`."""
+def add_slurm(parser: Parser, gpus: str = "") -> None:
+    """The options of what is queued on a cluster, which stay texts: see :func:`.cluster.submission.check_options`.
+
+    Args:
+        gpus: the help of --gpus, if it has another meaning where nothing is queued
+    """
     group = "on a cluster with SLURM"
     parser.add("--nodes", metavar="N", group=group, help="nodes of each run; default: 1")
-    parser.add("--gpus", metavar="G", group=group,
-               help="GPUs of each run, all nodes together, with a rank (a task) each; default: one per node. An update "
-                    "takes as much as on one: they share out optimization.update_freq, which G must divide")
+    parser.add("--gpus", metavar="G", group="options" if gpus else group,
+               help=gpus or "GPUs of each run, all nodes together, with a rank (a task) each; default: one per node. An "
+                            "update takes as much as on one: they share out optimization.update_freq, which G must divide")
     parser.add("--time", metavar="T", group=group,
                help="time limit of a job, as sbatch takes it; default: the site's. A run may need longer: its job stops "
                     "before the limit and requeues itself")

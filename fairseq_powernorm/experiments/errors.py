@@ -3,6 +3,7 @@
 from typing import Collection, Iterable, List, Optional, Sequence
 
 LARGEST_SEED = 2**32 - 1  # numpy's
+LONGEST_NUMBER = 18  # digits, of what fits into 64 bits
 
 
 class UserError(Exception):
@@ -32,7 +33,8 @@ def listed(option: str, text: Optional[str], valid: Optional[Collection[str]], d
 
 def number(option: str, text: str, smallest: int, largest: Optional[int] = None) -> int:
     """A whole number within its limits."""
-    if not text.isascii() or not text.isdigit() or not smallest <= int(text) <= (largest or int(text)):
+    is_number = text.isascii() and text.isdigit() and len(text) <= LONGEST_NUMBER
+    if not is_number or not smallest <= int(text) <= (largest or int(text)):
         raise UserError(f"{option} {text!r}: must be a number, {smallest} {f'to {largest}' if largest else 'or more'}")
     return int(text)
 

@@ -2,8 +2,60 @@
 evaluates a trained model and writes its record.
 """
 
-from .commands import main
-from .evaluation.evaluate import evaluate
+from pathlib import Path
+from typing import List
+
+from .commands import Parser, add_benchmark, main, number_from, one_of
+
+
+def parser() -> Parser:
+    """The options of the command."""
+    made = Parser(
+        """
+        Averages a run's last checkpoints, translates a subset, scores it, and writes one JSON record. Of a language
+        model it takes the checkpoint with the lowest validation loss and gives the perplexity, word by word, of the
+        whole subset: of each block by itself, and with eval_lm.context_window tokens before each. Line ends count as
+        tokens.
+        """,
+        """
+        The result is RUN_DIR/evaluation/ (RUN_DIR/evaluation-valid/ with --subset valid): hyp.tok, ref.tok,
+        hyp.detok, ref.detok, averaged.pt, generate.log and record.json, or eval-lm.log, eval-lm-contextN.log and
+        record.json; results/README.md describes the record. Run again, it has nothing to do.
+
+        Checkpoints are compared with their checksums first; one that is damaged, or has weights that are not finite,
+        is refused.
+        """,
+    )
+    add_benchmark(made, "the benchmark of the run")
+    made.add("run_dir", metavar="RUN_DIR", help="a run directory made by scripts/train.sh")
+    made.add("--subset", metavar="NAME", read=one_of("test", "valid"), default="test", help="test (default) or valid")
+    made.add("--average", metavar="N", read=number_from(1),
+             help="checkpoints to average; default: as many as checkpoint.keep_last_epochs (or "
+             "checkpoint.keep_interval_updates) keeps; of a language model, the best one by validation loss")
+    made.add("--available", flag=True,
+             help="average fewer where a short run has fewer, checkpoint_last.pt if it has none of them")
+    made.add("--unfinished", flag=True, help="evaluate a run whose training is not complete")
+    made.add("--record", metavar="FILE", help="copy the record to FILE as well")
+    made.add("--force", flag=True, help="evaluate again although there is a record; overwrite FILE")
+    return made
+
+
+def command(arguments: List[str]) -> None:
+    """Evaluates the run that a command line asks for."""
+    options = parser().parse(arguments)
+    from .evaluation.evaluate import evaluate
+
+    evaluate(
+        options.benchmark,
+        Path(options.run_dir),
+        subset=options.subset,
+        average=options.average,
+        available=options.available,
+        unfinished=options.unfinished,
+        record=Path(options.record) if options.record else None,
+        force=options.force,
+    )
+
 
 if __name__ == "__main__":
-    main(evaluate)
+    main(command)

@@ -1,7 +1,30 @@
 """``python -m fairseq_powernorm.experiments.plot_curves``: draws the learning curves of records."""
 
-from .commands import main
-from .reports.plot_curves import plot
+from pathlib import Path
+from typing import List
+
+from .commands import Parser, main
+from .errors import UserError
+
+
+def parser() -> Parser:
+    """The options of the command."""
+    made = Parser("Draws validation loss against updates, a line for each record, as a PNG.")
+    made.add("records", metavar="RECORD", nargs="+", help="records that scripts/evaluate.sh has written")
+    made.add("--output", metavar="FILE.png", help="where the picture goes; has to be given")
+    return made
+
+
+def command(arguments: List[str]) -> None:
+    """Draws the records that a command line names."""
+    options = parser().parse(arguments)
+    if options.output is None:
+        raise UserError("--output FILE.png is missing: where the picture goes")
+    from .reports.plot_curves import plot
+
+    plot(options.records, Path(options.output))
+    print(f"wrote {options.output}")
+
 
 if __name__ == "__main__":
-    main(plot)
+    main(command)

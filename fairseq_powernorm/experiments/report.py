@@ -1,7 +1,47 @@
-"""``python -m fairseq_powernorm.experiments.report``: writes the tables of README.md from the records."""
+"""``python -m fairseq_powernorm.experiments.report``: writes the tables of the READMEs from the records."""
 
-from .commands import main
-from .reports.report import readme
+import sys
+from typing import List
+
+from .commands import Parser, called_as, main
+from .errors import UserError
+from .files import write_text
+from .paths import ROOT
+
+
+def parser() -> Parser:
+    """The options of the command."""
+    made = Parser(
+        """
+        Writes the tables of README.md and results/README.md: between <!-- records: PATTERN... --> and
+        <!-- end of records --> stands the table of the records that the patterns name, or what a record of
+        scripts/benchmark.py says in short.
+        """
+    )
+    made.add("--readme", flag=True, help="write the READMEs; has to be given")
+    made.add("--check", flag=True, help="change nothing, and fail if a table is not that of its records")
+    return made
+
+
+def command(arguments: List[str]) -> int:
+    """Writes or checks the tables."""
+    options = parser().parse(arguments)
+    if not options.readme:
+        raise UserError("--readme is missing: the READMEs are what can be written")
+    from .reports.readme import outdated
+
+    status = 0
+    for name, text in outdated().items():
+        if text is None:
+            print(f"{name} is that of its records")
+        elif options.check:
+            print(f"{name} is not that of its records; {called_as()} --readme writes it", file=sys.stderr)
+            status = 1
+        else:
+            write_text(ROOT / name, text)
+            print(f"{name} written")
+    return status
+
 
 if __name__ == "__main__":
-    main(readme)
+    main(command)

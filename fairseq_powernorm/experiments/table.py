@@ -1,7 +1,43 @@
 """``python -m fairseq_powernorm.experiments.table``: prints the table of records."""
 
-from .commands import main
-from .reports.table import table
+import os
+import sys
+from typing import List
+
+from .commands import Parser, main
+from .files import write_text
+
+
+def parser() -> Parser:
+    """The options of the command."""
+    made = Parser(
+        """
+        Prints Markdown tables of records, of translation and of language models. Runs that differ only in their seed
+        share a line, with the mean and, behind ±, the standard deviation over the seeds.
+        """
+    )
+    made.add("records", metavar="RECORD", nargs="+", help="records that scripts/evaluate.sh has written")
+    made.add("--output", metavar="FILE", help="write the tables to FILE as well")
+    made.add("--available", flag=True,
+             help="leave out records that do not exist; name them, and end with exit status 1")
+    return made
+
+
+def command(arguments: List[str]) -> int:
+    """Prints the tables that a command line asks for."""
+    options = parser().parse(arguments)
+    from .reports import schema
+    from .reports.table import tables
+
+    missing = [path for path in options.records if options.available and not os.path.exists(path)]
+    text = tables({path: schema.read_record(path) for path in options.records if path not in missing})
+    print(text, end="")
+    if options.output:
+        write_text(options.output, text)
+    for path in missing:
+        print(f"error: no record {path}", file=sys.stderr)
+    return 1 if missing else 0
+
 
 if __name__ == "__main__":
-    main(table)
+    main(command)

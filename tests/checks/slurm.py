@@ -208,7 +208,7 @@ def disturbed_array(check):
         check.done(f"{first.name} preempted {time_} and requeued")
     check.wait_training(array, 0, first, 3)
     log = (first / "train.log").read_text()
-    whole = re.search(r"checkpoint_last\.pt(?:\.tmp)? was truncated; going on from (checkpoint_\d+_\d+\.pt)", log)
+    whole = re.search(r"checkpoint_last\.pt(?:\.tmp)? is truncated or damaged; going on from (checkpoint_\d+_\d+\.pt)", log)
     assert whole, log
     check.done(f"it was writing its last checkpoint; it went on from a whole one, {whole[1]}")
 

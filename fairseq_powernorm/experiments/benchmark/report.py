@@ -50,8 +50,9 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     """Ratios to LayerNorm: a panel for each level, pass and dtype, in it a row for each contender, in it a mark for each
     size, the median of its cells, with their range."""
     from matplotlib import ticker
+    from matplotlib.figure import Figure
 
-    from ..reports.figures import png, pyplot
+    from ..reports.figures import png
 
     panels: Dict[Tuple[str, str, str], Dict[str, Dict[Tuple[int, int], List[float]]]] = {}
     for cell in record["cells"]:
@@ -63,8 +64,8 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     if not panels:
         return
     heights = [1 + 0.25 * len(contenders) for contenders in panels.values()]
-    figure, axes = pyplot().subplots(len(panels), 1, figsize=(8, sum(heights)), height_ratios=heights, layout="constrained",
-                                     squeeze=False)
+    figure = Figure(figsize=(8, sum(heights)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)
     for axis, ((level, which, dtype), contenders) in zip(axes[:, 0], panels.items()):
         known = [name for contender in CONTENDERS for name, _ in named(contenders, contender)]
         names = list(dict.fromkeys([*known, *contenders]))

@@ -14,7 +14,8 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Protocol, Sequence, Tuple
 
 from ..errors import UserError
 
@@ -22,25 +23,46 @@ BLOCK = 1 << 20
 # What reading a damaged archive raises.
 DAMAGE = (EOFError, RuntimeError, ValueError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
           gzip.BadGzipFile, NotImplementedError)
-# Some servers refuse the name that Python's library gives itself.
+# Some servers refuse the name by which Python's library introduces itself.
 USER_AGENT = "fairseq_powernorm (data preparation; like wget)"
+
+
+class Readable(Protocol):
+    """An open file, packed or not."""
+
+    def read(self, size: int) -> bytes: ...
+
+
+#: name, and what opens it (None if it is not a file)
+Member = Tuple[str, Optional[Callable[[], Any]]]
 
 
 class Unreachable(Exception):
     """An address that does not give the file."""
 
 
-def download(file, urls, directory, *, size=None, digest=None, is_verified=False):
-    """The path of a file in directory, downloaded from the first address that has it; a part that an earlier attempt
-    left is gone on with. $DATA_MIRROR, an address of the user's, is tried first.
+def download(
+    file: str,
+    urls: Sequence[str],
+    directory: Path,
+    *,
+    size: Optional[int] = None,
+    digest: Optional[str] = None,
+    is_verified: bool = False,
+) -> Path:
+    """The path of a file in a directory, downloaded from the first address that has it.
+
+    A part that an earlier attempt left is completed. $DATA_MIRROR, an address of the user's, is tried first.
 
     Args:
+        urls: addresses of folders, which end in a slash
+        size: in bytes, None if it is not known
         digest: the published checksum, ALGORITHM:HEXADECIMAL; an address that gives another file is passed over
         is_verified: without a digest, is the file trusted all the same (because its content is verified later, or the
             user says so)? If not, plain http, which anyone on the way can change, is refused
 
     Raises:
-        UserError: no address gives the file, or what they give has not the known size or checksum
+        UserError: no address gives the file, or what they give has another size or checksum
     """
     target = directory / file
     if target.is_file() and size in (None, target.stat().st_size) and differing(target, digest) is None:
@@ -67,7 +89,7 @@ def download(file, urls, directory, *, size=None, digest=None, is_verified=False
                     f"with --archive-dir DIR or DATA_ARCHIVES=DIR")
 
 
-def differing(path, digest):
+def differing(path: Path, digest: Optional[str]) -> Optional[str]:
     """The checksum of a file where it is not the given one, ALGORITHM:HEXADECIMAL; None where it is, or none is given."""
     if digest is None:
         return None
@@ -77,21 +99,29 @@ def differing(path, digest):
     return None if found == digest else found
 
 
-def digest_of(stream, algorithm):
+def digest_of(stream: Readable, algorithm: str) -> str:
     computed = hashlib.new(algorithm)
     for block in iter(lambda: stream.read(BLOCK), b""):
         computed.update(block)
     return computed.hexdigest()
 
 
-def refuse_plain_http(address):
+def refuse_plain_http(address: str) -> None:
     if address.startswith("http:"):
         raise Unreachable("no checksum of it is published, and plain http does not protect it on the way; "
                           "--allow-unverified takes it as it comes")
 
 
-def fetch(address, partial, size, *, secure=False):
-    """Writes what lies at an address to a file, going on where the file ends; secure: but not over plain http."""
+def fetch(address: str, partial: Path, size: Optional[int], *, secure: bool = False) -> None:
+    """Writes what lies at an address to a file, from where the file ends.
+
+    Args:
+        size: of the whole in bytes, None if it is not known
+        secure: refuse plain http
+
+    Raises:
+        Unreachable: the address does not give the file, or gives only a part of it
+    """
     if secure:
         refuse_plain_http(address)
     start = partial.stat().st_size if partial.is_file() else 0
@@ -110,9 +140,9 @@ def fetch(address, partial, size, *, secure=False):
             return
         if error.code == 416:
             partial.unlink()
-        raise Unreachable(error) from None
+        raise Unreachable(str(error)) from None
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise Unreachable(error) from None
+        raise Unreachable(str(error)) from None
     with answer:
         if secure:
             refuse_plain_http(answer.url)  # it may have led elsewhere
@@ -140,7 +170,7 @@ def fetch(address, partial, size, *, secure=False):
             raise Unreachable(f"the connection ended after {done:,} of {total:,} bytes")
 
 
-def copy_and_hash(source, target):
+def copy_and_hash(source: Readable, target: Path) -> str:
     """Copies an open stream to a file; gives its SHA-256. Raises one of DAMAGE, or OSError if it cannot be written."""
     digest = hashlib.sha256()
     with open(target, "wb") as stream:
@@ -151,48 +181,51 @@ def copy_and_hash(source, target):
 
 
 @contextlib.contextmanager
-def reading():
-    """Around what reads a packed file: an OSError there is damage; one in writing is none."""
+def reading() -> Iterator[None]:
+    """To be put around what reads a packed file: an OSError there means damage; one in writing does not."""
     try:
         yield
     except OSError as error:
         raise EOFError(error) from None
 
 
-def opened(member):
+def opened(member: Callable[[], Readable]) -> Readable:
     """A member's stream, given the function that opens it."""
     with reading():
         return member()
 
 
-def read(stream):
+def read(stream: Readable) -> bytes:
     """The next block of a packed stream."""
     with reading():
         return stream.read(BLOCK)
 
 
-def gunzip(archive, target):
+def gunzip(archive: Path, target: Path) -> str:
     """Writes the text of a gzip file, or of a plain one; gives its SHA-256."""
     try:
-        with (gzip.open if archive.suffix == ".gz" else open)(archive, "rb") as packed:
+        with gzip.open(archive, "rb") if archive.suffix == ".gz" else open(archive, "rb") as packed:
             return copy_and_hash(packed, target)
     except DAMAGE as error:
         raise UserError(f"cannot unpack {archive}: {reason(error)}") from None
 
 
-def reason(error):
+def reason(error: BaseException) -> str:
     """An exception in one line."""
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
 
 
-def unpack(archive, wanted, directory, nested=None):
+def unpack(archive: Path, wanted: Mapping[str, str], directory: Path, nested: Optional[str] = None) -> Dict[str, str]:
     """Writes members of a zip or tar archive, given member -> name, to directory / name; gives name -> SHA-256.
 
-    Nothing else of the archive is written, and nothing at a place that the archive names. One with members outside of
-    its own directory is refused. An archive that lacks all the members may have an archive in it that holds them, at a
-    path that ends in `nested`.
+    Nothing else of the archive is written, and nothing at a place that the archive names. An archive that lacks all the
+    members may have an archive in it that holds them, at a path that ends in `nested`.
+
+    Raises:
+        UserError: the archive is damaged, lacks a member, or has a member outside of its own directory
     """
-    digests, inner = {}, None
+    digests: Dict[str, str] = {}
+    inner: Optional[Path] = None
     try:
         for member, stream in members(archive):
             path = PurePosixPath(member)
@@ -224,31 +257,37 @@ def unpack(archive, wanted, directory, nested=None):
     return digests
 
 
-def members(archive):
+def members(archive: Path) -> Iterator[Member]:
     """(name, function that opens it or None if it is not a file) of each member of a zip or tar archive.
 
-    The archive is read to its end, members that nobody opens too, so that each of its checksums is compared.
+    The archive is read to its end, members that nobody opens included, so that each of its checksums is compared.
     """
-    if zipfile.is_zipfile(archive):
+    return zip_members(archive) if zipfile.is_zipfile(archive) else tar_members(archive)
+
+
+def zip_members(archive: Path) -> Iterator[Member]:
+    with reading():
+        packed = zipfile.ZipFile(archive)
+    with packed:
+        for info in packed.infolist():
+            is_file = not info.is_dir() and not stat.S_ISLNK(info.external_attr >> 16)
+            yield info.filename, functools.partial(packed.open, info) if is_file else None
         with reading():
-            packed = zipfile.ZipFile(archive)
-        with packed:
-            for info in packed.infolist():
-                is_file = not info.is_dir() and not stat.S_ISLNK(info.external_attr >> 16)
-                yield info.filename, functools.partial(packed.open, info) if is_file else None
+            damaged = packed.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"Bad CRC-32 for file {damaged!r}")
+
+
+def tar_members(archive: Path) -> Iterator[Member]:
+    with reading():
+        packed = tarfile.open(archive)
+    with packed:
+        while True:
             with reading():
-                damaged = packed.testzip()
-            if damaged is not None:
-                raise zipfile.BadZipFile(f"Bad CRC-32 for file {damaged!r}")
-    else:
-        with reading():
-            packed = tarfile.open(archive)
-        with packed:
-            while True:
-                with reading():
-                    info = packed.next()
-                if info is None:
-                    break
-                yield info.name, functools.partial(packed.extractfile, info) if info.isfile() else None
-            for _ in iter(lambda: read(packed.fileobj), b""):
-                pass  # the checksum of the packed stream stands at its end, behind the last member
+                info = packed.next()
+            if info is None:
+                break
+            yield info.name, functools.partial(packed.extractfile, info) if info.isfile() else None
+        stream: Any = packed.fileobj
+        for _ in iter(lambda: read(stream), b""):
+            pass  # the checksum of the packed stream stands at its end, behind the last member

@@ -1,41 +1,44 @@
-"""Joint BPE, learnt from tokenized text and applied to it: subword-nmt or sentencepiece."""
+"""Joint BPE, learned from tokenized text and applied to it: subword-nmt or sentencepiece."""
 
 import functools
 import io
 import itertools
 import os
 import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Sequence, TextIO
 
 from ..errors import UserError
 
-# Sentences from which sentencepiece learns, at most: it holds them in memory.
+#: sentences from which sentencepiece learns, at most: it holds them in memory
 SENTENCES = 4_000_000
-# Words whose pieces a process remembers, at most.
+#: words whose pieces a process remembers, at most
 CACHE = 200_000
 
 
-def lines_of(paths):
+def lines_of(paths: Iterable[Path]) -> Iterator[str]:
+    """The lines of several texts, with their line ends."""
     for path in paths:
         with open(path, encoding="utf-8", newline="\n") as lines:
             yield from lines
 
 
 class Counted(io.StringIO):
-    """A text file that shows how many lines were written to it, every thousand."""
+    """A text file that says after every thousand lines how many of them were written."""
 
-    def __init__(self, stream, size):
+    def __init__(self, stream: TextIO, size: int) -> None:
         super().__init__()
         self.stream, self.size, self.lines = stream, size, 0
 
-    def write(self, text):
+    def write(self, text: str) -> int:
         self.lines += text.count("\n")
         if text.endswith("\n") and self.lines % 1000 == 1 and self.lines > 1:
             print(f"  {self.lines - 1:,} of {self.size:,} merges", flush=True)
         return self.stream.write(text)
 
 
-def learn_subword_nmt(train, directory, size):
-    """directory/codes: `size` merges, learnt by subword-nmt, which holds the words of the text, not the text."""
+def learn_subword_nmt(train: Sequence[Path], directory: Path, size: int) -> None:
+    """Makes directory/codes: `size` merges. subword-nmt holds the words of the text in memory, not the text."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # its progress bar fills a log file
     from subword_nmt.learn_bpe import learn_bpe
@@ -45,8 +48,8 @@ def learn_subword_nmt(train, directory, size):
         learn_bpe(lines_of(train), Counted(write, size), size)
 
 
-def learn_sentencepiece(train, directory, size):
-    """directory/sentencepiece.model: a BPE model with `size` pieces, from every line, or every second, third, ..."""
+def learn_sentencepiece(train: Sequence[Path], directory: Path, size: int) -> None:
+    """Makes directory/sentencepiece.model: a BPE model with `size` pieces, from every line, or every second, third, ..."""
     import sentencepiece as spm
 
     step = -(-sum(1 for _ in lines_of(train)) // SENTENCES)
@@ -62,7 +65,7 @@ def learn_sentencepiece(train, directory, size):
 
 
 @functools.lru_cache(maxsize=None)
-def subword_nmt(directory):
+def subword_nmt(directory: Path) -> Any:
     from subword_nmt.apply_bpe import BPE
 
     with open(directory / "codes", encoding="utf-8") as codes:
@@ -70,22 +73,30 @@ def subword_nmt(directory):
 
 
 @functools.lru_cache(maxsize=None)
-def sentencepiece(directory):
+def sentencepiece(directory: Path) -> Any:
     import sentencepiece as spm
 
     return spm.SentencePieceProcessor(model_file=str(directory / "sentencepiece.model"))
 
 
-def apply_subword_nmt(lines, directory):
+def apply_subword_nmt(directory: Path, lines: List[str]) -> List[str]:
     bpe = subword_nmt(directory)
     if len(bpe.cache) > CACHE:
         bpe.cache.clear()
     return [bpe.process_line(line) for line in lines]
 
 
-def apply_sentencepiece(lines, directory):
+def apply_sentencepiece(directory: Path, lines: List[str]) -> List[str]:
     return [" ".join(pieces) for pieces in sentencepiece(directory).encode(lines, out_type=str)]
 
 
-LEARN = {"subword_nmt": learn_subword_nmt, "sentencepiece": learn_sentencepiece}
-APPLY = {"subword_nmt": apply_subword_nmt, "sentencepiece": apply_sentencepiece}
+#: type -> learns from training text into a directory
+LEARN: Dict[str, Callable[[Sequence[Path], Path, int], None]] = {
+    "subword_nmt": learn_subword_nmt,
+    "sentencepiece": learn_sentencepiece,
+}
+#: type -> applies what a directory holds to lines
+APPLY: Dict[str, Callable[[Path, List[str]], List[str]]] = {
+    "subword_nmt": apply_subword_nmt,
+    "sentencepiece": apply_sentencepiece,
+}

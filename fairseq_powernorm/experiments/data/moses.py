@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import threading
 from pathlib import Path
+from typing import IO, Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, TextIO, cast
 
 from ..errors import UserError
 from ..files import sha256
@@ -17,7 +18,7 @@ from ..tools import cpus
 from . import moses_python
 
 
-def steps(settings, split):
+def steps(settings: Mapping[str, Any], split: str) -> List[str]:
     """The names of the steps that the text of a split takes, in order."""
     test, chosen = split == "test", settings.get
     return [step for step, wanted in (
@@ -33,7 +34,8 @@ def steps(settings, split):
 # ---- in Python -------------------------------------------------------------------------------------------------------
 
 
-PYTHON = {
+#: step -> what makes a line of a line in a language
+PYTHON: Dict[str, Callable[[str, str], str]] = {
     "lowercase": lambda line, language: moses_python.lowercase(line),
     "normalize": moses_python.normalize_punctuation,
     "printable": lambda line, language: moses_python.replace_unprintable(line),
@@ -43,7 +45,7 @@ PYTHON = {
 }
 
 
-def process(lines, names, language):
+def process(lines: List[str], names: Sequence[str], language: str) -> List[str]:
     """The lines after the named steps."""
     for name in names:
         step = PYTHON[name]
@@ -54,7 +56,8 @@ def process(lines, names, language):
 # ---- in Perl ---------------------------------------------------------------------------------------------------------
 
 
-SCRIPTS = {
+#: step -> what makes the script and its options for a language; None where Python takes the step all the same
+SCRIPTS: Dict[str, Optional[Callable[[str], List[str]]]] = {
     "lowercase": lambda language: ["lowercase.perl"],
     "normalize": lambda language: ["normalize-punctuation.perl", language],
     "printable": lambda language: ["remove-non-printing-char.perl"],
@@ -64,6 +67,12 @@ SCRIPTS = {
 }
 
 
+def scripts(names: Iterable[str], language: str) -> List[List[str]]:
+    """[script, option, ...] of those of the steps that have a script."""
+    makers = (SCRIPTS[name] for name in names)
+    return [maker(language) for maker in makers if maker is not None]
+
+
 class Perl:
     """The scripts of a Moses checkout, $MOSES.
 
@@ -71,12 +80,13 @@ class Perl:
         UserError: perl, or a script that the settings need, is not there
     """
 
-    def __init__(self, directory, settings):
-        self.perl, self.directory = shutil.which("perl"), Path(directory) / "scripts" / "tokenizer"
-        if self.perl is None:
+    def __init__(self, directory: str, settings: Mapping[str, Any]) -> None:
+        perl, self.directory = shutil.which("perl"), Path(directory) / "scripts" / "tokenizer"
+        if perl is None:
             raise UserError(f"MOSES={directory}: its scripts need perl, which is not installed; unset MOSES")
-        names = {SCRIPTS[step](language)[0] for split in ("train", "test") for step in steps(settings, split)
-                 for language in settings["languages"] if SCRIPTS[step]}
+        self.perl = perl
+        names = {command[0] for split in ("train", "test") for language in settings["languages"]
+                 for command in scripts(steps(settings, split), language)}
         self.files = [self.directory / name for name in sorted(names)]
         missing = [str(path) for path in self.files if not path.is_file()]
         if missing:
@@ -86,37 +96,38 @@ class Perl:
         found = [prefixes / f"nonbreaking_prefix.{language}" for language in settings["languages"]]
         self.files += [path for path in found if path.is_file()]
 
-    def digests(self):
+    def digests(self) -> Dict[str, str]:
         """script -> SHA-256, of all that the result depends on."""
         return {path.name: sha256(path) for path in self.files}
 
-    def process(self, lines, names, language, lock):
+    def process(self, lines: Iterable[str], names: Sequence[str], language: str, lock: TextIO) -> Iterator[str]:
         """The lines after the named steps, one for each; the processes hold the lock, too.
 
         Raises:
             UserError: a script fails, or does not give a line for each
         """
-        commands = [[self.perl, str(self.directory / script), *options]
-                    for script, *options in (SCRIPTS[name](language) for name in names if SCRIPTS[name])]
+        commands = [[self.perl, str(self.directory / script), *options] for script, *options in scripts(names, language)]
         if "apostrophes" in names:  # the first step
             lines = (PYTHON["apostrophes"](line, language) for line in lines)
-        given, failed = 0, []
+        given = 0
+        failed: List[BaseException] = []
         with tempfile.TemporaryFile() as errors:
-            running, source = [], subprocess.PIPE
+            running: List[subprocess.Popen[bytes]] = []
             for command in commands:
+                source = running[-1].stdout if running else subprocess.PIPE
                 running.append(subprocess.Popen(command, stdin=source, stdout=subprocess.PIPE, stderr=errors,
                                                 pass_fds=(lock.fileno(),)))
                 if len(running) > 1:
-                    source.close()
-                source = running[-1].stdout
+                    cast(IO[bytes], source).close()
+            begin, end = cast(IO[bytes], running[0].stdin), cast(IO[bytes], running[-1].stdout)
 
-            def feed():
+            def feed() -> None:
                 nonlocal given
                 try:
-                    with running[0].stdin as stream:
+                    with begin:
                         for line in lines:
-                            # \r and the like inside of a line are spaces to Perl, too
-                            stream.write(line.encode("utf-8") + b"\n")
+                            # \r and the like inside a line are spaces to Perl, too
+                            begin.write(line.encode("utf-8") + b"\n")
                             given += 1
                 except BrokenPipeError:
                     pass  # the script has failed; its status says so
@@ -127,8 +138,8 @@ class Perl:
             feeder.start()
             taken = 0
             try:
-                for taken, line in enumerate(source, 1):  # noqa: B007  (used below)
-                    yield line.decode("utf-8").rstrip("\n")
+                for taken, made in enumerate(end, 1):  # noqa: B007  (used below)
+                    yield made.decode("utf-8").rstrip("\n")
                 feeder.join()
                 statuses = [process.wait() for process in running]
             except BaseException:
@@ -147,7 +158,7 @@ class Perl:
                 raise UserError(f"the scripts in {self.directory} (MOSES) made {taken:,} lines of {given:,}")
 
 
-def perl(settings):
+def perl(settings: Mapping[str, Any]) -> Optional[Perl]:
     """The Perl scripts that $MOSES names, None if it names none."""
     directory = os.environ.get("MOSES")
     return Perl(directory, settings) if directory else None

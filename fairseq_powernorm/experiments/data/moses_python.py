@@ -75,7 +75,7 @@ def tokenize(line: str, language: str, *, split_dashes: bool = False) -> str:
     Args:
         split_dashes: a-b becomes a @-@ b (option -a of the script)
     """
-    text = SPACES.sub(" ", line)
+    text: str = SPACES.sub(" ", line)
     if text in ("", " "):
         return line
     text = text.translate(dict.fromkeys(range(0x20)))
@@ -128,10 +128,10 @@ def detokenize(line: str, language: str) -> str:
     if language in ("cs", "fi"):
         from sacremoses import MosesDetokenizer
 
-        return MosesDetokenizer(lang=language).detokenize(line.split())
-    text = ENTITY.sub(lambda entity: CHARACTERS[entity[0]], f" {line} ".replace(" @-@ ", "-"))
+        return str(MosesDetokenizer(lang=language).detokenize(line.split()))
+    text: str = ENTITY.sub(lambda entity: CHARACTERS[entity[0]], f" {line} ".replace(" @-@ ", "-"))
     words, parts = text.rstrip(" ").split(" "), []
-    quotes: collections.Counter = collections.Counter()
+    quotes: collections.Counter[str] = collections.Counter()
     joins_next = False
     for before, word, following in zip(["", *words], words, [*words[1:], ""]):
         joins, joins_next = joins_next, False  # does it join the word before it, and the one behind it?
@@ -154,7 +154,7 @@ def detokenize(line: str, language: str) -> str:
             else:
                 joins = True  # the Jones' house
         parts.append(word if joins else f" {word}")
-    return BLANKS.sub(" ", "".join(parts)).strip(" ")
+    return str(BLANKS.sub(" ", "".join(parts))).strip(" ")
 
 
 # ---- normalize-punctuation.perl --------------------------------------------------------------------------------------
@@ -199,4 +199,4 @@ UNPRINTABLE = regex.compile(r"\p{C}")
 
 def replace_unprintable(line: str) -> str:
     """The line with blanks for control, format, private and unassigned characters."""
-    return UNPRINTABLE.sub(" ", line)
+    return str(UNPRINTABLE.sub(" ", line))

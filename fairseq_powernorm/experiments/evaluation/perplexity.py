@@ -1,13 +1,15 @@
-"""The word-level perplexity of a language model: conditions on the configuration, fairseq-eval-lm, the exact sum."""
+"""The word-level perplexity of a language model: what its configuration must be like, fairseq-eval-lm, the exact sum."""
 
 import collections
 import math
 import re
-import sys
+from pathlib import Path
+from typing import Any, Dict, List, Sequence, Tuple
 
 from ..errors import UserError
 from ..paths import PLUGIN
 from ..tools import call, tool
+from .job import Command, Job, Scores, words_of
 
 NOT_LM = "NOT a language model's: each position sees the token that it is asked for"
 # A line of fairseq-eval-lm --output-word-probs, in both formats of fairseq's log: BLOCK WORD [SCORE]<tab>...
@@ -15,18 +17,18 @@ SCORES = re.compile(r"fairseq_cli\.eval_lm(?: \| |:)(\d+) (\S.* \[\S+\])$")
 SCORE = re.compile(r"(\S+) \[(\S+)\]")
 
 
-def causal(model):
+def causal(model: Any) -> bool:
     """Does the model of this configuration predict without seeing its targets?"""
     return not model.get("tensorized_noncausal", False)
 
 
-def remark(model):
+def remark(model: Any) -> str:
     """What is to be said of every perplexity of the model of this configuration; empty for a language model."""
     return "" if causal(model) else NOT_LM
 
 
-def check(config):
-    """Refuses a resolved configuration that would train what cannot be evaluated."""
+def check(config: Any) -> None:
+    """Refuses a resolved configuration of a training whose result could not be evaluated."""
     length, context = config.task.tokens_per_sample, config.eval_lm.context_window
     window = config.model.get("tensorized_window")
     if window is not None and not 1 <= length <= window:
@@ -39,50 +41,74 @@ def check(config):
         raise UserError("task.add_bos_token=true changes what is counted; valid: false")
 
 
-def evaluate(directory, data, stamp, config, inputs, subset, lock):
-    """What a language model's record says of its scores; leaves eval-lm*.log and, if it averages, averaged.pt."""
-    path, commands = inputs[0], []
-    if len(inputs) > 1:
-        path = directory / "averaged.pt"
-        print(f"averaging {len(inputs)} checkpoints: {inputs[0].name} ... {inputs[-1].name}", flush=True)
-        commands.append([sys.executable, "-m", "fairseq_powernorm.checkpoint", "average", "--inputs", *map(str, inputs),
-                         "--output", str(path)])
-        call(commands[-1], lock)
-    text, oov = targets(data, subset)
-    found = []
-    for context in dict.fromkeys((0, config.eval_lm.context_window)):
-        command = eval_lm(data, config, path, subset, context)
-        print(f"scoring {subset}, {f'with {context} tokens of context' if context else 'block by block'}", flush=True)
-        output = call(command, lock)
+def check_job(job: Job) -> None:
+    """Refuses before any work what would be found missing in the middle of it: the text, a program."""
+    tool("fairseq-eval-lm")
+    job.check_data(f"raw/{job.subset}.")
+
+
+def evaluate(job: Job, directory: Path) -> Scores:
+    """Scores every word of the subset; leaves eval-lm*.log and, if it averages, averaged.pt in a directory."""
+    path = job.checkpoints[0]
+    commands: List[Command] = []
+    if len(job.checkpoints) > 1:
+        path, average = job.averaged(directory)
+        commands.append(average)
+    text, oov = targets(job.data, job.subset)
+    found: List[Dict[str, Any]] = []
+    for context in dict.fromkeys((0, job.config.eval_lm.context_window)):
+        command = eval_lm(job, path, context)
+        print(f"scoring {job.subset}, {f'with {context} tokens of context' if context else 'block by block'}", flush=True)
+        output = call(command, job.lock)
         (directory / f"eval-lm{f'-context{context}' if context else ''}.log").write_text(output, encoding="utf-8")
         commands.append(command)
-        found.append({"score": None, "nll": negative_log_likelihood(output, text), "context_window": context})
-        found[-1]["score"] = math.exp(found[-1]["nll"] / len(text))
+        nll = negative_log_likelihood(output, text)
+        found.append({"score": math.exp(nll / len(text)), "nll": nll, "context_window": context})
     kinds = collections.Counter(text)
-    return {
-        "arch": config.model._name, "causal": causal(config.model),
-        "perplexity": found[0], "perplexity_context": found[1] if found[1:] else None,
-        "tokens": {"scored": len(text), "words": len(text) - kinds["</s>"], "line_ends": kinds["</s>"],
-                   "line_ends_counted": True, "unknown": kinds["<unk>"], "out_of_vocabulary": oov,
-                   "types": stamp["types"], "published_corpus": stamp["published"]},
-        "tokens_per_sample": config.task.tokens_per_sample, "averaged": len(inputs), "evaluation_commands": commands,
+    facts = {
+        "arch": job.config.model._name,
+        "causal": causal(job.config.model),
+        "perplexity": found[0],
+        "perplexity_context": found[1] if found[1:] else None,
+        "tokens": {
+            "scored": len(text),
+            "words": len(text) - kinds["</s>"],
+            "line_ends": kinds["</s>"],
+            "line_ends_counted": True,
+            "unknown": kinds["<unk>"],
+            "out_of_vocabulary": oov,
+            "types": job.stamp["types"],
+            "published_corpus": job.stamp["published"],
+        },
+        "tokens_per_sample": job.config.task.tokens_per_sample,
+        "averaged": len(job.checkpoints),
     }
+    return Scores(facts, commands)
 
 
-def eval_lm(data, config, path, subset, context):
-    """The fairseq-eval-lm command that scores each word of a subset."""
-    task, dataset = config.task, config.dataset
-    command = [tool("fairseq-eval-lm"), str(data / "data-bin"), "--user-dir", str(PLUGIN), "--task", task._name,
-               "--path", str(path), "--gen-subset", subset, "--tokens-per-sample", str(task.tokens_per_sample),
-               "--sample-break-mode", str(task.sample_break_mode), "--context-window", str(context),
-               "--softmax-batch", str(config.eval_lm.softmax_batch), "--output-word-probs", "--num-workers", "0",
-               "--data-buffer-size", "0", "--no-progress-bar"]
-    for option, value in (("--batch-size", dataset.batch_size_valid), ("--max-tokens", dataset.max_tokens_valid)):
-        command += [] if value is None else [option, str(value)]
-    return command
+def eval_lm(job: Job, path: Path, context: int) -> Command:
+    """The fairseq-eval-lm command that scores each word of the subset, with so many tokens of context."""
+    task, dataset = job.config.task, job.config.dataset
+    options = {
+        "--user-dir": PLUGIN,
+        "--task": task._name,
+        "--path": path,
+        "--gen-subset": job.subset,
+        "--tokens-per-sample": task.tokens_per_sample,
+        "--sample-break-mode": task.sample_break_mode,
+        "--context-window": context,
+        "--softmax-batch": job.config.eval_lm.softmax_batch,
+        "--output-word-probs": True,
+        "--num-workers": 0,
+        "--data-buffer-size": 0,
+        "--no-progress-bar": True,
+        "--batch-size": dataset.batch_size_valid,
+        "--max-tokens": dataset.max_tokens_valid,
+    }
+    return [tool("fairseq-eval-lm"), str(job.data / "data-bin"), *words_of(options)]
 
 
-def targets(data, subset):
+def targets(data: Path, subset: str) -> Tuple[List[str], int]:
     """(the tokens that a model is asked for, number of words in the text that the dictionary lacks)."""
     with open(data / "data-bin" / "dict.txt", encoding="utf-8", newline="\n") as lines:
         known = {"<unk>", "<s>", "</s>", *(line.rpartition(" ")[0] for line in lines)}
@@ -96,19 +122,20 @@ def targets(data, subset):
     return text, oov
 
 
-def negative_log_likelihood(output, text):
+def negative_log_likelihood(output: str, text: Sequence[str]) -> float:
     """The sum over all tokens of the text, in nats, from fairseq-eval-lm's score of each (six decimals).
 
     fairseq's own figure is the average of a float32 sum, rounded to two decimals, of whatever was scored. Here the
     words that were scored must be the text.
     """
-    blocks = {}
+    blocks: Dict[int, List[Tuple[str, str]]] = {}
     for line in output.split("\n"):
         match = SCORES.search(line)
         if match:
-            blocks[int(match[1])] = [SCORE.fullmatch(item).groups() for item in match[2].split("\t")]
+            items = (SCORE.fullmatch(item) for item in match[2].split("\t"))
+            blocks[int(match[1])] = [(item[1], item[2]) for item in items if item]
     scored = [item for number in sorted(blocks) for item in blocks[number]]
-    if [word for word, _ in scored] != text:
+    if [word for word, _ in scored] != list(text):
         raise UserError(f"fairseq-eval-lm scored {len(scored):,} tokens that are not the {len(text):,} of the text; a "
                         f"perplexity of other tokens would be compared with that of the text. Its last lines:\n"
                         f"{output[-1000:]}")
@@ -118,7 +145,7 @@ def negative_log_likelihood(output, text):
     return total
 
 
-def describe(record):
+def describe(record: Dict[str, Any]) -> str:
     """The lines that evaluate.sh prints of a language model's record."""
     tokens = record["tokens"]
     label = "" if record["causal"] else f" ({NOT_LM})"

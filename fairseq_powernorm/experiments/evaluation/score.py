@@ -1,28 +1,24 @@
-"""Scores hypotheses against references, line by line, and prints JSON:
+"""BLEU and chrF of translations, by the arithmetic of fairseq, of Moses and of sacreBLEU."""
 
-python -m fairseq_powernorm.experiments.score HYP REF
-    tokenized text: BLEU as fairseq-score computes it
-python -m fairseq_powernorm.experiments.score HYP REF --split-compounds LANGUAGE
-    text of that language, tokenized: compounds split, BLEU as multi-bleu.perl computes it
-python -m fairseq_powernorm.experiments.score HYP REF --detokenized [--lowercase]
-    detokenized text: sacreBLEU and chrF
-"""
-
-import argparse
 import collections
-import json
 import math
 import re
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 from ..data.moses_python import detokenize, languages, tokenize
 from ..errors import UserError, choose
 
-# \S of bytes, as perl sees them: blanks are ASCII's.
+# \S of bytes, as Perl sees them: white space is ASCII's.
 COMPOUND = re.compile(r"(\S)-(\S)", re.ASCII)
 
 
-def lines_of(path):
-    """The lines of a text; raises UserError if there is none or it is not UTF-8."""
+#: a score, its parts, and the line that the original programs print
+Bleu = Dict[str, Any]
+
+
+def lines_of(path: Union[str, Path]) -> List[str]:
+    """The lines of a text; raises UserError if it cannot be read, is empty, or is not UTF-8."""
     try:
         with open(path, encoding="utf-8", newline="\n") as stream:
             text = stream.read()
@@ -33,7 +29,7 @@ def lines_of(path):
     return [line.rstrip("\r") for line in (text[:-1] if text.endswith("\n") else text).split("\n")]
 
 
-def check_equal_length(hypotheses, references):
+def check_equal_length(hypotheses: Sequence[str], references: Sequence[str]) -> None:
     if len(hypotheses) != len(references):
         raise UserError(f"{len(hypotheses):,} hypotheses for {len(references):,} references; a score of a part of the "
                         f"text would be compared with scores of the whole")
@@ -45,25 +41,26 @@ def split_compounds(line: str, language: str) -> str:
     return COMPOUND.sub(r"\1 ##AT##-##AT## \2", tokenize(detokenize(line, language), language))
 
 
-def tokenized_bleu(hypotheses, references, compounds=None):
-    """BLEU of tokenized text by the arithmetic that the paper's scores have, unrounded.
+def tokenized_bleu(hypotheses: Sequence[str], references: Sequence[str], compounds: Optional[str] = None) -> Bleu:
+    """BLEU of tokenized text by the arithmetic of the paper's scores, unrounded.
 
-    That of IWSLT14 is fairseq_bleu's, that of WMT14, whose compounds are split, is multi_bleu's.
+    That of IWSLT14 is fairseq_bleu's; that of WMT14, whose compounds are split, is multi_bleu's.
 
-    compounds: the language of the text, whose compounds are split on both sides first, which the result then says
+    Args:
+        compounds: the language of the text, whose compounds are split on both sides first, which the result then says
     """
     check_equal_length(hypotheses, references)
     if compounds is None:
         return fairseq_bleu(hypotheses, references)
-    split = ([split_compounds(line, compounds) for line in text] for text in (hypotheses, references))
-    return {**multi_bleu(*split), "split_compounds": True}
+    first, second = ([split_compounds(line, compounds) for line in text] for text in (hypotheses, references))
+    return {**multi_bleu(first, second), "split_compounds": True}
 
 
-def fairseq_bleu(hypotheses, references):
+def fairseq_bleu(hypotheses: Sequence[str], references: Sequence[str]) -> Bleu:
     """BLEU as fairseq-score and fairseq-generate compute it.
 
-    It equals multi_bleu but for three things: a line without words counts as one word, the end of the sentence, on either
-    side; <unk> in a hypothesis matches nothing; <pad> at the ends of a line and </s> at its end are no words.
+    It differs from multi_bleu in three things: a line without words counts as one word, the end of the sentence, on either
+    side; <unk> in a hypothesis matches nothing; <pad> at either end of a line and </s> at its end are not words.
     """
     from fairseq.data import Dictionary
     from fairseq.scoring.bleu import BleuConfig, Scorer
@@ -81,13 +78,13 @@ def fairseq_bleu(hypotheses, references):
             "text": scorer.result_string()}
 
 
-def multi_bleu(hypotheses, references):
+def multi_bleu(hypotheses: Sequence[str], references: Sequence[str]) -> Bleu:
     """BLEU as Moses' multi-bleu.perl computes it with one reference: exp(mean of log p_n, n = 1 to 4) x brevity penalty.
 
-    p_n is the share of the hypotheses' n-grams that match, each at most as often as its reference has it. Without a match
-    of some n, BLEU is 0. Words end at the white space of ASCII, for Perl reads bytes.
+    p_n is the share of the hypotheses' n-grams that match, each at most as often as its reference has it. Where nothing
+    matches for some n, BLEU is 0. Words are separated by the white space of ASCII, for Perl reads bytes.
     """
-    matches, totals, lengths = [0] * 4, [0] * 4, [0, 0]
+    matches, totals, lengths = [0] * 4, [0] * 4, [0, 0]  # lengths: of the hypotheses and of the references
     for pair in zip(hypotheses, references):
         words = [re.findall(r"[^ \t\n\r\f\v]+", line) for line in pair]
         lengths = [length + len(side) for length, side in zip(lengths, words)]
@@ -106,7 +103,7 @@ def multi_bleu(hypotheses, references):
                     f"ratio={ratio:.3f}, hyp_len={hypothesis}, ref_len={reference})"}
 
 
-def sacrebleu_scores(hypotheses, references, lowercase):
+def sacrebleu_scores(hypotheses: Sequence[str], references: Sequence[str], *, lowercase: bool) -> Dict[str, Any]:
     """sacreBLEU and chrF of detokenized text, with their signatures."""
     from sacrebleu.metrics import BLEU, CHRF
 
@@ -118,11 +115,17 @@ def sacrebleu_scores(hypotheses, references, lowercase):
     return scores
 
 
-def paired_bootstrap(baseline, systems, references, lowercase):
+def paired_bootstrap(
+    baseline: Sequence[str], systems: Mapping[str, Sequence[str]], references: Sequence[str], *, lowercase: bool
+) -> Dict[str, Dict[str, Any]]:
     """Significance of each system's difference from the baseline, by sacreBLEU's paired bootstrap test of BLEU.
 
-    systems: name -> hypotheses. Returns name -> {"baseline", "score", "p_value", "signature"}. The p-value is None
-    where the two scores are equal, for which sacreBLEU's arithmetic gives the smallest one there is.
+    Args:
+        systems: name -> hypotheses
+
+    Returns:
+        name -> {"baseline", "score", "p_value", "signature"}; the p-value is None where the two scores are equal, for which
+        sacreBLEU's arithmetic would give the smallest p-value there is
     """
     from sacrebleu.metrics import BLEU
     from sacrebleu.significance import PairedTest
@@ -132,30 +135,35 @@ def paired_bootstrap(baseline, systems, references, lowercase):
     test = PairedTest([("", baseline), *systems.items()], {"BLEU": BLEU(lowercase=lowercase, references=[references])},
                       references=None, test_type="bs")
     signatures, scores = test()
-    own = float(scores["BLEU"][0].score)
+    results: List[Any] = scores["BLEU"]  # that of the baseline first
+    own = float(results[0].score)
     return {name: {"baseline": own, "score": float(found.score), "signature": str(signatures["BLEU"]),
                    "p_value": None if found.score == own else float(found.p_value)}
-            for name, found in zip(systems, scores["BLEU"][1:])}
+            for name, found in zip(systems, results[1:])}
 
 
-def score(arguments):
-    parser = argparse.ArgumentParser(prog="python -m fairseq_powernorm.experiments.score", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("hyp", metavar="HYP")
-    parser.add_argument("ref", metavar="REF")
-    parser.add_argument("--split-compounds", metavar="LANGUAGE")
-    parser.add_argument("--detokenized", action="store_true")
-    parser.add_argument("--lowercase", action="store_true")
-    options = parser.parse_args(arguments)
-    if options.detokenized and options.split_compounds is not None:
+def score(
+    hypotheses: Union[str, Path],
+    references: Union[str, Path],
+    *,
+    split_compounds: Optional[str] = None,
+    detokenized: bool = False,
+    lowercase: bool = False,
+) -> Dict[str, Any]:
+    """The scores of a text of translations, line by line; the arguments are those of the command `score`.
+
+    Raises:
+        UserError: the options exclude each other, or a text cannot be read or is of another length
+    """
+    if detokenized and split_compounds is not None:
         raise UserError("--split-compounds is for tokenized text; valid with --detokenized: --lowercase")
-    if options.lowercase and not options.detokenized:
+    if lowercase and not detokenized:
         raise UserError("--lowercase is for --detokenized text; tokenized text is scored as it is")
-    if options.split_compounds is not None:
-        choose("--split-compounds", options.split_compounds, languages())
-    hypotheses, references = lines_of(options.hyp), lines_of(options.ref)
-    if options.detokenized:
-        found = sacrebleu_scores(hypotheses, references, options.lowercase)
+    if split_compounds is not None:
+        choose("--split-compounds", split_compounds, languages())
+    texts = lines_of(hypotheses), lines_of(references)
+    if detokenized:
+        found = sacrebleu_scores(*texts, lowercase=lowercase)
     else:
-        found = {"bleu_tokenized": tokenized_bleu(hypotheses, references, options.split_compounds)}
-    print(json.dumps({**found, "sentences": len(hypotheses)}, indent=2))
+        found = {"bleu_tokenized": tokenized_bleu(*texts, split_compounds)}
+    return {**found, "sentences": len(texts[0])}

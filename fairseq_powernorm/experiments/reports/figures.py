@@ -1,53 +1,66 @@
 """The paper's figures: their data, taken from run directories, and the pictures, drawn from data and records."""
 
-import importlib
 import io
-import logging
 import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
-from ..runs import compose
+from ...recorder import PANELS, read
+from ..overrides import quiet
 from . import matrix
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Record = Dict[str, Any]
 
 #: quantities of figure 1 and of figure 2 that --norm-record records
 DISTANCES = ("distance_mean", "distance_var", "distance_psi2")
 GRADIENTS = ("gradient_mean", "gradient_var", "gradient_psi2", "gradient_nu")
 
 
-def package(module):
-    """A module of fairseq_powernorm; fairseq, which it imports, turns logging on."""
-    with compose.quiet():
-        return importlib.import_module(f"fairseq_powernorm.{module}")
-
-
-def statistics(path):
+def statistics(path: Path) -> Dict[str, Any]:
     """What a record of --norm-record says, small enough to be kept: mean, smallest and largest over the norms.
 
     None where a value was not finite.
     """
-    rows = package("recorder").read(str(path))
+    rows = read(str(path))
     updates = sorted({row["update"] for row in rows})
-    found = {}
+    found: Dict[str, Dict[str, List[Optional[float]]]] = {}
     for quantity in (*DISTANCES, *GRADIENTS):
-        values = {update: [] for update in updates}
+        values: Dict[int, List[float]] = {update: [] for update in updates}
         for row in rows:
             if quantity in row:
                 values[row["update"]].append(row[quantity])
         if any(values.values()):
-            series = found[quantity] = {}
-            for name, of in (("mean", lambda v: sum(v) / len(v)), ("smallest", min), ("largest", max)):
-                series[name] = [of(v) if v and all(map(math.isfinite, v)) else None for v in values.values()]
-                series[name] = [None if v is None else float(f"{v:.5g}") for v in series[name]]
+            found[quantity] = {
+                name: [rounded(of(each)) if each and all(map(math.isfinite, each)) else None for each in values.values()]
+                for name, of in (("mean", mean), ("smallest", min), ("largest", max))
+            }
     return {"norms": len({row["norm"] for row in rows}), "updates": updates, "quantities": found}
 
 
-def singular_values(path):
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def rounded(value: float) -> float:
+    """Five digits are more than a picture shows."""
+    return float(f"{value:.5g}")
+
+
+def singular_values(path: Path) -> List[float]:
     """Singular values, largest first, of the input embedding (words x channels) of the model in a checkpoint.
 
     With adaptive inputs, of the table of all words, each band projected as the model does.
     """
     import torch
 
-    model = package("checkpoint").load(str(path))["model"]
+    from ...checkpoint import load
+
+    with quiet():  # what loading imports turns logging on
+        model = load(str(path))["model"]
     side = "encoder" if any(key.startswith("encoder.") for key in model) else "decoder"
     whole = model.get(f"{side}.embed_tokens.weight")
     bands = [whole] if whole is not None else []
@@ -61,14 +74,14 @@ def singular_values(path):
     return [float(f"{value:.6g}") for value in values]
 
 
-def data_of(runs, earlier):
+def data_of(runs: Iterable[matrix.Run], earlier: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
     """The figures' data: of the run directories that there are, else what an earlier file says.
 
     Args:
         runs: the runs to picture
-        earlier: content of the file, or None
+        earlier: content of that file, or None
     """
-    data = {"schema": 1, "kind": "figures", "statistics": {}, "singular_values": {}}
+    data: Dict[str, Any] = {"schema": 1, "kind": "figures", "statistics": {}, "singular_values": {}}
     for run in runs:
         name = f"{run.benchmark}/{run.name}"
         record = run.directory / matrix.NORM_RECORD
@@ -81,60 +94,57 @@ def data_of(runs, earlier):
             if path.is_file():
                 data["singular_values"][name] = {"checkpoint": path.name, "values": singular_values(path)}
         for key in ("statistics", "singular_values"):
-            if name in (earlier or {}).get(key, {}):
-                data[key].setdefault(name, earlier[key][name])
+            before = (earlier or {}).get(key, {})
+            if name in before:
+                data[key].setdefault(name, before[name])
     return data
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
-def pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
-    from matplotlib import pyplot as module
-
-    return module
-
-
-def png(figure, dpi=110):
-    """A picture's bytes, the same for the same picture; 64 colours take a third of the room of all."""
+def png(figure: "Figure", dpi: int = 110) -> bytes:
+    """A picture's bytes, the same for the same picture; with 64 colours it takes a third of the space."""
     from PIL import Image  # matplotlib needs it
 
     full, small = io.BytesIO(), io.BytesIO()
     figure.savefig(full, format="png", dpi=dpi)
-    pyplot().close(figure)
     Image.open(full).convert("RGB").quantize(64).save(small, format="png", optimize=True)
     return small.getvalue()
 
 
-def panels(number, columns=3):
+def panels(number: int, columns: int = 3) -> Tuple["Figure", List["Axes"]]:
+    """A figure with so many axes. It belongs to no window system, so it needs no backend and no closing."""
+    from matplotlib.figure import Figure
+
     rows = -(-number // columns)
     columns = min(number, columns)
-    size = (4.3 * columns, 3.3 * rows)
-    figure, axes = pyplot().subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in list(axes.flat)[number:]:
+    figure = Figure(figsize=(4.3 * columns, 3.3 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[number:]:
         axis.remove()
-    return figure, list(axes.flat)[:number]
+    return figure, axes[:number]
 
 
-def finished(axis, **settings):
+def finish(axis: "Axes", **settings: Any) -> None:
+    """Titles, labels and scales of an axis, a grid and a legend."""
     axis.set(**settings)
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
 
 
-def of_statistics(labelled, quantities, colours):
-    """Figures 1 and 2: quantities against updates, the mean over norms and the range of all; None without data.
+def of_statistics(
+    labelled: Mapping[str, Mapping[str, Any]], quantities: Sequence[str], colours: Mapping[str, str]
+) -> Optional[bytes]:
+    """Figures 1 and 2: quantities against updates, the mean over the norms and their range; None without data.
 
-    labelled: label -> statistics; colours: label -> colour
+    Args:
+        labelled: label -> what statistics() gives
+        colours: label -> colour
     """
     there = [name for name in quantities if any(name in found["quantities"] for found in labelled.values())]
     if not there:
         return None
-    titles = package("recorder").PANELS
     figure, axes = panels(len(there))
     for axis, quantity in zip(axes, there):
         for label, found in labelled.items():
@@ -144,12 +154,14 @@ def of_statistics(labelled, quantities, colours):
                                    for key in ("mean", "smallest", "largest"))
                 axis.plot(found["updates"], mean, color=colours[label], label=label)
                 axis.fill_between(found["updates"], low, high, color=colours[label], alpha=0.15, linewidth=0)
-        finished(axis, title=titles[quantity], xlabel="updates", yscale="log")
+        finish(axis, title=PANELS[quantity], xlabel="updates", yscale="log")
     return png(figure)
 
 
-def of_singular_values(labelled, colours):
-    """Figure 3: singular values, divided by the largest, of label -> values; None without data."""
+def of_singular_values(
+    labelled: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str]
+) -> Optional[bytes]:
+    """Figure 3: singular values, divided by the largest, of label -> {"values"}; None without data."""
     if not labelled:
         return None
     figure, (axis,) = panels(1)
@@ -157,12 +169,11 @@ def of_singular_values(labelled, colours):
         largest = max(found["values"]) or 1.0
         relative = [value / largest for value in found["values"]]
         axis.plot(range(1, len(relative) + 1), relative, color=colours[label], label=label)
-    finished(axis, title="singular values of the embedding", xlabel="index", ylabel="relative to the largest",
-             yscale="log")
+    finish(axis, title="singular values of the embedding", xlabel="index", ylabel="relative to the largest", yscale="log")
     return png(figure)
 
 
-def curve(axis, label, record, subset, **style):
+def curve(axis: "Axes", label: str, record: Record, subset: str, **style: Any) -> None:
     """One learning curve: loss of the training epochs or of the validations against updates."""
     points = record["curve"][subset]
     losses = [math.nan if point.get("loss") is None else point["loss"] for point in points]
@@ -171,12 +182,14 @@ def curve(axis, label, record, subset, **style):
     axis.plot([point["updates"] for point in points], losses, label=label, **style)
 
 
-def of_curves(baselines, norms):
+def of_curves(baselines: Mapping[str, Record], norms: Mapping[str, Mapping[str, Record]]) -> bytes:
     """Figure 4: training above, validation below, a column for each norm, LN (dashed) in each.
 
-    baselines: label -> record; norms: norm -> {label: record}
+    Args:
+        baselines: label -> record
+        norms: norm -> {label: record}
     """
-    columns = norms or {"": {}}
+    columns: Mapping[str, Mapping[str, Record]] = norms or {"": {}}
     figure, axes = panels(2 * len(columns), len(columns))
     for axis, (subset, norm) in zip(axes, ((subset, norm) for subset in ("train", "valid") for norm in columns)):
         for label, record in baselines.items():
@@ -184,5 +197,5 @@ def of_curves(baselines, norms):
         for label, record in columns[norm].items():
             curve(axis, label, record, subset, linewidth=1)
         title = {"train": "training loss", "valid": "validation loss"}[subset]
-        finished(axis, title=f"{norm}: {title}" if norm else title, xlabel="updates", ylabel="bits per token")
+        finish(axis, title=f"{norm}: {title}" if norm else title, xlabel="updates", ylabel="bits per token")
     return png(figure)

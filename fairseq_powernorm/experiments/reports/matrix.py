@@ -3,11 +3,12 @@
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from ..errors import UserError
+from ..overrides import by_key
 from ..paths import ROOT, runs_root
-from ..runs import batch, compose
+from ..runs import batch
 from ..settings import BATCH_REFERENCE, architectures, is_lm, load, norm_in_names, placements
 
 #: what is reproduced -> (the paper's benchmarks, which are the default; others of the same kind; default seeds)
@@ -21,6 +22,9 @@ NORMS = {"layer": (False, False), BATCH_REFERENCE: (False, False), "batch": (Tru
          "power": (True, True)}
 BASELINE = "layer"
 VARIANTS = ("reference", "algorithm2")
+
+#: of --updates; more than any training in the field has
+MOST_UPDATES = 10**9
 
 #: The paper's values, tokenized BLEU and perplexity, for the norms where it has them, with layer scale; its BN is that of
 #: the authors' code. The published perplexities come from code whose attention sees the words that it has to predict
@@ -73,7 +77,7 @@ class Row:
     layer_scale: Optional[bool] = None  # None: the norm has none
     variant: Optional[str] = None  # None: the norm has none
 
-    def name(self, default_placement):
+    def name(self, default_placement: str) -> str:
         """NORM[-PLACEMENT][-VARIANT][-groups0]; defaults are not named."""
         parts = [norm_in_names(self.norm)]
         parts += [self.placement] if self.placement not in ("", default_placement) else []
@@ -81,13 +85,13 @@ class Row:
         parts += ["groups0"] if self.layer_scale is False else []
         return "-".join(parts)
 
-    def published(self, default_placement):
+    def published(self, default_placement: str) -> bool:
         """Is this the paper's form of the norm: the authors' placement, with layer scale, by their released code?"""
         return (self.placement in ("", default_placement) and self.layer_scale is not False
                 and self.variant in (None, VARIANTS[0]))
 
 
-def rows(model):
+def rows(model: Any) -> List[Row]:
     """The rows for a model (its configuration), LN first."""
     found = []
     for norm, (without_layer_scale, variants) in NORMS.items():
@@ -116,48 +120,55 @@ class Run:
     overrides: Tuple[str, ...]
 
     @property
-    def name(self):
+    def name(self) -> str:
         """ROW[-ARCH]-UPDATES-seedS, ARCH where the benchmark has several: of the run directory and of the record."""
         arch = [self.arch] if len(architectures(self.benchmark)) > 1 else []
         return "-".join([self.row_name, *arch, str(self.updates or EARLY_STOP), f"seed{self.seed}"])
 
     @property
-    def directory(self):
+    def directory(self) -> Path:
         return runs_root() / self.benchmark / self.name
 
-    def record(self, results):
+    @property
+    def key(self) -> str:
+        """BENCH/NAME, by which reports tell runs apart."""
+        return f"{self.benchmark}/{self.name}"
+
+    def record(self, results: Path) -> Path:
+        """Its record in a directory of records."""
         return results / self.benchmark / f"{self.name}.json"
 
-    def train_command(self, overrides=None):
+    def train_command(self, overrides: Optional[Sequence[str]] = None) -> List[str]:
         """The command that trains it, with its overrides or others."""
         placement = ["--placement", self.row.placement] if self.row.placement else []
         arch = ["--arch", self.arch] if self.arch != architectures(self.benchmark)[0] else []
         return ["bash", "scripts/train.sh", self.benchmark, self.row.norm, *arch, *placement, "--run-dir",
                 relative(self.directory), "--resume", *(self.overrides if overrides is None else overrides)]
 
-    def evaluate_command(self, results):
+    def evaluate_command(self, results: Path) -> List[str]:
+        """The command that evaluates it and copies its record to a directory of records."""
         average = [] if self.average is None else ["--average", str(self.average), "--available"]
         return ["bash", "scripts/evaluate.sh", self.benchmark, relative(self.directory), *average, "--record",
                 relative(self.record(results))]
 
     @property
-    def gpu_hours(self):
+    def gpu_hours(self) -> float:
         """The estimate for its training; see PARAMETERS."""
         seconds = UPDATE_S + 6 * PARAMETERS[self.arch] * self.tokens / OPERATIONS_PER_S
         return (self.updates or TYPICAL_UPDATES[self.benchmark]) * seconds / 3600
 
     @property
-    def final_warmup_matters(self):
+    def final_warmup_matters(self) -> bool:
         """Does the warm-up of the norms after the stacks matter? To PN (reference) in pre-norm models, which have them."""
         return self.row.norm == "power" and self.row.variant == VARIANTS[0] and not self.arch.startswith("tensorized")
 
 
-def relative(path):
-    """A path below the repository, where the commands run, without the repository's own."""
-    return str(path.relative_to(ROOT)) if ROOT in Path(path).parents else str(path)
+def relative(path: Path) -> str:
+    """A path as the commands are given it, which run in the repository."""
+    return str(path.relative_to(ROOT)) if ROOT in path.parents else str(path)
 
 
-def whole(benchmark, config):
+def whole(benchmark: str, config: Any) -> int:
     """The updates of a whole training: optimization.max_update or, where only early stopping ends it, what is typical."""
     from omegaconf import OmegaConf
 
@@ -165,10 +176,10 @@ def whole(benchmark, config):
     if not found:
         raise UserError(f"configs/{benchmark}.yaml has no optimization.max_update, by which runs are named and which "
                         f"--updates replaces")
-    return found
+    return int(found)
 
 
-def length(benchmark, config, updates):
+def length(benchmark: str, config: Any, updates: Optional[int]) -> Tuple[Optional[int], List[str]]:
     """(updates of a run, the overrides that make it so): every setting in updates is scaled in proportion.
 
     None as the number of updates: until early stopping ends training
@@ -186,21 +197,23 @@ def length(benchmark, config, updates):
     return updates, overrides
 
 
-def average(benchmark, config, updates):
-    """Checkpoints to average of a run of so many updates, None: as many as its YAML file says, or those of an LM.
+def average(benchmark: str, config: Any, updates: Optional[int]) -> Optional[int]:
+    """The number of checkpoints to average of a run of so many updates; None: what its YAML file, or an LM, has.
 
-    Epochs do not get shorter: their number shrinks in proportion. Checkpoints after a number of updates follow one another
-    faster: see SCALED.
+    Epochs do not get shorter, so fewer of them are averaged, in proportion. Checkpoints that are saved after a number of
+    updates follow one another faster: see SCALED.
     """
     if updates is None or is_lm(config):
         return None
-    epochs = config.checkpoint.get("keep_last_epochs", 0)
+    epochs = int(config.checkpoint.get("keep_last_epochs", 0))
     if epochs > 0:
         return max(1, min(epochs, epochs * updates // whole(benchmark, config)))
-    return config.checkpoint.keep_interval_updates
+    return int(config.checkpoint.keep_interval_updates)
 
 
-def runs(benchmark, arch, seeds, updates, overrides):
+def runs(
+    benchmark: str, arch: str, seeds: Sequence[int], updates: Optional[int], overrides: Sequence[str]
+) -> Iterator[Run]:
     """Every run of a benchmark's architecture: all rows with the first seed, then all with the second, and so on."""
     config = load(benchmark, arch)
     number, scaled = length(benchmark, config, updates)
@@ -212,33 +225,33 @@ def runs(benchmark, arch, seeds, updates, overrides):
             own += [f"+model.norm_variant={row.variant}"] if row.variant not in (None, VARIANTS[0]) else []
             if row.norm != BASELINE:
                 own += [f"+task.norm_record={NORM_RECORD}", f"+task.norm_record_interval={interval}"]
-            merged = {**compose.by_key(own), **compose.by_key(overrides)}
+            merged = {**by_key(own), **by_key(overrides)}
             yield Run(benchmark, arch, row, row.name(placements(config.model)[0]), seed, number,
                       tokens_of(config, merged), average(benchmark, config, updates), tuple(merged.values()))
 
 
-def tokens_of(config, overrides):
+def tokens_of(config: Any, overrides: Dict[str, str]) -> int:
     """Tokens of a full batch, all gathered for an update, with overrides (by key)."""
     from omegaconf import OmegaConf
 
     given = [override.lstrip("+") for override in overrides.values() if not override.startswith("~")]
     config = OmegaConf.merge(config, OmegaConf.from_dotlist(given))
     size = config.dataset.get("max_tokens") or config.dataset.batch_size * config.task.tokens_per_sample
-    return size * batch.update_freq(config)[0]
+    return int(size * batch.update_freq(config)[0])
 
 
-def identity(overrides, run):
-    """Overrides by key, without those that change nothing in the training of a run."""
-    return {key: value for key, value in compose.by_key(overrides).items()
+def identity(overrides: Sequence[str], run: Run) -> Dict[str, str]:
+    """Overrides by key, without those that do not change the training of a run."""
+    return {key: value for key, value in by_key(overrides).items()
             if not key.startswith("task.norm_record") and (key != FINAL_WARMUP or run.final_warmup_matters)}
 
 
-def plan_line(run, results):
+def plan_line(run: Run, results: Path) -> str:
     """The commands of a run, to be pasted into a shell, with its estimated cost."""
     return (f"{shlex.join(run.train_command())}    # about {hours(run.gpu_hours)} GPU hours\n"
             f"{shlex.join(run.evaluate_command(results))}")
 
 
-def hours(number):
+def hours(number: float) -> str:
     """An estimate as text, two digits where it is small."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"

@@ -1,10 +1,8 @@
-"""What the JSON files in results/ hold, key by key, as results/README.md describes it.
-
-python -m fairseq_powernorm.experiments.schema FILE...
-    checks files and says what is wrong with the first that is not valid
-"""
+"""What the JSON files in results/ hold, key by key, as results/README.md describes it."""
 
 import math
+from pathlib import Path
+from typing import Any, Collection, Dict, List, Tuple, Union
 
 from ..errors import UserError
 from ..files import read_json
@@ -14,84 +12,87 @@ NUMBER = (int, float)
 SHA256 = str
 
 
-class Optional:
+#: A type or several, {key: kind} for exactly these keys ("key?" may be missing), [kind] for a list of any length, a set of
+#: valid values, or one of the classes below.
+Kind = Any
+
+
+class OrNull:
     """A value of a kind, or null."""
 
-    def __init__(self, kind):
+    def __init__(self, kind: Kind) -> None:
         self.kind = kind
 
 
-class Mapping:
+class ObjectOf:
     """An object with any keys and values of one kind."""
 
-    def __init__(self, kind):
+    def __init__(self, kind: Kind) -> None:
         self.kind = kind
 
 
 class Named:
     """A name, one of a set, and perhaps its options: NAME[:OPTION=VALUE[,...]]."""
 
-    def __init__(self, names):
+    def __init__(self, names: Collection[str]) -> None:
         self.names = names
 
 
-POINT = {"updates": int, "epoch": Optional(int), "loss?": Optional(NUMBER), "nll_loss?": Optional(NUMBER),
-         "ppl?": Optional(NUMBER)}
+POINT = {"updates": int, "epoch": OrNull(int), "loss?": OrNull(NUMBER), "nll_loss?": OrNull(NUMBER),
+         "ppl?": OrNull(NUMBER)}
 SCORE = {"score": NUMBER, "signature": str}
 PERPLEXITY = {"score": NUMBER, "nll": NUMBER, "context_window": int}
-SERIES = [Optional(NUMBER)]
+SERIES = [OrNull(NUMBER)]
 
-# A kind is a type or several, {key: kind} with exactly these keys ("key?" may be missing), [kind] for a list of any
-# length, or a set of valid values.
 RUN = {
     "schema": {2}, "benchmark": str, "norm": Named({*NORMS, "custom"}), "placement": {"encoder", "all", "custom"},
-    "variant": Optional({"reference", "algorithm2"}), "seed": int, "parameters": int, "updates": int, "finished": bool,
-    "training": {"wall_s": Optional(NUMBER), "cpu_s": Optional(NUMBER), "sessions": int, "threads": int},
+    "variant": OrNull({"reference", "algorithm2"}), "seed": int, "parameters": int, "updates": int, "finished": bool,
+    "training": {"wall_s": OrNull(NUMBER), "cpu_s": OrNull(NUMBER), "sessions": int, "threads": int},
     "curve": {"train": [POINT], "valid": [POINT]}, "overrides": [str], "config": dict, "subset": {"test", "valid"},
-    "checkpoints": Mapping(SHA256), "averaged": int, "versions": Mapping(str), "git_commit": Optional(str),
+    "checkpoints": ObjectOf(SHA256), "averaged": int, "versions": ObjectOf(str), "git_commit": OrNull(str),
     "commands": [str],
 }
 TRANSLATION = {
-    **RUN, "beam": int, "lenpen": NUMBER, "sentences": int, "tokens_per_s": Optional(NUMBER),
+    **RUN, "beam": int, "lenpen": NUMBER, "sentences": int, "tokens_per_s": OrNull(NUMBER),
     "bleu_tokenized": {"score": NUMBER, "precisions": [NUMBER], "brevity_penalty": NUMBER, "ratio": NUMBER,
                        "hypothesis_length": int, "reference_length": int, "text": str, "split_compounds?": {True}},
     "sacrebleu": SCORE, "chrf": SCORE,
 }
 LANGUAGE_MODEL = {
-    **RUN, "arch": str, "causal": bool, "perplexity": PERPLEXITY, "perplexity_context": Optional(PERPLEXITY),
+    **RUN, "arch": str, "causal": bool, "perplexity": PERPLEXITY, "perplexity_context": OrNull(PERPLEXITY),
     "tokens_per_sample": int,
     "tokens": {"scored": int, "words": int, "line_ends": int, "line_ends_counted": {True}, "unknown": int,
                "out_of_vocabulary": int, "types": int, "published_corpus": bool},
 }
 SIGNIFICANCE = {
     "schema": {1}, "kind": {"significance"},
-    "tests": Mapping({"against": str, "baseline": NUMBER, "score": NUMBER, "p_value": Optional(NUMBER),
+    "tests": ObjectOf({"against": str, "baseline": NUMBER, "score": NUMBER, "p_value": OrNull(NUMBER),
                       "signature": str}),
 }
 FIGURES = {
     "schema": {1}, "kind": {"figures"},
-    "statistics": Mapping({"norms": int, "updates": [int],
-                           "quantities": Mapping({"mean": SERIES, "smallest": SERIES, "largest": SERIES})}),
-    "singular_values": Mapping({"checkpoint": str, "values": [NUMBER]}),
+    "statistics": ObjectOf({"norms": int, "updates": [int],
+                           "quantities": ObjectOf({"mean": SERIES, "smallest": SERIES, "largest": SERIES})}),
+    "singular_values": ObjectOf({"checkpoint": str, "values": [NUMBER]}),
 }
 QUARTILES = [NUMBER]
 #: of a norm or a model in a measurement of speed: times, or errors at the level `accuracy`
 CONTENDER = {
     "seconds?": NUMBER, "seconds_quartiles?": QUARTILES, "ratio?": NUMBER, "ratio_quartiles?": QUARTILES, "rounds?": int,
     "bandwidth_fraction?": NUMBER, "saved?": NUMBER, "peak?": NUMBER, "host_seconds?": NUMBER,
-    "errors?": Mapping(NUMBER), "tolerances?": [NUMBER], "worst?": NUMBER,
+    "errors?": ObjectOf(NUMBER), "tolerances?": [NUMBER], "worst?": NUMBER,
 }
 BENCHMARK = {
     "schema": {1}, "kind": {"benchmark"}, "device": {"cpu", "cuda"}, "processor": str, "cores": int,
-    "memory": {"recycled", "fresh"}, "kernel": str, "quick": bool, "arguments": [str], "versions": Mapping(str),
-    "git_commit": Optional(str),
+    "memory": {"recycled", "fresh"}, "kernel": str, "quick": bool, "arguments": [str], "versions": ObjectOf(str),
+    "git_commit": OrNull(str),
     "cells": [{"level": str, "pass": str, "rows": int, "channels": int, "dtype": str, "masked": bool,
-               "device": {"cpu", "cuda"}, "threads": int, "contenders": Mapping(CONTENDER)}],
+               "device": {"cpu", "cuda"}, "threads": int, "contenders": ObjectOf(CONTENDER)}],
     "checks": [{"target": str, "value": NUMBER, "bound": str, "met": bool}],
 }
 
 
-def kind_of(content):
+def kind_of(content: Any) -> Tuple[str, Kind]:
     """(name, keys) of what a JSON object is."""
     if not isinstance(content, dict):
         return "record", RUN
@@ -102,19 +103,19 @@ def kind_of(content):
     return ("record of a language model", LANGUAGE_MODEL) if "perplexity" in content else ("record", TRANSLATION)
 
 
-def problems(value, kind, where=""):
-    """What is wrong with a value, one text each."""
-    if isinstance(kind, Optional):
+def problems(value: Any, kind: Kind, where: str = "") -> List[str]:
+    """What is wrong with a value, a text for each fault; `where` is its place in the file."""
+    if isinstance(kind, OrNull):
         return [] if value is None else problems(value, kind.kind, where)
     if isinstance(kind, Named):
-        return problems(norm_name(value) if isinstance(value, str) else value, kind.names, where)
+        return problems(norm_name(value) if isinstance(value, str) else value, set(kind.names), where)
     if isinstance(kind, set):
         valid = any(value == choice and type(value) is type(choice) for choice in kind)
         return [] if valid else [f"{where} is {value!r}; valid: {', '.join(sorted(map(repr, kind)))}"]
-    if isinstance(kind, (dict, Mapping)):
+    if isinstance(kind, (dict, ObjectOf)):
         if not isinstance(value, dict):
             return [f"{where or 'it'} is {type(value).__name__}, not an object"]
-        if isinstance(kind, Mapping):
+        if isinstance(kind, ObjectOf):
             return [text for key in value for text in problems(value[key], kind.kind, f"{where}[{key!r}]")]
         keys = {key.rstrip("?"): inner for key, inner in kind.items()}
         prefix = f"{where}." if where else ""
@@ -133,27 +134,21 @@ def problems(value, kind, where=""):
     return [f"{where} is {value!r}"] if isinstance(value, float) and not math.isfinite(value) else []
 
 
-def check(content, path):
-    """content, if it is what results/README.md describes; else UserError with what is wrong first."""
+def check(content: Any, path: Union[str, Path]) -> Dict[str, Any]:
+    """The content of a file, if it is what results/README.md describes; else UserError with the first fault."""
     name, kind = kind_of(content)
     found = problems(content, kind)
     if found:
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise UserError(f"{path} is not a valid {name}: {found[0]}{more}; results/README.md describes the keys")
-    return content
+    valid: Dict[str, Any] = content
+    return valid
 
 
-def read_record(path):
-    """The record of a run in a file; refuses what is none."""
+def read_record(path: Union[str, Path]) -> Dict[str, Any]:
+    """The record of a run in a file; raises UserError if it is something else."""
     content = read_json(path)
     if isinstance(content, dict) and "kind" in content:
         raise UserError(f"{path} is not a record of a run: its kind is {content['kind']!r}")
     return check(content, path)
 
-
-def check_files(arguments):
-    if not arguments:
-        raise UserError("no file is given; usage: python -m fairseq_powernorm.experiments.schema FILE...")
-    for path in arguments:
-        check(read_json(path), path)
-    print(f"{len(arguments)} valid")

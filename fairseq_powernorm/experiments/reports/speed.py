@@ -1,6 +1,7 @@
 """What README.md says of a measurement of speed: two tables of a record of scripts/benchmark.py."""
 
 import statistics
+from typing import Any, Dict, List, Sequence
 
 #: of the level `layer`: (pass, dtype) of each column
 COLUMNS = (("train", "float32"), ("train", "bfloat16"), ("eval", "float32"), ("eval", "bfloat16"))
@@ -8,11 +9,11 @@ COLUMNS = (("train", "float32"), ("train", "bfloat16"), ("eval", "float32"), ("e
 LARGE = 4096
 
 
-def summary(record):
+def summary(record: Dict[str, Any]) -> str:
     """Markdown: ratios to LayerNorm of the norms alone, median and range over the cells, and the targets."""
     cells = [cell for cell in record["cells"] if cell["level"] == "layer" and cell["rows"] >= LARGE]
     names = dict.fromkeys(name for cell in cells for name in cell["contenders"])
-    lines = [
+    lines: List[str] = [
         f"{record['processor']}, {record['cores']} cores, torch {record['versions']['torch']}; time / LayerNorm at "
         f"{' and '.join(shape(*s) for s in dict.fromkeys((c['rows'], c['channels']) for c in cells))}, "
         f"{' and '.join(str(n) for n in dict.fromkeys(c['threads'] for c in cells))} threads, with and without mask: "
@@ -28,11 +29,12 @@ def summary(record):
     return "\n".join(lines) + "\n"
 
 
-def shape(rows, channels):
+def shape(rows: int, channels: int) -> str:
     return f"{rows} x {channels}"
 
 
-def spread(cells, name, key, which, dtype):
+def spread(cells: Sequence[Dict[str, Any]], name: str, key: str, which: str, dtype: str) -> str:
+    """Median and range over the cells of a pass and dtype; empty where there are none."""
     values = [cell["contenders"][name][key] for cell in cells
               if (cell["pass"], cell["dtype"]) == (which, dtype) and name in cell["contenders"]]
     return f"{statistics.median(values):.2f} ({min(values):.2f} - {max(values):.2f})" if values else ""

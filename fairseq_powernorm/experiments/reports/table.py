@@ -1,41 +1,38 @@
-"""Prints Markdown tables of records, of translation and of language models:
+"""Markdown tables of records, of translation and of language models.
 
-python -m fairseq_powernorm.experiments.table RECORD...
-
-Runs that differ in their seed only share a line, with the mean and, behind ±, the standard deviation over the seeds.
+Runs that differ only in their seed share a line, with the mean and, behind ±, the standard deviation over the seeds.
 """
 
-import argparse
 import json
 import math
-import os
 import statistics
-import sys
 from dataclasses import dataclass
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from ..errors import UserError
-from ..files import write_text
 from ..settings import BATCH_REFERENCE, PLACEMENTS
-from . import schema
 from .matrix import BASELINE, NORMS, VARIANTS, Row
 
-# Settings in which runs of a table may differ: those that name its lines, those that change nothing in the training.
+Record = Dict[str, Any]
+
+#: settings in which runs of a table may differ because they name its lines
 OF_THE_LINE = {f"model.{key}" for key in (
     "encoder_norm_self", "encoder_norm_ff", "encoder_norm_final", "decoder_norm_self", "decoder_norm_ff",
     "decoder_norm_final", "norm_groups", "norm_variant")}
+#: and because they change nothing in the training
 IRRELEVANT = {"common.seed", "task.seed", "common.cpu", "common.user_dir", "common.log_interval", "task.data",
               "checkpoint.save_dir", "task.norm_record", "task.norm_record_interval"}
 
 
-def is_lm_record(record):
+def is_lm_record(record: Record) -> bool:
     return "perplexity" in record
 
 
-def arch_of(record):
-    return record["config"]["model"]["_name"]
+def arch_of(record: Record) -> str:
+    return str(record["config"]["model"]["_name"])
 
 
-def row_of(record):
+def row_of(record: Record) -> Row:
     """The line of the matrix that a record belongs to."""
     model, norm = record["config"]["model"], record["norm"]
     running = norm in NORMS and norm != BASELINE
@@ -43,11 +40,11 @@ def row_of(record):
                record["variant"] or VARIANTS[0] if norm == "power" else None)
 
 
-def settings_of(record):
-    """Every setting that is not the default and tells runs apart, but for the seed, as key -> value."""
+def settings_of(record: Record) -> Dict[str, Any]:
+    """Every setting but the seed that is not the default and tells runs apart: key -> value."""
     flat = {}
 
-    def walk(prefix, value):
+    def walk(prefix: str, value: Any) -> None:
         if isinstance(value, dict) and value:
             for key, inner in value.items():
                 walk(f"{prefix}.{key}" if prefix else key, inner)
@@ -60,44 +57,64 @@ def settings_of(record):
 
 @dataclass
 class Line:
-    """The records of the runs that differ in their seed only, by seed."""
+    """The records of the runs that differ only in their seed, in the order of the seeds."""
 
     row: Row
-    records: list
-    names: list
+    records: List[Record]
+    names: List[str]
 
     @property
-    def first(self):
+    def first(self) -> Record:
         return self.records[0]
 
-    def values(self, metric):
-        return [metric(record) for record in self.records]
+    def values(self, of: "Metric") -> List[Optional[float]]:
+        """A number of each record, None where it is not finite."""
+        return [of.value(record) for record in self.records]
 
 
-def mean(values):
-    return None if None in values else statistics.fmean(values)
+def finite(values: Iterable[Optional[float]]) -> Optional[List[float]]:
+    """The values, None if one of them is None."""
+    found = list(values)
+    known = [value for value in found if value is not None]
+    return known if len(known) == len(found) else None
 
 
-def spread(values):
-    """Standard deviation over the seeds (n - 1), None for one."""
-    return None if None in values or len(values) < 2 else statistics.stdev(values)
+def mean(values: Iterable[Optional[float]]) -> Optional[float]:
+    """The mean; None if a value is None."""
+    known = finite(values)
+    return None if known is None else statistics.fmean(known)
 
 
-def paired_t(differences):
-    """Student's paired test of differences that one seed each has: (t, degrees of freedom, two-sided p).
+def spread(values: Iterable[Optional[float]]) -> Optional[float]:
+    """The standard deviation (n - 1); None for a single value, or if a value is None."""
+    known = finite(values)
+    return None if known is None or len(known) < 2 else statistics.stdev(known)
+
+
+class PairedT(NamedTuple):
+    """The result of Student's paired test."""
+
+    t: float
+    freedom: int
+    p: float  # two-sided
+
+
+def paired_t(differences: Sequence[Optional[float]]) -> Optional[PairedT]:
+    """Student's paired test of differences, one for each seed.
 
     t = mean / (s / sqrt(n)) with s the standard deviation (n - 1) of n differences, n - 1 degrees of freedom. None for fewer
-    than two differences, and where all are equal, which leaves t undefined.
+    than two differences, where one is not finite, and where all are equal, which leaves t undefined.
     """
-    if len(differences) < 2 or None in differences or len(set(differences)) == 1:
+    known = finite(differences)
+    if known is None or len(known) < 2 or len(set(known)) == 1:
         return None
-    freedom = len(differences) - 1
-    t = statistics.fmean(differences) / (statistics.stdev(differences) / math.sqrt(len(differences)))
-    return t, freedom, 1 - within_t(abs(t), freedom)
+    freedom = len(known) - 1
+    t = statistics.fmean(known) / (statistics.stdev(known) / math.sqrt(len(known)))
+    return PairedT(t, freedom, 1 - within_t(abs(t), freedom))
 
 
-def within_t(t, freedom):
-    """P(|T| < t) of Student's distribution: the finite series for a whole number of degrees of freedom."""
+def within_t(t: float, freedom: int) -> float:
+    """P(|T| < t) of Student's distribution, by the finite series for a whole number of degrees of freedom."""
     angle = math.atan(t / math.sqrt(freedom))
     total = term = math.cos(angle) if freedom % 2 else 1.0
     for k in range(3 if freedom % 2 else 2, freedom, 2):
@@ -108,17 +125,18 @@ def within_t(t, freedom):
     return 2 / math.pi * (angle + (math.sin(angle) * total if freedom > 1 else 0.0))
 
 
-def shown(values, digits=2):
-    """The mean and the spread of values as text."""
-    if None in values:
+def shown(values: Sequence[Optional[float]], digits: int = 2) -> str:
+    """The mean and the standard deviation of values as text."""
+    middle, deviation = mean(values), spread(values)
+    if middle is None:
         return "not finite"
-    deviation = spread(values)
-    return f"{mean(values):.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+    return f"{middle:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
 
 
-def lines(records):
-    """The lines of a table: name -> record becomes [Line], sorted as the matrix is."""
-    found, seeds = {}, {}
+def lines(records: Mapping[str, Record]) -> List[Line]:
+    """The lines of a table of records (name -> record), in the order of the matrix."""
+    found: Dict[str, Line] = {}
+    seeds: Dict[Tuple[str, int], str] = {}
     for name, record in records.items():
         key = json.dumps([record["benchmark"], settings_of(record)], sort_keys=True)
         line = found.setdefault(key, Line(row_of(record), [], []))
@@ -133,15 +151,15 @@ def lines(records):
     return sorted(found.values(), key=lambda line: (line.first["benchmark"], arch_of(line.first), position(line.row)))
 
 
-def position(row):
-    """Where the line of a row stands: by norm, variant, placement, and with layer scale before without."""
+def position(row: Row) -> Tuple[int, bool, int, bool]:
+    """Where the line of a row stands: by norm, variant and placement, with layer scale before without."""
     norms, placements = [BASELINE, "rms", *list(NORMS)[1:]], list(PLACEMENTS)
     return (norms.index(row.norm) if row.norm in norms else len(norms), (row.variant or VARIANTS[0]) != VARIANTS[0],
             placements.index(row.placement) if row.placement in placements else -1, row.layer_scale is False)
 
 
-def layer_scale(line):
-    """What stands before the norm, as text."""
+def layer_scale(line: Line) -> str:
+    """Is there layer scale before the norm? As text."""
     if line.row.layer_scale is None:
         return ""
     if line.row.norm == BATCH_REFERENCE:
@@ -150,49 +168,57 @@ def layer_scale(line):
     return "no" if groups == 0 else "yes" if groups is None else f"{groups} groups"
 
 
-def last_valid_loss(record):
+def last_valid_loss(record: Record) -> Optional[float]:
     valid = record["curve"]["valid"]
     return valid[-1]["loss"] if valid else None
 
 
-# heading -> (what of a record, digits shown)
+class Metric(NamedTuple):
+    """A column of numbers."""
+
+    value: Callable[[Record], Optional[float]]
+    digits: int = 2
+
+
+#: heading -> metric, for translation
 METRICS = {
-    "tokenized BLEU": (lambda record: record["bleu_tokenized"]["score"], 2),
-    "length ratio": (lambda record: record["bleu_tokenized"]["ratio"], 3),
-    "sacreBLEU": (lambda record: record["sacrebleu"]["score"], 2),
-    "chrF": (lambda record: record["chrf"]["score"], 2),
-    "valid loss": (last_valid_loss, 3),
+    "tokenized BLEU": Metric(lambda record: record["bleu_tokenized"]["score"]),
+    "length ratio": Metric(lambda record: record["bleu_tokenized"]["ratio"], 3),
+    "sacreBLEU": Metric(lambda record: record["sacrebleu"]["score"]),
+    "chrF": Metric(lambda record: record["chrf"]["score"]),
+    "valid loss": Metric(last_valid_loss, 3),
 }
+#: and for language models
 LM_METRICS = {
-    "perplexity": (lambda record: record["perplexity"]["score"], 2),
-    "perplexity with context": (lambda record: (record["perplexity_context"] or {}).get("score"), 2),
+    "perplexity": Metric(lambda record: record["perplexity"]["score"]),
+    "perplexity with context": Metric(lambda record: (record["perplexity_context"] or {}).get("score")),
 }
 
 
-def updates(line):
-    """Updates of the runs, the smallest and the largest number where early stopping made them differ."""
+def updates(line: Line) -> str:
+    """The updates of the runs; the smallest and the largest number where early stopping made them differ."""
     found = sorted({record["updates"] for record in line.records})
     return f"{found[0]:,}" + (f" to {found[-1]:,}" if len(found) > 1 else "")
 
 
-def seeds(line):
+def seeds(line: Line) -> str:
     return ", ".join(str(record["seed"]) for record in line.records)
 
 
-def cell(line, heading, metrics):
-    """A number of a line as text; what is not a language model's says so, what a record lacks is empty."""
-    value, digits = metrics[heading]
+def cell(line: Line, heading: str, metric: Metric) -> str:
+    """A number of a line as text. What is not a language model's says so; what the records lack is empty."""
+    text = shown(line.values(metric), metric.digits)
     if is_lm_record(line.first):
         if heading == "perplexity with context" and line.first["perplexity_context"] is None:
             return ""
-        return shown(line.values(value), digits) + ("" if line.first["causal"] else " (not a language model's)")
+        return text + ("" if line.first["causal"] else " (not a language model's)")
     if heading == "valid loss" and not line.first["curve"]["valid"]:
         return ""
-    return shown(line.values(value), digits)
+    return text
 
 
-def cells(line):
-    """A line of the table, as heading -> text."""
+def cells(line: Line) -> Dict[str, str]:
+    """A line of the table: heading -> text."""
     lm = is_lm_record(line.first)
     metrics = LM_METRICS if lm else METRICS
     context = line.first["perplexity_context"] if lm else None
@@ -202,35 +228,17 @@ def cells(line):
         "layer scale": layer_scale(line), "variant": line.row.variant or "", "updates": updates(line),
         "seeds": seeds(line),
         **({"subset": line.first["subset"]} if lm else {}),
-        **({"context": context["context_window"] if context else ""} if lm else {}),
-        **{heading: cell(line, heading, metrics) for heading in metrics},
+        **({"context": str(context["context_window"]) if context else ""} if lm else {}),
+        **{heading: cell(line, heading, metric) for heading, metric in metrics.items()},
     }
 
 
-def markdown(headings, rows):
-    return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in (headings, ["---"] * len(headings), *rows))
+def markdown(headings: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    return "".join("| " + " | ".join(row) + " |\n" for row in (headings, ["---"] * len(headings), *rows))
 
 
-def tables(records):
-    """The Markdown tables of records (name -> record), of translation first."""
+def tables(records: Mapping[str, Record]) -> str:
+    """The Markdown tables of records (name -> record), translation first."""
     found = [cells(line) for line in lines(records)]
     kinds = [[row for row in found if ("perplexity" in row) == lm] for lm in (False, True)]
     return "\n".join(markdown(list(rows[0]), [row.values() for row in rows]) for rows in kinds if rows)
-
-
-def table(arguments):
-    parser = argparse.ArgumentParser(prog="python -m fairseq_powernorm.experiments.table", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", metavar="FILE", help="write the tables to FILE as well")
-    parser.add_argument("--available", action="store_true",
-                        help="leave out records that do not exist; name them, and end with exit status 1")
-    parser.add_argument("records", nargs="+", metavar="RECORD")
-    options = parser.parse_args(arguments)
-    missing = [path for path in options.records if options.available and not os.path.exists(path)]
-    text = tables({path: schema.read_record(path) for path in options.records if path not in missing})
-    print(text, end="")
-    if options.output:
-        write_text(options.output, text)
-    for path in missing:
-        print(f"error: no record {path}", file=sys.stderr)
-    return 1 if missing else 0

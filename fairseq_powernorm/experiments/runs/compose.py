@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
 from ..errors import UserError
-from ..overrides import by_key, check, quiet, quote  # noqa: F401
+from ..overrides import check, quiet, quote
 from ..paths import PLUGIN
 from ..settings import CONFIGS, NORM_OPTIONS, PLACEMENTS, architectures, placements
 

@@ -7,7 +7,6 @@ from typing import Any, Sequence, Tuple
 from ..commands import Parser, number_from
 from ..errors import UserError, number
 from . import train
-from .claims import jobs_of, read_claim  # noqa: F401
 from .launchers import Launcher, Slurm, Torchrun
 
 PORT = 29400

@@ -56,7 +56,7 @@ def brief(line: str, max_update: int, remark: str = "") -> Optional[str]:
     """
     found = parse_line(line)
     if found is None:
-        shown = ("rror", "stopping training", "was truncated; going on from")
+        shown = ("rror", "stopping training", "is truncated or damaged; going on from")
         return line if any(part in line for part in shown) else None
     if "valid_loss" in found:
         return (f"  epoch {found['epoch']}: valid loss {found['valid_loss']}, perplexity {found.get('valid_ppl')} "

@@ -12,6 +12,10 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 #if defined(__x86_64__) && !defined(PN_GENERIC) /* PN_GENERIC: as on any other processor */
 #define X86 1
 #include <immintrin.h>
@@ -353,7 +357,7 @@ static int run(struct work *work, int threads, double *const totals[2], int64_t 
 /* ---------------------------------------------------------------- one sweep */
 
 /* Outputs of at least so many bytes are written past the caches: larger than what a core has to itself. */
-static int64_t stream_bytes = 4 << 20;
+static int64_t stream_bytes = 2 << 20;
 
 /* Change that. */
 EXPORT void pn_stream_from(int64_t bytes)
@@ -366,12 +370,35 @@ static size_t element_size(int dtype)
     return dtype == BFLOAT16 ? 2 : 4;
 }
 
+/*
+ * Has the system yet to give most pages of this memory? The first store to such a page fills it with zeros, and leaves it in
+ * the caches: writing past them then costs more than it saves. Where the system does not say so, none has.
+ */
+static int is_fresh(const void *memory, int64_t bytes)
+{
+#if defined(__linux__)
+    enum { SAMPLES = 4 };
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    int resident = 0;
+    for (int64_t i = 0; i < SAMPLES; i++) {
+        unsigned char here = 0;
+        const uintptr_t address = (uintptr_t)memory + (uintptr_t)(bytes * (2 * i + 1) / (2 * SAMPLES));
+        resident += mincore((void *)(address & ~(page - 1)), 1, &here) != 0 || here & 1;
+    }
+    return 2 * resident < SAMPLES;
+#else
+    (void)memory, (void)bytes;
+    return 0;
+#endif
+}
+
 static int streams(int dtype, int64_t rows, int64_t channels, int64_t width, const void *out)
 {
     const struct instructions *set = instructions();
     const int64_t vector = set->lanes * (int64_t)sizeof(float);
-    return set->can_stream && out && rows * channels * (int64_t)element_size(dtype) >= stream_bytes
-        && width % (2 * set->lanes) == 0 && (uintptr_t)out % (uintptr_t)vector == 0;
+    const int64_t bytes = rows * channels * (int64_t)element_size(dtype);
+    return set->can_stream && out && bytes >= stream_bytes && width % (2 * set->lanes) == 0
+        && (uintptr_t)out % (uintptr_t)vector == 0 && !is_fresh(out, bytes);
 }
 
 /*

@@ -20,7 +20,7 @@ import pytest
 from pipelines import Scripts, contents
 from toy import ROOT
 
-from fairseq_powernorm.experiments.data import archives, corpora as corpora_table, moses, prepare
+from fairseq_powernorm.experiments.data import archives, corpora as corpora_table, moses, prepare, stages, workers
 from fairseq_powernorm.experiments.errors import UserError
 from fairseq_powernorm.experiments.tools import cpus, tool
 
@@ -280,7 +280,7 @@ def test_options_that_do_not_fit(iwslt14, tmp_path):
     """Options that do not fit are refused, naming option, value and what is valid; prepared data are left alone."""
     mine = Scripts(tmp_path)
     assert "--bpe-size '0'" in mine.refuses("prepare", "iwslt14", "--bpe-size", "0")
-    assert "--bpe-size '10k' is no number" in mine.refuses("prepare", "wmt14", "--bpe-size", "10k")
+    assert "--bpe-size '10k': must be a number" in mine.refuses("prepare", "wmt14", "--bpe-size", "10k")
     assert "--news-commentary 'v9': iwslt14 has no such part; valid with: wmt14" in mine.refuses(
         "prepare", "iwslt14", "--news-commentary", "v9")
     assert "--news-commentary 'v10' is unknown; valid: v12, v9" in mine.refuses(
@@ -315,9 +315,9 @@ def test_lines_are_read_as_they_are_needed():
         for taken in range(1, 100_001):
             yield f"LINE {taken}"
 
-    with prepare.Workers() as workers:
-        out = workers.map(functools.partial(moses.process, names=["lowercase"], language="de"))(text())
-        assert next(out) == "line 1" and taken <= (2 * cpus() + 1) * prepare.BATCH
+    with workers.Workers() as pool:
+        out = pool.map(functools.partial(moses.process, names=["lowercase"], language="de"))(text())
+        assert next(out) == "line 1" and taken <= (2 * cpus() + 1) * workers.BATCH
         assert list(out) == [f"line {i}" for i in range(2, 100_001)]
 
 
@@ -472,7 +472,7 @@ def test_real_dictionary(corpora, tmp_path):
         text = gzip.decompress((corpora / "iwslt14" / f"{name}.gz").read_bytes()).decode("utf-8")
         write(tmp_path / "bpe" / name, (text if "dict" in name else MosesDetokenizer().unescape_xml(text)).encode())
     with open(tmp_path / "lock", "w") as lock:
-        prepare.binarize(tmp_path, tmp_path / "data-bin", [
+        stages.binarize(tmp_path, tmp_path / "data-bin", [
             tool("fairseq-preprocess"), "--source-lang", "de", "--target-lang", "en", "--joined-dictionary",
             "--srcdict", str(tmp_path / "bpe" / "dict.de.txt"), "--workers", "1"],
             {split: f"bpe/{split}" for split in ("valid", "test")}, lock)
@@ -592,10 +592,10 @@ def test_every_address():
     """Every file has an https address, tried before plain http, and over plain http nothing lies that has no checksum
     (an archive, or the texts of single files)."""
     for benchmark, entry in corpora_table.CORPORA.items():
-        files = [(urls, checksum) for urls, _, checksum in entry.get("archives", {}).values()]
-        if "archive" in entry:
-            files.append((entry["archive_urls"], entry["archive_checksum"]))
-        files += [(entry["urls"], digest) for _, digest in entry.get("files", {}).values() if entry["urls"]]
+        files = [(archive.urls, archive.checksum) for archive in getattr(entry, "archives", {}).values()]
+        if isinstance(entry, corpora_table.LanguageModelCorpus):
+            files.append((entry.archive.urls, entry.archive.checksum))
+        files += [(entry.urls, text.sha256) for text in getattr(entry, "files", {}).values() if entry.urls]
         assert files
         for urls, checksum in files:
             assert urls[0].startswith("https://"), benchmark

@@ -28,8 +28,10 @@ from fairseq_powernorm.experiments import settings  # noqa: E402
 from fairseq_powernorm.experiments.errors import UserError  # noqa: E402
 from fairseq_powernorm.experiments.evaluation import score  # noqa: E402
 from fairseq_powernorm.experiments.files import json_text  # noqa: E402
-from fairseq_powernorm.experiments.reports import figures, matrix, report, schema, table  # noqa: E402
+from fairseq_powernorm.experiments.reports import figures, matrix, render, schema, sections, table  # noqa: E402
+from fairseq_powernorm.experiments.reports.significance import significance  # noqa: E402
 from fairseq_powernorm.experiments.runs import checkpoints  # noqa: E402
+from fairseq_powernorm.experiments.score import command as score_command  # noqa: E402
 
 RECORD = json.loads((ROOT / "results" / "multi30k" / "power-seed1.json").read_text())
 
@@ -63,7 +65,7 @@ def texts(tmp_path_factory):
 
 def ours(capsys, *arguments):
     """What the command score prints."""
-    score.score([str(word) for word in arguments])
+    score_command([str(word) for word in arguments])
     return json.loads(capsys.readouterr().out)
 
 
@@ -182,7 +184,7 @@ def test_significance_is_sacrebleus(texts):
     theirs = json.loads(run(BIN / "sacrebleu", folder / "ref", "-i", folder / "first", folder / "second", "-m", "bleu",
                             "--paired-bs", "-w", 9, "-f", "json"))
     systems = {"second": found["second"], "same": found["first"]}
-    tests = score.paired_bootstrap(found["first"], systems, found["ref"], False)
+    tests = score.paired_bootstrap(found["first"], systems, found["ref"], lowercase=False)
     assert theirs[1]["BLEU"]["p_value"] == pytest.approx(tests["second"]["p_value"], abs=1e-9)
     assert round(tests["second"]["score"], 6) == pytest.approx(theirs[1]["BLEU"]["score"], abs=1e-6)
     assert tests["same"]["p_value"] is None and tests["second"]["p_value"] < 0.05
@@ -202,7 +204,7 @@ def test_score_refuses(texts, tmp_path):
         ([folder / "first", folder / "ref", "--split-compounds", "xx"], "--split-compounds 'xx' is unknown; valid: as, bn"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
-            score.score(list(map(str, arguments)))
+            score_command(list(map(str, arguments)))
 
 
 def test_iwslt14_reference_against_itself(corpora, tmp_path, capsys):
@@ -213,7 +215,7 @@ def test_iwslt14_reference_against_itself(corpora, tmp_path, capsys):
     assert found["sentences"] == 6750
     assert found["bleu_tokenized"]["text"].startswith("BLEU4 = 100.00, 100.0/100.0/100.0/100.0 ")
     lines = score.lines_of(tmp_path / "ref")
-    others = score.sacrebleu_scores(lines, lines, True)
+    others = score.sacrebleu_scores(lines, lines, lowercase=True)
     assert [each["score"] for each in others.values()] == pytest.approx([100, 100])
 
 
@@ -447,10 +449,8 @@ def test_table_of_the_report(written):
 
 
 def paper_section(benchmark, arch, records):
-    """A section of a report of records, with their rows."""
-    part = {"benchmark": benchmark, "arch": arch, "lines": table.lines(records), "differing": {}}
-    report.add_table(part, records, {})
-    return part
+    """A section of a report of records, without pictures."""
+    return sections.section(benchmark, arch, table.lines(records), {})
 
 
 def test_paper_values_stand_beside_ours():
@@ -459,10 +459,10 @@ def test_paper_values_stand_beside_ours():
     runs = list(matrix.runs("multi30k", "transformer_pn_tiny", [1], 4000, []))
     records = {run.name: record_of(run, i) for i, run in enumerate(runs)}
     part = paper_section("iwslt14", "transformer_pn_iwslt_de_en", records)
-    found = {name: row["paper"] for row in part["rows"] for name in [row["seeds"][0]["name"].split("-4000")[0]]}
+    found = {row.seeds[0].name.split("-4000")[0]: row.paper for row in part.rows}
     assert {name: value for name, value in found.items() if value} == {
         "layer": 35.5, "batch-reference": 34.4, "power-v": 35.5, "power": 35.9}
-    assert len(found) == 19 and report.CAUSALITY not in report.notes(part)
+    assert len(found) == 19 and sections.CAUSALITY not in part.notes()
 
 
 def lm_record(run, number, causal=True):
@@ -486,11 +486,11 @@ def test_language_models_table():
     records = {f"{run.name}{causal}": lm_record(run, i, causal) for causal in (True, False)
                for i, run in enumerate(runs)}
     part = paper_section("ptb", "tensorized_lm_pn_ptb", records)
-    headings, rows = report.plain_rows(part)
+    headings, rows = render.plain_rows(part)
     assert sorted(row[headings.index("perplexity")] for row in rows) == [
         "50.00", "50.00 (not a language model's)", "51.00", "51.00 (not a language model's)"]
     assert {row[0]: row[headings.index("paper, non-causal")] for row in rows} == {"layer": "53.2", "power": "47.6"}
-    assert report.CAUSALITY in report.notes(part) and "paper" not in headings and ",paper\n" not in report.as_csv([part])
+    assert sections.CAUSALITY in part.notes() and "paper" not in headings and ",paper\n" not in render.as_csv([part])
 
 
 @pytest.mark.parametrize("arch, change, shown", [
@@ -510,8 +510,8 @@ def test_no_paper_value_beside_another_kind_of_number(arch, change, shown):
     record = lm_record(run_, 0) if settings.is_lm(settings.load(benchmark)) else record_of(run_, 0)
     record["benchmark"] = benchmark
     change(record)
-    (row,) = paper_section(benchmark, arch, {"run": record})["rows"]
-    assert (row["paper"] is not None) == shown
+    (row,) = paper_section(benchmark, arch, {"run": record}).rows
+    assert (row.paper is not None) == shown
 
 
 def test_the_recipe_that_was_changed_is_said():
@@ -519,12 +519,12 @@ def test_the_recipe_that_was_changed_is_said():
     overrides = ["optimization.lr=[0.1]", "common.cpu=true"]
     run_ = next(matrix.runs("iwslt14", "transformer_pn_iwslt_de_en", [1], 1000, overrides))
     record = {**record_of(run_, 0), "benchmark": "iwslt14", "overrides": list(run_.overrides)}
-    (said,) = [note for note in report.notes(paper_section(run_.benchmark, run_.arch, {"run": record})) if "recipe" in note]
+    (said,) = [note for note in paper_section(run_.benchmark, run_.arch, {"run": record}).notes() if "recipe" in note]
     for override in ("optimization.max_update=1000", "lr_scheduler.warmup_updates=80", "optimization.lr=[0.1]"):
         assert override in said
     assert "common." not in said
     record["overrides"] = ["common.seed=1"]
-    assert "recipe" not in " ".join(report.notes(paper_section(run_.benchmark, run_.arch, {"run": record})))
+    assert "recipe" not in " ".join(paper_section(run_.benchmark, run_.arch, {"run": record}).notes())
 
 
 # ---- the paired test -------------------------------------------------------------------------------------------------
@@ -558,23 +558,23 @@ def test_paired_test_in_the_report(tmp_path):
               ("power", 4): 99}
     records = {f"multi30k/{each.name}": record_of(each, scores[each.row_name, each.seed] - 40) for each in runs}
     part = paper_section("multi30k", "transformer_pn_tiny", records)
-    headings, rows = report.plain_rows(part)
-    assert [row[headings.index(report.T_TEST)] for row in rows] == ["", "t = 2.65, df = 2, p = 0.118"]
-    assert any("Student's test of the differences in tokenized BLEU" in note for note in report.notes(part))
-    lines = list(csv.DictReader(io.StringIO(report.as_csv([part]))))
+    headings, rows = render.plain_rows(part)
+    assert [row[headings.index(render.T_TEST)] for row in rows] == ["", "t = 2.65, df = 2, p = 0.118"]
+    assert any("Student's test of the differences in tokenized BLEU" in note for note in part.notes())
+    lines = list(csv.DictReader(io.StringIO(render.as_csv([part]))))
     assert [line["degrees of freedom"] for line in lines] == ["", "2"]
     assert float(lines[1]["t"]) == pytest.approx(math.sqrt(7))
     assert float(lines[1]["p of t"]) == pytest.approx(0.11808, abs=1e-5)
-    assert "t = 2.65, df = 2, p = 0.118" in report.as_html("table1", [{**part, "pictures": []}], [], records)
+    assert "t = 2.65, df = 2, p = 0.118" in render.as_html("Table 1", [part], [], records)
 
 
 def test_significance_in_words():
     """Each seed's difference from LN and p; a seed without a test, and one whose scores are equal, have none."""
     tests = [{"score": 30.5, "baseline": 30.0, "p_value": 0.0412}, None,
              {"score": 29.0, "baseline": 31.25, "p_value": 0.001}, {"score": 30.0, "baseline": 30.0, "p_value": None}]
-    assert report.by_seed({"tests": tests}) == "+0.50 (0.041), -, -2.25 (0.001), +0.00"
-    assert report.unrounded({"tests": tests}) == {"sacreBLEU against LN by seed": "0.5 - -2.25 0.0", "p": "0.0412 - 0.001 -"}
-    assert report.by_seed({"tests": [None, None]}) == "" and report.unrounded({"tests": [None, None]}) == {}
+    assert render.by_seed(tests) == "+0.50 (0.041), -, -2.25 (0.001), +0.00"
+    assert render.unrounded(tests) == {"sacreBLEU against LN by seed": "0.5 - -2.25 0.0", "p": "0.0412 - 0.001 -"}
+    assert render.by_seed([None, None]) == "" and render.unrounded([None, None]) == {}
 
 
 def test_significance_belongs_to_its_records(texts, tmp_path, monkeypatch):
@@ -590,15 +590,15 @@ def test_significance_belongs_to_its_records(texts, tmp_path, monkeypatch):
         (each.directory / "evaluation").mkdir(parents=True)
         for target, source in (("hyp.detok", text), ("ref.detok", "ref")):
             (each.directory / "evaluation" / target).write_bytes((folder / source).read_bytes())
-        records[name]["sacrebleu"] = score.sacrebleu_scores(found[text], found["ref"], True)["sacrebleu"]
-    tests = report.significance(runs, records, None)
+        records[name]["sacrebleu"] = score.sacrebleu_scores(found[text], found["ref"], lowercase=True)["sacrebleu"]
+    tests = significance(runs, records)
     assert set(tests) == {names[1]} and tests[names[1]]["against"] == names[0]
     assert not schema.problems({"schema": 1, "kind": "significance", "tests": tests}, schema.SIGNIFICANCE)
     for each in runs:
         (each.directory / "evaluation" / "hyp.detok").unlink()
-    assert report.significance(runs, records, {"tests": tests}) == tests
+    assert significance(runs, records, tests) == tests
     records[names[0]]["sacrebleu"]["score"] += 0.1
-    assert report.significance(runs, records, {"tests": tests}) == {}
+    assert significance(runs, records, tests) == {}
 
 
 def test_settings_that_differ_are_said(written):
@@ -607,7 +607,7 @@ def test_settings_that_differ_are_said(written):
     records = {path.stem: json.loads(path.read_text()) for path in sorted((results / "multi30k").glob("*seed1.json"))}
     records["power-4000-seed1"]["config"]["optimization"]["lr"] = [0.1]
     records["layer-4000-seed1"]["config"]["dataset"]["seed"] = 5
-    assert report.differing(table.lines(records)) == {
+    assert sections.differing(table.lines(records)) == {
         "optimization.lr": ["[0.005]", "[0.1]"], "dataset.seed": ["5", "default"]}
 
 

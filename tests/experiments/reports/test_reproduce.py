@@ -19,13 +19,14 @@ README = (ROOT / "scripts" / "README.md").read_text(encoding="utf-8") + (ROOT / 
 for module in ("fairseq", "sacrebleu", "sacremoses", "subword_nmt", "jinja2", "matplotlib"):
     pytest.importorskip(module)
 
-from fairseq_powernorm.experiments import settings  # noqa: E402
+from fairseq_powernorm.experiments import reproduce, settings  # noqa: E402
 from fairseq_powernorm.experiments.directories import locked  # noqa: E402
 from fairseq_powernorm.experiments.errors import UserError  # noqa: E402
-from fairseq_powernorm.experiments.evaluation import evaluate  # noqa: E402
+from fairseq_powernorm.experiments.evaluate import parser as evaluate_parser  # noqa: E402
 from fairseq_powernorm.experiments.files import write_json  # noqa: E402
+from fairseq_powernorm.experiments.overrides import by_key  # noqa: E402
 from fairseq_powernorm.experiments.paths import runs_root  # noqa: E402
-from fairseq_powernorm.experiments.reports import matrix, reproduce, schema  # noqa: E402
+from fairseq_powernorm.experiments.reports import matrix, reproduce as reproduction, schema, workers  # noqa: E402
 from fairseq_powernorm.experiments.runs import compose, train  # noqa: E402
 
 SMALL = ["dataset.max_tokens=400", "generation.max_len_b=20", "generation.beam=2", "+model.encoder_layers=1",
@@ -92,7 +93,7 @@ def test_names_and_overrides_of_earlier_ptb_runs(here):
 
 def test_updates_scale_the_schedule(here):
     """--updates N: all that is counted in updates shrinks in proportion, the architecture's file too; N = all: none."""
-    overrides = compose.by_key(of("wikitext103", "transformer_lm_pn_wiki103", 2860)[0].overrides)
+    overrides = by_key(of("wikitext103", "transformer_lm_pn_wiki103", 2860)[0].overrides)
     assert overrides["model.norm_final_warmup_updates"].endswith("=10")
     assert overrides["lr_scheduler.warmup_updates"].endswith("=160")
     assert overrides["lr_scheduler.lr_period_updates"].endswith("=2700")
@@ -111,7 +112,7 @@ def test_runs_that_early_stopping_ends(here):
         assert run.name == "layer-early-stop-seed1" and run.overrides == ("common.seed=1",) and run.average is None
         limited = of(benchmark, arch, typical)[0]
         assert limited.name == f"layer-{typical}-seed1" and limited.gpu_hours == run.gpu_hours
-        warm_up = compose.by_key(of(benchmark, arch, typical // 10)[0].overrides)
+        warm_up = by_key(of(benchmark, arch, typical // 10)[0].overrides)
         assert warm_up["lr_scheduler.warmup_updates"].endswith("=800")
         assert warm_up["model.norm_final_warmup_updates"].endswith("=100")
         assert warm_up["optimization.max_update"] == f"optimization.max_update={typical // 10}"
@@ -159,7 +160,7 @@ def test_dry_run_of_the_whole(subject, here, capsys):
     with its GPU hours, and their sum."""
     wanted = matrix.SUBJECTS[subject][0]
     there = [name for name in wanted if name in settings.benchmarks()] or ["demo"]
-    reproduce.reproduce([subject, "--dry-run", "--benchmark", ",".join(there)])
+    reproduce.command([subject, "--dry-run", "--benchmark", ",".join(there)])
     lines = capsys.readouterr().out.splitlines()
     updates, lines = lines[: len(there)], lines[len(there) :]
     for name, line in zip(there, updates):
@@ -172,7 +173,7 @@ def test_dry_run_of_the_whole(subject, here, capsys):
         if "-seed1 " not in command:
             continue  # the same but for the seed
         options, _ = train.parse(shlex.split(command)[2:])
-        evaluation = evaluate.parse(shlex.split(second)[2:])
+        evaluation = evaluate_parser().parse(shlex.split(second)[2:])
         assert (evaluation.benchmark, evaluation.run_dir) == (options.benchmark, options.run_dir)
         assert evaluation.record == f"results/{options.benchmark}/{pathlib.Path(options.run_dir).name}.json"
     rows = {"table1": len(TRANSLATION) * 3, "table2": len(LM) * 3, "figures": 5}[subject]
@@ -187,7 +188,7 @@ def test_dry_run_of_the_whole(subject, here, capsys):
 def test_the_lines_of_the_readme(line, here, capsys):
     """Each of them names runs."""
     subject, *arguments = line.replace("reproduce_", "").replace(".sh", "").split()
-    reproduce.reproduce([subject, *arguments, "--dry-run"])
+    reproduce.command([subject, *arguments, "--dry-run"])
     assert " runs, about " in capsys.readouterr().out
 
 
@@ -202,11 +203,13 @@ def test_the_lines_of_the_readme(line, here, capsys):
      "no row is of --norms layer and of --rows power"),
     (["table1", "--benchmark", "demo", "--seeds", "1,x"], "--seeds 'x': must be a number, 0 to 4294967295"),
     (["table1", "--benchmark", "demo", "--seeds", "1,1"], "--seeds '1,1' names something twice"),
-    (["table1", "--benchmark", "demo", "--updates", "9"], "--updates '9': must be a number, 10 or more"),
+    (["table1", "--benchmark", "demo", "--updates", "9"], "--updates '9': must be a number, 10 to 1000000000"),
     (["table1", "--benchmark", "demo", "--updates", "many"], "--updates 'many': must be a number"),
     (["table1", "--benchmark", "demo", "--jobs", "0"], "--jobs '0': must be a number, 1 or more"),
     (["table1", "--benchmark", "demo", "--jobs", "2", "--gpus", "0"], "--gpus and --jobs exclude each other"),
+    (["table1", "--benchmark", "demo", "--jobs", "9" * 5000], "must be a number, 1 or more"),
     (["table1", "--benchmark", "demo", "--jobs", "100000"], "--jobs 100000: this machine has "),
+    (["table1", "--benchmark", "demo", "--gpus", "\u00b2"], "--gpus '\u00b2': this machine has "),
     (["table1", "--benchmark", "demo", "--gpus", "99"], "--gpus '99': this machine has "),
     (["table1", "--benchmark", "demo", "--slurm", "--jobs", "2"], "--jobs and --slurm exclude each other"),
     (["table1", "--benchmark", "demo", "--slurm", "--report-only"], "--report-only and --slurm exclude each other"),
@@ -216,9 +219,9 @@ def test_the_lines_of_the_readme(line, here, capsys):
     (["table1", "--benchmark", "demo", "--slurm", "--gpus", "2", "--dry-run"],
      "--gpus 2: demo: 2 ranks cannot share out optimization.update_freq=[1]"),
     (["table1", "--benchmark", "demo", "fast"], "'fast' is no hydra override"),
-    (["table1", "--benchmark", "demo", "common.seed=2"], "override common.seed is this script's own; use --seeds"),
+    (["table1", "--benchmark", "demo", "common.seed=2"], "override common.seed is this command's own; use --seeds"),
     (["table1", "--benchmark", "demo", "+model.norm_groups=2"],
-     "override model.norm_groups is this script's own; use --rows"),
+     "override model.norm_groups is this command's own; use --rows"),
     (["table1", "--benchmark", "demo", "optimization.max_updtae=3"], "optimization.max_updtae"),
     (["table1", "--benchmark", "demo", "--archs", "lstm"], "--archs 'lstm' is unknown; valid: transformer_pn_tiny"),
     (["table2", "--archs", "tensorized_lm_pn_ptb"],
@@ -227,19 +230,30 @@ def test_the_lines_of_the_readme(line, here, capsys):
 def test_wrong_options(arguments, message, here):
     """Wrong options are refused with what is valid, before anything is prepared or made."""
     with pytest.raises(UserError) as error:
-        reproduce.reproduce(arguments)
+        reproduce.command(arguments)
     assert message in str(error.value)
+    assert not list(here.iterdir())
+
+
+def test_places_that_fairseq_cannot_be_given(here, monkeypatch):
+    """Runs and data in a directory with a colon, which fairseq reads as a border between paths, are refused at once."""
+    for name in ("PN_RUNS_ROOT", "PN_DATA_ROOT"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, str(here / "a:b"))
+            with pytest.raises(UserError, match=rf"\({name}\) '.*a:b': fairseq reads ':' as the border"):
+                reproduce.command(["table1", *DEMO])
     assert not list(here.iterdir())
 
 
 def test_jobs_have_a_thread_each(here, monkeypatch):
     """--jobs N sets OMP_NUM_THREADS=1 for N > 1 unless it is set; a run sees one GPU at most."""
-    monkeypatch.setattr(reproduce, "cpus", lambda: 4)
+    monkeypatch.setattr(workers, "cpus", lambda: 4)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
 
     def threads(*arguments):
-        found = reproduce.environments(reproduce.parse(["table1", "--benchmark", "demo", *arguments]))
+        options = reproduce.parse(["table1", "--benchmark", "demo", *arguments])
+        found = workers.environments(options.jobs or 1, [])
         assert {each["CUDA_VISIBLE_DEVICES"] for each in found} == {"2"}
         return [each.get("OMP_NUM_THREADS") for each in found]
 
@@ -255,16 +269,16 @@ def test_going_on_with_a_run(here, monkeypatch):
     """A run that was killed is gone on with as it was begun; a run with other settings is refused."""
     run = next(run for run in of("demo", "transformer_pn_tiny", 12, SMALL) if run.row_name == "power")
     commands = []
-    monkeypatch.setattr(reproduce, "call", lambda state, command, *_: commands.append(command))
+    monkeypatch.setattr(workers, "call", lambda state, command, *_: commands.append(command))
     run.directory.mkdir(parents=True)
     write_json(run.directory / "run.json", {"overrides": list(run.overrides)})
-    state = reproduce.State(None, 1, here / "results")
-    assert reproduce.carry_out(state, run, {}, "", None) is None
+    state = workers.State(None, 1, here / "results")
+    assert workers.carry_out(state, run, {}) is None
     assert [command[1] for command in commands] == ["scripts/train.sh", "scripts/evaluate.sh"]
     assert commands[0][-1] == "--resume", "with the overrides that it was begun with"
     write_json(run.directory / "run.json", {"overrides": [*run.overrides, "optimization.lr=[0.1]"]})
     with pytest.raises(UserError, match=r"with other overrides \(optimization.lr=\[0.1\], asked for none"):
-        reproduce.carry_out(state, run, {}, "", None)
+        workers.carry_out(state, run, {})
 
 
 def test_a_row_that_another_process_has(here, monkeypatch):
@@ -272,7 +286,7 @@ def test_a_row_that_another_process_has(here, monkeypatch):
     import fcntl
 
     taken, free = (run for run in of("demo", "transformer_pn_tiny", 12) if run.row_name in ("layer", "power"))
-    with locked(taken.directory), reproduce.row_lock(taken) as lock:
+    with locked(taken.directory), workers.row_lock(taken) as lock:
         assert lock is None
     done = []
     with open(taken.directory.with_name(f".{taken.name}.row.lock"), "a") as stream:
@@ -282,10 +296,10 @@ def test_a_row_that_another_process_has(here, monkeypatch):
             done.append(run)
             fcntl.flock(stream, fcntl.LOCK_UN)
 
-        monkeypatch.setattr(reproduce, "carry_out", carry_out)
-        monkeypatch.setattr(reproduce, "WAIT_S", 0.01)
-        state = reproduce.State(collections.deque([taken, free]), 2, here)
-        reproduce.work(state, {}, False)
+        monkeypatch.setattr(workers, "carry_out", carry_out)
+        monkeypatch.setattr(workers, "WAIT_S", 0.01)
+        state = workers.State(collections.deque([taken, free]), 2, here)
+        workers.work(state, {}, several=False)
     assert done == [free, taken] and not state.failed
 
 
@@ -341,14 +355,14 @@ def test_slurm(reproduced, cluster, tmp_path, monkeypatch):
         run = wanted[f"{name}-12-seed2"]
         assert task == [word if word != matrix.relative(run.directory) else str(reproduced.runs / "demo" / run.name)
                         for word in run.train_command()[2:]]
-        evaluated = evaluate.parse(words)
+        evaluated = evaluate_parser().parse(words)
         assert evaluated.available and evaluated.run_dir == task[task.index("--run-dir") + 1]
         assert evaluated.record == str(reproduced.results / "demo" / f"{run.name}.json")
     (command,) = lines(submission / "report")
     assert command[:2] == ["bash", "scripts/reproduce_table1.sh"]
     with monkeypatch.context() as patch:
-        patch.setattr(reproduce, "finish", lambda options, runs, *_: [run.name for run in runs])
-        assert reproduce.reproduce(["table1", *command[2:]]) == [
+        patch.setattr(reproduction, "finish", lambda options, runs, *_: [run.name for run in runs])
+        assert reproduce.command(["table1", *command[2:]]) == [
             f"{name}-12-seed{seed}" for seed in (1, 2) for name in ("layer", "power")]
 
     jobs = (("", 0, 77), ("-evaluation", 0, 78), ("-evaluation", 1, 78))
@@ -413,7 +427,7 @@ def again(scripts, *overrides, runs=None):
         for name, value in {**scripts.environment, "PN_RUNS_ROOT": str(runs or scripts.runs)}.items():
             patch.setenv(name, value)
         patch.chdir(ROOT)
-        status = reproduce.reproduce(["table1", *scripts.arguments, *overrides])
+        status = reproduce.command(["table1", *scripts.arguments, *overrides])
     return status, output.getvalue(), errors.getvalue()
 
 
@@ -500,7 +514,7 @@ def test_records_that_stay_valid(here):
             if record.is_file():
                 tried.add(run.name)
                 try:
-                    assert reproduce.done(run, record)
+                    assert workers.done(run, record)
                 except UserError:
                     refused.add(run.name)
     assert len(tried) >= 35 and refused == otherwise & tried

@@ -11,9 +11,10 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 pytest.importorskip("fairseq")
 
 from fairseq_powernorm.experiments import settings  # noqa: E402
-from fairseq_powernorm.experiments.data import prepare  # noqa: E402
+from fairseq_powernorm.experiments.data import recipe  # noqa: E402
 from fairseq_powernorm.experiments.errors import UserError  # noqa: E402
 from fairseq_powernorm.experiments.evaluation import perplexity  # noqa: E402
+from fairseq_powernorm.experiments.overrides import by_key  # noqa: E402
 from fairseq_powernorm.experiments.paths import PLUGIN  # noqa: E402
 from fairseq_powernorm.experiments.runs import compose  # noqa: E402
 
@@ -76,7 +77,7 @@ def test_data_settings():
     them goes through hydra, which would export it into every training process."""
     assert sorted(path.stem for path in (ROOT / "configs" / "data").glob("*.yaml")) == benchmarks(lm=False)
     for name in benchmarks(lm=False):
-        assert prepare.checked(name, settings.data_settings(name)) == settings.data_settings(name)
+        assert recipe.checked(name, settings.data_settings(name)) == settings.data_settings(name)
     for name in benchmarks(lm=True):
         assert settings.data_settings(name) == {}
     for path in (ROOT / "configs").rglob("*.yaml"):
@@ -97,9 +98,9 @@ def test_wrong_data_settings(change, message):
     """A misspelt, missing or mistyped data setting is refused by name; a whole number serves where a fraction may stand."""
     found = {**settings.data_settings("demo"), **change} if change else {}
     with pytest.raises(UserError) as error:
-        prepare.checked("demo", found)
+        recipe.checked("demo", found)
     assert message in str(error.value)
-    assert prepare.checked("demo", {**settings.data_settings("demo"), "clean_ratio": 2})["clean_ratio"] == 2.0
+    assert recipe.checked("demo", {**settings.data_settings("demo"), "clean_ratio": 2})["clean_ratio"] == 2.0
 
 
 @pytest.mark.parametrize("placement", settings.PLACEMENTS)
@@ -146,7 +147,7 @@ def test_differences_are_all_of_a_configuration(benchmark, arch, overrides, data
     leaves = sum(len(group) if isinstance(group, dict) else 1 for group in kept.values())
     assert leaves < 80 and str(tmp_path) not in str(kept)
     assert kept["model"]["_name"] == arch
-    assert all(OmegaConf.select(OmegaConf.create(kept), key) is not None for key in compose.by_key(overrides))
+    assert all(OmegaConf.select(OmegaConf.create(kept), key) is not None for key in by_key(overrides))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -1,0 +1,66 @@
+"""What an evaluation is given, and what it gives back."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, TextIO
+
+from ..errors import UserError
+from ..files import sha256
+from ..tools import call
+
+Command = List[str]
+
+
+def words_of(options: Mapping[str, object]) -> List[str]:
+    """Options of a command line: True stands for an option without a value, None for one that is left out."""
+    given = [(name, value) for name, value in options.items() if value is not None]
+    return [word for name, value in given for word in ([name] if value is True else [name, str(value)])]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to be evaluated on a subset of its benchmark."""
+
+    config: Any  # the run's resolved configuration
+    checkpoints: Sequence[Path]  # those to be averaged, oldest first
+    subset: str
+    data: Path  # the prepared data
+    stamp: Dict[str, Any]  # prepared.json
+    lock: TextIO  # of the run, which the programs that are started hold, too
+
+    def check_data(self, *texts: str) -> None:
+        """Refuses if a file that the evaluation reads is missing or not what was prepared.
+
+        Args:
+            texts: beginnings of the names of those that it reads beside the binarized ones
+        """
+        read = ("data-bin/dict.", f"data-bin/{self.subset}.", *texts)
+        for name, digest in self.stamp["outputs"].items():
+            path = self.data / name
+            if name.startswith(read) and not (path.is_file() and sha256(path) == digest):
+                raise UserError(f"{path} is not what scripts/prepare.sh made; --force prepares the data again")
+
+    def averaged(self, directory: Path) -> "Averaged":
+        """Averages the checkpoints into averaged.pt in a directory."""
+        names = [path.name for path in self.checkpoints]
+        path = directory / "averaged.pt"
+        command = [sys.executable, "-m", "fairseq_powernorm.checkpoint", "average", "--inputs"]
+        command += [*map(str, self.checkpoints), "--output", str(path)]
+        print(f"averaging {len(names)} checkpoints: {names[0]} ... {names[-1]}", flush=True)
+        call(command, self.lock)
+        return Averaged(path, command)
+
+
+class Averaged(NamedTuple):
+    """An averaged model, and the command that made it."""
+
+    path: Path
+    command: Command
+
+
+class Scores(NamedTuple):
+    """What an evaluation adds to the record of a run, and the commands that it ran."""
+
+    facts: Dict[str, Any]
+    commands: List[Command]
