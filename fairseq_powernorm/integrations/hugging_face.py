@@ -26,7 +26,9 @@
     Trainer(Model(), arguments, train_dataset=data, callbacks=[RunningStatisticsCallback()]).train()
 
 Checkpoints need nothing more: the statistics are buffers of the model. :mod:`~fairseq_powernorm.integrations.steps` tells of
-the scale of nu.
+the scale of nu. For micro-batches to equal one batch their losses must add up to its loss. Those of transformers' causal
+language models do, as they divide by the tokens of the whole step; a model that averages over each micro-batch, as
+``BertForMaskedLM`` does, needs a ``compute_loss_func`` that divides by ``num_items_in_batch``.
 """
 from typing import Any, Optional
 
