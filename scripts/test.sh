@@ -1,15 +1,20 @@
 #!/usr/bin/env bash
-# Runs the tests in the project's environment, which it makes first if there is none.
-#
-#   scripts/test.sh [--fast] [pytest arguments]
-#
-#   --fast              leave out the tests that are marked as slow, which train models through the scripts
-#
-# Without arguments: all tests, a process per core. Example: scripts/test.sh -k pipeline -x -n 0 (one process)
+# Runs the tests; --help says more.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
-# -h is pytest's own for pytest's options; this script's is the first argument only.
-pn_help "${BASH_SOURCE[0]}" "${1:-}"
+case ${1:-} in # among pytest's arguments these are pytest's own
+    -h | --help)
+        cat <<'TEXT'
+usage: scripts/test.sh [--fast] [pytest arguments]
+
+Runs the tests in the project's environment, which it makes first if there is none. Without arguments: all tests, a
+process per core. Example: scripts/test.sh -k pipeline -x -n 0 (one process)
+
+  --fast  leave out the tests that are marked as slow, which train models through the scripts
+TEXT
+        exit
+        ;;
+esac
 . "$PN_ROOT/scripts/lib/environment.sh"
 cd "$PN_ROOT"
 if [ "${1:-}" = --fast ]; then

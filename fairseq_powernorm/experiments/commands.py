@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import errno
 import inspect
+import io
 import os
 import re
 import shutil
@@ -36,7 +37,8 @@ def main(command: Callable[[List[str]], Optional[int]], arguments: Optional[Sequ
     A refusal, the disk's too, is one line on stderr and exit status 2.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal need not know every character
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal need not know every character
     try:
         status = command(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
@@ -50,8 +52,8 @@ def main(command: Callable[[List[str]], Optional[int]], arguments: Optional[Sequ
         if error.errno not in DISK:
             raise
         _refuse(f"{error.filename or 'cannot write'}: {error.strerror}")
-    except KeyboardInterrupt:
-        _refuse("interrupted", 128 + signal.SIGINT)
+    except KeyboardInterrupt as error:  # with what is left of the work, if the command says so
+        _refuse("; ".join(["interrupted", *map(str, error.args)]), 128 + signal.SIGINT)
 
 
 def _refuse(reason: object, status: int = 2) -> NoReturn:
@@ -205,6 +207,7 @@ class Parser(argparse.ArgumentParser):
         options, places, found, unknown = self._sorted(arguments)
         if "-h" in options or "--help" in options:
             self.print_help()
+            sys.stdout.flush()  # whoever reads it may have seen enough
             sys.exit(0)
         if unknown:
             raise UserError("; ".join(self._advice(*each, arguments) for each in unknown))
@@ -217,7 +220,8 @@ class Parser(argparse.ArgumentParser):
             if self._own is not None:
                 raise UserError(f"{word!r} is no hydra override; an override reads KEY=VALUE, such as common.seed=2")
             raise UserError(f"{word!r} is one argument too many; {usage}")
-        parsed = self.parse_args([*options, *places])
+        border = ["--"] if any(place.startswith("-") for place in places) else []
+        parsed = self.parse_args([*options, *border, *places])
         if self._own is not None:
             for key, instead in self._own.items():
                 if key in overrides.by_key(found):
@@ -237,18 +241,20 @@ class Parser(argparse.ArgumentParser):
         while words:
             word = words.pop(0)
             name, equals, value = word.partition("=")
-            if name in self._options:
+            if word == "--":
+                places, words = places + words, []
+            elif name in self._options:
                 action = self._options[name]
                 if action.nargs == 0:
                     if equals:
                         raise UserError(f"{name} takes no value, got {value!r}")
                     options.append(word)
-                elif equals:
-                    options.append(word)
-                elif not words or words[0].partition("=")[0] in self._options:
+                    continue
+                if not equals and words and not _is_option(words[0]):
+                    value = words.pop(0)
+                if not value:
                     raise UserError(f"{name} {action.metavar} needs a value: {(action.help or '').replace('%%', '%')}")
-                else:
-                    options.append(f"{name}={words.pop(0)}")
+                options.append(f"{name}={value}")
             elif _is_option(word):
                 following = words[0] if words and not _is_option(words[0]) and not _is_override(words[0]) else None
                 unknown.append((name, value if equals else following))
@@ -261,7 +267,7 @@ class Parser(argparse.ArgumentParser):
     def _advice(self, option: str, value: Optional[str], arguments: Sequence[str]) -> str:
         """What to use instead of an option that there is not."""
         names = [name for name in self._options if name.startswith("--")]
-        near = difflib.get_close_matches(option, names, 1, 0.85)
+        near = [name for name in names if name.startswith(option)] or difflib.get_close_matches(option, names, 1, 0.85)
         if not near and self._own is not None:
             found = overrides.of_flag(option, value, arguments, self._own)
             if found:

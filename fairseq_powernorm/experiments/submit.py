@@ -1,9 +1,59 @@
-"""``python -m fairseq_powernorm.experiments.submit``, or ``scripts/slurm/submit.sh``:
-queues runs on a cluster with SLURM.
-"""
+"""``python -m fairseq_powernorm.experiments.submit``, or ``scripts/slurm/submit.sh``: queues runs on a cluster."""
 
-from .cluster.submit import submit
-from .commands import main
+from argparse import Namespace
+from typing import Sequence
+
+from .commands import Parser, add_benchmark, add_norm, add_seeds, add_slurm, main
+from .errors import UserError
+from .overrides import by_key
+from .train import add_training
+
+
+def parser() -> Parser:
+    """The options of the command."""
+    made = Parser(
+        """
+        Queues training of one or more norms, with one or more seeds, on a cluster with SLURM: an array with a job for
+        each run, one that evaluates each run once it has ended well, and, behind all of these, a job that makes the
+        table.
+        """,
+        """
+        Everything is checked before anything is queued. A submission has a directory, runs/slurm/BENCH-DATE-TIME
+        ($PN_RUNS_ROOT): tasks and evaluations (the arguments of each job), logs/ and, in the end, table.md, which lacks
+        the runs that failed. Runs lie where scripts/train.sh puts them. scripts/status.sh shows how they are doing;
+        scancel ends them.
+        """)
+    add_benchmark(made, "the benchmark, prepared by scripts/prepare.sh")
+    add_norm(made, "+")
+    add_seeds(made, "--array-seeds", help="a run of each norm for each of these seeds, such as 1,2,3; default: "
+                                            "common.seed of configs/BENCH.yaml")
+    made.add("--resume", flag=True, help="go on with runs that are there, and start those that are not")
+    add_training(made, "--nodes and --gpus")
+    made.add("--records", metavar="DIR", help="evaluate.sh's record of each run, copied to DIR/RUN.json")
+    made.add("--dry-run", flag=True,
+               help="print the batch scripts and the commands, queue nothing; needs no SLURM")
+    add_slurm(made)
+    return made
+
+
+def parse(arguments: Sequence[str]) -> Namespace:
+    """The options of a command line."""
+    options = parser().parse(arguments)
+    from .cluster.submission import check_options
+
+    check_options(options)
+    if options.seeds is not None and "common.seed" in by_key(options.overrides):
+        raise UserError("--array-seeds and the override common.seed both choose the seed; give one of them")
+    return options
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Queues what a command line asks for."""
+    options = parse(arguments)
+    from .cluster.submit import submit
+
+    submit(options)
+
 
 if __name__ == "__main__":
-    main(submit)
+    main(command)

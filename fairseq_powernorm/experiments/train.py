@@ -1,7 +1,80 @@
 """``python -m fairseq_powernorm.experiments.train``, or ``scripts/train.sh``: trains one model."""
 
-from .commands import main
-from .runs.train import train
+from argparse import Namespace
+from typing import Any, Sequence, Tuple
+
+from .commands import Parser, add_benchmark, add_norm, main
+from .runs.launchers import PLACES, WORLD_SIZE
+
+#: keys that train.sh gives itself -> what to use instead; another value would take the run's files from its directory
+OURS = {"checkpoint.save_dir": "--run-dir DIR", "task.data": "PN_DATA_ROOT", "common.user_dir": "another checkout",
+        "common.tensorboard_logdir": "--tensorboard"}
+BATCH = """An update takes optimization.update_freq x dataset.max_tokens tokens (or x dataset.batch_size sentences or blocks)
+on any number of GPUs: they share out optimization.update_freq, which their number must divide. What an update
+takes is printed."""
+
+
+def add_training(parser: Parser, ranks: str = "") -> None:
+    """The options of a run that train.sh, launch.sh and slurm/submit.sh share.
+
+    ranks: the options by which the command says where the ranks are; without any, overrides may say it
+    """
+    parser.add("--arch", help="another architecture than that of configs/BENCH.yaml, with the settings of "
+                              "configs/BENCH/ARCH.yaml: ptb has transformer_lm_pn_ptb, wikitext103 has "
+                              "transformer_lm_pn_wiki103")
+    parser.add("--placement", metavar="WHERE",
+               help="encoder (NORM in the encoder's layers, layer in the decoder's, as in the paper) or all; "
+                    "default: encoder, and all for language models, which have NORM in all positions")
+    parser.add("--tensorboard", flag=True, help="also write the curves to tensorboard/ in the run directory")
+    parser.add_overrides(
+        "hydra overrides of configs/BENCH.yaml, such as optimization.max_update=4000 common.seed=2",
+        {**OURS, **(dict.fromkeys(PLACES, ranks) if ranks else {})})
+
+
+def add_run(parser: Parser, ranks: str = "") -> None:
+    """All that train.sh takes, which launch.sh takes, too; ranks: as :func:`add_training` has it"""
+    add_benchmark(parser, "the benchmark, prepared by scripts/prepare.sh")
+    add_norm(parser)
+    parser.add("--run-dir", metavar="DIR",
+               help="default: runs/BENCH/NORM[-all][-ARCH]-seedS ($PN_RUNS_ROOT/BENCH/...), ARCH if it is not the default")
+    parser.add("--resume", flag=True,
+               help="go on with the run in that directory, with the overrides it was started with and any new ones; "
+                    "start it if there is none; do nothing if it has finished")
+    add_training(parser, ranks)
+
+
+def parser() -> Parser:
+    """The options of the command."""
+    made = Parser(
+        "Trains one model with fairseq-hydra-train and the settings of configs/BENCH.yaml.",
+        f"""
+        {WORLD_SIZE}=N trains on N GPUs of this machine instead of one.
+
+        The run directory holds checkpoints/, train.log (all that fairseq says), config.yaml (every setting, resolved),
+        command.txt, run.json and, once training is complete, finished.json. Progress is shown every
+        common.log_interval updates and, should none come for PN_PROGRESS_SECONDS (default: 60), a line that says so.
+        Several ranks: scripts/launch.sh.
+        """,
+        BATCH)
+    add_run(made)
+    return made
+
+
+def parse(arguments: Sequence[str]) -> Tuple[Namespace, Any]:
+    """(the options of a command line, the benchmark's configuration)"""
+    options = parser().parse(arguments)
+    from .runs.train import checked
+
+    return options, checked(options)
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Trains what a command line asks for."""
+    options, config = parse(arguments)
+    from .runs.train import train
+
+    return train(options, config)
+
 
 if __name__ == "__main__":
-    main(train)
+    main(command)

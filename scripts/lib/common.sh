@@ -2,48 +2,30 @@
 
 PN_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
-# The help text of a script is the comment at its head.
-pn_usage() {
-    sed -n '2,/^[^#]/ { /^#/ s/^# \{0,1\}//p; }' "$1"
-}
+# what the user called, as the repository has it: errors begin with it
+pn_script=$(cd "$(dirname "$0")" && pwd)/$(basename "$0")
+pn_script=${pn_script#"$PN_ROOT/"}
 
 pn_die() {
-    printf 'error: %s\n' "$*" >&2
+    printf '%s: error: %s\n' "$pn_script" "$*" >&2
     exit 2
-}
-
-# pn_help SCRIPT "$@": print the help text and leave if it is asked for.
-pn_help() {
-    local script=$1 argument
-    shift
-    for argument in "$@"; do
-        case $argument in
-            -h | --help)
-                pn_usage "$script"
-                exit 0
-                ;;
-        esac
-    done
 }
 
 # pn_python COMMAND [ARGUMENTS]: the module fairseq_powernorm.experiments.COMMAND in the project's environment, in place of
 # this shell. Its help needs no environment, and makes none. Python 3.11 and newer do not look for modules in the caller's
 # directory.
 pn_python() {
-    local command=$1 argument path help=''
+    local command=$1 argument help=''
     shift
     for argument in "$@"; do
         case $argument in -h | --help) help=yes ;; esac
     done
     if [ -z "$help" ]; then
         . "$PN_ROOT/scripts/lib/environment.sh"
-    elif [ -z "${PYTHON:-}" ]; then
-        PYTHON=$PN_ROOT/.venv/bin/python
+    else
+        [ -n "${PYTHON:-}" ] || PYTHON=$PN_ROOT/.venv/bin/python
         [ -x "$PYTHON" ] || PYTHON=python3
-    fi
-    if [ -n "$help" ]; then
         export PYTHONPATH=$PN_ROOT${PYTHONPATH:+:$PYTHONPATH}
     fi
-    path=$(cd "$(dirname "$0")" && pwd)/$(basename "$0")
-    PN_SCRIPT=${path#"$PN_ROOT/"} PYTHONSAFEPATH=1 exec "$PYTHON" -m "fairseq_powernorm.experiments.$command" "$@"
+    PN_SCRIPT=$pn_script PYTHONSAFEPATH=1 exec "$PYTHON" -m "fairseq_powernorm.experiments.$command" "$@"
 }

@@ -20,9 +20,9 @@
 #
 # Run again, it uses the environment that is there. Remove that directory to get the space back.
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/../../scripts/lib/common.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 # -h is pytest's own among pytest's arguments; this script's is the first argument only.
-pn_help "${BASH_SOURCE[0]}" "${1:-}"
+check_help "${BASH_SOURCE[0]}" "${1:-}"
 
 ENVIRONMENT_DIR=${ENVIRONMENT_DIR:-$PN_ROOT/.venv-fairseq-0.12.2}
 TORCH_SPEC=${TORCH_SPEC:-torch==2.4.1 torchaudio==2.4.1}

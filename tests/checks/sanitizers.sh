@@ -6,8 +6,8 @@
 #
 # The compiler is CC, else cc. Everything is written to a temporary directory, which is removed.
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/../../scripts/lib/common.sh"
-pn_help "${BASH_SOURCE[0]}" "$@"
+. "$(dirname "${BASH_SOURCE[0]}")/help.sh"
+check_help "${BASH_SOURCE[0]}" "$@"
 [ $# -eq 0 ] || pn_die "tests/checks/sanitizers.sh takes no argument, got: $*"
 compiler=${CC:-cc}
 command -v "${compiler%% *}" >/dev/null || pn_die "no C compiler: ${compiler%% *} is not in PATH"

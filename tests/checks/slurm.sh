@@ -14,8 +14,8 @@
 # Needs two processors, no GPU: SLURM counts two that nobody computes with. Minutes. Everything is made in a temporary
 # directory and ended and removed in the end.
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/../../scripts/lib/common.sh"
-pn_help "${BASH_SOURCE[0]}" "$@"
+. "$(dirname "${BASH_SOURCE[0]}")/help.sh"
+check_help "${BASH_SOURCE[0]}" "$@"
 packages="slurmctld slurmd slurm-client"
 if [[ " $* " == *" --install "* ]] && ! PATH=$PATH:/usr/sbin command -v slurmctld >/dev/null; then
     [ "$(id -u)" -eq 0 ] || pn_die "--install needs root; or: sudo apt-get install --no-install-recommends $packages"

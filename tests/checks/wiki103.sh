@@ -6,8 +6,8 @@
 #
 # The text is random words. Everything is written to a temporary directory, which is removed.
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/../../scripts/lib/common.sh"
-pn_help "${BASH_SOURCE[0]}" "$@"
+. "$(dirname "${BASH_SOURCE[0]}")/help.sh"
+check_help "${BASH_SOURCE[0]}" "$@"
 [ $# -le 1 ] || pn_die "tests/checks/wiki103.sh takes at most one argument, got: $*"
 tokens=${1:-512}
 [[ $tokens =~ ^[1-9][0-9]*$ ]] || pn_die "TOKENS '$tokens': must be a positive number"

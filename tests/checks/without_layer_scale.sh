@@ -7,8 +7,8 @@
 #
 # About an hour on one core; run again, it goes on where it was interrupted.
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/../../scripts/lib/common.sh"
-pn_help "${BASH_SOURCE[0]}" "$@"
+. "$(dirname "${BASH_SOURCE[0]}")/help.sh"
+check_help "${BASH_SOURCE[0]}" "$@"
 . "$PN_ROOT/scripts/lib/environment.sh"
 scripts=$PN_ROOT/scripts
 run=${PN_RUNS_ROOT:-$PN_ROOT/runs}/multi30k/power-without-layer-scale

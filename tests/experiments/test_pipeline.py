@@ -22,7 +22,7 @@ from pipelines import BIN, SMALL, Scripts, contents, experiment, write_text
 from toy import ROOT
 
 from fairseq_powernorm.experiments.reports import schema
-from fairseq_powernorm.experiments.runs import train, trainlog
+from fairseq_powernorm.experiments.runs import session, trainlog
 from fairseq_powernorm.resume import num_updates
 
 pytestmark = pytest.mark.slow
@@ -166,6 +166,22 @@ def test_prepare_killed(scripts, tmp_path):
     assert not (mine.data / "demo").exists() and (mine.data / ".demo.partial" / "bpe" / "codes").exists()
     again = mine.ok("prepare", "demo", "--text-dir", scripts.text)
     assert again.count("done already") == 5 and "[6/6] binarization\n" in again
+    assert contents(mine.data) == contents(scripts.data)
+
+
+def test_prepare_interrupted(scripts, tmp_path):
+    """^C is one line that says how to go on, and exit status 130; prepare again = prepare."""
+    mine = Scripts(tmp_path)
+    process = mine.start("prepare", "demo", "--text-dir", scripts.text)
+    for line in process.stdout:
+        if line.startswith("[3/6]"):
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in output, output
+    assert output.splitlines()[-1] == (
+        "scripts/prepare.sh: error: interrupted; stages that are whole are kept, and the next run goes on after them")
+    assert "[1/6] text: done already" in mine.ok("prepare", "demo", "--text-dir", scripts.text)
     assert contents(mine.data) == contents(scripts.data)
 
 
@@ -329,7 +345,7 @@ def test_statistics_begin_anew(tmp_path):
 
     def dropped(name):
         record.write_text("{}\n"), other.write_text("{}\n")
-        train.drop_statistics(run, OmegaConf.create({"task": {"norm_record": name}}))
+        session.drop_statistics(run, OmegaConf.create({"task": {"norm_record": name}}))
         return [path.name for path in (record, other) if not path.exists()]
 
     assert dropped("record.jsonl") == ["record.jsonl"]

@@ -44,9 +44,9 @@ def duration(option: str, text: str) -> float:
     return value
 
 
-def parse(arguments: Sequence[str]) -> Namespace:
-    """The options of the command line; what depends on others is filled in."""
-    parser = Parser(
+def parser() -> Parser:
+    """The options of the command."""
+    made = Parser(
         """
         Measures the norms against torch's LayerNorm: time, memory, accuracy, and whether the targets are met.
 
@@ -70,29 +70,34 @@ def parse(arguments: Sequence[str]) -> Namespace:
         nothing of it: without the time in which the host prepares it, which is given beside it; whole models are timed
         by the clock. Timings mean something on a machine that does nothing else.
         """)
-    parser.add("--device", read=one_of(*DEVICES), default="cpu", help=f"what to measure: {', '.join(DEVICES)}")
-    parser.add("--levels", metavar="LIST", read=words_of(*LEVELS), default=list(LEVELS),
+    made.add("--device", read=one_of(*DEVICES), default="cpu", help=f"what to measure: {', '.join(DEVICES)}")
+    made.add("--levels", metavar="LIST", read=words_of(*LEVELS), default=list(LEVELS),
                help=f"of {', '.join(LEVELS)}; default: all")
-    parser.add("--shapes", metavar="LIST", read=shapes,
+    made.add("--shapes", metavar="LIST", read=shapes,
                help="ROWSxCHANNELS of the levels accuracy and layer, with commas between them; default: "
                     + "; ".join(f"{each} on {device}" for device, each in SHAPES.items()))
-    parser.add("--dtype", metavar="LIST", read=words_of(*DTYPES), default="float32,bfloat16",
+    made.add("--dtype", metavar="LIST", read=words_of(*DTYPES), default="float32,bfloat16",
                help=f"of {', '.join(DTYPES)}, in accuracy and layer")
-    parser.add("--groups", metavar="LIST", read=numbers, default="1,4", help="channel groups of PN's layer scale")
-    parser.add("--threads", metavar="LIST", read=numbers,
+    made.add("--groups", metavar="LIST", read=numbers, default="1,4", help="channel groups of PN's layer scale")
+    made.add("--threads", metavar="LIST", read=numbers,
                help="numbers of threads; default: on a CPU 1 and, if there are two cores, 2, on a GPU torch's own")
-    parser.add("--contenders", metavar="LIST", read=words_of(*CONTENDERS), default=list(CONTENDERS),
+    made.add("--contenders", metavar="LIST", read=words_of(*CONTENDERS), default=list(CONTENDERS),
                help=f"of {', '.join(CONTENDERS)}; default: all; layer is always there")
-    parser.add("--extra", metavar="MODULE:CLASS", repeat=True,
+    made.add("--extra", metavar="MODULE:CLASS", repeat=True,
                help="another norm beside them, built as CLASS(channels) and called as norm(x) on N x C; may be repeated")
-    parser.add("--seconds", metavar="S", read=duration, default="2",
+    made.add("--seconds", metavar="S", read=duration, default="2",
                help="measuring time of a cell, at least five rounds, 15 of models")
-    parser.add("--fresh", flag=True, help="map new pages in every call instead of recycling memory")
-    parser.add("--quick", flag=True, help="tiny sizes and one round: shows that it runs, times mean nothing")
-    parser.add("--check", flag=True, help="exit with status 1 if a target is missed")
-    parser.add("--output", metavar="NAME",
+    made.add("--fresh", flag=True, help="map new pages in every call instead of recycling memory")
+    made.add("--quick", flag=True, help="tiny sizes and one round: shows that it runs, times mean nothing")
+    made.add("--check", flag=True, help="exit with status 1 if a target is missed")
+    made.add("--output", metavar="NAME",
                help="write results/benchmark/NAME (record.json, table.md, figure.png), which must not exist")
-    options = parser.parse(arguments)
+    return made
+
+
+def parse(arguments: Sequence[str]) -> Namespace:
+    """The options of a command line; what depends on others is filled in."""
+    options = parser().parse(arguments)
     options.shapes = options.shapes or shapes("--shapes", SHAPES[options.device])
     options.model_dtype = "float16" if options.device == "cuda" else "float32"
     if options.quick:

@@ -19,6 +19,7 @@ from ..errors import UserError, number
 from ..paths import ROOT, data_root, runs_root
 from ..runs import batch, claims, launchers, train
 from ..settings import prepared
+from ..train import parse
 from . import slurm
 from .site import SCRIPTS, Site
 
@@ -44,7 +45,7 @@ class Run:
     def __init__(
         self, words: List[str], evaluation: Optional[List[str]] = None, record: Optional[Path] = None
     ):
-        self.options, self.config = train.parse(words)
+        self.options, self.config = parse(words)
         self.benchmark = self.options.benchmark
         self.directory = train.run_directory(self.options, self.config)
         self.record = record

@@ -1,15 +1,18 @@
 """The ways to start the ranks of a run: torchrun on each machine, or SLURM's tasks."""
 
 import os
+import socket
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from ..errors import UserError
+from ..errors import UserError, number
 from ..overrides import by_key
 from ..tools import cpus
 from . import claims
 
+PORT = 29400
 SLURM_PATIENCE = 600  # seconds for what a requeued job left behind, on a node that does not answer, to end
 RANK = Path(__file__).with_name("rank.py")
 #: settings that are the launcher's, which alone knows the places of the ranks
@@ -160,3 +163,29 @@ def job() -> str:
 def restart() -> int:
     """How often this task has been requeued."""
     return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
+def launcher_of(options: Namespace) -> Launcher:
+    """What the options choose to start ranks; refuses those that do not go together."""
+    if options.submission is not None:
+        return Slurm(options.submission, options.master)
+    if options.nodes is None and (options.node_rank is not None or options.master is not None):
+        raise UserError("--node-rank and --master say where this machine stands among several: give --nodes N as well")
+    nodes, node = options.nodes or 1, options.node_rank or 0
+    if nodes > 1 and (options.node_rank is None or options.master is None):
+        raise UserError(f"--nodes {nodes}: each of the {nodes} machines needs --node-rank I, from 0 to {nodes - 1}, and the "
+                        f"same --master HOST[:PORT], the machine of --node-rank 0")
+    if node >= nodes:
+        raise UserError(f"--node-rank {node}: must be from 0 to {nodes - 1} with --nodes {nodes}")
+    return Torchrun(options.ranks, nodes, node, address(options.master) if nodes > 1 else None)
+
+
+def address(text: str) -> Tuple[str, int]:
+    """(host, port) of HOST[:PORT]"""
+    host, _, rest = text.partition(":")
+    port = number("--master, its port", rest or str(PORT), 1, 65535)
+    try:
+        socket.getaddrinfo(host or "?", port)
+    except (OSError, UnicodeError):
+        raise UserError(f"--master {text!r}: the host {host!r} is unknown on this machine") from None
+    return host, port

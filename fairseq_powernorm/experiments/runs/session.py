@@ -13,11 +13,12 @@ import time
 from pathlib import Path
 from typing import Any, Deque, Dict, List, Mapping, Optional, TextIO
 
+from ..commands import called_as
 from ..errors import UserError
 from ..evaluation import perplexity
 from ..files import write_json
 from ..settings import is_lm
-from ..tools import cpus
+from ..tools import cpus, processor_settings
 from . import checkpoints, trainlog
 from .launchers import Launcher
 
@@ -68,6 +69,9 @@ def session(
     tail: Deque[str] = collections.deque(maxlen=20)
     try:
         with open(run / "train.log", "a", encoding="utf-8") as log, Rhythm() as rhythm:
+            settings = processor_settings(environment or os.environ)
+            if settings:
+                log.write(f"environment: {settings}\n")
             for line in process.stdout:
                 log.write(line)
                 log.flush()
@@ -94,7 +98,7 @@ def session(
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-5:]
             if lines and path.stat().st_mtime >= begin:
                 print(f"the last lines of {path}:\n{''.join(lines)}", end="", file=sys.stderr)
-        print(f"error: training stopped with exit status {status}; --resume goes on with it", file=sys.stderr)
+        print(f"{called_as()}: error: training stopped with exit status {status}; --resume goes on with it", file=sys.stderr)
         return status if status > 0 else 128 - status
     updates = trainlog.updates(trainlog.curve(run / "train.log"))
     write_json(run / "finished.json", {"updates": updates, "overrides": facts["overrides"]})

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
 
 from ..cluster import slurm
-from ..commands import Parser
 from ..directories import in_use
 from ..errors import UserError
 from ..files import read_json
@@ -19,19 +18,9 @@ SAVED = re.compile(r"Saved checkpoint (.+\.pt) \(epoch \d+ @ (\d+) updates")
 COLUMNS = ("run", "state", "updates", "valid loss", "time left", "last checkpoint", "restarts")
 
 
-def status(arguments: Sequence[str]) -> None:
-    """Prints a line for each run."""
-    parser = Parser(
-        "Shows how runs are doing: state, updates, validation loss, time left, last whole checkpoint, restarts.",
-        """
-        States: queued (a job waits), running, finished, failed (training ended by an error), interrupted (it was
-        stopped or killed, and nobody goes on with it), unreadable (its files are not those of a run). "restarts" are the
-        sessions after the first. It reads only.
-        """)
-    parser.add("directories", metavar="DIR", nargs="*",
-               help="run directories, or directories with runs anywhere below; default: runs/ ($PN_RUNS_ROOT)")
-    options = parser.parse(arguments)
-    places = [Path(os.path.abspath(name)) for name in options.directories] or [runs_root()]
+def status(directories: Sequence[str]) -> None:
+    """Prints a line for each run in the directories; by default in the place of all runs."""
+    places = [Path(os.path.abspath(name)) for name in directories] or [runs_root()]
     for place in places:
         if not place.is_dir():
             raise UserError(f"{place} is not a directory")

@@ -6,9 +6,8 @@ import os
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
-from ..commands import Parser, add_benchmark, add_norm
 from ..directories import locked
 from ..errors import UserError, choose
 from ..evaluation import perplexity
@@ -22,55 +21,6 @@ from .launchers import WORLD_SIZE, Launcher
 from .session import session
 
 SCHEMA = 1
-#: keys that train.sh gives itself -> what to use instead; another value would take the run's files from its directory
-OURS = {"checkpoint.save_dir": "--run-dir DIR", "task.data": "PN_DATA_ROOT", "common.user_dir": "another checkout",
-        "common.tensorboard_logdir": "--tensorboard"}
-BATCH = """An update takes optimization.update_freq x dataset.max_tokens tokens (or x dataset.batch_size sentences or blocks)
-on any number of GPUs: they share out optimization.update_freq, which their number must divide. What an update
-takes is printed."""
-
-
-def add_training(parser: Parser) -> None:
-    """The options of a run that train.sh, launch.sh and slurm/submit.sh share."""
-    parser.add("--arch", help="another architecture than that of configs/BENCH.yaml, with the settings of "
-                              "configs/BENCH/ARCH.yaml: ptb has transformer_lm_pn_ptb, wikitext103 has "
-                              "transformer_lm_pn_wiki103")
-    parser.add("--placement", metavar="WHERE",
-               help="encoder (NORM in the encoder's layers, layer in the decoder's, as in the paper) or all; "
-                    "default: encoder, and all for language models, which have NORM in all positions")
-    parser.add("--tensorboard", flag=True, help="also write the curves to tensorboard/ in the run directory")
-    parser.add_overrides(
-        "hydra overrides of configs/BENCH.yaml, such as optimization.max_update=4000 common.seed=2", OURS)
-
-
-def add_run(parser: Parser) -> None:
-    """All that train.sh takes, which launch.sh takes, too."""
-    add_benchmark(parser, "the benchmark, prepared by scripts/prepare.sh")
-    add_norm(parser)
-    parser.add("--run-dir", metavar="DIR",
-               help="default: runs/BENCH/NORM[-all][-ARCH]-seedS ($PN_RUNS_ROOT/BENCH/...), ARCH if it is not the default")
-    parser.add("--resume", flag=True,
-               help="go on with the run in that directory, with the overrides it was started with and any new ones; "
-                    "start it if there is none; do nothing if it has finished")
-    add_training(parser)
-
-
-def parse(arguments: Sequence[str]) -> Tuple[Namespace, Any]:
-    """(options of train.sh, the benchmark's configuration)"""
-    parser = Parser(
-        "Trains one model with fairseq-hydra-train and the settings of configs/BENCH.yaml.",
-        f"""
-        {WORLD_SIZE}=N trains on N GPUs of this machine instead of one.
-
-        The run directory holds checkpoints/, train.log (all that fairseq says), config.yaml (every setting, resolved),
-        command.txt, run.json and, once training is complete, finished.json. Progress is shown every
-        common.log_interval updates and, should none come for PN_PROGRESS_SECONDS (default: 60), a line that says so.
-        Several ranks: scripts/launch.sh.
-        """,
-        BATCH)
-    add_run(parser)
-    options = parser.parse(arguments)
-    return options, checked(options)
 
 
 def checked(options: Namespace) -> Any:
@@ -90,16 +40,14 @@ def checked(options: Namespace) -> Any:
     return config
 
 
-def train(arguments: Sequence[str]) -> int:
-    """Trains in one process, or on the GPUs of this machine that an override asks for; gives the exit status."""
-    options, config = parse(arguments)
-    refuse_several_processes()
-    return carry_out(options, config)
+def train(options: Namespace, config: Any, launcher: Optional[Launcher] = None) -> int:
+    """Trains with options that :func:`checked` has seen; gives the exit status.
 
-
-def carry_out(options: Namespace, config: Any, launcher: Optional[Launcher] = None) -> int:
-    """Trains with options that :func:`checked` has seen; gives the exit status."""
-    if launcher is not None:
+    launcher: what starts the ranks; without one they are one, or the GPUs of this machine that an override asks for
+    """
+    if launcher is None:
+        refuse_several_processes()
+    else:
         launcher.check_overrides(options.overrides)
     data, _ = prepared(options.benchmark)
     run = run_directory(options, config)

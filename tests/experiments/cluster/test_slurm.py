@@ -14,7 +14,7 @@ import toy
 from checks import slurm_cluster
 from pipelines import SMALL, Scripts, program, write_text
 
-from fairseq_powernorm.experiments.cluster import submit
+from fairseq_powernorm.experiments import submit
 from fairseq_powernorm.experiments.errors import UserError
 
 SLURM = toy.ROOT / "scripts" / "slurm"
@@ -57,7 +57,7 @@ def test_submit_refuses(scripts, with_slurm, tmp_path, monkeypatch):
 
     def refused(*words):
         with pytest.raises(UserError) as error:
-            submit.submit(words)  # in this process, where fairseq is at hand
+            submit.command(words)  # in this process, where fairseq is at hand
         return str(error.value)
 
     demo = ("demo", "power", "layer", *SMALL)
@@ -77,7 +77,8 @@ def test_submit_refuses(scripts, with_slurm, tmp_path, monkeypatch):
     assert "--time 2: must be more than 150 s" in refused(*demo, "--time", "2")
     assert "is not prepared; run: scripts/prepare.sh ptb" in refused("ptb", "power")
     assert "optimization.max_updtae" in refused(*demo, "optimization.max_updtae=3")
-    assert "distributed_world_size is launch.sh's own" in refused(*demo, "distributed_training.distributed_world_size=2")
+    message = refused(*demo, "distributed_training.distributed_world_size=2")
+    assert "distributed_world_size is this command's own; use --nodes and --gpus" in message
     assert "without checkpoint.keep_interval_updates fills the disk" in refused(*demo, "checkpoint.keep_interval_updates=-1")
     assert "site file /none does not exist" in refused(*demo, "--site", "/none")
     (tmp_path / "site.sh").write_text("PN_CPUS_PER_TASK=many\n")

@@ -27,7 +27,8 @@ from fairseq_powernorm.experiments.files import write_json  # noqa: E402
 from fairseq_powernorm.experiments.overrides import by_key  # noqa: E402
 from fairseq_powernorm.experiments.paths import runs_root  # noqa: E402
 from fairseq_powernorm.experiments.reports import matrix, reproduce as reproduction, schema, workers  # noqa: E402
-from fairseq_powernorm.experiments.runs import compose, train  # noqa: E402
+from fairseq_powernorm.experiments.runs import compose  # noqa: E402
+from fairseq_powernorm.experiments.train import parse as parse_training  # noqa: E402
 
 SMALL = ["dataset.max_tokens=400", "generation.max_len_b=20", "generation.beam=2", "+model.encoder_layers=1",
          "+model.decoder_layers=1", "common.cpu=true"]
@@ -68,7 +69,7 @@ def test_a_row_is_what_its_name_says(here):
     for run in of("demo", "transformer_pn_tiny"):
         if run.row_name not in ("layer", "batch-groups0", "power-v-all", "power-algorithm2", TRANSLATION[-1]):
             continue
-        options, config = train.parse(run.train_command()[2:])
+        options, config = parse_training(run.train_command()[2:])
         composed = compose.compose("demo", [*compose.norm_overrides(config.model, options.norm, options.placement),
                                             *options.overrides]).model
         name = run.row_name
@@ -172,7 +173,7 @@ def test_dry_run_of_the_whole(subject, here, capsys):
         hours.append(float(hint.replace(" GPU hours", "").replace(",", "")))
         if "-seed1 " not in command:
             continue  # the same but for the seed
-        options, _ = train.parse(shlex.split(command)[2:])
+        options, _ = parse_training(shlex.split(command)[2:])
         evaluation = evaluate_parser().parse(shlex.split(second)[2:])
         assert (evaluation.benchmark, evaluation.run_dir) == (options.benchmark, options.run_dir)
         assert evaluation.record == f"results/{options.benchmark}/{pathlib.Path(options.run_dir).name}.json"

@@ -12,8 +12,8 @@ from pipelines import SMALL, Scripts, write_text
 
 from fairseq_powernorm import ranks
 from fairseq_powernorm.checkpoint import load
+from fairseq_powernorm.experiments import launch
 from fairseq_powernorm.experiments.errors import UserError
-from fairseq_powernorm.experiments.runs import launch
 
 pytestmark = pytest.mark.slow
 
@@ -86,7 +86,8 @@ def test_records_of_several_ranks(two_nodes):
     (["--ranks", "2", "common.cpu=true"], r"2 ranks cannot share out optimization.update_freq=\[1\].*numbers of ranks: 1; .*"
                                           r"dataset.max_tokens=512 optimization.update_freq=\[2\]"),
     (["--ranks", "3", "common.cpu=true", "optimization.update_freq=[4]"], r"3 ranks .* valid numbers of ranks: 1, 2, 4"),
-    (["--ranks", "2", "distributed_training.distributed_world_size=2"], r"distributed_world_size is launch.sh's own"),
+    (["--ranks", "2", "distributed_training.distributed_world_size=2"],
+     r"distributed_world_size is this command's own; use --ranks, --nodes"),
     (["--ranks", "2", "distributed_training.ddp_backend=pytorch_ddp"], r"pytorch_ddp needs GPUs"),
 ])
 def test_launch_refuses(scripts, words, message):

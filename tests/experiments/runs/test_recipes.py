@@ -12,6 +12,7 @@ from fairseq_powernorm.experiments.errors import UserError
 from fairseq_powernorm.experiments.paths import PLUGIN
 from fairseq_powernorm.experiments.reports import matrix
 from fairseq_powernorm.experiments.runs import batch, compose, train
+from fairseq_powernorm.experiments.train import parse
 
 #: The authors' settings, by the keys of fairseq's configuration. IWSLT14 and WMT14: the scripts that train them. PTB and
 #: WikiText-103: the tensorized Transformer's. Baevski & Auli: the recipe in fairseq's examples/language_model for 8 GPUs.
@@ -245,9 +246,9 @@ def test_train_takes_one_gpu_unless_told_otherwise(overrides, cpu, gpus, world, 
 def test_norms_with_options(norm, name, tmp_path, monkeypatch):
     """train.sh takes NAME:OPTION=VALUE, gives it to the model as it is, and its directory a name that every shell takes."""
     monkeypatch.setenv("PN_RUNS_ROOT", str(tmp_path))
-    options, config = train.parse(["demo", norm])
+    options, config = parse(["demo", norm])
     assert train.run_directory(options, config) == tmp_path / "demo" / name
     composed = compose.compose("demo", compose.norm_overrides(config.model, options.norm, options.placement))
     assert compose.norms_of(composed.model) == (norm, "encoder")
     with pytest.raises(UserError, match="norm 'btach' is unknown; valid: layer, "):
-        train.parse(["demo", norm.replace(settings.norm_name(norm), "btach")])
+        parse(["demo", norm.replace(settings.norm_name(norm), "btach")])

@@ -1,0 +1,290 @@
+"""The commands: their help, what they refuse and how, and that scripts/README.md says what they read."""
+import ast
+import importlib
+import re
+import subprocess
+import sys
+
+import pytest
+from toy import ROOT
+
+from fairseq_powernorm.experiments import commands
+from fairseq_powernorm.experiments.commands import Parser, number_from, one_of
+from fairseq_powernorm.experiments.errors import UserError
+
+FOLDER = ROOT / "fairseq_powernorm" / "experiments"
+#: the modules that can be called
+NAMES = [
+    *sorted(path.stem for path in FOLDER.glob("*.py") if '__name__ == "__main__"' in path.read_text()),
+    *sorted(path.parent.name for path in FOLDER.glob("*/__main__.py")),
+]
+SCRIPTS = sorted((ROOT / "scripts").rglob("*.sh"))
+SCRIPTS = [path for path in SCRIPTS if path.read_text().startswith("#!") and path.parent.name != "lib"]
+README = (ROOT / "scripts" / "README.md").read_text(encoding="utf-8")
+
+
+def module(name):
+    return importlib.import_module(f"fairseq_powernorm.experiments.{name}" + (".__main__" if name == "benchmark" else ""))
+
+
+def parsers(name):
+    """The parsers of a command: one, or one for each of its subcommands."""
+    if name == "reproduce":
+        from fairseq_powernorm.experiments.reports.matrix import SUBJECTS
+
+        return [module(name).parser(subject) for subject in SUBJECTS]
+    return [module(name).parser()]
+
+
+# ---- help ------------------------------------------------------------------------------------------------------------
+
+
+def entries(text):
+    """What --help explains: [(names, explanation)]."""
+    found = []
+    for line in text.splitlines():
+        start = re.match(r"  (\S.*?)(?:  +(\S.*))?$", line)
+        if start and re.match(r"-|[A-Z][A-Z_]*\b", start[1]) and not start[1].startswith("KEY=VALUE"):
+            found.append([start[1], start[2] or ""])
+        elif found and re.match(r" {6,}\S", line):
+            found[-1][1] += line
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_everything_is_explained(name):
+    """--help says of each option and argument what it is for, and names no option that the command does not take."""
+    for parser in parsers(name):
+        text = parser.format_help()
+        assert len(entries(text)) >= 1 and all(explanation.strip() for _, explanation in entries(text)), text
+        taken = {each for names, _ in entries(text) for each in re.findall(r"--[a-z][a-z-]*", names)}
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) <= taken
+        assert "%(" not in text and "%%" not in text
+
+
+def test_help_needs_the_standard_library_only():
+    """The help of every command, from a Python without any packages: neither torch nor anything else that takes time."""
+    code = f"""if True:
+        import contextlib, importlib, io, runpy, sys
+        for name in {NAMES!r}:
+            for words in [["table1"], ["table2"], ["figures"]] if name == "reproduce" else [[]]:
+                sys.argv, shown = [name, *words, "--help"], io.StringIO()
+                with contextlib.redirect_stdout(shown):
+                    try:
+                        runpy.run_module("fairseq_powernorm.experiments." + name, run_name="__main__", alter_sys=True)
+                    except SystemExit as end:
+                        assert end.code in (0, None), name
+                assert shown.getvalue().startswith("usage: python -m fairseq_powernorm.experiments." + name), name
+        assert not set(sys.modules) & {{"torch", "fairseq", "numpy", "omegaconf"}}
+    """
+    subprocess.run([sys.executable, "-S", "-c", code], check=True, cwd=ROOT)
+
+
+def plain(script, *words, **environment):
+    return subprocess.run(["bash", str(script), *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          env={"PATH": "/usr/bin:/bin", **environment})
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_help_of_a_script(script):
+    """Each script prints its help without an environment and makes none; the help has the name of the script."""
+    done = plain(script, "--help")
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: {script.relative_to(ROOT)}"), done.stdout
+    assert not (ROOT / ".venv.unfinished").exists()
+
+
+def test_help_of_a_check():
+    """Each check prints its help without an environment, and nothing of its code."""
+    for script in sorted((ROOT / "tests" / "checks").glob("*.sh")):
+        if script.name != "help.sh":
+            done = plain(script, "--help")
+            assert done.returncode == 0 and str(script.relative_to(ROOT)) in done.stdout, done.stdout
+            assert "set -euo" not in done.stdout
+
+
+@pytest.mark.parametrize("script", [path for path in SCRIPTS if path.name != "test.sh"], ids=lambda path: path.name)
+def test_scripts_are_wrappers(script):
+    """A script holds nothing but which command it is: five lines."""
+    assert len(script.read_text().splitlines()) == 5
+    command = re.search(r"^pn_python (\S+)", script.read_text(), re.M)[1]
+    assert command in NAMES
+
+
+# ---- what is refused, and how ----------------------------------------------------------------------------------------
+
+
+def made():
+    """A parser with one of everything."""
+    parser = Parser("Does this and that.")
+    parser.add("places", metavar="PLACE", nargs="+", help="where")
+    parser.add("--kind", read=one_of("one", "other"), default="one", help="which kind")
+    parser.add("--number", metavar="N", read=number_from(1, 9), help="how many")
+    parser.add("--resume", flag=True, help="go on")
+    parser.add("--extra", repeat=True, help="more")
+    return parser
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "PLACE is missing; usage: .* PLACE... "),
+        (["a", "--kind", "none"], "--kind 'none' is unknown; valid: one, other"),
+        (["a", "--kind=none"], "--kind 'none' is unknown; valid: one, other"),
+        (["a", "--number", "10"], "--number '10': must be a number, 1 to 9"),
+        (["a", "--number=-1"], "--number '-1': must be a number, 1 to 9"),
+        (["a", "--number"], "--number N needs a value: how many"),
+        (["a", "--number", "--resume"], "--number N needs a value: how many"),
+        (["a", "--number", "--lr", "3"], "--number N needs a value: how many"),
+        (["a", "--number", ""], "--number N needs a value: how many"),
+        (["a", "--number="], "--number N needs a value: how many"),
+        (["a", "--res"], "unknown option --res; did you mean --resume?"),
+        (["a", "--resume=yes"], "--resume takes no value, got 'yes'"),
+        (["a", "--resum"], "unknown option --resum; did you mean --resume?"),
+        (["a", "--numbers", "3"], "unknown option --numbers; did you mean --number?"),
+        (["a", "-n", "3"], "unknown option -n; valid: --help, --kind, --number, --resume, --extra"),
+        (["--nothing-like-it", "a"], "unknown option --nothing-like-it; valid: "),
+        (["--resum", "a", "--knd=one"], "unknown option --resum; did you mean --resume.; unknown option --knd; did you "),
+    ],
+)
+def test_wrong_words(words, message):
+    """What is wrong is said in one line, with the option, the value and what would have been right."""
+    with pytest.raises(UserError, match=message) as caught:
+        made().parse(words)
+    assert "\n" not in str(caught.value)
+
+
+def test_words_in_any_order():
+    """--option value = --option=value, before, between and behind the arguments; a value may begin with a dash."""
+    wanted = vars(made().parse(["a", "b", "--number", "3", "--extra", "x", "--extra=-y"]))
+    assert (wanted["places"], wanted["number"], wanted["kind"], wanted["resume"]) == (["a", "b"], 3, "one", False)
+    assert wanted["extra"] == ["x", "-y"]
+    for words in ("--number=3 a --extra x b --extra=-y", "--extra x --extra=-y --number 3 -- a b",
+                  "a --extra=x --number=3 --extra=-y b"):
+        assert vars(made().parse(words.split())) == wanted
+    assert made().parse(["--", "a", "--resume"]).places == ["a", "--resume"]
+
+
+def test_overrides_stand_anywhere():
+    """KEY=VALUE, +KEY=VALUE and ~KEY are overrides wherever they stand; a norm's options and options' values are not."""
+    train = module("train").parser
+    words = ["a.b=1", "demo", "--run-dir", "x=y", "~c.d", "batch:variant=reference", "--resume", "+e.f='g:h'"]
+    options = train().parse(words)
+    assert options.overrides == ["a.b=1", "~c.d", "+e.f='g:h'"]
+    assert (options.benchmark, options.norm, options.run_dir) == ("demo", "batch:variant=reference", "x=y")
+    with pytest.raises(UserError, match="'fast' is no hydra override; an override reads KEY=VALUE"):
+        train().parse(["demo", "power", "fast"])
+    with pytest.raises(UserError, match="checkpoint.save_dir is this command's own; use --run-dir DIR"):
+        train().parse(["demo", "power", "checkpoint.save_dir=x"])
+
+
+@pytest.mark.parametrize(
+    "function, status, said",
+    [
+        (lambda words: None, None, ""),
+        (lambda words: 3, 3, ""),
+        (lambda words: made().parse(words), 2, "scripts/any.sh: error: PLACE is missing"),
+        (lambda words: open("/proc/nowhere/file", "w"), 2, "scripts/any.sh: error: /proc/nowhere/file: "),
+    ],
+)
+def test_exit_status(function, status, said, capsys, monkeypatch):
+    """A refusal and a disk that refuses are one line with the name of the script that was called, and status 2."""
+    monkeypatch.setenv(commands.SCRIPT, "scripts/any.sh")
+    monkeypatch.setattr(commands, "DISK", (*commands.DISK, 2))  # ENOENT, which any machine has
+    with pytest.raises(SystemExit) as end:
+        commands.main(function, [])
+    assert end.value.code == status
+    err = capsys.readouterr().err
+    assert err.startswith(said) and err.count("\n") == bool(said)
+
+
+def test_who_was_called():
+    """A refusal begins with the script, or with the module where Python was asked for that."""
+    done = plain(ROOT / "scripts" / "status.sh", "--al", PYTHON=sys.executable)
+    assert done.returncode == 2 and done.stdout.startswith("scripts/status.sh: error: unknown option --al"), done.stdout
+    done = subprocess.run([sys.executable, "-m", "fairseq_powernorm.experiments.status", "--al"], cwd=ROOT,
+                          stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("python -m fairseq_powernorm.experiments.status: error: unknown option --al")
+
+
+# ---- quickstart ------------------------------------------------------------------------------------------------------
+
+
+def test_quickstart(monkeypatch, tmp_path, capsys):
+    """It prepares, trains and evaluates PN and LN and compares their records; a step that fails ends it with its status."""
+    pytest.importorskip("matplotlib")
+    quickstart, steps = module("quickstart"), []
+    monkeypatch.setenv("PN_RUNS_ROOT", str(tmp_path))
+
+    def call(command):
+        steps.append(" ".join(command[1:]).replace(f"{ROOT / 'scripts'}/", "").replace(str(tmp_path), "RUNS"))
+        if "evaluate.sh" in steps[-1]:
+            record = tmp_path / "quickstart" / steps[-1].rpartition("/")[2] / "evaluation" / "record.json"
+            record.parent.mkdir(parents=True)
+            record.write_bytes((ROOT / "results" / "multi30k" / f"{record.parts[-3]}-seed1.json").read_bytes())
+        return 0
+
+    monkeypatch.setattr(quickstart.subprocess, "call", call)
+    assert quickstart.command([]) == 0
+    assert steps == [
+        "prepare.sh demo",
+        "train.sh demo power --run-dir RUNS/quickstart/power --resume", "evaluate.sh demo RUNS/quickstart/power",
+        "train.sh demo layer --run-dir RUNS/quickstart/layer --resume", "evaluate.sh demo RUNS/quickstart/layer",
+    ]  # fmt: skip
+    output = capsys.readouterr().out
+    assert "| multi30k | power | " in output and "| multi30k | layer | " in output
+    assert (tmp_path / "quickstart" / "valid_loss.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(quickstart.subprocess, "call", lambda command: 5 if "layer" in command else 0)
+    assert quickstart.command([]) == 5
+    with pytest.raises(UserError, match="'now' is one argument too many; usage: "):
+        quickstart.command(["now"])
+
+
+# ---- scripts/README.md -----------------------------------------------------------------------------------------------
+
+#: what starters of processes say to those that they start, and what belongs to Python and to the tests
+INTERNAL = re.compile(r"SLURM_|(RANK|WORLD_SIZE|LOCAL_RANK|PYTHONPATH|VIRTUAL_ENV|CONDA_PREFIX|TRITON_INTERPRET)$")
+
+
+def is_environ(node):
+    return isinstance(node, ast.Attribute) and node.attr == "environ"
+
+
+def variables():
+    """The environment variables that the commands and the scripts read."""
+    found = set()
+    for path in FOLDER.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        constants = {target.id: node.value.value for node in ast.walk(tree) if isinstance(node, ast.Assign)
+                     and isinstance(node.value, ast.Constant) for target in node.targets if isinstance(target, ast.Name)}
+        for node in ast.walk(tree):
+            key = None
+            called = node.func if isinstance(node, ast.Call) else None
+            if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load) and is_environ(node.value):
+                key = node.slice
+            elif isinstance(called, ast.Attribute) and called.attr == "get" and is_environ(called.value):
+                key = node.args[0]
+            if isinstance(key, ast.Constant):
+                found.add(key.value)
+            elif isinstance(key, ast.Name) and key.id in constants:
+                found.add(constants[key.id])
+    for path in (ROOT / "scripts").rglob("*.sh"):
+        found |= set(re.findall(r"\$\{([A-Z][A-Z_]+):?-", path.read_text(encoding="utf-8")))
+    return {name for name in found if not INTERNAL.match(name)} - {commands.SCRIPT}
+
+
+def test_the_environment_is_documented():
+    """The table of environment variables names all that commands and scripts read, and none that is read nowhere."""
+    (table,) = re.findall(r"\n\| variable \|.*\n((?:\|.*\n)+)", README)
+    named = set(re.findall(r"`([A-Z_]+)`", "\n".join(line.split("|")[1] for line in table.splitlines())))
+    assert variables() <= named
+    package = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "fairseq_powernorm").rglob("*.py"))
+    for name in named - variables():
+        assert f'"{name}"' in package, name
+
+
+def test_every_script_is_documented():
+    """The table of scripts names each of them, and no other."""
+    (table,) = re.findall(r"\n\| script \|.*\n((?:\|.*\n)+)", README)
+    named = set(re.findall(r"`([\w/]+\.(?:sh|py))`", "\n".join(line.split("|")[1] for line in table.splitlines())))
+    assert named == {str(path.relative_to(ROOT / "scripts")) for path in [*SCRIPTS, ROOT / "scripts" / "benchmark.py"]}
