@@ -1,59 +1,18 @@
 """Estimates the running statistics of a checkpoint anew, after averaging or fine-tuning: forward passes only.
 
-Averaged parameters have other statistics than the average of their statistics. This runs the model over training batches
-and replaces running moments by those of all these batches together. The model is in training mode, dropout included, and
-each norm divides by the moments of the batch in progress, so that the result does not depend on the statistics that the
-checkpoint had. Parameters, step counts and PN's nu (which evaluation does not use) stay as they are.
+What it does is :func:`fairseq_powernorm.statistics.recalibrate`, which serves any model and batches of any kind.
 
 ``python -m fairseq_powernorm.recalibrate DATA-BIN --path CHECKPOINT.pt --output NEW.pt --batches 200``
 """
 import argparse
 import os
 import sys
-from typing import Callable, Iterable, List, Optional
+from typing import List, Optional
 
 import torch
-from torch import nn
 
 from . import checkpoint
-from .statistics import RunningStatistics, running_norms
-
-
-@torch.no_grad()
-def recalibrate(model: nn.Module, batches: Iterable, forward: Callable) -> int:
-    """Replace the running statistics of a model's norms by those of the given batches.
-
-    Args:
-        model: put into training mode meanwhile
-        batches: at least one; micro-batches of the usual training size
-        forward: called as ``forward(model, batch)`` for each
-
-    Returns:
-        number of batches
-
-    Raises:
-        ValueError: the model has no running statistics, there is no batch, or a norm's statistics are not finite
-    """
-    training = model.training
-    statistics = RunningStatistics(model, "off")
-    if not statistics.kinds:
-        raise ValueError("no norm of the model has running statistics: there is nothing to estimate")
-    statistics.switches.batch_statistics = True
-    model.train()
-    try:
-        for batch in batches:
-            with statistics.batch():
-                forward(model, batch)
-        count, left_out = statistics.batches, statistics.left_out()
-        if not count:
-            raise ValueError("no batches to estimate statistics from")
-        if left_out:
-            raise ValueError(f"statistics of {next(iter(left_out))} are not finite")
-        statistics.replace()
-    finally:
-        statistics.release()
-        model.train(training)
-    return count
+from .statistics import recalibrate, running_norms
 
 
 def _load(options):

@@ -19,7 +19,21 @@ training step that is thrown away leaves none. In a training loop of one's own:
 """
 import re
 from contextlib import contextmanager
-from typing import Callable, Dict, Hashable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Hashable,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 import torch
 import torch.distributed as dist
@@ -274,3 +288,71 @@ class RunningStatistics:
                 if calls[name] > 0:
                     found[name] = dict(zip(values, row))
         return found
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """``model(**batch)`` for a mapping, ``model(*batch)`` for a list or tuple, else ``model(batch)``.
+
+    Tensors are brought to the device of the model's first parameter.
+    """
+    device = next((each.device for each in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+    def there(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device)
+        if isinstance(value, Mapping):
+            return {name: there(each) for name, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [there(each) for each in value]
+        return value
+
+    batch = there(batch)
+    if isinstance(batch, dict):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, list) else model(batch)
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] = call) -> int:
+    """Replace the running statistics of a model's norms by those of the given batches, by forward passes only.
+
+    Averaged parameters have other statistics than the average of their statistics, and so have parameters that were
+    fine-tuned with frozen norms. Running moments become those of all batches together. The model is in training mode,
+    dropout included, and each norm divides by the moments of the batch in progress, so that the result does not depend on
+    the statistics that were there. Parameters, step counts and PN's nu (which evaluation does not use) stay as they are.
+
+    It stands in for ``torch.optim.swa_utils.update_bn``, which knows torch's batch norms only and passes over these norms
+    without a word.
+
+    Args:
+        model: put into training mode meanwhile
+        batches: at least one; micro-batches of the usual training size
+        forward: called as ``forward(model, batch)`` for each; by default a mapping holds keyword arguments, a list or tuple
+            positional ones, anything else is the only argument: :func:`call`
+
+    Returns:
+        number of batches
+
+    Raises:
+        ValueError: the model has no running statistics, there is no batch, or a norm's statistics are not finite
+    """
+    training = model.training
+    statistics = RunningStatistics(model, "off")
+    if not statistics.kinds:
+        raise ValueError("no norm of the model has running statistics: there is nothing to estimate")
+    statistics.switches.batch_statistics = True
+    model.train()
+    try:
+        for batch in batches:
+            with statistics.batch():
+                forward(model, batch)
+        count, left_out = statistics.batches, statistics.left_out()
+        if not count:
+            raise ValueError("no batches to estimate statistics from")
+        if left_out:
+            raise ValueError(f"statistics of {next(iter(left_out))} are not finite")
+        statistics.replace()
+    finally:
+        statistics.release()
+        model.train(training)
+    return count

@@ -9,7 +9,7 @@ import toy
 from torch import nn
 
 from fairseq_powernorm.norms import LayerNorm, MaskedBatchNorm, PowerNorm, PowerNormV
-from fairseq_powernorm.recalibrate import recalibrate
+from fairseq_powernorm.statistics import recalibrate
 
 C = 6
 KINDS = {
@@ -72,6 +72,26 @@ def test_what_the_checkpoint_had_does_not_matter(kind, size):
         for name, buffer in fresh[i].named_buffers():
             if name not in ("iters", "ema_gz"):
                 torch.testing.assert_close(buffer, spoilt[i].get_buffer(name))
+
+
+@pytest.mark.parametrize("kind", [dict, tuple, list, None])
+def test_any_iterable_of_batches(kind):
+    """Keyword arguments, positional ones or a single tensor, from a generator: the statistics of all rows."""
+    model = nn.Sequential(nn.Linear(C, C), MaskedBatchNorm(C, groups=0)).eval()
+    rows = [torch.randn(5, C), torch.randn(7, C)]
+    made = {dict: lambda x: {"input": x}, tuple: lambda x: (x,), list: lambda x: [x], None: lambda x: x}[kind]
+    assert recalibrate(model, (made(x) for x in rows)) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(model[1].running_mean, model[0](torch.cat(rows)).mean(0))
+
+
+def test_update_bn_and_sync_batch_norm_do_nothing():
+    """What torch has for its own batch norms passes over these: buffers and modules stay, as the documentation says."""
+    model = nn.Sequential(nn.Linear(C, C), MaskedBatchNorm(C))
+    before = copy.deepcopy(model.state_dict())
+    torch.optim.swa_utils.update_bn([torch.randn(5, C)], model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert isinstance(nn.SyncBatchNorm.convert_sync_batchnorm(model)[1], MaskedBatchNorm)
 
 
 def test_bad_calls_are_named_and_change_nothing():

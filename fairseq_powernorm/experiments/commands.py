@@ -52,8 +52,8 @@ def main(command: Callable[[List[str]], Optional[int]], arguments: Optional[Sequ
         if error.errno not in DISK:
             raise
         _refuse(f"{error.filename or 'cannot write'}: {error.strerror}")
-    except KeyboardInterrupt:
-        _refuse("interrupted", 128 + signal.SIGINT)
+    except KeyboardInterrupt as error:  # with what is left of the work, if the command says so
+        _refuse("; ".join(["interrupted", *map(str, error.args)]), 128 + signal.SIGINT)
 
 
 def _refuse(reason: object, status: int = 2) -> NoReturn:

@@ -7,8 +7,7 @@ import os
 from pathlib import Path
 from typing import List, Optional
 
-from .commands import Parser, add_seeds, add_slurm, main, number_from
-from .errors import UserError, choose
+from .commands import Parser, add_seeds, add_slurm, main, number_from, one_of
 from .paths import ROOT
 from .reports import matrix
 from .runs.launchers import PLACES
@@ -93,9 +92,10 @@ def parser(subject: str) -> Parser:
 
 def parse(arguments: List[str]) -> argparse.Namespace:
     """The options of a command line, the first word of which is one of matrix.SUBJECTS."""
-    if not arguments:
-        raise UserError(f"what is to be reproduced? valid: {', '.join(matrix.SUBJECTS)}")
-    subject = choose("subject", arguments[0], matrix.SUBJECTS)
+    whole = Parser("Trains, evaluates and reports the runs of one of the paper's tables, or draws its figures.")
+    whole.add("subject", metavar="SUBJECT", read=one_of(*matrix.SUBJECTS),
+              help=f"{', '.join(matrix.SUBJECTS)}; what each of them takes: SUBJECT --help")
+    subject: str = whole.parse(arguments[:1]).subject
     options = parser(subject).parse(arguments[1:])
     options.subject = subject
     options.results = Path(os.path.abspath(options.results or ROOT / "results"))

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, Iterable, Sequence, TextIO
+from typing import Dict, Iterable, Mapping, Sequence, TextIO
 
 from .errors import UserError
 from .paths import ROOT
@@ -15,6 +15,15 @@ from .paths import ROOT
 # Distributions on which the prepared data depend, and those on which the results depend as well.
 DATA_TOOLS = ("regex", "sacremoses", "subword-nmt", "sentencepiece", "fairseq", "ve-fairseq", "fairseq-fixed")
 TOOLS = (*DATA_TOOLS, "torch", "numpy", "hydra-core", "omegaconf", "sacrebleu", "fairseq_powernorm")
+
+# What scripts/lib/environment.sh sets unless the user has: how OpenMP's threads wait, and what glibc does with memory.
+PROCESSOR = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_",
+             "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
+
+
+def processor_settings(environment: Mapping[str, str]) -> str:
+    """Those of the variables in ``PROCESSOR`` that are set, for the log; empty if none is."""
+    return " ".join(f"{name}={environment[name]}" for name in PROCESSOR if environment.get(name))
 
 
 def cpus() -> int:

@@ -169,6 +169,22 @@ def test_prepare_killed(scripts, tmp_path):
     assert contents(mine.data) == contents(scripts.data)
 
 
+def test_prepare_interrupted(scripts, tmp_path):
+    """^C is one line that says how to go on, and exit status 130; prepare again = prepare."""
+    mine = Scripts(tmp_path)
+    process = mine.start("prepare", "demo", "--text-dir", scripts.text)
+    for line in process.stdout:
+        if line.startswith("[3/6]"):
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in output, output
+    assert output.splitlines()[-1] == (
+        "scripts/prepare.sh: error: interrupted; stages that are whole are kept, and the next run goes on after them")
+    assert "[1/6] text: done already" in mine.ok("prepare", "demo", "--text-dir", scripts.text)
+    assert contents(mine.data) == contents(scripts.data)
+
+
 def test_sentencepiece(scripts, tmp_path):
     """--bpe sentencepiece: pieces in the data, and pieces joined again give the tokenized text back."""
     mine = Scripts(tmp_path)

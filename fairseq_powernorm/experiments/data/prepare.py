@@ -37,8 +37,7 @@ def prepare(
     """Prepares a benchmark's data, unless they are there; the arguments are the options of scripts/prepare.sh.
 
     Raises:
-        UserError: the options do not fit, the text is missing or damaged, data made otherwise are there, the disk is full,
-            or the work is interrupted
+        UserError: the options do not fit, the text is missing or damaged, data made otherwise are there, or the disk is full
     """
     config = load(benchmark)
     settings = recipe.of_benchmark(
@@ -84,7 +83,7 @@ def prepare(
     except OSError as error:
         raise UserError(f"{error.filename or 'cannot write'}: {error.strerror or error}; {GOES_ON}") from None
     except KeyboardInterrupt:
-        raise UserError(f"interrupted; {GOES_ON}") from None
+        raise KeyboardInterrupt(GOES_ON) from None
     unit = " tokens" if is_lm(config) else ""
     print(f"prepared {target}: " + ", ".join(f"{split} {count:,}" for split, count in sizes.items()) + unit)
 

@@ -22,6 +22,9 @@ from .job import Job
 
 SCHEMA = 2
 SUBSETS = ("test", "valid")
+#: what a run directory holds, and what its run.json says, as far as an evaluation needs it
+FILES = ("run.json", "train.log", "config.yaml")
+FACTS = ("benchmark", "norm", "prepared_sha256", "overrides", "parameters", "sessions")
 
 Record = Dict[str, Any]
 
@@ -110,9 +113,13 @@ def carry_out(job: Job, run: Path, target: Path, record: Record, commands: Seque
 
 def started(run: Path, benchmark: str, *, unfinished: bool) -> Dict[str, Any]:
     """run.json of a run of this benchmark that has finished (or need not have)."""
-    if not (run / "run.json").is_file():
-        raise UserError(f"run directory {str(run)!r} was not made by scripts/train.sh: it has no run.json")
+    for name in FILES:
+        if not (run / name).is_file():
+            raise UserError(f"run directory {str(run)!r} was not made by scripts/train.sh: it has no {name}")
     facts: Dict[str, Any] = read_json(run / "run.json")
+    missing = [key for key in FACTS if not isinstance(facts, dict) or key not in facts]
+    if missing or not facts["sessions"]:
+        raise UserError(f"{run / 'run.json'} was not written by scripts/train.sh: it has no {(missing or ['sessions'])[0]}")
     if facts["benchmark"] != benchmark:
         raise UserError(f"{run} is a run of benchmark {facts['benchmark']!r}, not {benchmark!r}")
     if not (run / "finished.json").is_file() and not unfinished:

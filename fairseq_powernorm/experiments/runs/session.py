@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..evaluation import perplexity
 from ..files import write_json
 from ..settings import is_lm
-from ..tools import cpus
+from ..tools import cpus, processor_settings
 from . import checkpoints, trainlog
 from .launchers import Launcher
 
@@ -69,6 +69,9 @@ def session(
     tail: Deque[str] = collections.deque(maxlen=20)
     try:
         with open(run / "train.log", "a", encoding="utf-8") as log, Rhythm() as rhythm:
+            settings = processor_settings(environment or os.environ)
+            if settings:
+                log.write(f"environment: {settings}\n")
             for line in process.stdout:
                 log.write(line)
                 log.flush()

@@ -90,6 +90,9 @@ def test_data_settings():
     ({"clean_max": True}, "clean_max: True is bool, not int"),
     ({"clean_ratio": None}, "clean_ratio: None is NoneType, not float"),
     ({"bpe": None}, "bpe: None is NoneType, not str"),
+    ({"bpe_size": 0}, "bpe_size: 0 is out of range; valid: 1 or more"),
+    ({"valid_every": -3}, "valid_every: -3 is out of range; valid: 1 or more"),
+    ({"clean_ratio": float("nan")}, "clean_ratio: nan is out of range; valid: 1 or more"),
     ({"cleaning": "authors", "clean_max": 80}, "clean_max: cleaning 'authors' sets it; give one of the two"),
     ({}, "configs/data/demo.yaml: bpe is missing"),
 ])

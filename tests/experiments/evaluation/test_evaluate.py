@@ -1,0 +1,112 @@
+"""What an evaluation finds out before it begins, and what it says of where it ran."""
+
+import json
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("fairseq")
+
+from omegaconf import OmegaConf
+
+from fairseq_powernorm.experiments.errors import UserError
+from fairseq_powernorm.experiments.evaluation import evaluate
+from fairseq_powernorm.experiments.evaluation.job import Job, words_of
+from fairseq_powernorm.experiments.files import sha256
+
+FACTS = {"benchmark": "demo", "norm": "power", "prepared_sha256": "0", "overrides": [], "parameters": 3,
+         "sessions": [{"command": ["train"]}]}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run directory as far as an evaluation looks at it first."""
+    for name, content in (("run.json", json.dumps(FACTS)), ("train.log", ""), ("config.yaml", "common: {}"),
+                          ("finished.json", "{}")):
+        (tmp_path / name).write_text(content)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", evaluate.FILES)
+def test_a_directory_that_is_no_run(name, run):
+    """A directory without a file that every run has is refused by the file's name."""
+    (run / name).unlink()
+    with pytest.raises(UserError, match=f"was not made by scripts/train.sh: it has no {name}"):
+        evaluate.evaluate("demo", run)
+
+
+@pytest.mark.parametrize("content, missing", [
+    *(({key: value for key, value in FACTS.items() if key != name}, name) for name in FACTS),
+    ({**FACTS, "sessions": []}, "sessions"), ([], "benchmark"), ("text", "benchmark")])
+def test_facts_of_something_else(content, missing, run):
+    """A run.json that is not one of train.sh is refused by what it lacks."""
+    (run / "run.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"was not written by scripts/train.sh: it has no {missing}"):
+        evaluate.evaluate("demo", run)
+
+
+def test_the_commit_of_a_machine_without_git(monkeypatch, tmp_path):
+    """Without git the commit is unknown, which is no error."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert evaluate.commit() is None
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda state: state["model"]["norm.running_phi"].fill_(float("inf")), "running_phi has values that are not finite"),
+    (lambda state: state["cfg"]["model"].update(dropout=0.5), "its model.dropout is 0.5, the run's is 0.1"),
+    (lambda state: None, None)])
+def test_weights(change, message, tmp_path):
+    """A checkpoint with other settings than its run's, or with values that are not finite, is refused."""
+    state = {"cfg": {"model": {"dropout": 0.1}}, "model": {"norm.running_phi": torch.ones(3), "norm.iters": torch.tensor(2)}}
+    change(state)
+    torch.save(state, tmp_path / "checkpoint1.pt")
+    config = OmegaConf.create({"model": {"dropout": 0.1}})
+    if message is None:
+        evaluate.refuse_wrong_weights([tmp_path / "checkpoint1.pt"], config)
+        return
+    with pytest.raises(UserError, match=message):
+        evaluate.refuse_wrong_weights([tmp_path / "checkpoint1.pt"], config)
+
+
+def test_a_copy_that_cannot_be_written(tmp_path):
+    """--record FILE: a directory, a place below a file, another record are refused, a new place and the same record not."""
+    own = tmp_path / "record.json"
+    own.write_text("{}")
+    for copy, message in ((tmp_path, "is a directory"), (own / "deep" / "record.json", "cannot be written")):
+        with pytest.raises(UserError, match=message):
+            evaluate.check_copy(copy, own, force=True)
+    other = tmp_path / "other.json"
+    other.write_text("[]")
+    with pytest.raises(UserError, match="exists already; --force"):
+        evaluate.check_copy(other, own, force=False)
+    evaluate.check_copy(other, own, force=True)
+    other.write_text("{}")
+    evaluate.check_copy(other, own, force=False)
+    evaluate.check_copy(tmp_path / "new" / "deep" / "record.json", own, force=False)
+    assert sorted(os.listdir(tmp_path)) == ["other.json", "record.json"]
+
+
+@pytest.mark.parametrize("name, is_read", [
+    ("data-bin/dict.en.txt", True), ("data-bin/test.de-en.en.bin", True), ("tok/test.en", True),
+    ("data-bin/train.de-en.en.bin", False), ("tok/valid.en", False), ("bpe/test.en", False)])
+@pytest.mark.parametrize("damage", ["change", "remove"])
+def test_data_that_are_not_what_was_prepared(name, is_read, damage, tmp_path):
+    """A file that the evaluation reads and that was changed or removed after its preparation is refused; others are not."""
+    path = tmp_path / name
+    path.parent.mkdir()
+    path.write_text("prepared")
+    job = Job(None, [], "test", tmp_path, {"outputs": {name: sha256(path)}}, None)
+    job.check_data("tok/test.", "raw/test.")
+    path.write_text("other") if damage == "change" else path.unlink()
+    if not is_read:
+        job.check_data("tok/test.", "raw/test.")
+        return
+    with pytest.raises(UserError, match=f"{name} is not what scripts/prepare.sh made; --force prepares the data again"):
+        job.check_data("tok/test.", "raw/test.")
+
+
+def test_words_of_options():
+    """An option with a value is two words, True is the option alone, None is nothing; 0 is a value."""
+    assert words_of({"--beam": 4, "--quiet": True, "--seed": None, "--num-workers": 0}) == [
+        "--beam", "4", "--quiet", "--num-workers", "0"]
