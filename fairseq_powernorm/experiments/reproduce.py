@@ -37,7 +37,7 @@ ROWS = {
 FILES = {
     "table1": "The report is results/table1-BENCH[-UPDATES].{html,md,csv} with pictures and their data beside it.",
     "table2": "The report is results/table2-BENCH[-UPDATES].{html,md,csv} with pictures and their data beside it.",
-    "figures": """The pictures are results/figures-BENCH[-UPDATES].BENCH-ARCH.figure[1-4].png, their data beside them in
+    "figures": """The pictures are results/figures-BENCH[-UPDATES].BENCH-ARCH.figure[1-6].png, their data beside them in
         results/figures-BENCH[-UPDATES].figures.json, so that --report-only draws them again without the runs.""",
 }
 EPILOG = """
@@ -53,8 +53,9 @@ EPILOG = """
         """
 ROW_NAMES = {
     "table1": "these rows only, NORM[-all][-algorithm2][-groups0]: in all positions, by the paper's algorithm, without "
-    "layer scale (groups0), such as power-all-groups0",
-    "table2": "these rows only, NORM[-algorithm2][-groups0]: by the paper's algorithm, without layer scale",
+    "layer scale (groups0), such as power-all-groups0; all: of every norm; default: of the paper's norms, or of --norms",
+    "table2": "these rows only, NORM[-algorithm2][-groups0]: by the paper's algorithm, without layer scale; all: of every "
+    "norm; default: of the paper's norms, or of --norms",
     "figures": f"the rows that are compared; default: {','.join(matrix.FIGURE_ROWS)}",
 }
 

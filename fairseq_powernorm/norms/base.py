@@ -48,7 +48,7 @@ def size_of(x: Tensor) -> Tensor:
 def discrepancy(
     deviation: Tensor, running_deviation: Tensor, mean: Optional[Tensor] = None, running_mean: Optional[Tensor] = None
 ) -> Dict[str, Tensor]:
-    """The training-inference discrepancy of Yang et al. (NeurIPS 2022): how far evaluation is from this step's training.
+    """The training-inference discrepancy of Wang et al. (NeurIPS 2022): how far evaluation is from this step's training.
 
     Args:
         deviation, running_deviation: ``... x C``, what training divides by and what evaluation would

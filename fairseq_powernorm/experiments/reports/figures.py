@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
-from ...recorder import PANELS, read
+from ...recorder import LINEAR, PANELS, read
 from ..overrides import quiet
 from . import matrix
 
@@ -18,6 +18,13 @@ Record = Dict[str, Any]
 #: quantities of figure 1 and of figure 2 that --norm-record records
 DISTANCES = ("distance_mean", "distance_var", "distance_psi2")
 GRADIENTS = ("gradient_mean", "gradient_var", "gradient_psi2", "gradient_nu")
+#: of figure 5: training and inference, and of figure 6: the gradients of PN-V and BN, and nu
+DISCREPANCIES = ("discrepancy_mean", "discrepancy_std")
+THEORY = ("gradient_ratio", "gradient_smaller", "nu_largest")
+#: of the rows, in turn
+COLOURS = (*(f"C{i}" for i in range(10)), "black", "gold", "navy", "lime", "maroon", "magenta", "teal", "slateblue")
+#: columns of figure 4
+COLUMNS = 5
 
 
 def statistics(path: Path) -> Dict[str, Any]:
@@ -28,7 +35,7 @@ def statistics(path: Path) -> Dict[str, Any]:
     rows = read(str(path))
     updates = sorted({row["update"] for row in rows})
     found: Dict[str, Dict[str, List[Optional[float]]]] = {}
-    for quantity in (*DISTANCES, *GRADIENTS):
+    for quantity in (*DISTANCES, *GRADIENTS, *DISCREPANCIES, *THEORY):
         values: Dict[int, List[float]] = {update: [] for update in updates}
         for row in rows:
             if quantity in row:
@@ -136,7 +143,7 @@ def finish(axis: "Axes", **settings: Any) -> None:
 def of_statistics(
     labelled: Mapping[str, Mapping[str, Any]], quantities: Sequence[str], colours: Mapping[str, str]
 ) -> Optional[bytes]:
-    """Figures 1 and 2: quantities against updates, the mean over the norms and their range; None without data.
+    """Figures 1, 2, 5 and 6: quantities against updates, the mean over the norms and their range; None without data.
 
     Args:
         labelled: label -> what statistics() gives
@@ -154,7 +161,7 @@ def of_statistics(
                                    for key in ("mean", "smallest", "largest"))
                 axis.plot(found["updates"], mean, color=colours[label], label=label)
                 axis.fill_between(found["updates"], low, high, color=colours[label], alpha=0.15, linewidth=0)
-        finish(axis, title=PANELS[quantity], xlabel="updates", yscale="log")
+        finish(axis, title=PANELS[quantity], xlabel="updates", yscale="linear" if quantity in LINEAR else "log")
     return png(figure)
 
 
@@ -183,15 +190,22 @@ def curve(axis: "Axes", label: str, record: Record, subset: str, **style: Any) -
 
 
 def of_curves(baselines: Mapping[str, Record], norms: Mapping[str, Mapping[str, Record]]) -> bytes:
-    """Figure 4: training above, validation below, a column for each norm, LN (dashed) in each.
+    """Figure 4: training above, validation below, a column for each norm (COLUMNS beside each other), LN (dashed) in each.
 
     Args:
         baselines: label -> record
         norms: norm -> {label: record}
     """
     columns: Mapping[str, Mapping[str, Record]] = norms or {"": {}}
-    figure, axes = panels(2 * len(columns), len(columns))
-    for axis, (subset, norm) in zip(axes, ((subset, norm) for subset in ("train", "valid") for norm in columns)):
+    width = min(len(columns), COLUMNS)
+    bands = [list(columns)[i : i + width] for i in range(0, len(columns), width)]
+    figure, axes = panels(2 * width * len(bands), width)
+    places = [(subset, band[i] if i < len(band) else None)
+              for band in bands for subset in ("train", "valid") for i in range(width)]
+    for axis, (subset, norm) in zip(axes, places):
+        if norm is None:
+            axis.remove()
+            continue
         for label, record in baselines.items():
             curve(axis, label, record, subset, color="black", linestyle="--", linewidth=1)
         for label, record in columns[norm].items():

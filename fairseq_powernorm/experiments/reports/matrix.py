@@ -9,7 +9,7 @@ from ..errors import UserError
 from ..overrides import by_key
 from ..paths import ROOT, runs_root
 from ..runs import batch
-from ..settings import BATCH_REFERENCE, architectures, is_lm, load, norm_in_names, placements
+from ..settings import BATCH_REFERENCE, NORMS as NAMES, architectures, is_lm, load, norm_in_names, norm_name, placements
 
 #: what is reproduced -> (the paper's benchmarks, which are the default; others of the same kind; default seeds)
 SUBJECTS = {
@@ -17,9 +17,11 @@ SUBJECTS = {
     "table2": (("ptb", "wikitext103"), (), (1, 2, 3)),
     "figures": (("iwslt14",), ("wmt14", "multi30k", "demo", "ptb", "wikitext103"), (1,)),
 }
-#: norm -> what varies: (layer scale off as well?, both variants?)
-NORMS = {"layer": (False, False), BATCH_REFERENCE: (False, False), "batch": (True, False), "power-v": (True, False),
-         "power": (True, True)}
+#: norm -> what varies: (layer scale off as well?, both variants?), of those that the paper compares
+PAPER_NORMS = {"layer": (False, False), BATCH_REFERENCE: (False, False), "batch": (True, False), "power-v": (True, False),
+               "power": (True, True)}
+#: the same of all, each as it was published
+NORMS = {**PAPER_NORMS, **{name: (False, False) for name in NAMES if name not in PAPER_NORMS}}
 BASELINE = "layer"
 VARIANTS = ("reference", "algorithm2")
 
@@ -35,6 +37,26 @@ PAPER = {
     ("ptb", "tensorized_lm_pn_ptb"): {"layer": 53.2, BATCH_REFERENCE: 60.7, "power-v": 55.3, "power": 47.6},
     ("wikitext103", "tensorized_lm_pn_wiki103"): {"layer": 20.9, BATCH_REFERENCE: 27.2, "power-v": 21.3, "power": 17.9},
 }
+
+#: What others have published, tokenized BLEU: row -> (value, where), ...
+ELSEWHERE = {
+    ("iwslt14", "transformer_pn_iwslt_de_en"): {
+        "layer": (("35.3", "Unified Normalization"), ("35.50 ± 0.04", "Transformer-Clinic, Pre-LN")),
+        "batch": (("31.1", "Unified Normalization"),),
+        "power-groups0": (("about 35.0", "authors of PN"),),
+        "un": (("35.4", "Unified Normalization"),),
+        "rbn": (("35.6", "RegularizedBN"),),
+    },
+}
+#: where that is: name -> publication
+SOURCES = {
+    "Unified Normalization": "readme of github.com/hikvision-research/Unified-Normalization (Yang et al., MM 2022)",
+    "Transformer-Clinic, Pre-LN": "github.com/LiyuanLucasLiu/Transformer-Clinic (Liu et al., EMNLP 2020)",
+    "authors of PN": "the authors of PN, of their code without layer scale",
+    "RegularizedBN": "Wang et al., NeurIPS 2022",
+}
+#: The same of language models of another kind: no row has them.
+ELSEWHERE_LM = "Validation loss of GPT-2, published by Chen et al. (2025): LN 2.94, DyT 2.97, Derf 2.94."
 
 #: Assumptions of the estimates. Trainable scalars with the benchmark's own dictionary, and the time of an update on one
 #: GPU: UPDATE_S for everything that does not grow with the batch, and 6 operations per parameter and token at
@@ -64,7 +86,7 @@ OURS = {"optimization.max_update": "--updates", "common.seed": "--seeds", "model
         "model.norm_variant": "--rows", "model.encoder_norm_self": "--rows", "model.encoder_norm_ff": "--rows",
         "model.decoder_norm_self": "--rows", "model.decoder_norm_ff": "--rows", "model._name": "--archs",
         "task.norm_record": None, "task.norm_record_interval": None}
-#: Statistics along training for figures 1 and 2, in the run directory (where fairseq-hydra-train is at work).
+#: Statistics along training for figures 1, 2, 5 and 6, in the run directory (where fairseq-hydra-train is at work).
 NORM_RECORD = "norm-record.jsonl"
 
 
@@ -74,7 +96,7 @@ class Row:
 
     norm: str
     placement: str
-    layer_scale: Optional[bool] = None  # None: the norm has none
+    layer_scale: Optional[bool] = None  # None: the norm was published without one
     variant: Optional[str] = None  # None: the norm has none
 
     def name(self, default_placement: str) -> str:
@@ -100,7 +122,8 @@ def rows(model: Any) -> List[Row]:
             continue
         for variant in VARIANTS if variants else (None,):
             for placement in placements(model):
-                for layer_scale in (True, False) if without_layer_scale else (True,):
+                with_layer_scale = True if norm in PAPER_NORMS else None
+                for layer_scale in (with_layer_scale, False) if without_layer_scale else (with_layer_scale,):
                     found.append(Row(norm, placement, layer_scale, variant))
     return found
 
@@ -158,9 +181,17 @@ class Run:
         return (self.updates or TYPICAL_UPDATES[self.benchmark]) * seconds / 3600
 
     @property
+    def is_pictured(self) -> bool:
+        """Is it in the figures of a table: a norm in its usual form and place?"""
+        return self.row_name == norm_in_names(self.row.norm)
+
+    @property
     def final_warmup_matters(self) -> bool:
-        """Does the warm-up of the norms after the stacks matter? To PN (reference) in pre-norm models, which have them."""
-        return self.row.norm == "power" and self.row.variant == VARIANTS[0] and not self.arch.startswith("tensorized")
+        """Does the warm-up of the norms after the stacks matter? To norms that have one, in pre-norm models."""
+        from ...norms import norm_options
+
+        warms_up = "warmup_updates" in norm_options(norm_name(self.row.norm)) and self.row.variant != VARIANTS[1]
+        return warms_up and not self.arch.startswith("tensorized")
 
 
 def relative(path: Path) -> str:
@@ -223,11 +254,18 @@ def runs(
             own = [f"common.seed={seed}", *scaled]
             own += ["+model.norm_groups=0"] if row.layer_scale is False else []
             own += [f"+model.norm_variant={row.variant}"] if row.variant not in (None, VARIANTS[0]) else []
-            if row.norm != BASELINE:
+            if has_statistics(row.norm):
                 own += [f"+task.norm_record={NORM_RECORD}", f"+task.norm_record_interval={interval}"]
             merged = {**by_key(own), **by_key(overrides)}
             yield Run(benchmark, arch, row, row.name(placements(config.model)[0]), seed, number,
                       tokens_of(config, merged), average(benchmark, config, updates), tuple(merged.values()))
+
+
+def has_statistics(norm: str) -> bool:
+    """Does a norm have running statistics, which can be recorded?"""
+    from ...norms import NORMS as CLASSES, RunningNorm
+
+    return issubclass(CLASSES[norm_name(norm)], RunningNorm)
 
 
 def tokens_of(config: Any, overrides: Dict[str, str]) -> int:

@@ -17,9 +17,17 @@ CAPTIONS = (
     "their range (area).",
     "Figure 3. Singular values of the embedding matrix of the evaluated model.",
     "Figure 4. Training and validation loss; dashed: LN.",
+    "Figure 5. Training-inference discrepancy along training: the distance of running from batch means in deviations of "
+    "the batch, and the relative difference of the deviations, as means over channels: mean over the model's norms (line) "
+    "and their range (area).",
+    "Figure 6. Norm of the gradient that PN-V would let through, over that of BN, at the same place with the same gradient; "
+    "the share of channels in which PN-V's is smaller; and the largest |nu| of PN. Mean over the model's norms (line) and "
+    "their range (area).",
 )
 #: heading of the column that of_t() fills
 T_TEST = "paired t over seeds"
+#: heading of the column of what others have published
+ELSEWHERE = "published elsewhere"
 #: heading of the column that by_seed() fills
 BY_SEED = "sacreBLEU against LN by seed (p)"
 
@@ -27,6 +35,11 @@ BY_SEED = "sacreBLEU against LN by seed (p)"
 def of_t(row: TableRow) -> str:
     """The paired t-test of a row as text."""
     return "" if row.t is None else f"t = {row.t.t:.2f}, df = {row.t.freedom}, p = {row.t.p:.3f}"
+
+
+def of_others(row: TableRow) -> str:
+    """What others have published, as text."""
+    return ", ".join(f"{value} ({source})" for value, source in row.elsewhere)
 
 
 def by_seed(tests: Sequence[Optional[Test]]) -> str:
@@ -67,6 +80,7 @@ def plain_rows(part: Section) -> Tuple[List[str], List[List[str]]]:
         (part.has_t, T_TEST, of_t),
         (part.tested, BY_SEED, lambda row: by_seed(row.tests)),
         (part.has_paper, part.paper_heading, lambda row: "" if row.paper is None else f"{row.paper:.1f}"),
+        (part.has_elsewhere, ELSEWHERE, of_others),
     ]
     for is_there, heading, text in columns:
         if is_there:
@@ -112,6 +126,7 @@ def as_csv(parts: Sequence[Section]) -> str:
         "sacreBLEU against LN by seed",
         "p",
         *dict.fromkeys(part.paper_heading for part in parts),
+        *([ELSEWHERE] if any(part.has_elsewhere for part in parts) else []),
     ]
     writer = csv.DictWriter(stream, columns, lineterminator="\n")
     writer.writeheader()
@@ -133,6 +148,7 @@ def as_csv(parts: Sequence[Section]) -> str:
                     "seeds": " ".join(str(seed.seed) for seed in row.seeds),
                     "against LN": row.difference,
                     part.paper_heading: row.paper,
+                    **({ELSEWHERE: of_others(row)} if part.has_elsewhere else {}),
                 }
             )
             writer.writerow(found)
@@ -160,6 +176,8 @@ def as_html(title: str, parts: Sequence[Section], missing: Sequence[str], record
         by_seed_heading=BY_SEED,
         of_t=of_t,
         t_heading=T_TEST,
+        elsewhere_heading=ELSEWHERE,
+        of_others=of_others,
         captions=CAPTIONS,
         base64=lambda picture: base64.b64encode(picture).decode(),
     )

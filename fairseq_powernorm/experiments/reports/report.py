@@ -1,5 +1,6 @@
 """Writes the report of a matrix of runs, from their records and from what the runs left."""
 
+import itertools
 import math
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ from ..directories import locked
 from ..files import read_json, write_json
 from ..paths import runs_root
 from . import figures, render, schema, sections
-from .matrix import BASELINE, FIGURE_ROWS, NORMS, Row, Run, relative
+from .matrix import BASELINE, NORMS, Row, Run, relative
 from .significance import significance
 from .table import Record, lines
 
@@ -44,7 +45,7 @@ def write(subject: str, path: Path, runs: Sequence[Run], missing: Sequence[str],
 
         pictured: Dict[Tuple[str, str, Row], Run] = {}  # the first seed of each row
         for run in runs:
-            if not is_table or run.row_name in FIGURE_ROWS:
+            if not is_table or run.is_pictured:
                 pictured.setdefault((run.benchmark, run.arch, run.row), run)
         data = figures.data_of(pictured.values(), earlier(f"{path}.figures.json"))
         write_json(wrote(".figures.json"), data)
@@ -112,12 +113,14 @@ def section(
     def labelled(key: str) -> Dict[str, Any]:
         return {labels[name]: found for name, found in data[key].items() if name in labels}
 
-    colours = {label: f"C{i}" for i, label in enumerate(dict.fromkeys(labels.values()))}
+    colours = dict(zip(dict.fromkeys(labels.values()), itertools.cycle(figures.COLOURS)))
     pictures = (
         figures.of_statistics(labelled("statistics"), figures.DISTANCES, colours),
         figures.of_statistics(labelled("statistics"), figures.GRADIENTS, colours),
         figures.of_singular_values(labelled("singular_values"), colours),
         figures.of_curves(baselines, {norm: found for norm, found in norms.items() if found}),
+        figures.of_statistics(labelled("statistics"), figures.DISCREPANCIES, colours),
+        figures.of_statistics(labelled("statistics"), figures.THEORY, colours),
     )
     there = [(number, picture) for number, picture in enumerate(pictures) if picture]
     return sections.section(runs[0].benchmark, runs[0].arch, table, tests, there)

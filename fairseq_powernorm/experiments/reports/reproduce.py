@@ -5,7 +5,7 @@ import collections
 import contextlib
 import os
 import sys
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from ..cluster import slurm, submission
 from ..directories import in_use
@@ -48,9 +48,12 @@ def chosen(options: argparse.Namespace) -> List[matrix.Run]:
         run for arch in archs for run in matrix.runs(valid[arch], arch, options.seeds, options.updates, options.overrides)
     ]
     names = dict.fromkeys(run.row_name for run in found)
-    default: Iterable[str] = matrix.FIGURE_ROWS if options.subject == "figures" else names
-    rows = listed("--rows", options.rows, names, list(default))
     norms = listed("--norms", options.norms, matrix.NORMS, list(matrix.NORMS))
+    own = [run for run in found if run.row.norm in (norms if options.norms else matrix.PAPER_NORMS)]
+    if options.subject == "figures":
+        own = [run for run in own if run.is_pictured]
+    default = dict.fromkeys(run.row_name for run in own)
+    rows = list(names) if options.rows == "all" else listed("--rows", options.rows, names, list(default))
     found = [run for run in found if run.row_name in rows and run.row.norm in norms]
     if not found:
         raise UserError(f"no row is of --norms {','.join(norms)} and of --rows {','.join(rows)}")

@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from ..overrides import by_key
 from ..settings import PLACEMENTS, data_settings
-from .matrix import BASELINE, PAPER
+from .matrix import BASELINE, ELSEWHERE, ELSEWHERE_LM, PAPER, SOURCES
 from .significance import Test
 from .table import (
     IRRELEVANT,
@@ -60,6 +60,7 @@ class TableRow:
     t: Optional[PairedT]  # of these differences
     tests: List[Optional[Test]]  # paired bootstrap tests by seed
     paper: Optional[float]  # the paper's value, where it is of this kind
+    elsewhere: Sequence[Tuple[str, str]]  # what others have published: (value, name of the source)
     seeds: List[Seed]
 
 
@@ -104,6 +105,10 @@ class Section:
         return any(row.paper is not None for row in self.rows)
 
     @property
+    def has_elsewhere(self) -> bool:
+        return any(row.elsewhere for row in self.rows)
+
+    @property
     def paper_heading(self) -> str:
         return "paper, non-causal" if self.is_lm else "paper"
 
@@ -126,6 +131,14 @@ class Section:
             )
         if self.is_lm and self.has_paper:
             found.append(CAUSALITY)
+        if self.has_elsewhere:
+            names = dict.fromkeys(name for row in self.rows for _, name in row.elsewhere)
+            sources = "; ".join(f"{name}: {SOURCES[name]}" for name in names)
+            found.append(
+                f"Published elsewhere, with other settings: {sources}. No independent report of PN above LN was found."
+            )
+        if self.is_lm and any(row.line.row.norm in ("dyt", "derf") for row in self.rows):
+            found.append(ELSEWHERE_LM)
         changed = departures(self.lines)
         if self.has_paper and changed:
             found.append(f"The paper's values come from the whole recipe; here it was changed by {', '.join(changed)}.")
@@ -158,7 +171,8 @@ def section(
         differences: List[Optional[float]] = []
         if line is not baseline:
             differences = [minus(own[seed], of_baseline[seed]) for seed in own if seed in of_baseline]
-        published = line.row.published(default_placement) and all(map(scored_as_published, line.records))
+        of_kind = all(map(scored_as_published, line.records))
+        published = of_kind and line.row.published(default_placement)
         made.rows.append(
             TableRow(
                 line=line,
@@ -168,6 +182,7 @@ def section(
                 t=paired_t(differences),
                 tests=[tests.get(name) for name in line.names],
                 paper=PAPER.get((benchmark, arch), {}).get(line.row.norm) if published else None,
+                elsewhere=ELSEWHERE.get((benchmark, arch), {}).get(line.row.name(default_placement), ()) if of_kind else (),
                 seeds=[
                     Seed(record["seed"], f"{value(record):.2f}", name) for record, name in zip(line.records, line.names)
                 ],

@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Opt
 
 from ..errors import UserError
 from ..settings import BATCH_REFERENCE, PLACEMENTS
-from .matrix import BASELINE, NORMS, VARIANTS, Row
+from .matrix import BASELINE, NORMS, PAPER_NORMS, VARIANTS, Row
 
 Record = Dict[str, Any]
 
@@ -35,8 +35,8 @@ def arch_of(record: Record) -> str:
 def row_of(record: Record) -> Row:
     """The line of the matrix that a record belongs to."""
     model, norm = record["config"]["model"], record["norm"]
-    running = norm in NORMS and norm != BASELINE
-    return Row(norm, "" if norm == BASELINE else record["placement"], model.get("norm_groups") != 0 if running else None,
+    scaled = norm in PAPER_NORMS and norm != BASELINE
+    return Row(norm, "" if norm == BASELINE else record["placement"], model.get("norm_groups") != 0 if scaled else None,
                record["variant"] or VARIANTS[0] if norm == "power" else None)
 
 
@@ -153,7 +153,7 @@ def lines(records: Mapping[str, Record]) -> List[Line]:
 
 def position(row: Row) -> Tuple[int, bool, int, bool]:
     """Where the line of a row stands: by norm, variant and placement, with layer scale before without."""
-    norms, placements = [BASELINE, "rms", *list(NORMS)[1:]], list(PLACEMENTS)
+    norms, placements = list(dict.fromkeys([BASELINE, "rms", *NORMS])), list(PLACEMENTS)
     return (norms.index(row.norm) if row.norm in norms else len(norms), (row.variant or VARIANTS[0]) != VARIANTS[0],
             placements.index(row.placement) if row.placement in placements else -1, row.layer_scale is False)
 

@@ -276,8 +276,8 @@ def test_committed_records(path):
     (lambda r: r.update(seed=True), "seed is True, not int"),
     (lambda r: r.update(schema=1), "schema is 1; valid: 2"),
     (lambda r: r.update(norm="powr"), f"norm is 'powr'; valid: {', '.join(sorted(map(repr, {*settings.NORMS, 'custom'})))}"),
-    (lambda r: r.update(norm="powr:groups=2"), "norm is 'powr'; valid: 'batch'"),
-    (lambda r: r.update(norm=3), "norm is 3; valid: 'batch'"),
+    (lambda r: r.update(norm="powr:groups=2"), "norm is 'powr'; valid: 'ada'"),
+    (lambda r: r.update(norm=3), "norm is 3; valid: 'ada'"),
     (lambda r: r["training"].update(threads=None), "training.threads is None, not int"),
     (lambda r: r["curve"]["valid"][3].update(loss=math.nan), "curve.valid[3].loss is nan"),
     (lambda r: r["curve"]["valid"][3].update(lost=1), "curve.valid[3].lost is not a key"),
@@ -462,7 +462,44 @@ def test_paper_values_stand_beside_ours():
     found = {row.seeds[0].name.split("-4000")[0]: row.paper for row in part.rows}
     assert {name: value for name, value in found.items() if value} == {
         "layer": 35.5, "batch-reference": 34.4, "power-v": 35.5, "power": 35.9}
-    assert len(found) == 19 and sections.CAUSALITY not in part.notes()
+    others = [name for name in settings.NORMS if name not in matrix.PAPER_NORMS]
+    assert len(found) == 19 + 2 * len(others) and sections.CAUSALITY not in part.notes()
+
+
+def test_what_others_published_stands_beside_ours():
+    """In the rows that it is of, each value with its source, which a note names; in Markdown, CSV and HTML alike, and only
+    beside scores of the same kind."""
+    rows = {row for of in matrix.ELSEWHERE.values() for row in of}
+    runs = [run for run in matrix.runs("iwslt14", "transformer_pn_iwslt_de_en", [1], 4000, [])
+            if run.row_name in (*rows, "batch-all", "scale")]
+    values = [value for of in matrix.ELSEWHERE.values() for values in of.values() for value in values]
+    assert {source for _, source in values} == set(matrix.SOURCES)
+    records = {run.name: {**record_of(run, i), "benchmark": "iwslt14"} for i, run in enumerate(runs)}
+    part = paper_section("iwslt14", "transformer_pn_iwslt_de_en", records)
+    found = {row.seeds[0].name.split("-4000")[0]: render.of_others(row) for row in part.rows}
+    assert {name for name, text in found.items() if text} == rows & set(found)
+    assert found["layer"] == "35.3 (Unified Normalization), 35.50 ± 0.04 (Transformer-Clinic, Pre-LN)"
+    note = " ".join(part.notes())
+    assert "hikvision-research/Unified-Normalization (Yang et al., MM 2022)" in note and "No independent report" in note
+    page = render.as_html("t", [part], [], records)
+    for text in (render.as_markdown("t", [part], [], str), render.as_csv([part]), page):
+        assert "published elsewhere" in text and "about 35.0 (authors of PN)" in text
+    for record in records.values():
+        record["subset"] = "valid"
+    assert not paper_section("iwslt14", "transformer_pn_iwslt_de_en", records).has_elsewhere
+
+
+def test_pictures_of_every_norm():
+    """Figures 5 and 6 from what records say, figure 4 for more norms than fit beside each other, each row its own colour."""
+    names = list(settings.NORMS)
+    series = {key: [1.0, 0.5] for key in ("mean", "smallest", "largest")}
+    for quantities in (figures.DISCREPANCIES, figures.THEORY):
+        found = {name: {"updates": [1, 2], "quantities": dict.fromkeys(quantities, series)} for name in names}
+        colours = dict(zip(names, figures.COLOURS))
+        assert len(set(colours.values())) == len(names)
+        assert figures.of_statistics(found, quantities, colours)[:4] == b"\x89PNG"
+    record = {"curve": {subset: [{"updates": 1, "loss": 2.0}] for subset in ("train", "valid")}}
+    assert figures.of_curves({"layer": record}, {name: {name: record} for name in names[1:]})[:4] == b"\x89PNG"
 
 
 def lm_record(run, number, causal=True):

@@ -59,8 +59,10 @@ def of(benchmark, arch, updates=None, overrides=(), seeds=(1,)):
 
 def test_rows(here):
     """Every norm, placement, layer scale and variant once; nothing that a norm or a language model does not have."""
-    assert [run.row_name for run in of("multi30k", "transformer_pn_tiny")] == TRANSLATION
-    assert [run.row_name for run in of("ptb", "tensorized_lm_pn_ptb")] == LM
+    others = [name for name in settings.NORMS if name not in matrix.PAPER_NORMS]
+    in_places = [f"{name}{place}" for name in others for place in ("", "-all")]
+    assert [run.row_name for run in of("multi30k", "transformer_pn_tiny")] == TRANSLATION + in_places
+    assert [run.row_name for run in of("ptb", "tensorized_lm_pn_ptb")] == LM + others
     assert set(matrix.FIGURE_ROWS) <= set(LM) and set(matrix.FIGURE_ROWS) <= set(TRANSLATION)
 
 
@@ -449,9 +451,9 @@ def test_killed(reproduced):
 
 @pytest.mark.slow
 def test_report_of_real_runs(reproduced):
-    """The report has its table, four figures and their data, significance, and no path of this machine."""
+    """The report has its table, six figures and their data, significance, and no path of this machine."""
     stem = "table1-demo-12"
-    figures = [f"{stem}.demo-transformer_pn_tiny.figure{i}.png" for i in (1, 2, 3, 4)]
+    figures = [f"{stem}.demo-transformer_pn_tiny.figure{i}.png" for i in range(1, 7)]
     assert sorted(path.name for path in reproduced.results.glob("*.*")) == sorted([
         *figures, *(f"{stem}.{end}" for end in ("csv", "figures.json", "html", "md", "significance.json"))])
     for name in ("figures", "significance"):
@@ -461,11 +463,12 @@ def test_report_of_real_runs(reproduced):
     assert set(data["singular_values"]) == {"demo/layer-12-seed1", "demo/power-12-seed1"}
     statistics = data["statistics"]["demo/power-12-seed1"]
     assert statistics["updates"] == list(range(1, 13))
-    assert set(statistics["quantities"]) == {"distance_psi2", "gradient_nu"}
+    assert set(statistics["quantities"]) == {
+        "distance_psi2", "gradient_nu", "discrepancy_std", "gradient_ratio", "gradient_smaller", "nu_largest"}
     for path in reproduced.results.rglob("*.*"):
         if path.suffix != ".png":
             assert str(reproduced.runs.parent) not in path.read_text() and str(ROOT) not in path.read_text(), path
-    assert (reproduced.results / f"{stem}.html").read_text().count("data:image/png") == 4
+    assert (reproduced.results / f"{stem}.html").read_text().count("data:image/png") == 6
 
 
 @pytest.mark.slow
