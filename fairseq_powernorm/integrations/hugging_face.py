@@ -26,7 +26,9 @@
     Trainer(Model(), arguments, train_dataset=data, callbacks=[RunningStatisticsCallback()]).train()
 
 Checkpoints need nothing more: the statistics are buffers of the model. :mod:`~fairseq_powernorm.integrations.steps` tells of
-the scale of nu.
+the scale of nu. For micro-batches to equal one batch their losses must add up to its loss. Those of transformers' causal
+language models do, as they divide by the tokens of the whole step; a model that averages over each micro-batch, as
+``BertForMaskedLM`` does, needs a ``compute_loss_func`` that divides by ``num_items_in_batch``.
 """
 from typing import Any, Optional
 
@@ -134,7 +136,7 @@ class RunningStatisticsCallback(TrainerCallback):  # type: ignore[misc]
                 "several GPUs) copies the model in each step, and the statistics of the copies are lost; start one process "
                 "for each device, with torchrun or accelerate launch"
             )
-        check_parallelism(self._owner, args.distributed_state.distributed_type, args.parallelism_config)
+        check_parallelism(self._owner, args.distributed_state.distributed_type, getattr(args, "parallelism_config", None))
         if (getattr(model, "tp_size", None) or 1) > 1:
             raise ValueError(f"{self._owner}: tensor parallelism (tp_size={model.tp_size}) is not supported")
         ddp = str(args.distributed_state.distributed_type.value).startswith("MULTI_")

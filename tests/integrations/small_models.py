@@ -3,29 +3,27 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
+from fairseq_powernorm.convert import replace_norms
 from fairseq_powernorm.masks import attach_mask
-from fairseq_powernorm.norms import PowerNorm, RunningNorm
+from fairseq_powernorm.norms import RunningNorm
 
 SYMBOLS, LENGTH = 24, 7
 STEPS, SENTENCES = 20, 8
 
 
-def with_norms(model, make):
-    """Replace the LayerNorms of a model, and show its new norms the attention mask of each call."""
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.LayerNorm):
-                setattr(parent, name, make(child.normalized_shape[0]))
-    if any(isinstance(module, RunningNorm) for module in model.modules()):
+#: PN in which micro-batches are exactly one batch
+ALGORITHM2 = "power:variant=algorithm2"
+
+
+def with_norms(model, norm):
+    """PN or another norm in place of LayerNorm, which sees the attention mask of each call; None: the model as it is."""
+    if norm is not None:
+        replace_norms(model, norm, groups=2)
         attach_mask(model)
     return model
 
 
-def algorithm2(dim):
-    return PowerNorm(dim, groups=2, variant="algorithm2", batch_first=True)
-
-
-def build(kind, make=algorithm2, *, tied=True):
+def build(kind, norm=ALGORITHM2, *, tied=True):
     """``bert`` or ``gpt``, in float64, with random weights that are the same in each call; tied embeddings or not."""
     torch.manual_seed(0)
     sizes = dict(vocab_size=SYMBOLS, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=tied)
@@ -42,7 +40,7 @@ def build(kind, make=algorithm2, *, tied=True):
                 n_embd=16, n_layer=2, n_head=2, n_positions=16, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes,
             )
         )
-    return with_norms(model, make).double().train()
+    return with_norms(model, norm).double().train()
 
 
 def sentences(number=STEPS * SENTENCES, padding=LENGTH, seed=0):

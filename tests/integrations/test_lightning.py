@@ -14,10 +14,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from small_models import SENTENCES, STEPS, assert_same, build, mean_over_tokens, sentences, state, steps
-from torch import nn
 
 from fairseq_powernorm.integrations.lightning import RunningStatisticsCallback
-from fairseq_powernorm.norms import MaskedBatchNorm
 from fairseq_powernorm.statistics import RunningStatistics, running_norms
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -120,9 +118,8 @@ def test_a_shorter_last_step_of_an_epoch(tmp_path):
 
 def test_batch_norm_pools_its_micro_batches(tmp_path):
     """The first BN of a model receives the same rows in 4 micro-batches and in one: mean and variance take the same step."""
-    make = lambda dim: MaskedBatchNorm(dim, batch_first=True)  # noqa: E731
-    one = trained(tmp_path, Module(make=make), max_steps=1, size=SENTENCES, accumulate=1)
-    four = trained(tmp_path, Module(make=make), max_steps=1)
+    one = trained(tmp_path, Module(norm="batch"), max_steps=1, size=SENTENCES, accumulate=1)
+    four = trained(tmp_path, Module(norm="batch"), max_steps=1)
     assert steps(one) == steps(four) == {1}
     first = [dict(next(iter(running_norms(model).values())).named_buffers()) for model in (one, four)]
     assert_same(first[0], first[1], rtol=1e-10, atol=1e-12)
@@ -218,7 +215,7 @@ def test_attached_twice(tmp_path):
 def test_what_cannot_work_is_refused(tmp_path):
     """No norms with running statistics, norms that somebody else drives, manual optimization, an unknown sync."""
     with pytest.raises(ValueError, match="no norm of the model has running statistics"):
-        trained(tmp_path, Module(make=nn.LayerNorm))
+        trained(tmp_path, Module(norm=None))
     taken = Module()
     statistics = RunningStatistics(taken)
     with pytest.raises(ValueError, match="the statistics of model.bert.embeddings.LayerNorm have been taken over already"):

@@ -66,7 +66,7 @@ def whole(model):
 # ---------------------------------------------------------------- the trainers: 4 micro-batches of 2 sentences a step
 
 
-def hugging_face(folder, kind, *, ranks, fsdp=False, **options):
+def hugging_face(folder, kind, *, ranks, fsdp=False, sync="step"):
     from transformers import Trainer, TrainingArguments
 
     from fairseq_powernorm.integrations.hugging_face import RunningStatisticsCallback
@@ -78,15 +78,15 @@ def hugging_face(folder, kind, *, ranks, fsdp=False, **options):
                 sharding(self.accelerator)
                 self.is_fsdp_enabled = True
 
-    settings = dict(
+    arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=4 // ranks, max_steps=STEPS,
         optim="sgd", learning_rate=RATE, lr_scheduler_type="constant", save_strategy="no", report_to=[], use_cpu=True,
         disable_tqdm=True, max_grad_norm=0.0, logging_strategy="no",
     )
     model = build(kind, tied=False)
     trainer = Made(
-        model, TrainingArguments(**{**settings, **options}), train_dataset=sentences(),
-        compute_loss_func=None if kind == "gpt" else mean_over_tokens, callbacks=[RunningStatisticsCallback()],
+        model, arguments, train_dataset=sentences(), compute_loss_func=None if kind == "gpt" else mean_over_tokens,
+        callbacks=[RunningStatisticsCallback(sync=sync)],
     )
     trainer.train()
     return whole(model)
@@ -124,7 +124,7 @@ def in_lightning(folder, kind, *, ranks, fsdp=False):
         use_distributed_sampler=False,
     )
     module = Module()
-    trainer.fit(module, batches_of(ranks))
+    trainer.fit(module, torch.utils.data.DataLoader(batches_of(ranks), batch_size=None))
     return whole(module.model)
 
 
@@ -155,6 +155,36 @@ def with_accelerate(folder, kind, *, ranks, fsdp=False, uneven=False):
     return whole(model)
 
 
+def refused(folder):
+    """Messages of what two ranks must not do, by name."""
+    from accelerate import Accelerator
+    from torch.distributed.algorithms.join import Join
+
+    from fairseq_powernorm.integrations.accelerate import AcceleratedStatistics
+
+    def message(call):
+        try:
+            call()
+        except (ValueError, RuntimeError) as error:
+            return str(error)
+
+    found = {"transformers": message(lambda: hugging_face(folder, "gpt", ranks=RANKS, sync="off"))}
+    accelerator = Accelerator(cpu=True)
+    model = build("gpt")
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), RATE))
+    found["accelerate"] = message(lambda: AcceleratedStatistics(accelerator, model, optimizer, sync="off"))
+    statistics = AcceleratedStatistics(accelerator, model, optimizer)
+    for name, joined in (("alone", [model]), ("order", [statistics, model])):
+        Join(joined)
+        found[name] = message(statistics.batch().__enter__)
+        Join([model, statistics], enable=False)
+    statistics.release()
+    statistics = AcceleratedStatistics(accelerator, model, optimizer, sync="exact")
+    found["exact"] = message(lambda: Join([model, statistics]))
+    statistics.release()
+    return found
+
+
 TRAINERS = {"hugging_face": hugging_face, "lightning": in_lightning, "accelerate": with_accelerate}
 #: trainer, model, sharded?
 CASES = [
@@ -181,6 +211,8 @@ def work(rank, folder, port):
         found[name, kind, fsdp] = TRAINERS[name](folder, kind, ranks=RANKS, fsdp=fsdp)
         forget()
     found["uneven"] = with_accelerate(folder, "gpt", ranks=RANKS, uneven=True)
+    forget()
+    found["refused"] = refused(folder)
     forget()
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
@@ -229,3 +261,13 @@ def test_ranks_with_unequal_numbers_of_batches(found):
     one, other = (each["uneven"] for each in found)
     assert_same(one, other)
     assert {int(value) for key, value in one.items() if key.endswith("iters")} == {10}
+
+
+def test_wrong_use_among_ranks(found):
+    """Statistics of each rank's own that DDP would overwrite, and ways to join ranks in which they would wait for ever."""
+    for messages in (each["refused"] for each in found):
+        for name in ("transformers", "accelerate"):
+            assert "sync='off' keeps the statistics of each process, but DDP would overwrite them" in messages[name]
+        for name in ("alone", "order"):
+            assert "join both, the model first, as in accelerator.join_uneven_inputs([model, statistics])" in messages[name]
+        assert "sync='exact' needs a batch on each rank; must be step or off in a Join" in messages["exact"]
