@@ -6,7 +6,16 @@ from torch import Tensor
 
 from ..kernels import choose, choose_for_gradient, eager
 from ..kernels.interface import PowerNormSpec, plain
-from .common import Collect, Function, Gradients, Reduce, in_memory, reduced, transformed_gradient
+from .common import (
+    Collect,
+    Function,
+    Gradients,
+    Reduce,
+    finite_padding_gradient,
+    in_memory,
+    reduced,
+    transformed_gradient,
+)
 
 
 class BatchSpec(NamedTuple):
@@ -264,33 +273,6 @@ def batch_norm(
     return y
 
 
-class _FinitePaddingGradient(Function):
-    """Identity; a gradient that is not finite does not pass where ``valid`` is False."""
-
-    @staticmethod
-    def forward(x: Tensor, valid: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Gradients:
-        (valid,) = ctx.saved_tensors
-        return torch.where(valid | torch.isfinite(grad), grad, 0.0), None
-
-
-class _TransformedFinitePaddingGradient(_FinitePaddingGradient):
-    """The same with what function transforms need and compilers do not take."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
-        return tangent.clone()
-
-
 def batch_norm_formula(
     x: Tensor,
     weight: Optional[Tensor],
@@ -333,6 +315,5 @@ def batch_norm_formula(
     )
     y = eager.affine(u, eager.inverse_root(found, spec.eps), weight, bias)
     if row_valid is not None:
-        compiling = torch.compiler.is_compiling()
-        y = (_FinitePaddingGradient if compiling else _TransformedFinitePaddingGradient).apply(y, row_valid)
+        y = finite_padding_gradient(y, row_valid)
     return y.to(x.dtype).reshape(x.shape), tally

@@ -13,6 +13,7 @@ into which the norm adds its sums, and applies them once per step.
 from .ada import AdaNorm
 from .base import RunningNorm
 from .batch import MaskedBatchNorm
+from .batch_renorm import BatchRenorm
 from .group import GroupNorm, GroupScaleNorm
 from .layer import LayerNorm, RMSNorm
 from .layouts import LAYOUTS, Norm
@@ -20,16 +21,20 @@ from .masks import MaskSlot
 from .pointwise import DynamicErf, DynamicTanh
 from .power import VARIANTS, PowerNorm, SecondMomentNorm
 from .power_v import PowerNormV
+from .progressive import ProgressiveBatchNorm
 from .registry import NORMS, build_norm, create_norm, default_groups, norm_options, norms_with, parse_norm
+from .regularized import RegularizedBatchNorm, penalty
 from .row import RowNorm
 from .scale import ScaleNorm
 from .staging import Stage, Sums, Switches
+from .window import MovingAverageBatchNorm, UnifiedNorm
 
 __all__ = [
     "LAYOUTS",
     "NORMS",
     "VARIANTS",
     "AdaNorm",
+    "BatchRenorm",
     "DynamicErf",
     "DynamicTanh",
     "GroupNorm",
@@ -37,10 +42,13 @@ __all__ = [
     "LayerNorm",
     "MaskSlot",
     "MaskedBatchNorm",
+    "MovingAverageBatchNorm",
     "Norm",
     "PowerNorm",
     "PowerNormV",
+    "ProgressiveBatchNorm",
     "RMSNorm",
+    "RegularizedBatchNorm",
     "RowNorm",
     "RunningNorm",
     "ScaleNorm",
@@ -48,10 +56,12 @@ __all__ = [
     "Stage",
     "Sums",
     "Switches",
+    "UnifiedNorm",
     "build_norm",
     "create_norm",
     "default_groups",
     "norm_options",
     "norms_with",
     "parse_norm",
+    "penalty",
 ]
