@@ -8,7 +8,7 @@ import os
 import sys
 import zipfile
 from contextlib import contextmanager
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Set
+from typing import Any, Container, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from . import compat
 from .norms import NORMS, norms_with
 
 State = Dict[str, Any]
+
+#: what no average is taken of
+OF_THE_LAST = (".iters", ".window_m2", ".window_gz")
 
 #: architectures of the authors' code under which they trained, and ours; sizes are stored with the checkpoint
 AUTHORS_ARCHITECTURES = {
@@ -147,9 +150,9 @@ def _entries(prefixes: Iterable[str], names: Iterable[str]) -> Dict[str, Set[str
 def average_checkpoints(paths: Sequence[str]) -> State:
     """Average the parameters and running statistics of checkpoints of one run.
 
-    Second moments are averaged as moments: ``running_phi`` as it is, ``running_var`` together with the spread of
-    ``running_mean``. Step counts and integers come from the last checkpoint, everything else but the optimizer's
-    state (left out) too.
+    Second moments are averaged as moments: ``running_phi`` as it is, ``running_var`` and the square of ``running_std``
+    together with the spread of ``running_mean``. Step counts, windows of single steps and integers come from the last
+    checkpoint, everything else but the optimizer's state (left out) too.
 
     Args:
         paths: checkpoint files, oldest first
@@ -176,7 +179,7 @@ def average_checkpoints(paths: Sequence[str]) -> State:
             )
             raise ValueError(f"checkpoint {path!r}: {differing[0]!r} is missing or of another shape than in {paths[0]!r}")
         for name, tensor in model.items():
-            if not tensor.is_floating_point() or name.endswith(".iters"):
+            if not tensor.is_floating_point() or name.endswith(OF_THE_LAST):
                 sums[name] = tensor
             elif name in sums:
                 sums[name] += tensor.double()
@@ -184,7 +187,7 @@ def average_checkpoints(paths: Sequence[str]) -> State:
                 sums[name] = tensor.double()
     last = state["model"]
     averaged = {
-        name: tensor if not tensor.is_floating_point() or name.endswith(".iters") else tensor / len(paths)
+        name: tensor if not tensor.is_floating_point() or name.endswith(OF_THE_LAST) else tensor / len(paths)
         for name, tensor in sums.items()
     }
     averaged = _with_central_moments(averaged)
@@ -194,21 +197,33 @@ def average_checkpoints(paths: Sequence[str]) -> State:
 
 
 def _with_raw_moments(model: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """The same with E[x^2] in place of each ``running_var`` (float64)."""
-    return _map_variances(model, lambda var, mean: var.double() + mean.double().square())
+    """The same with E[x^2] in place of each ``running_var`` and ``running_std`` that has a mean (float64)."""
+    return {
+        name: tensor if spread is None else tensor.double().pow(spread.power) + model[spread.mean].double().square()
+        for name, tensor, spread in ((name, tensor, _spread(model, name)) for name, tensor in model.items())
+    }
 
 
 def _with_central_moments(model: Dict[str, Tensor]) -> Dict[str, Tensor]:
     """Inverse of :func:`_with_raw_moments`."""
-    return _map_variances(model, lambda moment, mean: moment - mean.square())
-
-
-def _map_variances(model: Dict[str, Tensor], change) -> Dict[str, Tensor]:
-    suffix = ".running_var"
     return {
-        name: change(tensor, model[name[: -len(suffix)] + ".running_mean"]) if name.endswith(suffix) else tensor
-        for name, tensor in model.items()
+        name: tensor if spread is None else (tensor - model[spread.mean].square()).clamp(min=0).pow(1 / spread.power)
+        for name, tensor, spread in ((name, tensor, _spread(model, name)) for name, tensor in model.items())
     }
+
+
+class _Spread(NamedTuple):
+    """A statistic of the spread about a mean: the mean's name, and the power of the statistic that is a variance."""
+
+    mean: str
+    power: int
+
+
+def _spread(model: Container[str], name: str) -> Optional[_Spread]:
+    """What kind of spread the entry ``name`` is, None if it is none; UN and MABN have a ``running_var`` about zero."""
+    prefix, _, statistic = name.rpartition(".")
+    mean, power = f"{prefix}.running_mean", {"running_var": 1, "running_std": 2}.get(statistic)
+    return None if power is None or mean not in model else _Spread(mean, power)
 
 
 def convert_authors_checkpoint(state: State) -> State:

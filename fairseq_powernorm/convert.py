@@ -96,7 +96,7 @@ def _places(model: nn.Module) -> List[_Place]:
 
 
 def _heads(place: _Place, dim: int) -> int:
-    """Attention heads of the innermost module around a norm that says so; 1 if none does or they do not divide ``dim``."""
+    """Attention heads, a divisor of ``dim``, of the innermost module around a norm that says so; 1 if none does."""
     for around in place.around:
         config = getattr(around, "config", None)
         for attributes in ({name: getattr(config, name, None) for name in _HEADS}, *map(vars, around.modules())):
@@ -122,7 +122,7 @@ def _of_heads(place: _Place, dim: int) -> bool:
     """Does a norm normalize queries or keys of each attention head?"""
     if any(_OF_HEADS.search(name) for name in place.names):
         return True
-    return bool(place.around) and getattr(place.around[0], "head_dim", None) == dim and _heads(place, dim) > 1
+    return bool(place.around) and getattr(place.around[0], "head_dim", None) == dim and _heads(place, 0) > 1
 
 
 # ---------------------------------------------------------------- the new norm
@@ -189,8 +189,9 @@ def _new_norm(
     if isinstance(old, _BatchNorm) and name == "batch" and old.running_mean is not None:
         new.load_state_dict({k: v for k, v in old.state_dict().items() if k not in ("weight", "bias")}, strict=False)
     new.train(old.training)
-    for hooks in HOOKS:
-        vars(new)[hooks] = vars(old)[hooks]
+    for hooks in (*HOOKS, "_is_full_backward_hook"):
+        if hooks in vars(old):
+            vars(new)[hooks] = vars(old)[hooks]
     if isinstance(old, Norm) and hasattr(old, "mask_slot") and hasattr(new, "mask_slot"):
         new.mask_slot = old.mask_slot
     return new, notes
@@ -270,7 +271,8 @@ def replace_norms(
 
     A module that stands in several places is replaced once and stays shared. Parameters are taken over as they are, so that
     tied ones stay tied and an optimizer keeps them; where a package stores ``weight - 1``, as Gemma's RMSNorm, a new one
-    holds the weight. Device, dtype, training mode and hooks stay. Nothing is changed if an error is raised.
+    holds the weight. Device, dtype, training mode, hooks of forward and backward passes stay. Nothing is changed if an error
+    is raised.
 
     Norms of single attention heads (``q_norm``, ``k_norm``) stay as they are unless ``where`` names them: statistics over
     positions and heads alike are none of the paper's. The fused evaluation of ``nn.TransformerEncoderLayer``, which computes

@@ -1,13 +1,15 @@
 r"""Folding for inference: the same outputs by fewer operations.
 
-In evaluation PN, PN-V and BN are affine maps of the layer-scaled input u (u = x without layer scale),
+In evaluation norms with running statistics are affine maps of the layer-scaled input u (u = x without layer scale),
 
 .. math:: y = s \odot u + t, \qquad s = \gamma / \sqrt{\psi^2 + \epsilon}, \qquad t = \beta - s \odot \mu
 
-(mu is BN's running mean, 0 in PN and PN-V). Where nothing but linear maps reads y, as in a pre-norm layer, s and t go
-into their weights and biases, W y + c = (W s) u + (c + W t): without layer scale nothing is left of the norm, with it a
-root mean square norm without parameters. Elsewhere (post-norm, a projection tied to the embedding) s and t stay.
+in PN and PN-V (mu = 0) and BN, and similar ones in the others (``scale_and_shift``). Where nothing but linear maps
+reads y, as in a pre-norm layer, s and t go into their weights and biases, W y + c = (W s) u + (c + W t): without
+layer scale nothing is left of the norm, with it a root mean square norm without parameters. Elsewhere (post-norm, a
+projection tied to the embedding) s and t stay.
 """
+import logging
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence
 
 import torch
@@ -18,6 +20,8 @@ from . import kernels
 from .kernels.interface import LAYER_SCALE_EPS
 from .norms import Norm, RunningNorm
 from .readers import LinearMap, linear_map, norm_readers
+
+logger = logging.getLogger(__name__)
 
 REFUSAL = "this model was folded for inference (--no-fold-norms turns that off) and cannot"
 
@@ -106,7 +110,13 @@ def fold_norms(model: nn.Module) -> nn.Module:
     Returns:
         ``model`` itself in evaluation mode (what stands in for it if it is a norm). It refuses to train, be it by
         ``train()`` or by a backward pass that reaches a parameter, and to load a state_dict.
+
+    Raises:
+        ValueError: a norm is no affine map (yet), see :func:`unfoldable`; nothing has been changed
     """
+    reason = unfoldable(model)
+    if reason is not None:
+        raise ValueError(reason)
     if isinstance(model, RunningNorm):
         return _folded(model)
     if not any(isinstance(module, RunningNorm) or hasattr(type(module), "stock") for module in model.modules()):
@@ -131,6 +141,25 @@ def fold_norms(model: nn.Module) -> nn.Module:
         if parameter.requires_grad:  # and stays so: torch chooses the faster matrix products for such weights
             parameter.register_hook(refuse_training)
     return model
+
+
+def may_fold(model: nn.Module) -> bool:
+    """Can :func:`fold_norms` fold this model? If not, a warning says why its norms are evaluated as they are."""
+    reason = unfoldable(model)
+    if reason is not None:
+        logger.warning("norms are evaluated as they are, not folded: %s", reason)
+    return reason is None
+
+
+def unfoldable(model: nn.Module) -> Optional[str]:
+    """Why :func:`fold_norms` refuses a model: the first norm whose evaluation is no affine map; None if it does not."""
+    for name, module in model.named_modules():
+        if isinstance(module, RunningNorm):
+            try:
+                module.scale_and_shift()
+            except ValueError as error:
+                return f"{name}: {error}" if name else str(error)
+    return None
 
 
 def _folded(norm: RunningNorm) -> FoldedNorm:

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from .norms import MaskSlot, Norm, RunningNorm
-from .norms.base import inside_backward
 from .norms.masks import HINT
+from .norms.recomputation import inside_backward
 
 __all__ = ["AttachedMask", "attach_mask", "padding_mask"]
 

@@ -16,7 +16,7 @@ from .functional.common import Function, Gradients
 from .kernels import choose, choose_for_gradient, choose_for_step, eager
 from .kernels.interface import PowerNormSpec, StepSpec
 
-__all__ = ["OpaqueSpec", "needed", "power_norm"]
+__all__ = ["OpaqueSpec", "needed", "power_norm", "snapshot"]
 
 
 class OpaqueSpec(NamedTuple):
@@ -168,6 +168,11 @@ def _nothing(*arguments: Any) -> None:
     return None
 
 
+_LIBRARY.define("snapshot(Tensor statistic) -> Tensor")
+_LIBRARY.impl("snapshot", torch.clone, "CompositeExplicitAutograd")
+torch.library.register_fake("fairseq_powernorm::snapshot", torch.clone, lib=_LIBRARY)
+
+
 for _name, _compute, _fake in (
     ("forward", _forward, _forward_fake),
     ("backward", _backward, _backward_fake),
@@ -179,6 +184,16 @@ for _name, _compute, _fake in (
     torch.library.register_fake(f"fairseq_powernorm::{_name}", _fake, lib=_LIBRARY)
 
 _OPERATORS = torch.ops.fairseq_powernorm
+
+
+def snapshot(statistic: Tensor) -> Tensor:
+    """A statistic as it is now, for a pass that is compiled.
+
+    What a compiler can compute again in the backward pass it does, and from the statistic as it has become: unless, as
+    here, it can't look into the operator.
+    """
+    now: Tensor = _OPERATORS.snapshot(statistic)
+    return now
 
 
 def needed(x: Tensor) -> bool:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Tuple, Type
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from omegaconf import II
 
-from .norms import NORMS, VARIANTS, PowerNorm, build_norm, default_groups, parse_norm
+from .norms import NORMS, VARIANTS, PowerNorm, build_norm, default_groups, norm_options as options_of, parse_norm
 from .recorder import check_target
 from .statistics import SYNC
 
@@ -45,6 +46,10 @@ class NormConstants(FairseqDataclass):
     norm_final_warmup_updates: Optional[int] = field(
         default=None,
         metadata={"help": "the same for the final norms (default: --norm-warmup-updates; the authors use 1000)"},
+    )
+    norm_total_updates: Optional[int] = field(
+        default=II("optimization.max_update"),
+        metadata={"help": "updates in which prepbn goes from LayerNorm to BN (default: --max-update, if there is a limit)"},
     )
     norm_groups: Optional[int] = field(
         default=None,
@@ -233,6 +238,7 @@ class ChosenNorms(Namespace):
             alpha_fwd=self.norm_alpha_fwd,
             alpha_bkw=self.norm_alpha_bkw,
             warmup_updates=warmup_updates,
+            total_updates=self.norm_total_updates if "total_updates" in options_of(name) else None,
             groups=groups,
             variant=self.norm_variant if issubclass(NORMS[name], PowerNorm) else None,
         )
@@ -267,6 +273,7 @@ def norm_options(args: Any, model: Type[NormConstants] = NormOptions) -> ChosenN
     defaults = model()
     found = {name: getattr(args, name, None) for name in NORM_FIELDS if name in model.__dataclass_fields__}
     options = ChosenNorms(**{k: getattr(defaults, k) if v is None else v for k, v in found.items()})
+    options.norm_total_updates = _total_updates(options.norm_total_updates, args)
     for name in ("norm_alpha_fwd", "norm_alpha_bkw"):
         value = getattr(options, name)
         if value is not None and not 0.0 <= value <= 1.0:
@@ -281,15 +288,25 @@ def norm_options(args: Any, model: Type[NormConstants] = NormOptions) -> ChosenN
         for position in ("self", "ff", "final"):
             name = f"{side}_norm_{position}"
             if getattr(options, name) is not None:  # a final norm may be that of the feed-forward blocks
-                setattr(options, name, _checked_norm(name, getattr(options, name)))
+                setattr(options, name, _checked_norm(name, getattr(options, name), options.norm_total_updates))
     return options
 
 
-def _checked_norm(option: str, text: Any) -> str:
+def _total_updates(given: Any, args: Any) -> Optional[int]:
+    """Length of the run as far as it is known: ``--norm-total-updates``, else ``--max-update``; 0 is no limit."""
+    for value in (given, getattr(args, "max_update", None)):
+        if value is not None and not isinstance(value, str):  # a text refers to an option that can't be seen from here
+            return int(value) or None
+    return None
+
+
+def _checked_norm(option: str, text: Any, total_updates: Optional[int]) -> str:
     """The text of a norm, if the norm can be built from it."""
     try:
         name, own = parse_norm(str(text))
-        build_norm(str(text), dim=8 * max(1, own.get("groups", 1)), device="meta")
+        left_open = {"total_updates"} & set(options_of(name)) - set(own)
+        known = dict.fromkeys(left_open, total_updates)
+        build_norm(str(text), dim=8 * max(1, own.get("groups", 1)), device="meta", **known)
     except ValueError as error:
         raise ValueError(f"{flag(option)} {str(text)!r}: {_reason(error, str(text))}") from None
     return str(text)

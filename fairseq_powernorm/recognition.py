@@ -107,9 +107,12 @@ def _measured(module: nn.Module) -> Function:
         raise Unknown("its number of channels is not known")
     draw = torch.Generator("cpu").manual_seed(1)
     options: Dict[str, Any] = dict(generator=draw, dtype=torch.float64, device="cpu")
-    twin = copy.deepcopy(module)
+    try:
+        twin = copy.deepcopy(module)
+    except Exception as error:
+        raise Unknown(f"cannot be copied ({type(error).__name__})") from error
     for hooks in HOOKS:
-        vars(twin)[hooks].clear()
+        getattr(twin, hooks, {}).clear()
     values = {name: torch.randn(dim, **options) for name in parameters}
     for name, value in values.items():
         setattr(twin, name, nn.Parameter(value, requires_grad=False))

@@ -65,9 +65,9 @@ class _Kind(NamedTuple):
     parts: Dict[str, _Part]
 
     def state(self) -> Dict[str, Tensor]:
-        """The buffers of all norms: name -> ``n x C`` (``iters``: ``n x 1``), in the precision of the sums."""
-        dtype = self.parts["forward"].step.dtype
-        return {name: buffer.view(len(self.norms), -1).to(dtype) for name, buffer in self.stacked().items()}
+        """The buffers of all norms by name, see :meth:`~.norms.RunningNorm.by_norm`, in the precision of the sums."""
+        dtype, first = self.parts["forward"].step.dtype, self.norms[0]
+        return {name: first.by_norm(name, each, len(self.norms)).to(dtype) for name, each in self.stacked().items()}
 
     def stacked(self) -> Dict[str, Tensor]:
         """A copy of the buffers of all norms, in their own precision."""
@@ -180,6 +180,7 @@ class RunningStatistics:
             raise RuntimeError("RunningStatistics.batch(): a batch is in progress already, here or in another thread")
         switches.open, switches.counting, switches.gradient_scale = True, counts, gradient_scale
         self._calls = None
+        self._forget_batch()
         try:
             yield
             self._add_batch()
@@ -187,6 +188,12 @@ class RunningStatistics:
         finally:
             switches.open, switches.counting, switches.gradient_scale = False, False, 1.0
             self._batch.zero_()
+            self._forget_batch()
+
+    def _forget_batch(self) -> None:
+        for kind in self.kinds:
+            for norm in kind.norms:
+                norm.forget_batch()
 
     @torch.no_grad()
     def _add_batch(self) -> None:
@@ -250,14 +257,14 @@ class RunningStatistics:
     def replace(self) -> None:
         """Replace the running statistics of the forward pass by those of the sums gathered, and begin anew.
 
-        Step counts, nu, and norms without a counted row stay as they are.
+        Step counts, nu, windows of single steps, and norms without a counted row stay as they are.
         """
         self.reduce()
         for kind in self.kinds:
             called = kind.parts["forward"].step[:, -1:] > 0
             old = kind.state()
             for name, new in kind.norms[0].advance("forward", old, kind.sums("forward"), 0.0).items():
-                if name != "iters":
+                if name != "iters" and name not in kind.norms[0].windows:
                     for norm, value, taken in zip(kind.norms, new, called):
                         value = value.to(norm._buffers[name].dtype)  # may overflow
                         if bool(taken) and bool(torch.isfinite(value).all()):

@@ -4,6 +4,7 @@ A training step is what fairseq's trainer makes of it: statistics are gathered i
 thrown away with the gradients and applied when the optimizer takes its step.
 """
 import logging
+import math
 import os
 from dataclasses import dataclass
 from typing import Any, Dict, Optional
@@ -22,8 +23,9 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageMode
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import II
 
-from .fold import fold_norms
+from .fold import fold_norms, may_fold
 from .models.base import PowerNormModel, check_kind
+from .norms import RegularizedBatchNorm, penalty
 from .options import (
     NORM_FIELDS,
     InferenceOptions,
@@ -37,6 +39,9 @@ from .recorder import Recorder
 from .statistics import RunningStatistics, running_norms
 
 logger = logging.getLogger(__name__)
+
+#: key of the norms' penalty in what a criterion and the trainer log
+PENALTY = "norm_penalty"
 
 #: updates in a row whose gradients may be not finite (without a loss scale) before training stops, as in plain fairseq
 MAX_SKIPPED_UPDATES = 10
@@ -69,6 +74,7 @@ class RunningStatisticsTask:
         self._statistics: Optional[RunningStatistics] = None
         self._model: Optional[torch.nn.Module] = None
         self._recorder: Optional[Recorder] = None
+        self._has_penalty = False
         self._probe: Optional[GradientProbe] = None
         self._gradient_is_finite = True
         self._loss_is_void = False
@@ -95,7 +101,8 @@ class RunningStatisticsTask:
             (self._probe.begin if self._recorder.due(update_num + 1) else self._probe.end)()
         scale = gradient_scale(optimizer, next(model.parameters()).device)
         with self._statistics.batch(counts=not ignore_grad, gradient_scale=scale):
-            return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs)
+            penalized = _penalized(criterion) if self._has_penalty else criterion
+            return super().train_step(sample, model, penalized, optimizer, update_num, ignore_grad, **kwargs)
 
     def optimizer_step(self, optimizer, model, update_num):
         """Step of the optimizer and of the running statistics, or of neither."""
@@ -128,6 +135,10 @@ class RunningStatisticsTask:
             metrics.log_scalar("loss", float("nan"), 0)
         else:
             super().reduce_metrics(logging_outputs, criterion)
+            if any(PENALTY in output for output in logging_outputs):
+                total = sum(float(output.get(PENALTY, 0.0)) for output in logging_outputs)
+                size = sum(output.get("sample_size", 0) for output in logging_outputs)
+                metrics.log_scalar(PENALTY, total / max(1, size) / math.log(2), size, round=4)  # as fairseq's loss
 
     # ------------------------------------------------------------------ what the patched trainer calls, see patches
 
@@ -156,6 +167,7 @@ class RunningStatisticsTask:
         """Take the norms' statistics over; when training resumes, continue the record."""
         sync, group = self.cfg.norm_sync, distributed_utils.get_data_parallel_group()
         self._model, self._statistics = model, RunningStatistics(model, sync, group)
+        self._has_penalty = any(isinstance(module, RegularizedBatchNorm) for module in model.modules())
         drop = max((module.p for module in model.modules() if isinstance(module, LayerDropModuleList)), default=0)
         if self._statistics.switches.reduce is not None and drop > 0:
             raise ValueError(
@@ -189,6 +201,17 @@ class RunningStatisticsTask:
                 "itself where a norm divides by statistics of the batch (BN, PN-V, PN's variant reference)"
             )
         self._warned = True
+
+
+def _penalized(criterion):
+    """The criterion with the norms' penalty added to its loss, which it sums over tokens, and to what it logs."""
+
+    def with_penalty(model, sample):
+        loss, sample_size, logging_output = criterion(model, sample)
+        added = penalty(model)
+        return loss + added, sample_size, {**logging_output, PENALTY: added.detach()}
+
+    return with_penalty
 
 
 def _rank() -> int:
@@ -261,7 +284,7 @@ class PowerNormTask(RunningStatisticsTask):
         if model in self._loaded:
             self._loaded.discard(model)
             # fairseq-validate drops an option that the checkpoint does not know
-            if not (self.cfg.no_fold_norms or "no_fold_norms" in given_flags()):
+            if not (self.cfg.no_fold_norms or "no_fold_norms" in given_flags()) and may_fold(model):
                 fold_norms(model)
         return super().valid_step(sample, model, criterion)
 

@@ -259,6 +259,15 @@ def test_what_stays():
     assert seen == ["PowerNorm"]
 
 
+def test_backward_hooks_stay():
+    """A full backward hook of the old norm sees the gradients of the new one."""
+    seen, model = [], nn.Sequential(nn.LayerNorm(C), nn.Linear(C, 2))
+    model[0].register_full_backward_hook(lambda module, before, after: seen.append((type(module).__name__, after[0].shape)))
+    replace_norms(model)
+    model(x_of(3, C).requires_grad_()).sum().backward()
+    assert seen == [("PowerNorm", (3, C))]
+
+
 def test_affine():
     """No affine map where there was none; copy_affine=False begins at 1 and 0; what is lost is said."""
     model, _ = replace_norms(nn.Sequential(nn.LayerNorm(C, elementwise_affine=False)))

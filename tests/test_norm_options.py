@@ -10,7 +10,7 @@ from fairseq_cli import train
 from omegaconf import OmegaConf
 from torch import nn
 
-from fairseq_powernorm.norms import NORMS, build_norm, norm_options, parse_norm
+from fairseq_powernorm.norms import NORMS, build_norm, default_groups, norm_options, parse_norm
 from fairseq_powernorm.options import NormOptions
 
 LM = {name: value for name, value in toy.SIZES.items() if not name.startswith("encoder")}
@@ -27,8 +27,8 @@ def norms(**options):
 def test_what_is_not_given_is_left_to_the_norm(name):
     """Without options for all norms each norm has the settings of its own constructor, groups by the attention heads."""
     for each in norms(encoder_norm_self=name, encoder_norm_ff=name).values():
-        groups = dict(groups=4) if "groups" in norm_options(name) else {}
-        assert repr(each) == repr(NORMS[name](16, **groups))
+        given = dict(groups=default_groups(name, heads=4)) if "groups" in norm_options(name) else {}
+        assert repr(each) == repr(NORMS[name](16, **given, **getattr(NORMS[name], "REQUIRED", {})))
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,23 @@ def test_which_option_counts(options, position, expected):
     assert {name: getattr(norm, name) for name in expected} == expected
 
 
+@pytest.mark.parametrize("options,expected", [
+    (dict(max_update=70), 70),
+    (dict(max_update=70, norm_total_updates=50), 50),
+    (dict(max_update=70, norm_total_updates=50, encoder_norm_self="prepbn:total_updates=30"), 30),
+    (dict(max_update=0), None),
+    ({}, None),
+])
+def test_the_length_of_the_run(options, expected):
+    """PRepBN takes what its text says, else --norm-total-updates, else --max-update; without any it is refused."""
+    options = {"encoder_norm_self": "prepbn", "norm_total_updates": None, **options}
+    if expected is None:
+        with pytest.raises(ValueError, match="--encoder-norm-self 'prepbn': total_updates=None: must be .*--max-update"):
+            toy.build(**options)
+    else:
+        assert norms(**options)["self"].total_updates == expected
+
+
 @pytest.mark.parametrize("arch", ["transformer_lm_pn", "tensorized_lm_pn"])
 def test_language_models(arch):
     """A language model takes the same texts."""
@@ -74,7 +91,7 @@ def test_language_models(arch):
 def test_configurations_saved_before():
     """The options as checkpoints have them that were saved when each had a number: the same model as with none given."""
     before = dict(norm_alpha_fwd=0.9, norm_alpha_bkw=0.9, norm_warmup_updates=10000, norm_variant="reference", norm_eps=1e-5)
-    for name in NORMS:
+    for name in ("layer", "rms", "batch", "power-v", "power"):
         place = dict(encoder_norm_self=name, encoder_norm_ff=name)
         assert list(map(repr, norms(**place, **before).values())) == list(map(repr, norms(**place).values()))
     assert all(getattr(NormOptions(), name) is None for name in before)
@@ -102,6 +119,8 @@ def test_configurations_saved_before():
         ("power:device=cpu", "option 'device' is unknown; options of 'power': eps, "),
         ("power:batch_first=true", "option 'batch_first' is unknown"),
         ("power:warmup_updates=1,warmup_updates=2", "given twice"),
+        ("un:window=0", "window=0: must be 1 or more steps"),
+        ("prepbn:total_updates=0", "total_updates=0: must be the number of training steps"),
     ],
 )
 def test_wrong_texts(side, position, text, message):

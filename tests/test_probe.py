@@ -118,7 +118,7 @@ def test_any_norm_can_be_measured(name):
     results = []
     for probed in (False, True):
         torch.manual_seed(0)
-        norm = build_norm(name, 8, groups=2)
+        norm = build_norm(name, 8, groups=2, **getattr(NORMS[name], "REQUIRED", {}))
         model = nn.Sequential(nn.Linear(8, 8), norm, nn.ReLU(inplace=True), nn.Linear(8, 8)).double()
         statistics = RunningStatistics(model)
         probe = GradientProbe(statistics.norms(), statistics.total)

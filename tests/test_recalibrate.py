@@ -8,7 +8,7 @@ import torch
 import toy
 from torch import nn
 
-from fairseq_powernorm.norms import LayerNorm, MaskedBatchNorm, PowerNorm, PowerNormV
+from fairseq_powernorm.norms import LayerNorm, MaskedBatchNorm, PowerNorm, PowerNormV, build_norm
 from fairseq_powernorm.statistics import recalibrate
 
 C = 6
@@ -17,7 +17,20 @@ KINDS = {
     "power-v": lambda: PowerNormV(C, groups=0),
     "reference": lambda: PowerNorm(C, groups=0, warmup_updates=3),
     "algorithm2": lambda: PowerNorm(C, groups=0, variant="algorithm2"),
+    **{name: (lambda name=name: build_norm(name, C)) for name in ("batch-renorm", "mabn", "un", "rbn")},
+    "prepbn": lambda: build_norm("prepbn", C, total_updates=30),
 }
+#: kind -> the statistics that are estimated, from the rows that count
+ESTIMATES = {
+    "batch": dict(running_mean=lambda rows: rows.mean(0), running_var=lambda rows: rows.var(0)),
+    "prepbn": dict(running_mean=lambda rows: rows.mean(0), running_var=lambda rows: rows.var(0)),
+    "rbn": dict(running_mean=lambda rows: rows.mean(0), running_var=lambda rows: rows.var(0, unbiased=False)),
+    "batch-renorm": dict(
+        running_mean=lambda rows: rows.mean(0), running_std=lambda rows: rows.std(0, unbiased=False) + 1e-3
+    ),
+    **dict.fromkeys(("mabn", "un"), dict(running_var=lambda rows: rows.square().mean(0))),
+}
+SECOND_MOMENT = dict(running_phi=lambda rows: rows.square().mean(0))
 
 
 def model_of(kind):
@@ -48,13 +61,11 @@ def test_statistics_are_those_of_all_batches(kind):
     before = copy.deepcopy(model.state_dict())
     assert recalibrate(model, batches(), forward) == 5
     rows = torch.cat([model[0](x)[mask.t().logical_not()] for x, mask in batches()]).detach()
-    if kind == "batch":
-        torch.testing.assert_close(norm.running_mean, rows.mean(0))
-        torch.testing.assert_close(norm.running_var, rows.var(0))
-    else:
-        torch.testing.assert_close(norm.running_phi, rows.square().mean(0))
+    estimates = ESTIMATES.get(kind, SECOND_MOMENT)
+    for name, estimate in estimates.items():
+        torch.testing.assert_close(norm.get_buffer(name), estimate(rows))
     changed = {name.split(".")[1] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == ({"running_mean", "running_var"} if kind == "batch" else {"running_phi"})
+    assert changed == set(estimates)
     assert not model.training and norm.stage is None
 
 
@@ -65,12 +76,13 @@ def test_what_the_checkpoint_had_does_not_matter(kind, size):
     fresh, spoilt = model_of(kind), model_of(kind)
     for norm in (spoilt[1], spoilt[3]):
         for name, buffer in norm.named_buffers():
-            buffer.fill_(1000.0 if name == "iters" else size)
+            if kind != "prepbn" or name != "iters":  # whose step is a part of its function
+                buffer.fill_(1000.0 if name == "iters" else size)
     for model in (fresh, spoilt):
         recalibrate(model, batches(), forward)
     for i in (1, 3):
         for name, buffer in fresh[i].named_buffers():
-            if name not in ("iters", "ema_gz"):
+            if name not in ("iters", "ema_gz", *fresh[i].windows):
                 torch.testing.assert_close(buffer, spoilt[i].get_buffer(name))
 
 

@@ -10,7 +10,18 @@ import torch.utils.checkpoint
 import toy
 from torch import nn
 
-from fairseq_powernorm.norms import MaskedBatchNorm, PowerNorm, PowerNormV, build_norm
+from fairseq_powernorm.norms import (
+    BatchRenorm,
+    MaskedBatchNorm,
+    MovingAverageBatchNorm,
+    PowerNorm,
+    PowerNormV,
+    ProgressiveBatchNorm,
+    RegularizedBatchNorm,
+    UnifiedNorm,
+    build_norm,
+    penalty,
+)
 from fairseq_powernorm.statistics import RunningStatistics, running_norms
 
 C = 8
@@ -19,6 +30,12 @@ KINDS = {
     "power-v": lambda **o: PowerNormV(C, groups=2, **o),
     "reference": lambda **o: PowerNorm(C, groups=2, warmup_updates=4, **o),
     "algorithm2": lambda **o: PowerNorm(C, groups=2, variant="algorithm2", **o),
+    "batch-renorm": lambda **o: BatchRenorm(C, groups=2, warmup_updates=2, r_updates=4, d_updates=4, **o),
+    "mabn": lambda **o: MovingAverageBatchNorm(C, groups=2, window=2, warmup_updates=3, rescale_after=4, **o),
+    "un": lambda **o: UnifiedNorm(C, groups=2, window=2, warmup_updates=3, rescale_after=4, **o),
+    "un-outliers": lambda **o: UnifiedNorm(C, groups=0, window=2, warmup_updates=1, filter_outliers=True, **o),
+    "rbn": lambda **o: RegularizedBatchNorm(C, groups=2, **o),
+    "prepbn": lambda **o: ProgressiveBatchNorm(C, groups=2, total_updates=6, **o),
 }
 EXACT = dict(rtol=1e-10, atol=1e-12)
 
@@ -32,7 +49,7 @@ def stack(kind, layers=2):
         with torch.no_grad():
             for name, tensor in norm.state_dict().items():
                 if name != "iters":
-                    tensor.copy_(torch.rand(C) + 0.5)
+                    tensor.copy_(torch.rand(tensor.shape) + 0.5)
         modules += [norm, nn.Linear(C, C)]
     return nn.ModuleList(modules).double().train()
 
@@ -41,7 +58,7 @@ def run(model, x, mask):
     """The model's output for x (T x B x C) and mask (B x T); no gradient arrives at padding, as in a Transformer."""
     for module in model:
         x = module(x, mask) if not isinstance(module, nn.Linear) else module(x)
-    return (x * mask.t().logical_not().unsqueeze(-1)).pow(3).sum()
+    return (x * mask.t().logical_not().unsqueeze(-1)).pow(3).sum() + penalty(model)
 
 
 def data(step, sentences=4, length=5, padding=True):
@@ -481,14 +498,16 @@ def test_two_ranks_equal_one_batch():
 for kind, sync, padding in [('batch', 'exact', True), ('power-v', 'exact', True), ('reference', 'exact', False),
                             ('algorithm2', 'exact', True), ('algorithm2', 'step', True),
                             ('batch', 'step', True), ('power-v', 'step', True), ('reference', 'step', False),
-                            ('algorithm2', 'off', True)]:
+                            ('algorithm2', 'off', True),
+                            *[(kind, sync, True) for sync in ('exact', 'step')
+                              for kind in ('batch-renorm', 'mabn', 'un', 'un-outliers', 'rbn', 'prepbn')]]:
     model = train_rank(kind, sync, padding)
     same = equal_on_both(model)
     if rank == 0:
         print(kind, sync, difference(model, train_whole(kind, padding)), same)
 """)
     found = {tuple(words[:2]): (float(words[2]), words[3] == "True") for words in map(str.split, output.splitlines())}
-    assert len(found) == 9
+    assert len(found) == 21
     for (kind, sync), (difference, same) in found.items():
         assert same == (sync != "off"), (kind, sync)
         if sync == "exact" or (kind, sync) == ("algorithm2", "step"):

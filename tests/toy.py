@@ -38,7 +38,8 @@ def task(symbols=20):
 def build(arch="transformer_pn_iwslt_de_en", seed=1, randomize=True, sizes=SIZES, task_symbols=20, **options):
     """A small model, its norms' parameters and running statistics away from their initial values."""
     torch.manual_seed(seed)
-    model = models.build_model(Namespace(_name=arch, **{**sizes, **options}), task(task_symbols))
+    options = {**sizes, "norm_total_updates": 1, **options}
+    model = models.build_model(Namespace(_name=arch, **options), task(task_symbols))
     if randomize:
         with torch.no_grad():
             for name, tensor in model.state_dict().items():

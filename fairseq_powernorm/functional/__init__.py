@@ -12,22 +12,35 @@ from ..kernels.interface import PowerNormSpec
 from .batch import BatchSpec, batch_norm, batch_norm_formula
 from .common import Collect, Reduce, in_transform, saved_tensors_are_hooked, unwrapped
 from .evaluation import running_norm
+from .moments import Moments, batch_moments, output_like, root, standing_in, sum_rows
 from .power import NO_STAGE, StageSums, native_power_norm, power_norm
+from .window import WindowSpec, WindowState, gradient_moment, put, window_norm
 
 __all__ = [
     "NO_STAGE",
     "BatchSpec",
     "Collect",
+    "Moments",
     "PowerNormSpec",
     "Reduce",
+    "WindowSpec",
+    "WindowState",
+    "batch_moments",
     "StageSums",
     "batch_norm",
     "batch_norm_formula",
+    "gradient_moment",
     "in_transform",
     "layer_scale",
+    "output_like",
     "native_power_norm",
     "power_norm",
+    "put",
+    "root",
     "running_norm",
     "saved_tensors_are_hooked",
+    "standing_in",
+    "sum_rows",
     "unwrapped",
+    "window_norm",
 ]

@@ -4,9 +4,18 @@ from typing import Any, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..kernels import eager
-from ..kernels.interface import plain
-from .common import Collect, Function, Gradients, Reduce, in_memory, reduced, transformed_gradient
+from ..kernels import choose, choose_for_gradient, eager
+from ..kernels.interface import PowerNormSpec, plain
+from .common import (
+    Collect,
+    Function,
+    Gradients,
+    Reduce,
+    finite_padding_gradient,
+    in_memory,
+    reduced,
+    transformed_gradient,
+)
 
 
 class BatchSpec(NamedTuple):
@@ -113,16 +122,7 @@ class _BatchNorm(Function):
         x, r, weight, bias, valid, mean, inv, own_count, count, denominator = ctx.saved_tensors
         _, _, _, spec, collect, reduce = ctx.call
         if torch.is_grad_enabled() or transformed_gradient(grad_y):
-            # the gradient is itself to be differentiated or transformed: that of the formula
-            if reduce is not None:
-                raise RuntimeError(
-                    "second derivatives are not available where statistics are reduced in every pass (sync 'exact')"
-                )
-            with torch.enable_grad():
-                inputs = [each for each, needed in zip((x, weight, bias), ctx.needs_input_grad) if needed]
-                y, _ = batch_norm_formula(x, weight, bias, *ctx.call[:4])
-                found = iter(torch.autograd.grad(y, inputs, grad_y, create_graph=torch.is_grad_enabled()))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None
+            return _formula_backward(ctx, grad_y, x, weight, bias)
         if not plain(grad_y):
             grad_y = in_memory(grad_y)
         dtype, shape = eager.compute_dtype(x), x.shape
@@ -152,6 +152,78 @@ class _BatchNorm(Function):
                 grad_x = eager.scale_rows_backward(grad_u, u, r).to(x.dtype).view(shape)
         grad_weight = None if weight is None else grad_c_sum * inv
         return grad_x, grad_weight, grad_sum if ctx.needs_input_grad[2] else None, None
+
+
+def _formula_backward(
+    ctx: Any, grad_y: Tensor, x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor]
+) -> Gradients:
+    """A gradient that is itself to be differentiated or transformed: that of the formula."""
+    if ctx.call.reduce is not None:
+        raise RuntimeError(
+            "second derivatives are not available where statistics are reduced in every pass (sync 'exact')"
+        )
+    with torch.enable_grad():
+        inputs: Any = [each for each, needed in zip((x, weight, bias), ctx.needs_input_grad) if needed]
+        y, _ = batch_norm_formula(x, weight, bias, *ctx.call[:4])
+        found = iter(torch.autograd.grad(y, inputs, grad_y, create_graph=torch.is_grad_enabled()))
+    return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None
+
+
+class _SecondMomentNorm(Function):
+    """PN-V by the sweeps of PN: its output is PN's in the warm-up, its gradient PN's with another nu, that of the batch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], call: _BatchCall) -> Tensor:
+        valid, _, moment, spec, collect, _ = call
+        y: Tensor
+        ctx.spec = PowerNormSpec(
+            groups=spec.groups,
+            eps=spec.eps,
+            nu_scale=1.0,
+            gradient_scale=1.0,
+            forward_batch=True,
+            backward_batch=True,
+            skip_padding=True,
+        )
+        ctx.kernel = choose(x, weight, bias, moment, valid=valid)
+        y, r, saved, tally = ctx.kernel.power_forward(x, weight, bias, valid, moment, ctx.spec)
+        assert tally is not None
+        rows = tally[-2].clone()
+        collect("forward", tally)
+        ctx.save_for_backward(x, r, weight, bias, saved, valid, rows)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Optional[Tensor]) -> Gradients:
+        if grad_y is None:
+            return None, None, None, None
+        x, r, weight, bias, saved, valid, rows = ctx.saved_tensors
+        if torch.is_grad_enabled() or transformed_gradient(grad_y):
+            return _formula_backward(ctx, grad_y, x, weight, bias)
+        if not plain(grad_y):
+            grad_y = in_memory(grad_y)
+        # all rows count in these sums, padding included: a gradient that arrives there passes through the statistics
+        spec = ctx.spec._replace(skip_padding=False)
+        zero = torch.zeros_like(saved[0])
+        backend = choose_for_gradient(ctx.kernel, grad_y, x, r, weight, saved, valid, zero)
+        sums = backend.power_backward(grad_y, x, r, weight, valid, saved, zero, spec, want_x=False)
+        weighted = sums.weight if weight is None else sums.weight * weight.to(sums.weight.dtype)
+        ctx.call.collect("backward", eager.tally(weighted, rows=rows))
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            nu = weighted / rows.clamp(min=1).to(weighted.dtype)
+            grad_x = backend.power_backward(grad_y, x, r, weight, None, saved, nu, spec).x
+            if valid is not None and grad_x is not None:  # the statistics do not depend on padding
+                padding = valid.logical_not().nonzero().squeeze(1)
+                chosen = [each.reshape(len(valid), -1)[padding] for each in (grad_y, x, r) if each is not None]
+                grads, rows_there, *roots = eager.finite_padding(valid[padding], *chosen)
+                root = roots[0] if roots else None
+                found = backend.power_backward(grads, rows_there, root, weight, None, saved, zero, spec).x
+                assert found is not None
+                grad_x.view(len(valid), -1).index_copy_(0, padding, found)
+        return grad_x, None if weight is None else sums.weight, sums.bias if ctx.needs_input_grad[2] else None, None
 
 
 def _batch_grad_sums(
@@ -195,35 +267,10 @@ def batch_norm(
     Returns:
         shape and dtype of ``x``
     """
-    y: Tensor = _BatchNorm.apply(x, weight, bias, _BatchCall(valid, mean, moment, spec, collect, reduce))
+    call = _BatchCall(valid, mean, moment, spec, collect, reduce)
+    by_sweeps = not spec.centre and reduce is None and x.is_cpu and choose(x, weight, bias, moment, valid=valid) is not eager
+    y: Tensor = (_SecondMomentNorm if by_sweeps else _BatchNorm).apply(x, weight, bias, call)
     return y
-
-
-class _FinitePaddingGradient(Function):
-    """Identity; a gradient that is not finite does not pass where ``valid`` is False."""
-
-    @staticmethod
-    def forward(x: Tensor, valid: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Gradients:
-        (valid,) = ctx.saved_tensors
-        return torch.where(valid | torch.isfinite(grad), grad, 0.0), None
-
-
-class _TransformedFinitePaddingGradient(_FinitePaddingGradient):
-    """The same with what function transforms need and compilers do not take."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
-        return tangent.clone()
 
 
 def batch_norm_formula(
@@ -268,6 +315,5 @@ def batch_norm_formula(
     )
     y = eager.affine(u, eager.inverse_root(found, spec.eps), weight, bias)
     if row_valid is not None:
-        compiling = torch.compiler.is_compiling()
-        y = (_FinitePaddingGradient if compiling else _TransformedFinitePaddingGradient).apply(y, row_valid)
+        y = finite_padding_gradient(y, row_valid)
     return y.to(x.dtype).reshape(x.shape), tally

@@ -54,8 +54,49 @@ def transformed_gradient(grad_y: Tensor) -> bool:
     return in_transform() or torch._C._functorch.is_legacy_batchedtensor(grad_y)
 
 
+def undifferentiable(grads: Gradients, what: str) -> Gradients:
+    """Approximate gradients; whoever differentiates them once more gets an error, not a part of the derivative."""
+    message = f"the gradient of {what} in training is an approximation: it can't be differentiated"
+    error: Any = torch._C._functions.DelayedError(message.encode(), len(grads))
+    return tuple(error(*(None if each is None else each.requires_grad_() for each in grads)))
+
+
 def unwrapped(tensor: Tensor) -> Tensor:
     """The tensor beneath the wrappers of ``torch.func.grad``."""
     while torch._C._functorch.is_gradtrackingtensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
+
+
+class _FinitePaddingGradient(Function):
+    """Identity; a gradient that is not finite does not pass where ``valid`` is False."""
+
+    @staticmethod
+    def forward(x: Tensor, valid: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        (valid,) = ctx.saved_tensors
+        return torch.where(valid | torch.isfinite(grad), grad, 0.0), None
+
+
+class _TransformedFinitePaddingGradient(_FinitePaddingGradient):
+    """The same with what function transforms need and compilers do not take."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
+        return tangent.clone()
+
+
+def finite_padding_gradient(y: Tensor, valid: Tensor) -> Tensor:
+    """``y``, through which a gradient that is not finite does not pass where ``valid`` (``... x 1``) is False."""
+    kind = _FinitePaddingGradient if torch.compiler.is_compiling() else _TransformedFinitePaddingGradient
+    passed: Tensor = kind.apply(y, valid)
+    return passed

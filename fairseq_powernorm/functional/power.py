@@ -17,6 +17,7 @@ from .common import (
     in_transform,
     saved_tensors_are_hooked,
     transformed_gradient,
+    undifferentiable,
     unwrapped,
 )
 
@@ -96,11 +97,8 @@ class _PowerNorm(Function):
         if not torch.is_grad_enabled():
             return _backward(ctx, grad_y)
         with torch.no_grad():
-            grads = [None if each is None else each.requires_grad_() for each in _backward(ctx, grad_y)]
-        # whoever differentiates the approximate gradient once more gets an error, not a part of the derivative
-        message = b"the gradient of PowerNorm in training is an approximation: it can't be differentiated"
-        error: Any = torch._C._functions.DelayedError(message, len(grads))
-        return tuple(error(*grads))
+            grads = _backward(ctx, grad_y)
+        return undifferentiable(grads, "PowerNorm")
 
 
 def _refuse_several(grad_y: Tensor) -> None:

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from ..checkpoint import check_same_norms
-from ..fold import fold_norms, refuse_loading, refuse_training
+from ..fold import fold_norms, may_fold, refuse_loading, refuse_training
 from ..norms import RunningNorm
 from ..options import (
     NORM_FIELDS,
@@ -308,5 +308,5 @@ class PowerNormModel(_Mixin):
     def make_generation_fast_(self, **kwargs):
         """See fairseq."""
         super().make_generation_fast_(**kwargs)
-        if self.folds:
+        if self.folds and may_fold(self):
             fold_norms(self)

@@ -12,36 +12,46 @@ into which the norm adds its sums, and applies them once per step.
 """
 from .base import RunningNorm
 from .batch import MaskedBatchNorm
+from .batch_renorm import BatchRenorm
 from .layer import LayerNorm, RMSNorm
 from .layouts import LAYOUTS, Norm
 from .masks import MaskSlot
 from .power import VARIANTS, PowerNorm, SecondMomentNorm
 from .power_v import PowerNormV
+from .progressive import ProgressiveBatchNorm
 from .registry import NORMS, build_norm, create_norm, default_groups, norm_options, norms_with, parse_norm
+from .regularized import RegularizedBatchNorm, penalty
 from .row import RowNorm
 from .staging import Stage, Sums, Switches
+from .window import MovingAverageBatchNorm, UnifiedNorm
 
 __all__ = [
     "LAYOUTS",
     "NORMS",
     "VARIANTS",
+    "BatchRenorm",
     "LayerNorm",
     "MaskSlot",
     "MaskedBatchNorm",
+    "MovingAverageBatchNorm",
     "Norm",
     "PowerNorm",
     "PowerNormV",
+    "ProgressiveBatchNorm",
     "RMSNorm",
+    "RegularizedBatchNorm",
     "RowNorm",
     "RunningNorm",
     "SecondMomentNorm",
     "Stage",
     "Sums",
     "Switches",
+    "UnifiedNorm",
     "build_norm",
     "create_norm",
     "default_groups",
     "norm_options",
     "norms_with",
     "parse_norm",
+    "penalty",
 ]

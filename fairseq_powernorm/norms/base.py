@@ -1,6 +1,6 @@
 """The base of the norms with running statistics: checks, masks, buffers that stay in float32, transforms of torch."""
-import logging
 import threading
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Callable, Dict, Hashable, Mapping, Optional, Tuple, Union
 
 import torch
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from .. import functional, operators
 from ..kernels import eager
 from ..kernels.interface import transformed
+from . import loading
+from .checks import check_interval
 from .layouts import Norm
 from .masks import MaskSlot, valid_rows
 from .staging import Stage, Sums
-
-logger = logging.getLogger(__name__)
 
 State = Mapping[str, Tensor]
 Device = Union[torch.device, str, int, None]
@@ -22,46 +22,10 @@ _PLAIN = (Tensor, nn.Parameter)
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def inside_backward() -> bool:
-    """True while an autograd backward pass runs: a forward pass then is a recomputation (activation checkpointing)."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def check_interval(name: str, value: float) -> None:
-    """Raise ValueError unless 0 <= value <= 1."""
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name}={value!r}: must lie in [0, 1]")
-
-
 def _widened(value: Tensor) -> Tensor:
     """A value for a statistic: as it is, or float32 if it is narrower (half precision, integers, bool)."""
     wide = value.is_floating_point() and torch.finfo(value.dtype).bits >= 32
     return value if wide else value.to(torch.float32)
-
-
-def size_of(x: Tensor) -> Tensor:
-    """Euclidean norm over channels divided by their number, ``... x C -> ...``."""
-    norm: Tensor = torch.linalg.vector_norm(x, dim=-1)
-    return norm / x.size(-1)
-
-
-def discrepancy(
-    deviation: Tensor, running_deviation: Tensor, mean: Optional[Tensor] = None, running_mean: Optional[Tensor] = None
-) -> Dict[str, Tensor]:
-    """The training-inference discrepancy of Wang et al. (NeurIPS 2022): how far evaluation is from this step's training.
-
-    Args:
-        deviation, running_deviation: ``... x C``, what training divides by and what evaluation would
-        mean, running_mean: what they subtract; None in norms that subtract nothing
-
-    Returns:
-        ``discrepancy_mean``: distance of the means in deviations of the batch, and ``discrepancy_std``: relative difference
-        of the deviations; both are means over channels (leading dimensions stay)
-    """
-    found = {"discrepancy_std": (running_deviation / deviation - 1.0).abs().mean(-1)}
-    if mean is not None and running_mean is not None:
-        found["discrepancy_mean"] = ((running_mean - mean).abs() / deviation).mean(-1)
-    return found
 
 
 class RunningNorm(Norm):
@@ -80,6 +44,7 @@ class RunningNorm(Norm):
         affine: learn ``weight`` and ``bias`` (``C``)
         batch_first, layout: where the channels are, see :class:`~.layouts.Norm`
         device, dtype: of the parameters, torch's defaults if None; statistics are on that device and float32 or wider
+        windows: statistics that keep the values of several steps, ``W x C``: name -> W; the others are ``C``
 
     Raises:
         ValueError: an argument is outside its range, or ``groups`` does not divide ``dim``
@@ -89,6 +54,11 @@ class RunningNorm(Norm):
     SUMS: Mapping[str, Tuple[str, ...]] = {"forward": (), "backward": ()}
     #: buffers -> their values at the beginning
     STATISTICS: Mapping[str, float] = {}
+    #: buffers that evaluation subtracts (None: nothing) and divides by, and how: ``added`` for ``sqrt(moment + eps)``,
+    #: ``clamped`` for ``sqrt(max(moment, eps))``, ``deviation`` for ``moment`` itself
+    MEAN: Optional[str] = None
+    MOMENT: str = "running_phi"
+    ROOT: str = "added"
     #: the buffers that a step of a part changes
     STEPS: Mapping[str, Tuple[str, ...]] = {"forward": (), "backward": ()}
 
@@ -111,6 +81,7 @@ class RunningNorm(Norm):
         layout: Optional[str] = None,
         device: Device = None,
         dtype: Optional[torch.dtype] = None,
+        windows: Mapping[str, int] = MappingProxyType({}),
     ):
         super().__init__(dim, batch_first=batch_first, layout=layout)
         if dim < 1:
@@ -137,7 +108,9 @@ class RunningNorm(Norm):
             # floating point: integer buffers break exponential moving averages of a model
             self.register_buffer("iters", torch.empty((), device=device, dtype=wide))
             for name in self.STATISTICS:
-                self.register_buffer(name, torch.empty(dim, device=device, dtype=wide))
+                size = (windows[name], dim) if name in windows else (dim,)
+                self.register_buffer(name, torch.empty(size, device=device, dtype=wide))
+        self.windows = dict(windows)
         self._from_meta = False  # statistics may have come in place of meta tensors, with or without a value
         self._steps: Optional[Tuple[Tensor, int, int]] = None  # iters, its version, its value on the host
         self._lock = threading.Lock()
@@ -166,9 +139,14 @@ class RunningNorm(Norm):
     def reset_parameters(self) -> None:
         """Set statistics, ``weight`` (1) and ``bias`` (0) to what they were at the beginning."""
         self.reset_running_stats()
-        for parameter, value in ((self.weight, 1.0), (self.bias, 0.0)):
+        values = self.first_values()
+        for name, parameter in self._parameters.items():
             if parameter is not None:
-                nn.init.constant_(parameter, value)
+                nn.init.constant_(parameter, values.get(name, 0.0))
+
+    def first_values(self) -> Dict[str, float]:
+        """Parameters and statistics -> their values at the beginning, where these are not zero."""
+        return {"weight": 1.0, **self.STATISTICS}
 
     def settings(self) -> Tuple[Tuple[str, Any], ...]:
         """The norm's numbers and choices by name: norms of one class that share them share their arithmetic."""
@@ -195,9 +173,9 @@ class RunningNorm(Norm):
         if isinstance(value, Tensor) and (name in self._buffers or name in self._parameters):
             old = self._buffers.get(name, self._parameters.get(name))
             came = old is not None and old.is_meta and not value.is_meta
-            if came and self._is_lacking(value):
+            if came and loading.is_lacking(self, value):
                 with torch.no_grad():
-                    value.fill_(self.STATISTICS.get(name, 1.0 if name == "weight" else 0.0))
+                    value.fill_(self.first_values().get(name, 0.0))
             elif name in self._buffers:
                 if came:
                     self.__dict__["_from_meta"] = True
@@ -205,15 +183,6 @@ class RunningNorm(Norm):
         elif not name.startswith("_"):
             self.__dict__["_constants"] = {}
         super().__setattr__(name, value)
-
-    def _is_lacking(self, value: Tensor) -> bool:
-        """Is this memory that nobody has written, in place of what a checkpoint lacks?
-
-        So Hugging Face's ``from_pretrained`` leaves it. It marks what the checkpoint has, and has put that in place before.
-        """
-        tensors = (value, *self._parameters.values(), *self._buffers.values())
-        marked = [getattr(tensor, "_is_hf_initialized", False) for tensor in tensors]
-        return any(marked) and not marked[0]
 
     def __getstate__(self) -> Dict[str, Any]:
         """A copy, or what is read back from a pickle, is on its own: it applies its statistics itself."""
@@ -223,7 +192,7 @@ class RunningNorm(Norm):
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)
-        earlier = {"_from_meta": False, "_constants": {}}  # pickled by an earlier version
+        earlier = {"_from_meta": False, "_constants": {}, "windows": {}}  # pickled by an earlier version
         for name, value in earlier.items():
             self.__dict__.setdefault(name, value)
         self._lock = threading.Lock()
@@ -242,38 +211,13 @@ class RunningNorm(Norm):
         """What ``torch.jit.script`` compiles in place of this module: its evaluation."""
         from .scriptable import Evaluation
 
-        if self.training:
-            raise RuntimeError(f"torch.jit.script of a {type(self).__name__} in training: call eval() first")
+        self._check_evaluation()
         return Evaluation(self)
 
-    def _check_values(self) -> None:
-        """Statistics that came in place of meta tensors: what can't be a value is memory that nobody has written.
-
-        So Hugging Face's ``from_pretrained`` leaves what the checkpoint lacks; it marks what the checkpoint had.
-        """
-        if torch.compiler.is_compiling():
-            return
-        self.__dict__["_from_meta"] = False
-        unmarked = {
-            name: buffer
-            for name, buffer in self._buffers.items()
-            if not buffer.is_meta and not getattr(buffer, "_is_hf_initialized", False)
-        }
-        counted = "iters" not in unmarked or self._is_value("iters", unmarked["iters"])
-        for name, buffer in unmarked.items():
-            start = self.STATISTICS.get(name, 0.0)
-            # of a mean or nu nothing can be told by itself
-            if not self._is_value(name, buffer) or (start == 0.0 and not counted):
-                logger.warning("%s of a %s has no value yet: it begins as in a new one", name, type(self).__name__)
-                nn.init.constant_(buffer, start)
-
-    def _is_value(self, name: str, buffer: Tensor) -> bool:
-        """Can a statistic be this? Steps are counted; second moments and variances, which begin at 1, are not all zero."""
-        if not bool(torch.isfinite(buffer).all()):
-            return False
-        if name == "iters":
-            return 0 <= float(buffer) < 2**53 and float(buffer).is_integer()
-        return self.STATISTICS[name] == 0.0 or bool((buffer >= 0.0).all() and buffer.max() > 1e-30)
+    def _check_evaluation(self) -> None:
+        """Raise RuntimeError if a norm in training is to be scripted."""
+        if self.training:
+            raise RuntimeError(f"torch.jit.script of a {type(self).__name__} in training: call eval() first")
 
     # ------------------------------------------------------------------ the step count
 
@@ -312,7 +256,7 @@ class RunningNorm(Norm):
             RuntimeError: a training pass outside of ``RunningStatistics.batch()``, or under a transform that has no meaning
         """
         if self._from_meta:
-            self._check_values()
+            loading.check_values(self)
         if x.is_nested:
             raise ValueError("input is a nested tensor: expected a dense one with a padding mask")
         transposed = self.layout == "time_first"
@@ -424,6 +368,9 @@ class RunningNorm(Norm):
                 # of the class: torch 2.4 compiles no mapping that it finds through the module
                 self.step_(part, tally, {name: self.statistic(name) for name in type(self).STEPS[part]})
 
+    def forget_batch(self) -> None:
+        """Drop what the norm keeps of the batch in progress; called when that is over."""
+
     def step_(self, part: str, tally: Tensor, buffers: State) -> None:
         """One step of the running statistics of n norms with these settings, in place.
 
@@ -434,18 +381,24 @@ class RunningNorm(Norm):
         """
         tally = tally.view(-1, tally.size(-1))
         count = tally.size(0)
-        old = {name: buffer.reshape(count, -1).to(tally.dtype) for name, buffer in buffers.items()}
-        called = tally[:, -1:] > 0
+        old = {name: self.by_norm(name, buffer, count).to(tally.dtype) for name, buffer in buffers.items()}
+        called = tally[:, -1] > 0
         for name, new in self.advance(part, old, Sums.of(tally, self.dim), self.alpha_fwd).items():
             buffer = buffers[name]
-            before = buffer.reshape(count, -1)
+            before = self.by_norm(name, buffer, count)
             new = eager.finite_or(new.to(buffer.dtype), before)
-            buffer.copy_(torch.where(called, new, before).view(buffer.shape))
+            taken = called.view(count, *(1,) * (before.dim() - 1))
+            buffer.copy_(torch.where(taken, new, before).view(buffer.shape))
+
+    def by_norm(self, name: str, buffer: Tensor, count: int) -> Tensor:
+        """A statistic of ``count`` norms as ``count x C`` (a window: ``count x W x C``; ``iters``: ``count x 1``)."""
+        return buffer.reshape(count, self.windows[name], self.dim) if name in self.windows else buffer.reshape(count, -1)
 
     def advance(self, part: str, state: State, sums: Sums, alpha_fwd: float) -> Dict[str, Tensor]:
         """What the buffers become by one step with the sums of one part.
 
-        Pure. The tensors may have leading dimensions (``... x C``, ``iters`` ``... x 1``): many norms at once.
+        Pure. The tensors may have leading dimensions (``... x C``, windows ``... x W x C``, ``iters`` ``... x 1``): many
+        norms at once.
 
         Args:
             part: ``forward`` or ``backward``

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from .. import functional
 from ..kernels import eager
-from .base import Device, State, discrepancy, size_of
+from .base import Device, State
+from .distances import discrepancy, size_of
 from .exact import ExactNorm
 from .masks import valid_rows
 from .staging import Sums
@@ -51,6 +52,7 @@ class MaskedBatchNorm(ExactNorm):
     """
 
     VARIANTS = VARIANTS
+    MEAN, MOMENT = "running_mean", "running_var"
     STATISTICS = {"running_mean": 0.0, "running_var": 1.0}
     STEPS = {"forward": ("iters", "running_mean", "running_var"), "backward": ()}
 

@@ -8,8 +8,10 @@ from torch import Tensor
 from .. import functional, operators
 from ..kernels import choose, choose_for_step, eager
 from ..kernels.interface import OwnStep, PowerNormSpec, StepSpec
-from .base import Device, RunningNorm, State, check_interval, discrepancy, inside_backward, size_of
-from .recomputation import Recomputations, recomputable
+from .base import Device, RunningNorm, State
+from .checks import check_interval
+from .distances import discrepancy, size_of
+from .recomputation import Recomputations, inside_backward, recomputable
 from .staging import Sums
 
 VARIANTS = ("reference", "algorithm2")
@@ -255,7 +257,8 @@ class PowerNorm(SecondMomentNorm):
             with operators.outside_of_modes():
                 rows = x.detach()
                 known = recomputations.recall(choose(rows, valid=valid).second_moment(rows, valid, self.groups))
-            return self._pass(x, valid, known.spec, known.psi2, take_forward=False)
+            assert known.spec is not None
+            return self._pass(x, valid, known.spec, known.state, take_forward=False)
         steps = self.steps()
         spec = self._spec_at(steps)
         if not recomputable():

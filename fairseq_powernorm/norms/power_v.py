@@ -1,11 +1,13 @@
 """PN-V, Power Normalization with statistics of the batch: ``PowerNormV``."""
+import math
 from typing import Dict, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from .. import functional
-from ..kernels import eager
+from ..kernels import choose_for_step, eager
+from ..kernels.interface import StepSpec
 from .base import Device, State
 from .exact import ExactNorm
 from .power import SecondMomentNorm
@@ -59,6 +61,25 @@ class PowerNormV(ExactNorm, SecondMomentNorm):
 
     def _batch_arguments(self) -> Tuple[Optional[Tensor], Tensor, functional.BatchSpec]:
         return None, self.running_phi, functional.BatchSpec(self.groups, self.eps, centre=False)
+
+    def step_(self, part: str, tally: Tensor, buffers: State) -> None:
+        if part == "forward":  # PN's step of psi^2, without warm-up and bounds
+            psi2, iters = (buffers[name] for name in self.STEPS[part])
+            choose_for_step(tally, psi2, iters).advance_forward(tally, psi2, iters, self._step_spec())
+
+    def _step_spec(self) -> StepSpec:
+        known: Optional[StepSpec] = self._constants.get("step")
+        if known is None:
+            known = self._constants["step"] = StepSpec(
+                alpha_fwd=self.alpha_fwd,
+                nu_scale=0.0,
+                eps=self.eps,
+                warmup=0,
+                trusted_after=0,
+                jump=math.inf,
+                nu_lowest=-math.inf,
+            )
+        return known
 
     def advance(self, part: str, state: State, sums: Sums, alpha_fwd: float) -> Dict[str, Tensor]:
         if part == "backward":

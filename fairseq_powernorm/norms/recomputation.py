@@ -1,11 +1,11 @@
 """Activation checkpointing with a norm that applies its own statistics: which pass is it that is computed again?
 
-A forward pass of PN that is repeated inside the backward pass must divide by the psi^2 that it saw at first, which has moved
-on since. So each pass that may be repeated leaves a record, and the repeated one finds it by the sums of its input: they
-depend on nothing else, and are the same again.
+A forward pass that is repeated inside the backward pass must see the running statistics that it saw at first, which have
+moved on since. So each pass that may be repeated leaves a record, and the repeated one finds it by the sums of its
+input: they depend on nothing else, and are the same again.
 """
 from collections import deque
-from typing import Deque, List, NamedTuple
+from typing import Deque, List, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -19,16 +19,21 @@ MOST = 128
 TOLERANCE = 1e-4
 
 
+def inside_backward() -> bool:
+    """True while an autograd backward pass runs: a forward pass then is a recomputation (activation checkpointing)."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def recomputable() -> bool:
     """May the forward pass in progress be repeated? Checkpointing runs it without gradient or with hooks."""
     return not torch.is_grad_enabled() or saved_tensors_are_hooked()
 
 
 class Pass(NamedTuple):
-    """A forward pass: psi^2 before it, its constants, its tally."""
+    """A forward pass: the running statistics before it (PN: psi^2), PN's constants, its tally."""
 
-    psi2: Tensor
-    spec: PowerNormSpec
+    state: Tensor
+    spec: Optional[PowerNormSpec]
     tally: Tensor
 
 
@@ -42,12 +47,12 @@ class Recomputations:
     def __len__(self) -> int:
         return len(self._passes)
 
-    def remember(self, psi2: Tensor, spec: PowerNormSpec, tally: Tensor) -> None:
+    def remember(self, state: Tensor, spec: Optional[PowerNormSpec], tally: Tensor) -> None:
         """Keep the record of a pass; those that have been repeated before it are over."""
         for each in self._repeated:
             self._passes = deque((known for known in self._passes if known is not each), MOST)
         self._repeated = []
-        self._passes.append(Pass(psi2, spec, tally))
+        self._passes.append(Pass(state, spec, tally))
 
     def recall(self, tally: Tensor) -> Pass:
         """The record of the pass with this tally.
@@ -61,7 +66,7 @@ class Recomputations:
         if len(distinct) != 1:
             reason = "saw the same input with other statistics each" if distinct else "has had this input"
             raise RuntimeError(
-                "activation checkpointing: a PowerNorm that applies its own statistics can't tell which "
+                "activation checkpointing: a norm that applies its own statistics can't tell which "
                 f"of its {len(self._passes)} forward passes is computed again: {'several' if distinct else 'none'} of them "
                 f"{reason}; let fairseq_powernorm.statistics.RunningStatistics apply the statistics, once per step"
             )
@@ -77,5 +82,6 @@ def _close(one: Tensor, other: Tensor) -> bool:
 
 
 def _alike(one: Pass, other: Pass) -> bool:
-    """Would both passes compute the same from the same input? While they divide by the batch's own moment, psi^2 is idle."""
-    return one.spec == other.spec and (one.spec.forward_batch or torch.equal(one.psi2, other.psi2))
+    """Would both passes compute the same from the same input? While PN divides by the batch's own moment, psi^2 is idle."""
+    idle = one.spec is not None and one.spec.forward_batch
+    return one.spec == other.spec and (idle or torch.equal(one.state, other.state))

@@ -176,4 +176,5 @@ def default_groups(name: str, heads: int, **options: Any) -> int:
 
 def norms_with(entries: Collection[str]) -> Tuple[str, ...]:
     """Names of the norms whose state_dict, with their default options, has these entries and no others."""
-    return tuple(name for name in NORMS if set(build_norm(name, 2, device="meta").state_dict()) == set(entries))
+    built = {name: build_norm(name, 2, device="meta", **getattr(kind, "REQUIRED", {})) for name, kind in NORMS.items()}
+    return tuple(name for name, norm in built.items() if set(norm.state_dict()) == set(entries))

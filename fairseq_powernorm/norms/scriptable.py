@@ -31,27 +31,67 @@ class Evaluation(Norm):
             self.register_parameter(name, getattr(norm, name))
         for name, buffer in norm.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
-        #: the buffer of the second moment or variance, and whether ``running_mean`` is subtracted
-        self.centred = hasattr(norm, "running_mean")
-        self.register_buffer("moment", norm.running_var if self.centred else norm.running_phi, persistent=False)
-        self.register_buffer("mean", norm.running_mean if self.centred else None, persistent=False)
+        #: the buffers that are divided by and subtracted, under a second name
+        mean = norm.MEAN and getattr(norm, norm.MEAN)
+        self.register_buffer("moment", getattr(norm, norm.MOMENT), persistent=False)
+        self.register_buffer("mean", mean, persistent=False)
+        self.root: str = norm.ROOT
         self.groups: int = norm.groups
         self.size: int = norm.dim // max(1, norm.groups)
         self.eps: float = norm.eps
         self.scale_eps: float = LAYER_SCALE_EPS
         self.train(mode=False)
 
-    def _normalize(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
+    def _rows(self, x: Tensor) -> Tensor:
+        """Rows after the layer scale, in float32 or float64."""
         u = x if x.dtype == torch.float64 else x.float()
         if self.groups > 0:
             shape = u.size()
             grouped = u.reshape(list(shape[:-1]) + [self.groups, self.size])
             u = F.rms_norm(grouped, [self.size], None, self.scale_eps).reshape(shape)
+        return u
+
+    def _by_running_statistics(self, u: Tensor) -> Tensor:
         if self.mean is not None:
             u = u - self.mean
-        u = u * torch.rsqrt(self.moment + self.eps)
+        if self.root == "deviation":
+            u = u / self.moment
+        elif self.root == "clamped":
+            u = u * torch.rsqrt(self.moment.clamp(min=self.eps))
+        else:
+            u = u * torch.rsqrt(self.moment + self.eps)
         if self.weight is not None:
             u = u * self.weight
         if self.bias is not None:
             u = u + self.bias
-        return u.to(x.dtype)
+        return u
+
+    def _normalize(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
+        return self._by_running_statistics(self._rows(x)).to(x.dtype)
+
+
+class MixedEvaluation(Evaluation):
+    """The same for :class:`~.progressive.ProgressiveBatchNorm`."""
+
+    if TYPE_CHECKING:
+        alpha: nn.Parameter
+        layer_weight: Optional[nn.Parameter]
+        layer_bias: Optional[nn.Parameter]
+        iters: Tensor
+
+    def __init__(self, norm: Any):
+        super().__init__(norm)
+        for name in ("alpha", "layer_weight", "layer_bias"):
+            self.register_parameter(name, getattr(norm, name))
+        self.total_updates: int = norm.total_updates
+
+    def _normalize(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
+        u = self._rows(x)
+        share = (1.0 - self.iters / self.total_updates).clamp(min=0.0)
+        layer = F.layer_norm(u, [u.size(-1)], None, None, self.eps)
+        if self.layer_weight is not None:
+            layer = layer * self.layer_weight
+        if self.layer_bias is not None:
+            layer = layer + self.layer_bias
+        y = share * layer + (1.0 - share) * (self._by_running_statistics(u) + self.alpha * u)
+        return y.to(x.dtype)

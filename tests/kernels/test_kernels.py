@@ -598,3 +598,54 @@ def test_compiled_modules(tmp_path, monkeypatch):
         whole = torch.compile(compiled.eval(), fullgraph=True)
         assert_close(whole(x), compiled(x), 1e-5)
 
+
+
+# ---------------------------------------------------------------- PN-V on them
+
+
+@needs_c
+@pytest.mark.parametrize("dtype", DTYPES[c])
+@pytest.mark.parametrize("groups", [0, 1, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_pn_v_by_the_sweeps_of_pn(masked, groups, dtype):
+    """Output, statistics, and the gradient through the batch's second moment are those of float64, at padding, too, whose
+    own gradient reaches the statistics.
+    """
+    x, dy, weight, bias, *_ = inputs((33, 5, 64), dtype)
+    mask = padding(165).view(5, 33).logical_not() if masked else None
+    results = []
+    for kind in (dtype, torch.float64):
+        norm = build_norm("power-v", 64, groups=groups).to(kind)
+        with torch.no_grad():
+            norm.weight.copy_(weight)
+            norm.bias.copy_(bias)
+        leaf = x.to(kind, copy=True).requires_grad_()
+        y = norm(leaf, mask)
+        assert y.grad_fn.name() == ("_SecondMomentNormBackward" if kind is dtype else "_BatchNormBackward")
+        y.backward(dy.to(kind))
+        results.append([y.detach(), leaf.grad, norm.weight.grad, norm.bias.grad, norm.running_phi])
+    rows, sums = TOLERANCE[dtype]
+    rounded = 2.0**-8 if dtype is torch.bfloat16 else sums  # parameters and their gradients are of that dtype, too
+    for (got, want), tolerance in zip(zip(*results), (3 * rows, 3 * rows, rounded, rounded, sums)):
+        assert_close(got, want, max(tolerance, 3 * rounded if dtype is torch.bfloat16 else 0))
+
+
+@needs_c
+@pytest.mark.parametrize("rows", ["none counts", "one is not finite"])
+def test_pn_v_with_rows_that_do_not_count(rows):
+    """Without a row that counts the running statistics serve; padding that is not finite reaches nothing else."""
+    x, dy, *_ = inputs((6, 16), torch.float32)
+    mask = torch.ones(6, dtype=torch.bool) if rows == "none counts" else torch.tensor([False] * 4 + [True] * 2)
+    if rows == "one is not finite":
+        x[4], dy[4] = float("nan"), float("inf")
+    results = []
+    for kernel in ("c", "eager"):
+        with kernels.only(kernel):
+            norm = build_norm("power-v", 16, groups=4)
+            leaf = x.clone().requires_grad_()
+            norm(leaf, mask).backward(dy)
+            others = [0, 1, 2, 3, 5]  # than the row that is not finite, whose own gradient has no meaning
+            results.append([leaf.grad[others], norm.weight.grad, norm.bias.grad, norm.running_phi, norm.iters])
+    for got, want in zip(*results):
+        assert torch.isfinite(got).all()
+        assert_close(got, want, 3e-6)

@@ -9,16 +9,25 @@ RUNNING = [name for name, kind in NORMS.items() if issubclass(kind, RunningNorm)
 CASES = [(name, variant) for name in RUNNING for variant in getattr(NORMS[name], "VARIANTS", (None,))]
 #: every norm
 ALL = [(name, None) for name in NORMS if name not in RUNNING] + CASES
+#: options that a norm has no default for
+REQUIRED = {name: dict.fromkeys(kind.REQUIRED, 3) for name, kind in NORMS.items() if hasattr(kind, "REQUIRED")}
+#: the norms whose gradient is an approximation
+APPROXIMATE = ("power", "mabn", "un")
+
+
+def new(name, variant=None, dim=C, **options):
+    """A norm as it is built, with an option that it has no default for."""
+    return build_norm(name, dim, **REQUIRED.get(name, {}), **({"variant": variant} if variant else {}), **options)
 
 
 def make(name, variant=None, dtype=torch.float32, **options):
     """A norm with parameters and statistics that are no round numbers."""
     torch.manual_seed(0)
     with torch.device("cpu"):
-        options = {"groups": GROUPS, **options, **({"variant": variant} if variant else {})}
+        options = {"groups": GROUPS, **options}
         if issubclass(NORMS[name.partition(":")[0]], RowNorm):
             options["groups"] = max(1, options["groups"])  # 0 turns off the layer scale before a norm
-        norm = build_norm(name, C, **options).to(dtype)
+        norm = new(name, variant, **options).to(dtype)
         with torch.no_grad():
             for key, each in norm.state_dict().items():
                 if key != "iters":

@@ -2,18 +2,16 @@
 import pytest
 import torch
 import torch.distributed as dist
-from norm_cases import CASES
+from norm_cases import CASES, new
 from torch import multiprocessing, nn
 
-from fairseq_powernorm.norms import build_norm
 from fairseq_powernorm.statistics import RunningStatistics
 
 C, RANKS = 8, 2
 
 
 def model_of(name, variant):
-    options = {"variant": variant} if variant else {}
-    return nn.Sequential(nn.Linear(C, C), build_norm(name, C, warmup_updates=2, **options), nn.Linear(C, C))
+    return nn.Sequential(nn.Linear(C, C), new(name, variant, C, warmup_updates=2), nn.Linear(C, C))
 
 
 def train(model, batches, steps=4):
