@@ -73,26 +73,26 @@ def parser() -> Parser:
         """)
     made.add("--device", read=one_of(*DEVICES), default="cpu", help=f"what to measure: {', '.join(DEVICES)}")
     made.add("--levels", metavar="LIST", read=words_of(*LEVELS), default=list(LEVELS),
-               help=f"of {', '.join(LEVELS)}; default: all")
+             help=f"of {', '.join(LEVELS)}; default: all")
     made.add("--shapes", metavar="LIST", read=shapes,
-               help="ROWSxCHANNELS of the levels accuracy and layer, with commas between them; default: "
-                    + "; ".join(f"{each} on {device}" for device, each in SHAPES.items()))
+             help="ROWSxCHANNELS of the levels accuracy and layer, with commas between them; default: "
+                  + "; ".join(f"{each} on {device}" for device, each in SHAPES.items()))
     made.add("--dtype", metavar="LIST", read=words_of(*DTYPES), default="float32,bfloat16",
-               help=f"of {', '.join(DTYPES)}, in accuracy and layer")
+             help=f"of {', '.join(DTYPES)}, in accuracy and layer")
     made.add("--groups", metavar="LIST", read=numbers, default="1,4", help="channel groups of PN's layer scale")
     made.add("--threads", metavar="LIST", read=numbers,
-               help="numbers of threads; default: on a CPU 1 and, if there are two cores, 2, on a GPU torch's own")
+             help="numbers of threads; default: on a CPU 1 and, if there are two cores, 2, on a GPU torch's own")
     made.add("--contenders", metavar="LIST", read=words_of(*CONTENDERS), default=list(CONTENDERS),
-               help=f"of {', '.join(CONTENDERS)}; default: all; layer is always there")
+             help=f"of {', '.join(CONTENDERS)}; default: all; layer is always there")
     made.add("--extra", metavar="MODULE:CLASS", repeat=True,
-               help="another norm beside them, built as CLASS(channels) and called as norm(x) on N x C; may be repeated")
+             help="another norm beside them, built as CLASS(channels) and called as norm(x) on N x C; may be repeated")
     made.add("--seconds", metavar="S", read=duration, default="2",
-               help="measuring time of a cell, at least five rounds, 15 of models")
+             help="measuring time of a cell, at least five rounds, 15 of models")
     made.add("--fresh", flag=True, help="map new pages in every call instead of recycling memory")
     made.add("--quick", flag=True, help="tiny sizes and one round: shows that it runs, times mean nothing")
     made.add("--check", flag=True, help="exit with status 1 if a target is missed")
     made.add("--output", metavar="NAME",
-               help="write results/benchmark/NAME (record.json, table.md, figure.png), which must not exist")
+             help="write results/benchmark/NAME (record.json, table.md, figure.png), which must not exist")
     return made
 
 
