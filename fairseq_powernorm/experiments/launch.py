@@ -21,15 +21,15 @@ def parser() -> Parser:
         """,
         BATCH)
     made.add("--ranks", metavar="R", read=number_from(1), group="ranks",
-               help="ranks on this machine; default: its visible GPUs. Ranks without a GPU: common.cpu=true")
+             help="ranks on this machine; default: its visible GPUs. Ranks without a GPU: common.cpu=true")
     made.add("--nodes", metavar="N", read=number_from(1), group="ranks",
-               help="machines (default: 1); the same command is started on each of them, with the next two options")
+             help="machines (default: 1); the same command is started on each of them, with the next two options")
     made.add("--node-rank", metavar="I", read=number_from(0), group="ranks",
-               help="the number of the machine, from 0; the first one writes the run's records")
+             help="the number of the machine, from 0; the first one writes the run's records")
     made.add("--master", metavar="HOST:PORT", group="ranks",
-               help=f"the first machine, and a free port there (default port: {PORT})")
+             help=f"the first machine, and a free port there (default port: {PORT})")
     made.add("--submission", metavar="NAME", group="ranks",
-               help="be one rank, a task of that submission's job: scripts/slurm/train.sbatch says so")
+             help="be one rank, a task of that submission's job: scripts/slurm/train.sbatch says so")
     add_run(made, "--ranks, --nodes, --node-rank and --master")
     return made
 

@@ -119,11 +119,23 @@ class Settings:
             else:
                 self.open.append(field.name)
 
+    def stated(self, group: str) -> List[str]:
+        """The keys that the configuration's file gives in a group, such as ``optimizer.adam_betas``."""
+        in_file = ((self.config or {}).get(group) or {}).keys()  # "in" does not see what is stated as ???
+        return [f"{group}.{name}" for name in in_file if name != "_name"]
+
     def plus(self, key: str) -> str:
         """The plus sign that an override needs for a key that the configuration does not have by itself."""
         group, _, name = key.partition(".")
-        stated = ((self.config or {}).get(group) or {}).keys()  # "in" does not see what is stated as ???
-        return "+" if group in self.chosen and name not in stated else ""
+        in_file = name == "_name" and self.chosen.get(group) or key in self.stated(group)
+        return "+" if group in self.chosen and not in_file else ""
+
+    def choice(self, group: str, name: str) -> str:
+        """The overrides that choose an implementation, without the settings in the file that it does not have."""
+        dataclass = implementations(group).get(name)
+        known = self.stated(group) if dataclass is None else fields(group, dataclass)
+        return " ".join([f"{self.plus(f'{group}._name')}{group}._name={name}",
+                         *(f"~{key}" for key in self.stated(group) if key not in known)])
 
     def with_flag(self, flag: str) -> Optional[Setting]:
         """The setting of a flag."""
@@ -186,7 +198,7 @@ def of_flag(flag: str, value: Optional[str], words: Sequence[str], own: Mapping[
                 return f"it is a setting of {group} {name}: {override}"
             if group in ("model", "task"):  # others train something else
                 return f"it is a setting of {group} {name}, not of {chosen}"
-            return f"{group} {chosen} has no such setting, but {name} does: {group}._name={name} {override}"
+            return f"{group} {chosen} has no such setting, but {name} does: {settings.choice(group, name)} {override}"
     flags = {each: setting for setting in settings.known.values() for each in setting.flags if not setting.link}
     for name in (*CHOICES, *settings.chosen):
         each = "--" + name.replace("_", "-")
@@ -198,7 +210,10 @@ def of_flag(flag: str, value: Optional[str], words: Sequence[str], own: Mapping[
 def _instead(settings: Settings, setting: Setting, value: Optional[str], own: Mapping[str, Optional[str]]) -> str:
     if setting.key in own:
         return f"{setting.key} is this command's own" + (f"; use {own[setting.key]}" if own[setting.key] else "")
-    return f"fairseq's settings are overrides: {settings.plus(setting.key)}{setting.override(value)}"
+    group, _, name = setting.key.partition(".")
+    chooses = name == "_name" and value is not None
+    words = settings.choice(group, value or "") if chooses else settings.plus(setting.key) + setting.override(value)
+    return f"fairseq's settings are overrides: {words}"
 
 
 def _configuration(words: Sequence[str]) -> Tuple[Any, List[str]]:
@@ -226,7 +241,8 @@ def check(overrides: Sequence[str], benchmark: str) -> None:
         if re.match("hydra[./]", key) or "/" in key or "@" in key or (not name and group in choices):
             continue
         short = f"{group}.{name}" if name else group
-        is_known = short in settings.known or group in settings.chosen and (name == "_name" or group in settings.open)
+        is_known = short in settings.known or short in settings.stated(group)
+        is_known = is_known or group in settings.chosen and (name == "_name" or group in settings.open)
         if not is_known:
             near = settings.nearest(short)
             raise UserError(f"override {override}: there is no setting {short}"

@@ -15,7 +15,7 @@ def parser() -> Parser:
         sessions after the first. It reads only.
         """)
     made.add("directories", metavar="DIR", nargs="*",
-               help="run directories, or directories with runs anywhere below; default: runs/ ($PN_RUNS_ROOT)")
+             help="run directories, or directories with runs anywhere below; default: runs/ ($PN_RUNS_ROOT)")
     return made
 
 

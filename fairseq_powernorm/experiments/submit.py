@@ -31,7 +31,7 @@ def parser() -> Parser:
     add_training(made, "--nodes and --gpus")
     made.add("--records", metavar="DIR", help="evaluate.sh's record of each run, copied to DIR/RUN.json")
     made.add("--dry-run", flag=True,
-               help="print the batch scripts and the commands, queue nothing; needs no SLURM")
+             help="print the batch scripts and the commands, queue nothing; needs no SLURM")
     add_slurm(made)
     return made
 

@@ -52,10 +52,13 @@ def advised(*words, benchmark="demo"):
         ("--share-all-embeddings", "model.share_all_embeddings=true"),
         ("--encoder-layers 2", "+model.encoder_layers=2"),
         ("--norm-groups 4", "+model.norm_groups=4"),
-        ("--optimizer nag", "optimizer._name=nag"),
+        ("--optimizer nag", "optimizer._name=nag ~optimizer.adam_betas"),
+        ("--optimizer sgd", "optimizer._name=sgd"),
         ("--adam-eps 1e-6", "+optimizer.adam_eps=1e-6"),
-        ("--momentum 0.9", "optimizer adam has no such setting, but nag does: optimizer._name=nag +optimizer.momentum=0.9"),
-        ("--lr-scheduler fixed", "lr_scheduler._name=fixed"),
+        ("--momentum 0.9", "optimizer adam has no such setting, but nag does: "
+                           "optimizer._name=nag ~optimizer.adam_betas +optimizer.momentum=0.9"),
+        ("--lr-scheduler fixed", "lr_scheduler._name=fixed ~lr_scheduler.warmup_init_lr"),
+        ("--bpe subword_nmt", "+bpe._name=subword_nmt"),
         ("--warmup-updates 30", "lr_scheduler.warmup_updates=30"),
         ("--label-smoothing 0.2", "criterion.label_smoothing=0.2"),
         ("--max-updates 100", "did you mean --max-update? fairseq's settings are overrides: optimization.max_update=100"),
@@ -138,9 +141,19 @@ def test_wrong_overrides(override, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("words", ["--momentum 0.9", "--lr-scheduler fixed", "--optimizer sgd", "--criterion cross_entropy"])
+def test_another_implementation(words):
+    """The overrides that are advised for a flag of another implementation give one that fairseq takes."""
+    from fairseq.dataclass.initialize import add_defaults
+
+    config = compose.compose("demo", [*PATHS, *shlex.split(advised(*words.split()).rpartition(": ")[2])])
+    add_defaults(config)
+
+
 def test_right_overrides():
     """Settings, implementations, what is hydra's own, and settings of an implementation that does not list them pass."""
     right = ["optimization.lr=[0.1]", "optimizer._name=sgd", "+optimizer.momentum=0.5", "~optimizer.adam_betas",
              "+model.encoder_layers=1", "hydra.run.dir=x", "++common.seed=3"]
     config = compose.compose("demo", [*PATHS, *right])
     assert (config.common.seed, config.optimizer.momentum, config.model.encoder_layers) == (3, 0.5, 1)
+    compose.compose("demo", [*PATHS, "optimizer._name=nag", "~optimizer.adam_betas"])

@@ -12,7 +12,7 @@ DEVICES = ("cpu", "cuda")
 PASSES = {"train": 5, "forward": 2, "eval": 2}
 DTYPES = ("float32", "bfloat16", "float16")
 SHAPES = {"cpu": "1x512,512x512,4096x512,16384x1024", "cuda": "4096x512,16384x512,16384x1024"}
-CONTENDERS = ("layer", "layer-compiled", "rms", "batch", "power", "power-torch", "authors")
+CONTENDERS = ("layer", "layer-compiled", "rms", "batch", "power", "power-staged", "power-torch", "authors")
 
 
 
@@ -59,7 +59,8 @@ def parser() -> Parser:
         """
         Levels: accuracy (a training step of PN against the authors' arithmetic in float64), layer (a norm alone,
         training and evaluation), encoder (one Transformer layer, training), step (a whole update on 4,096 tokens: on a
-        CPU of a 3+3-layer Transformer, on a GPU of one as large as IWSLT's, in float16), generation (beam search).
+        CPU of a 3+3-layer Transformer, on a GPU of one as large as IWSLT's, in float16), generation (beam search). Whole
+        models leave their norms' statistics to the task, as power-staged does; power takes its steps itself.
 
         All contenders of a cell run in one process in turns, so that whatever else the machine does meets them all, each
         time once untimed, if that is quick, and once timed; a ratio is the median over rounds of a contender's time
@@ -72,26 +73,26 @@ def parser() -> Parser:
         """)
     made.add("--device", read=one_of(*DEVICES), default="cpu", help=f"what to measure: {', '.join(DEVICES)}")
     made.add("--levels", metavar="LIST", read=words_of(*LEVELS), default=list(LEVELS),
-               help=f"of {', '.join(LEVELS)}; default: all")
+             help=f"of {', '.join(LEVELS)}; default: all")
     made.add("--shapes", metavar="LIST", read=shapes,
-               help="ROWSxCHANNELS of the levels accuracy and layer, with commas between them; default: "
-                    + "; ".join(f"{each} on {device}" for device, each in SHAPES.items()))
+             help="ROWSxCHANNELS of the levels accuracy and layer, with commas between them; default: "
+                  + "; ".join(f"{each} on {device}" for device, each in SHAPES.items()))
     made.add("--dtype", metavar="LIST", read=words_of(*DTYPES), default="float32,bfloat16",
-               help=f"of {', '.join(DTYPES)}, in accuracy and layer")
+             help=f"of {', '.join(DTYPES)}, in accuracy and layer")
     made.add("--groups", metavar="LIST", read=numbers, default="1,4", help="channel groups of PN's layer scale")
     made.add("--threads", metavar="LIST", read=numbers,
-               help="numbers of threads; default: on a CPU 1 and, if there are two cores, 2, on a GPU torch's own")
+             help="numbers of threads; default: on a CPU 1 and, if there are two cores, 2, on a GPU torch's own")
     made.add("--contenders", metavar="LIST", read=words_of(*CONTENDERS), default=list(CONTENDERS),
-               help=f"of {', '.join(CONTENDERS)}; default: all; layer is always there")
+             help=f"of {', '.join(CONTENDERS)}; default: all; layer is always there")
     made.add("--extra", metavar="MODULE:CLASS", repeat=True,
-               help="another norm beside them, built as CLASS(channels) and called as norm(x) on N x C; may be repeated")
+             help="another norm beside them, built as CLASS(channels) and called as norm(x) on N x C; may be repeated")
     made.add("--seconds", metavar="S", read=duration, default="2",
-               help="measuring time of a cell, at least five rounds, 15 of models")
+             help="measuring time of a cell, at least five rounds, 15 of models")
     made.add("--fresh", flag=True, help="map new pages in every call instead of recycling memory")
     made.add("--quick", flag=True, help="tiny sizes and one round: shows that it runs, times mean nothing")
     made.add("--check", flag=True, help="exit with status 1 if a target is missed")
     made.add("--output", metavar="NAME",
-               help="write results/benchmark/NAME (record.json, table.md, figure.png), which must not exist")
+             help="write results/benchmark/NAME (record.json, table.md, figure.png), which must not exist")
     return made
 
 
