@@ -130,6 +130,8 @@ def check_same_norms(model: nn.Module, state_dict: Iterable[str]) -> None:
             has = has - {"num_batches_tracked"} | {"iters"}
         if has != wanted and (has or prefix.rpartition(".")[0] in parts):
             names = " or ".join(map(repr, norms_with(has))) or f"with {', '.join(sorted(has)) or 'no parameters'}"
+            if has <= {"scale", "shift"}:
+                names += " or what is left of one that was folded for inference"
             own = next((repr(name) for name, kind in NORMS.items() if type(module) is kind), type(module).__name__)
             raise ValueError(
                 f"the checkpoint has norm {names} at {prefix}, the model {own}: give the --encoder-norm-* and "

@@ -179,7 +179,9 @@ def test_targets_of_a_gpu_are_checked():
 def test_the_sanitizers_script_needs_a_compiler(tmp_path):
     """One line and exit status 2 where the compiler is none."""
     done = toy.command("bash", "tests/checks/sanitizers.sh", check=False, CC="no-such-compiler")
-    assert done.returncode == 2 and done.stderr == "error: no C compiler: no-such-compiler is not in PATH\n"
+    assert done.returncode == 2 and done.stderr == (
+        "tests/checks/sanitizers.sh: error: no C compiler: no-such-compiler is not in PATH\n"
+    )
     assert toy.command("bash", "tests/checks/sanitizers.sh", "--help").stdout.startswith("Builds the C kernel")
 
 
