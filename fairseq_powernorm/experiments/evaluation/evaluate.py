@@ -169,7 +169,8 @@ def refuse_wrong_weights(inputs: Sequence[Path], config: Any) -> None:
         found = state.get("cfg")
         model: Any = OmegaConf.to_container(OmegaConf.create(found["model"])) if found else {}
         for key in wanted:
-            if model.get(key) != wanted[key]:
+            # by default the length of the run, which may have been resumed for longer
+            if model.get(key) != wanted[key] and key != "norm_total_updates":
                 raise UserError(
                     f"{path} does not belong to this run: its model.{key} is {model.get(key)!r}, "
                     f"the run's is {wanted[key]!r} (config.yaml)"
