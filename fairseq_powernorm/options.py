@@ -54,8 +54,8 @@ class NormConstants(FairseqDataclass):
     norm_groups: Optional[int] = field(
         default=None,
         metadata={
-            "help": "channel groups of the layer scale before BN, PN-V and PN, 0 for none (default: the norm's own for the "
-            "number of attention heads)"
+            "help": "channel groups of the layer scale before BN, PN-V and PN (0 for none), and of group and group-scale "
+            "(default: the norm's own for the number of attention heads)"
         },
     )
     norm_variant: Optional[VariantName] = field(

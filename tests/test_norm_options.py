@@ -150,6 +150,20 @@ def test_wrong_arguments(name, options, message):
         build_norm(name, **{"dim": 8, **options})
 
 
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (dict(encoder_norm_self="group", norm_groups=0), "--norm-groups 0: --encoder-norm-self .group.: groups=0: must"),
+        (dict(encoder_norm_ff="group-scale:groups=3"), "^--encoder-norm-ff 'group-scale:groups=3': groups=3: must divide"),
+        (dict(encoder_norm_self="scale", norm_eps=0.0), "--norm-eps 0.0: --encoder-norm-self 'scale': eps=0.0: must be a"),
+    ],
+)
+def test_options_for_all_norms_that_one_cannot_take(options, message):
+    """The error names the option that is to blame: that for all norms, or the norm's own text."""
+    with pytest.raises(ValueError, match=message):
+        toy.build(**options)
+
+
 class Own(nn.Module):
     """A norm with options of every type that no other norm has."""
 

@@ -73,10 +73,10 @@ class Batches:
         return len(self.examples) // self.size
 
     def __iter__(self):
+        self.at %= len(self)
         while self.at < len(self):
             self.at += 1
             yield torch.utils.data.default_collate(self.examples[(self.at - 1) * self.size : self.at * self.size])
-        self.at = 0
 
     def state_dict(self):
         return {"at": self.at}
@@ -111,7 +111,7 @@ def test_micro_batches_equal_one_batch(kind, tmp_path):
 
 
 def test_a_shorter_last_step_of_an_epoch(tmp_path):
-    """10 micro-batches an epoch: steps of 4 + 4 + 2 and of 4 + 4 + 2, and the rows of the shorter ones count."""
+    """10 micro-batches an epoch are steps of 4 + 4 + 2 micro-batches: six in two epochs, each with one of the statistics."""
     model = trained(tmp_path, Module(), data=equally_long(20), max_steps=-1, max_epochs=2)
     assert steps(model) == {6}
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fairseq_powernorm import kernels
 from fairseq_powernorm.norms import PowerNorm
+from fairseq_powernorm.statistics import RunningStatistics
 
 from ..errors import UserError
 from .authors_norm import AuthorsPowerNorm
@@ -27,6 +28,11 @@ class Call:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.norm.parameters()
+
+    def stage(self) -> None:
+        """Have the norm leave its sums to RunningStatistics, as it does in a task: in one batch that stays open."""
+        self.batch = RunningStatistics(self.norm).batch()
+        self.batch.__enter__()
 
 
 def extra_class(name: str) -> Any:
@@ -55,6 +61,9 @@ def norms_for(options: Namespace, rows: int, channels: int, dtype: torch.dtype, 
             for g in groups:
                 norm = PowerNorm(channels, groups=g, warmup_updates=0)
                 calls[f"{name}-g{g}"] = Call(norm, takes_mask=True, kernel="eager" if name == "power-torch" else None)
+        elif name == "power-staged" and which != "eval":
+            for g in groups:
+                calls[f"{name}-g{g}"] = Call(PowerNorm(channels, groups=g, warmup_updates=0), takes_mask=True)
         elif name == "authors" and which == "train":
             for g in groups:
                 calls[f"{name}-g{g}"] = Call(AuthorsPowerNorm(channels, groups=g), takes_mask=True)
@@ -62,6 +71,9 @@ def norms_for(options: Namespace, rows: int, channels: int, dtype: torch.dtype, 
         calls[name] = Call(extra_class(name)(channels), takes_mask=False)
     for call in calls.values():
         call.norm.to(options.device, dtype).train(which != "eval")
+    for full, call in calls.items():
+        if full.startswith("power-staged"):
+            call.stage()
     return calls
 
 

@@ -12,7 +12,7 @@ DEVICES = ("cpu", "cuda")
 PASSES = {"train": 5, "forward": 2, "eval": 2}
 DTYPES = ("float32", "bfloat16", "float16")
 SHAPES = {"cpu": "1x512,512x512,4096x512,16384x1024", "cuda": "4096x512,16384x512,16384x1024"}
-CONTENDERS = ("layer", "layer-compiled", "rms", "batch", "power", "power-torch", "authors")
+CONTENDERS = ("layer", "layer-compiled", "rms", "batch", "power", "power-staged", "power-torch", "authors")
 
 
 
@@ -59,7 +59,8 @@ def parser() -> Parser:
         """
         Levels: accuracy (a training step of PN against the authors' arithmetic in float64), layer (a norm alone,
         training and evaluation), encoder (one Transformer layer, training), step (a whole update on 4,096 tokens: on a
-        CPU of a 3+3-layer Transformer, on a GPU of one as large as IWSLT's, in float16), generation (beam search).
+        CPU of a 3+3-layer Transformer, on a GPU of one as large as IWSLT's, in float16), generation (beam search). Whole
+        models leave their norms' statistics to the task, as power-staged does; power takes its steps itself.
 
         All contenders of a cell run in one process in turns, so that whatever else the machine does meets them all, each
         time once untimed, if that is quick, and once timed; a ratio is the median over rounds of a contender's time
