@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .masks import CallMasks
-from .norms import NORMS, Norm, build_norm, default_groups, norm_options, parse_norm
+from .norms import NORMS, Norm, RunningNorm, build_norm, default_groups, norm_options, parse_norm
 from .norms.layouts import CHANNELS_FIRST, layout_of
 from .recognition import HOOKS, Function, Unknown, function_of
 
@@ -345,9 +345,9 @@ def replace_norms(
     ]  # fmt: skip
     replaced = []
     for (place, _), (new, notes) in zip(candidates, made):
-        slot = getattr(new, "mask_slot", None)
-        if isinstance(slot, CallMasks):
-            slot.pass_on(place.module, new)
+        old = place.module
+        if isinstance(new, RunningNorm) and isinstance(old, RunningNorm) and isinstance(new.mask_slot, CallMasks):
+            new.mask_slot.pass_on(old, new)
         if not isinstance(new, nn.LayerNorm) and _no_fused_path(place):
             notes.append("the fused evaluation of its layer, which computes LayerNorm, is off")
         replaced.append(Replaced(tuple(place.names), _text(place.module), _text(new), tuple(notes)))

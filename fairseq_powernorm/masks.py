@@ -97,7 +97,7 @@ class CallMasks(MaskSlot):
         self._ended: List[_Call] = []
         self._lock = threading.Lock()
         #: norm -> its name, for errors
-        self.names: Dict[nn.Module, str] = {}
+        self.names: Dict[RunningNorm, str] = {}
         #: who has attached it to a model
         self.owner: Optional[AttachedMask] = None
 
@@ -108,7 +108,7 @@ class CallMasks(MaskSlot):
         new = memo[id(self)] = CallMasks()
         return new
 
-    def pass_on(self, old: nn.Module, new: nn.Module) -> None:
+    def pass_on(self, old: RunningNorm, new: RunningNorm) -> None:
         """A new norm stands where ``old`` stood."""
         self.names[new] = self.names.pop(old, type(new).__name__)
 
@@ -257,7 +257,7 @@ class AttachedMask:
                     f"{type(other._model).__name__} already; remove() that first"
                 )
         self._slot = CallMasks()
-        self._names: Dict[nn.Module, str] = {norm: name for name, norm in norms.items()}
+        self._names: Dict[RunningNorm, str] = {norm: name for name, norm in norms.items()}
         self._own()
         self._hooks: Sequence[Any] = (
             model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
@@ -267,7 +267,7 @@ class AttachedMask:
     def _own(self) -> None:
         self._slot.owner, self._slot.names = self, self._names
         for norm in self._names:
-            norm.mask_slot = self._slot  # type: ignore[assignment]
+            norm.mask_slot = self._slot
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         """A copy, or what is read back from a pickle, owns the masks of the copied model."""
