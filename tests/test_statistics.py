@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -578,3 +579,17 @@ def test_a_backward_pass_outside_of_its_batch_is_refused(kind):
         loss = run(model, *data(0))
     with pytest.raises(RuntimeError, match=r"a backward pass in training outside of RunningStatistics.batch\(\)"):
         loss.backward()
+
+
+def test_settings_that_are_numbers_of_numpy_keep_norms_apart():
+    """Norms that differ in such a number only take the steps of their own: the same as with Python's numbers."""
+    found = []
+    for number in (np.float32, float):
+        model = nn.Sequential(*(MaskedBatchNorm(2, alpha_fwd=number(alpha)) for alpha in (0.25, 0.75)))
+        statistics = RunningStatistics(model)
+        with statistics.batch():
+            model(torch.arange(8.0).view(4, 2))
+        statistics.commit()
+        found.append([norm.running_mean for norm in model])
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other)

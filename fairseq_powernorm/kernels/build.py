@@ -32,6 +32,8 @@ FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-fvisibili
 AUTOGRAD_SOURCE = HERE / "csrc" / "autograd.cpp"
 AUTOGRAD = "powernorm_autograd"
 AUTOGRAD_FLAGS = ("-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
+#: what people build both with, whatever stands there
+BUILD = "python -m fairseq_powernorm.kernels --build"
 #: what the compiler must know of the installed torch: printed by another process, which imports it
 _FACTS = """
 import json, re, torch
@@ -70,7 +72,7 @@ def installed_library() -> Optional[Path]:
 
 def why_missing(library: Path = HERE / NAME) -> str:
     """Why there is no current library, and how to get one: for the log."""
-    remedy = "build it with: python -m fairseq_powernorm.kernels --build"
+    remedy = f"build it with: {BUILD}"
     elsewhere = installed_library()
     if elsewhere is not None:
         return (
@@ -151,8 +153,10 @@ def autograd_name() -> str:
 
 def autograd_folders() -> List[Path]:
     """Where it may lie: beside this file, or, where that cannot be written, in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return [HERE, Path(cache) / "fairseq_powernorm"]
+    given = (os.environ.get("XDG_CACHE_HOME", ""), os.path.join(os.path.expanduser("~"), ".cache"))
+    # a user without a home, or a relative path: nothing is loaded from where somebody happens to be
+    caches = [Path(cache) / "fairseq_powernorm" for cache in given if os.path.isabs(cache)]
+    return [HERE, *caches[:1]]
 
 
 def find_autograd() -> Optional[Path]:
@@ -182,17 +186,17 @@ def _folder_to_write() -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             if os.access(folder, os.W_OK):
                 return folder
-    raise BuildError(f"neither {' nor '.join(map(str, autograd_folders()))} can be written")
+    raise BuildError(f"no folder can be written: {', '.join(map(str, autograd_folders()))}")
 
 
 def why_no_autograd() -> str:
     """Why it has not been built: what its last build said, if there was one."""
     try:
-        return _failure(autograd_name()).read_text().strip()
+        return f"{_failure(autograd_name()).read_text().strip()}; to try again: {BUILD}"
     except BuildError as error:
         return str(error)
     except OSError:
-        return "it is not built; build it with: python -m fairseq_powernorm.kernels --build"
+        return f"it is not built; build it with: {BUILD}"
 
 
 @contextlib.contextmanager
@@ -220,6 +224,7 @@ def build_autograd() -> Path:
         BuildError: there is no torch or no compiler, it fails, no folder can be written, or another process is building it
     """
     name, folder, root = autograd_name(), _folder_to_write(), _torch()
+    command = compiler("CXX", ("c++", "g++", "clang++"), "C++")  # one that is missing today is no failure to remember
     with _alone(folder) as alone:
         if not alone:
             raise BuildError("another process is building it")
@@ -234,7 +239,7 @@ def build_autograd() -> Path:
             print(f"building the autograd function in C++ for torch in {root} (some seconds)", file=sys.stderr, flush=True)
             found = _compile(
                 [
-                    *compiler("CXX", ("c++", "g++", "clang++"), "C++"), f"-std=c++{facts['standard']}", *AUTOGRAD_FLAGS,
+                    *command, f"-std=c++{facts['standard']}", *AUTOGRAD_FLAGS,
                     f"-D_GLIBCXX_USE_CXX11_ABI={facts['abi']}", *(f"-I{each}" for each in include),
                     f"-I{sysconfig.get_paths()['include']}", str(AUTOGRAD_SOURCE), f"-L{root / 'lib'}",
                     "-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10",
@@ -252,6 +257,9 @@ def build_autograd() -> Path:
 
 def start_autograd() -> bool:
     """Have it built by a process of its own, unless that failed before or is being done; returns whether it is under way."""
+    # a program that has been frozen into one file is its own interpreter: it would start itself
+    if not sys.executable or getattr(sys, "frozen", False) or not (HERE / "build.py").is_file():
+        return False
     try:
         folder = _folder_to_write()
         if _failed():

@@ -62,7 +62,7 @@ def _load(library: ctypes.CDLL) -> None:
         try:
             _extension = _import(path, library)
         except (ImportError, AttributeError, OSError) as error:
-            _reason = f"that in C++ does not load: {error}"
+            _reason = f"that in C++ does not load: {error}; build it anew with: {build.BUILD}"
     elif choice == "build" and build.start_autograd():
         _reason = "that in C++ is being built, for processes that begin later"
     else:

@@ -1,4 +1,5 @@
 """The base of the norms with running statistics: checks, masks, buffers that stay in float32, transforms of torch."""
+import numbers
 import threading
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Callable, Dict, Hashable, Mapping, Optional, Tuple, Union
@@ -10,7 +11,7 @@ from .. import functional, operators
 from ..kernels import eager
 from ..kernels.interface import transformed
 from . import loading
-from .checks import check_interval
+from .checks import check_interval, is_count
 from .layouts import Norm
 from .masks import MaskSlot, valid_rows
 from .staging import Stage, Sums
@@ -84,12 +85,12 @@ class RunningNorm(Norm):
         windows: Mapping[str, int] = MappingProxyType({}),
     ):
         super().__init__(dim, batch_first=batch_first, layout=layout)
-        if dim < 1:
+        if not is_count(dim, least=1):
             raise ValueError(f"dim={dim!r}: must be a positive number of channels")
         if not 0.0 <= eps < float("inf"):
             raise ValueError(f"eps={eps!r}: must be a finite number, zero or positive")
         check_interval("alpha_fwd", alpha_fwd)
-        if groups < 0 or (groups > 0 and dim % groups):
+        if not is_count(groups) or (groups > 0 and dim % groups):
             divisors = [g for g in range(1, dim + 1) if dim % g == 0]
             raise ValueError(
                 f"groups={groups!r}: must be 0 (no layer scale) or divide the {dim} channels, one of {divisors}"
@@ -153,7 +154,7 @@ class RunningNorm(Norm):
         return tuple(
             (name, value)
             for name, value in sorted(vars(self).items())
-            if isinstance(value, (bool, int, float, str)) and not name.startswith("_") and name != "training"
+            if isinstance(value, (bool, numbers.Number, str)) and not name.startswith("_") and name != "training"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RunningNorm":

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..kernels.interface import LAYER_SCALE_EPS
 from .base import Device
+from .checks import is_count
 from .row import RowNorm, check_dim, check_number, weight_and_bias
 
 
@@ -28,7 +29,7 @@ class _Grouped(RowNorm):
     ):
         check_dim(dim)
         check_number("eps", eps, above=0.0)
-        if groups < 1 or dim % groups or dim // groups < smallest:
+        if not is_count(groups, least=1) or dim % groups or dim // groups < smallest:
             valid = [g for g in range(1, dim // smallest + 1) if dim % g == 0]
             size = f" into groups of {smallest} or more" if smallest > 1 else ""
             raise ValueError(f"groups={groups!r}: must divide the {dim} channels{size}, one of {valid}")

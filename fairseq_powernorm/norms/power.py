@@ -9,7 +9,7 @@ from .. import functional, operators
 from ..kernels import choose, choose_for_step, eager
 from ..kernels.interface import OwnStep, PowerNormSpec, StepSpec
 from .base import Device, RunningNorm, State
-from .checks import check_interval
+from .checks import check_interval, check_updates
 from .distances import discrepancy, size_of
 from .recomputation import Recomputations, inside_backward, recomputable
 from .staging import Sums
@@ -125,8 +125,7 @@ class PowerNorm(SecondMomentNorm):
         dtype: Optional[torch.dtype] = None,
     ):
         check_interval("alpha_bkw", alpha_bkw)
-        if warmup_updates < 0:
-            raise ValueError(f"warmup_updates={warmup_updates!r}: must be zero or a positive number of steps")
+        check_updates(warmup_updates=warmup_updates)
         if variant not in VARIANTS:
             raise ValueError(f"variant={variant!r}: must be one of {', '.join(VARIANTS)}")
         super().__init__(

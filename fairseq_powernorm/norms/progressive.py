@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..kernels import eager
 from .base import Device, State
+from .checks import is_count
 from .formula import FormulaNorm
 from .scriptable import MixedEvaluation
 from .staging import Sums
@@ -74,7 +75,7 @@ class ProgressiveBatchNorm(FormulaNorm):
         device: Device = None,
         dtype: Optional[torch.dtype] = None,
     ):
-        if total_updates is None or total_updates < 1:
+        if total_updates is None or not is_count(total_updates, least=1):
             raise ValueError(
                 f"total_updates={total_updates!r}: must be the number of training steps after which LayerNorm is gone, 1 or "
                 "more; in fairseq --norm-total-updates or --max-update, if there is one, says it for all norms"

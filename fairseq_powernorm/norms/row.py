@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Device
+from .checks import is_count
 from .layouts import Norm
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -17,7 +18,7 @@ _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def check_dim(dim: int) -> None:
     """Raise ValueError unless there are channels."""
-    if dim < 1:
+    if not is_count(dim, least=1):
         raise ValueError(f"dim={dim!r}: must be a positive number of channels")
 
 

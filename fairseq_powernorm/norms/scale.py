@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .base import Device
-from .row import RowNorm, check_number
+from .row import RowNorm, check_dim, check_number
 
 
 class ScaleNorm(RowNorm):
@@ -36,6 +36,7 @@ class ScaleNorm(RowNorm):
         device: Device = None,
         dtype: Optional[torch.dtype] = None,
     ):
+        check_dim(dim)
         check_number("eps", eps, above=0.0)
         # one element, not a scalar, which sharding does not take
         parameters = {"weight": (1 if affine else 0, dim**0.5)}

@@ -8,7 +8,7 @@ from .. import functional
 from ..functional.moments import count_rows, scaled_rows, sum_rows
 from ..kernels import eager
 from .base import Device, State
-from .checks import check_interval, check_updates
+from .checks import check_interval, check_updates, is_count
 from .distances import discrepancy, size_of
 from .formula import FormulaNorm
 from .staging import Sums
@@ -43,7 +43,8 @@ class _Divisor(NamedTuple):
 class WindowNorm(FormulaNorm):
     """Base of MABN and UN: windows of the second moment and of the gradient moment of the last W steps.
 
-    The step after t steps has the place ``t % W`` in both windows, so that ``iters`` says where a resumed run goes on.
+    The step after t steps has the place ``t % W`` in both windows, so that ``iters`` says where a resumed run goes on. A
+    step without rows, or whose moment is not finite, puts the running variance there.
     """
 
     #: is the window's mean the geometric one?
@@ -62,7 +63,7 @@ class WindowNorm(FormulaNorm):
     window_gz: Tensor
 
     def __init__(self, dim: int, *, window: int, warmup_updates: int, rescale_after: int, **options: Any):
-        if window < 1:
+        if not is_count(window, least=1):
             raise ValueError(f"window={window!r}: must be 1 or more steps")
         check_updates(warmup_updates=warmup_updates, rescale_after=rescale_after)
         super().__init__(dim, windows={"window_m2": window, "window_gz": window}, **options)
@@ -174,8 +175,9 @@ class WindowNorm(FormulaNorm):
         running, window = state["running_var"], state["window_m2"]
         divisor = self._divisor_of(batch, state["iters"], running, window)
         moved = self._moved(state, sums, alpha_fwd, {"running_var": divisor.var})
-        window = functional.put(window, state["iters"], torch.where(divisor.outlier, running, batch))
-        moved["window_m2"] = torch.where(some.unsqueeze(-1), window, state["window_m2"])
+        # without a moment of its own a step has the running one: a place left empty would draw the mean to zero
+        known = some & torch.isfinite(batch).all(-1, keepdim=True) & divisor.outlier.logical_not()
+        moved["window_m2"] = functional.put(window, state["iters"], torch.where(known, batch, running))
         return moved
 
     def describe(self, state: State, forward: Sums, backward: Sums) -> Dict[str, Tensor]:

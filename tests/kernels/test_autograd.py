@@ -307,6 +307,17 @@ def test_nothing_is_left_behind():
     assert known[1]() is None
 
 
+def test_a_norm_that_keeps_its_output_can_be_freed():
+    """Once the backward pass has run: a node in C++ is no place where Python's garbage collector finds the way back."""
+    norm, (x, dy) = PowerNorm(8), inputs((5, 8))
+    norm.last = norm(x.requires_grad_())
+    norm.last.backward(dy)
+    known = weakref.ref(norm)
+    del norm
+    gc.collect()
+    assert known() is None
+
+
 def test_a_deep_graph_can_be_freed():
     """A chain of 20,000 norms takes no stack when it goes."""
     norm, (x, _) = PowerNorm(2), inputs((1, 2))
@@ -374,6 +385,30 @@ def test_a_build_that_fails_is_not_tried_again(fresh, monkeypatch):
     (fresh / build.autograd_name()).write_bytes(b"no library")
     monkeypatch.setattr(native, "_loaded", False)
     assert c.autograd() is None and "does not load" in c.describe()
+
+
+def test_a_compiler_that_is_missing_is_no_failure_to_remember(fresh, monkeypatch):
+    """Whoever installs one later gets the function, without having to ask for it."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(build.BuildError, match="CXX='no-such-compiler' is not a command"):
+        build.build_autograd()
+    assert not list(fresh.iterdir()) and not build.start_autograd()
+
+
+@pytest.mark.parametrize("cache, home", [("", "~"), ("relative", "/home/me"), ("/cache", "/home/me")])
+def test_nothing_is_loaded_from_the_working_directory(monkeypatch, cache, home):
+    """A user without a home or a cache with a relative path: only absolute folders are searched and written."""
+    monkeypatch.setenv("XDG_CACHE_HOME", cache)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path.replace("~", home))
+    expected = {"": [], "relative": ["/home/me/.cache"], "/cache": ["/cache"]}[cache]
+    assert [str(folder.parent) for folder in build.autograd_folders()[1:]] == expected
+
+
+def test_a_frozen_program_does_not_start_itself(fresh, monkeypatch):
+    """There sys.executable is the program, not Python."""
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **options: pytest.fail("a process was started"))
+    assert not build.start_autograd()
 
 
 HOLD = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), 2); print(flush=True); input()"

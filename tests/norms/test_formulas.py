@@ -1,4 +1,5 @@
 """Batch renormalization, MABN, UN, RBN and PRepBN: each against a second implementation, and what is its own."""
+import contextlib
 import copy
 
 import pytest
@@ -94,6 +95,27 @@ def test_second_implementation(variant, groups, masked, staged):
             torch.testing.assert_close(rows, other.evaluate(scaled(x.view(-1, C), groups)), rtol=1e-9, atol=1e-11)
             norm.train()
     assert norm.steps() == 50
+
+
+@pytest.mark.parametrize("empty", ["padding", "not finite", "no rows"])
+@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("name", ["mabn", "un"])
+def test_a_step_without_a_moment_leaves_no_gap_in_the_window(name, staged, empty):
+    """Its place has the running variance, here 1: the next steps divide by the mean of it and of their own moments."""
+    norm = build_norm(name, C, window=2, warmup_updates=0, rescale_after=9, alpha_fwd=1.0).double()
+    statistics = RunningStatistics(norm) if staged else None
+    rows = torch.randn(3, 6, 4, C, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3.0
+    nothing = {"padding": rows[1], "not finite": rows[1] * torch.nan, "no rows": rows[1, :0]}[empty]
+    for x in (rows[0], nothing, rows[2]):
+        mask = torch.full((x.size(1), x.size(0)), empty == "padding" and x is nothing)
+        with statistics.batch() if staged else contextlib.nullcontext():
+            y = norm(x.clone().requires_grad_(), mask)
+            y.sum().backward()
+        if staged:
+            statistics.commit()
+    moments = torch.stack([torch.ones(C, dtype=torch.float64), rows[2].square().mean((0, 1))])
+    mean = moments.mean(0) if name == "mabn" else moments.log().mean(0).exp()
+    torch.testing.assert_close(y.detach(), rows[2] / (mean + norm.eps).sqrt())
 
 
 def test_outliers_are_found():

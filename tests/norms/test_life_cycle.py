@@ -2,13 +2,14 @@
 import copy
 import io
 import pickle
+import re
 
 import pytest
 import torch
 from norm_cases import ALL, CASES, REQUIRED, C, assert_all_close, batch, make, new, train
 from torch import nn
 
-from fairseq_powernorm.norms import NORMS
+from fairseq_powernorm.norms import NORMS, norm_options
 
 NARROW = [torch.float16, torch.bfloat16]
 
@@ -298,3 +299,22 @@ def test_what_a_checkpoint_lacks_begins_as_in_a_new_norm(name, variant):
     for key, value in new.state_dict().items():
         if key != "weight":
             assert torch.equal(norm.state_dict()[key], value), key
+
+
+COUNTS = {"warmup_updates", "rescale_after", "r_updates", "d_updates", "total_updates", "window", "groups"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1.5, -1, True, 10**20])
+@pytest.mark.parametrize("name, option", [(n, o) for n in NORMS for o in norm_options(n) if o in COUNTS])
+def test_what_is_no_count_is_refused(name, option, value):
+    """By the class as well, which nobody has checked the types for: no comparison with it would ever be true."""
+    with pytest.raises(ValueError, match=re.escape(f"{option}={value!r}: must")):
+        NORMS[name](C, **{**REQUIRED.get(name, {}), option: value})
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0, 1.5, "8"])
+@pytest.mark.parametrize("name", [name for name in NORMS if name not in ("layer", "rms")])  # torch checks these
+def test_what_is_no_number_of_channels_is_refused(name, value):
+    """By name and value."""
+    with pytest.raises(ValueError, match=re.escape(f"dim={value!r}: must")):
+        NORMS[name](value, **REQUIRED.get(name, {}))

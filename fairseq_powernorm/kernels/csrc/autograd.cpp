@@ -326,6 +326,9 @@ struct PowerNormBackward : torch::autograd::Node {
         weight.reset_data();
         saved.reset_data();
         valid.reset_data();
+        // Python's garbage collector does not see them here: a norm that keeps its output would never be freed
+        for (Object *each : {&switches, &python_backward, &collect, &guard, &constants})
+            each->clear();
         released = true;
     }
 
