@@ -345,9 +345,9 @@ def replace_norms(
     ]  # fmt: skip
     replaced = []
     for (place, _), (new, notes) in zip(candidates, made):
-        old = place.module
-        if isinstance(new, RunningNorm) and isinstance(old, RunningNorm) and isinstance(new.mask_slot, CallMasks):
-            new.mask_slot.pass_on(old, new)
+        before = place.module
+        if isinstance(new, RunningNorm) and isinstance(before, RunningNorm) and isinstance(new.mask_slot, CallMasks):
+            new.mask_slot.pass_on(before, new)
         if not isinstance(new, nn.LayerNorm) and _no_fused_path(place):
             notes.append("the fused evaluation of its layer, which computes LayerNorm, is off")
         replaced.append(Replaced(tuple(place.names), _text(place.module), _text(new), tuple(notes)))

@@ -138,7 +138,7 @@ class CallMasks(MaskSlot):
             self._local.thread = object()
         return calls
 
-    def fitting(self, norm: Norm, x: Tensor) -> Optional[Tensor]:
+    def fitting(self, norm: RunningNorm, x: Tensor) -> Optional[Tensor]:
         calls = self._calls()
         if calls:
             mask = calls[-1].mask
