@@ -1,9 +1,12 @@
 """What this package changes in fairseq itself: methods of its classes, each replaced once however often this is applied."""
+import contextlib
 import functools
 import inspect
 import logging
 import os
 from typing import Any, Callable, List, Optional, Tuple
+
+import torch
 
 from . import checkpoint, compat, ranks, resume
 
@@ -82,6 +85,47 @@ def load_safely(load, path: str, *args, **kwargs):
         checkpoint.check_intact(path)
     with compat.weights_only():
         return load(path, *args, **kwargs)
+
+
+def save_once(save, obj, stream):
+    """``_torch_persistent_save``: an error of the disk is raised as it is, at once, and leaves no part of a checkpoint.
+
+    fairseq tries three times, writes on behind what the attempt before has left, and raises an error of torch's that does
+    not say why.
+    """
+    if isinstance(stream, str):
+        return save(obj, stream)  # which opens it and comes back here
+    watched = _Watched(stream)
+    try:
+        torch.save(obj, watched)
+    except Exception as error:
+        name = getattr(stream, "name", None)
+        with contextlib.suppress(OSError):
+            stream.close()
+        if isinstance(name, str) and name.endswith(".tmp"):
+            with contextlib.suppress(OSError):
+                os.remove(name)
+        if watched.error is None:
+            raise
+        raise OSError(watched.error.errno, watched.error.strerror, name) from error
+
+
+class _Watched:
+    """A stream to write to, which notes the error of the system that torch does not pass on."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+        self.error: Optional[OSError] = None
+
+    def write(self, data) -> int:
+        try:
+            return self.stream.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.stream.flush()
 
 
 def load_whole_checkpoint(load_checkpoint, trainer, filename, *args, **kwargs):
@@ -199,6 +243,7 @@ def patches() -> List[Tuple[Any, str, Callable]]:
     return [
         (utils, "merge_with_parent", check_yaml_options),
         (checkpoint_utils, "load_checkpoint_to_cpu", load_safely),
+        (checkpoint_utils, "_torch_persistent_save", save_once),
         (PathManager, "copy", copy_whole),
         (Trainer, "__init__", check_task),
         (Trainer, "load_checkpoint", load_whole_checkpoint),

@@ -34,32 +34,73 @@ SCRIPT = "PN_SCRIPT"
 def main(command: Callable[[List[str]], Optional[int]], arguments: Optional[Sequence[str]] = None) -> NoReturn:
     """Carries out a command, by default with the words of the command line, and ends with its exit status.
 
-    A refusal, the disk's too, is one line on stderr and exit status 2.
+    A refusal, the disk's too, is one line on stderr and exit status 2. SIGINT and SIGTERM end a command as
+    KeyboardInterrupt does, with one line and exit status 130 or 143; while it ends, further ones change nothing.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal need not know every character
+    _open_streams()
+    stopped = _stoppable()
     try:
         status = command(list(sys.argv[1:] if arguments is None else arguments))
+        if stopped:  # and something has swallowed it
+            raise KeyboardInterrupt
         sys.stdout.flush()
         sys.exit(status)
     except UserError as error:
-        _refuse(error)
+        _refuse(error, 128 + stopped[0] if stopped else 2)
     except BrokenPipeError:  # "| head" has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in DISK:
             raise
         _refuse(f"{error.filename or 'cannot write'}: {error.strerror}")
-    except KeyboardInterrupt as error:  # with what is left of the work, if the command says so
-        _refuse("; ".join(["interrupted", *map(str, error.args)]), 128 + signal.SIGINT)
+    except KeyboardInterrupt as error:
+        _refuse("; ".join(["interrupted", *map(str, error.args)]), 128 + (stopped or [signal.SIGINT])[0])
+
+
+def _open_streams() -> None:
+    """Lets standard streams that the caller has closed lead nowhere: a file would take their places, and their output."""
+    for place, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(place)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(place, mode, closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal need not know every character
+
+
+def _stoppable() -> List[int]:
+    """Lets the first SIGINT or SIGTERM raise KeyboardInterrupt, and a third one end at once; gives the list of them."""
+    stopped: List[int] = []
+
+    def stop(received: int, _frame: object) -> None:
+        stopped.append(received)
+        if len(stopped) == 1:
+            raise KeyboardInterrupt
+        if len(stopped) > 2:
+            os._exit(128 + received)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(each) != signal.SIG_IGN:  # as nohup and "&" leave it
+            signal.signal(each, stop)
+    return stopped
+
+
+def _drop_output() -> None:
+    """What is still to be printed is not, and does no harm where Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refuse(reason: object, status: int = 2) -> NoReturn:
-    with contextlib.suppress(OSError):  # the disk that is full
+    try:
         sys.stdout.flush()
-    print(f"{called_as()}: error: {reason}", file=sys.stderr)
+    except OSError:  # the disk that is full
+        _drop_output()
+    with contextlib.suppress(OSError):
+        print(f"{called_as()}: error: {reason}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 

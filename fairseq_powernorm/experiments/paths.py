@@ -20,8 +20,14 @@ def runs_root() -> Path:
 
 
 def for_fairseq(what: str, path: Path) -> Path:
-    """A path that fairseq is to be given; raises UserError, which says what it is, if fairseq would take it for several."""
-    if os.pathsep in str(path):
-        raise UserError(f"{what} {str(path)!r}: fairseq reads {os.pathsep!r} as the border between two paths; move it, or "
-                        f"give the path of a link to it")
+    """A path that fairseq and hydra are to be given; raises UserError, which says what it is, if they would read another."""
+    text, problem = str(path), ""
+    if os.pathsep in text:
+        problem = f"fairseq reads {os.pathsep!r} as the border between two paths"
+    elif not text.isprintable():
+        problem = "it has characters that cannot be printed"
+    elif "${" in text or "\\" in text:
+        problem = "hydra does not take '${' and backslashes as they are"
+    if problem:
+        raise UserError(f"{what} {text!r}: {problem}; move it, or give the path of a link to it")
     return path

@@ -7,6 +7,7 @@ from .commands import Parser, main
 from .paths import ROOT, runs_root
 from .plot_curves import command as plot_curves
 from .table import command as table
+from .tools import tied
 
 NORMS = ("power", "layer")
 
@@ -30,7 +31,7 @@ def command(arguments: Sequence[str]) -> int:
         steps.append((f"evaluation: {norm}", ["evaluate.sh", "demo", str(runs / norm)]))
     for title, (script, *words) in steps:
         print(f"== {title}", flush=True)
-        status = subprocess.call(["bash", str(ROOT / "scripts" / script), *words])
+        status = carry_out(["bash", str(ROOT / "scripts" / script), *words])
         if status:
             return status if status > 0 else 128 - status
     print("== result", flush=True)
@@ -43,6 +44,17 @@ The demo's corpus is artificial: it shows that everything works, not which norm 
   translations      evaluation/hyp.detok beside evaluation/ref.detok in each of them
 Next, a real benchmark: bash scripts/prepare.sh multi30k && bash scripts/train.sh multi30k power""")
     return 0
+
+
+def carry_out(command: Sequence[str]) -> int:
+    """Runs a command to its end; one that is interrupted is ended first, as it wants to."""
+    process = subprocess.Popen(tied(command))
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from .commands import Parser, add_seeds, add_slurm, main, number_from, one_of
 from .paths import ROOT
 from .reports import matrix
 from .runs.launchers import PLACES
-from .train import OURS as TRAINING
+from .trust import OURS as TRAINING
 
 ROWS = {
     "table1": """

@@ -10,8 +10,9 @@ def parser() -> Parser:
     made = Parser(
         "Shows how runs are doing: state, updates, validation loss, time left, last whole checkpoint, restarts.",
         """
-        States: queued (a job waits), running, finished, failed (training ended by an error), interrupted (it was
-        stopped or killed, and nobody goes on with it), unreadable (its files are not those of a run). "restarts" are the
+        States: queued (a job waits), running, finished, diverged (losses, or weights, are not finite), failed (training
+        ended by an error), interrupted (it was stopped or killed, and nobody goes on with it), unreadable (its files are
+        not those of a run). Updates are those of the log or, if they are more, of the checkpoints. "restarts" are the
         sessions after the first. It reads only.
         """)
     made.add("directories", metavar="DIR", nargs="*",

@@ -7,11 +7,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, Iterable, Mapping, Sequence, TextIO
+from typing import Dict, Iterable, List, Mapping, Sequence, TextIO
 
 from .errors import UserError
 from .paths import ROOT
 
+TETHER = Path(__file__).with_name("runs") / "tether.py"
 # Distributions on which the prepared data depend, and those on which the results depend as well.
 DATA_TOOLS = ("regex", "sacremoses", "subword-nmt", "sentencepiece", "fairseq", "ve-fairseq", "fairseq-fixed")
 TOOLS = (*DATA_TOOLS, "torch", "numpy", "hydra-core", "omegaconf", "sacrebleu", "fairseq_powernorm")
@@ -40,11 +41,18 @@ def tool(name: str) -> str:
     return found
 
 
+def tied(command: Sequence[str]) -> List[str]:
+    """The command as it is started: where the system is Linux, it ends when this process does, however that ends."""
+    if sys.platform != "linux":
+        return list(command)
+    return [sys.executable, "-IS", str(TETHER), str(os.getpid()), *command]
+
+
 def call(command: Sequence[str], lock: TextIO) -> str:
     """Runs a command, which holds the lock, too; gives its output, or shows it and refuses to go on."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
                    "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
+    done = subprocess.run(tied(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
                           env=environment, pass_fds=(lock.fileno(),))
     if done.returncode:
         raise UserError(f"{shlex.join(command)} failed with exit status {done.returncode}:\n{done.stdout[-3000:]}")

@@ -5,10 +5,8 @@ from typing import Any, Sequence, Tuple
 
 from .commands import Parser, add_benchmark, add_norm, main
 from .runs.launchers import PLACES, WORLD_SIZE
+from .trust import OURS
 
-#: keys that train.sh gives itself -> what to use instead; another value would take the run's files from its directory
-OURS = {"checkpoint.save_dir": "--run-dir DIR", "task.data": "PN_DATA_ROOT", "common.user_dir": "another checkout",
-        "common.tensorboard_logdir": "--tensorboard"}
 BATCH = """An update takes optimization.update_freq x dataset.max_tokens tokens (or x dataset.batch_size sentences or blocks)
 on any number of GPUs: they share out optimization.update_freq, which their number must divide. What an update
 takes is printed."""
@@ -54,6 +52,11 @@ def parser() -> Parser:
         command.txt, run.json and, once training is complete, finished.json. Progress is shown every
         common.log_interval updates and, should none come for PN_PROGRESS_SECONDS (default: 60), a line that says so.
         Several ranks: scripts/launch.sh.
+
+        Training ends with this command, however it ends; after a SIGKILL only Linux sees to that, and elsewhere
+        training then goes on, without a log, until it ends by itself. Exit status: 0 finished, 2 refused, 3 diverged
+        (a loss, or weights in the last checkpoint, are not finite), 130 or 143 interrupted, else what the training
+        ended with; the last line says why.
         """,
         BATCH)
     add_run(made)

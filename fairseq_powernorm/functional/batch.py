@@ -231,12 +231,12 @@ class _SecondMomentNorm(Function):
             grad_x = backend.power_backward(grad_y, x, r, weight, None, saved, nu, spec).x
             if valid is not None and grad_x is not None:  # the statistics do not depend on padding
                 padding = valid.logical_not().nonzero().squeeze(1)
-                chosen = [each.reshape(len(valid), -1)[padding] for each in (grad_y, x, r) if each is not None]
+                chosen = [each.reshape(-1, each.size(-1))[padding] for each in (grad_y, x, r) if each is not None]
                 grads, rows_there, *roots = eager.finite_padding(valid[padding], *chosen)
                 root = roots[0] if roots else None
                 found = backend.power_backward(grads, rows_there, root, weight, None, saved, zero, spec).x
                 assert found is not None
-                grad_x.view(len(valid), -1).index_copy_(0, padding, found)
+                grad_x.view(-1, grad_x.size(-1)).index_copy_(0, padding, found)
         return grad_x, None if weight is None else sums.weight, sums.bias if ctx.needs_input_grad[2] else None, None
 
 

@@ -224,7 +224,7 @@ def test_quickstart(monkeypatch, tmp_path, capsys):
             record.write_bytes((ROOT / "results" / "multi30k" / f"{record.parts[-3]}-seed1.json").read_bytes())
         return 0
 
-    monkeypatch.setattr(quickstart.subprocess, "call", call)
+    monkeypatch.setattr(quickstart, "carry_out", call)
     assert quickstart.command([]) == 0
     assert steps == [
         "prepare.sh demo",
@@ -234,7 +234,7 @@ def test_quickstart(monkeypatch, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "| multi30k | power | " in output and "| multi30k | layer | " in output
     assert (tmp_path / "quickstart" / "valid_loss.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(quickstart.subprocess, "call", lambda command: 5 if "layer" in command else 0)
+    monkeypatch.setattr(quickstart, "carry_out", lambda command: 5 if "layer" in command else 0)
     assert quickstart.command([]) == 5
     with pytest.raises(UserError, match="'now' is one argument too many; usage: "):
         quickstart.command(["now"])

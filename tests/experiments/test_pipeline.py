@@ -226,7 +226,7 @@ def test_train_refuses(scripts, tmp_path):
     """Unknown names, foreign overrides and missing data are refused before a run directory exists."""
     before = contents(scripts.runs)
     unknown = scripts.refuses("train", "demo", "powr")
-    assert "norm 'powr' is unknown; valid: layer, rms, batch, power-v, power, group-scale" in unknown
+    assert "norm 'powr' is unknown; valid: layer, rms, batch, power-v, power" in unknown
     assert "benchmark 'dmeo' is unknown; valid: demo, " in scripts.refuses("train", "dmeo", "power")
     assert "--placement 'top' is unknown; valid: encoder, all" in scripts.refuses(
         "train", "demo", "power", "--placement", "top"

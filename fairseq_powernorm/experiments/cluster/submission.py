@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tupl
 
 from ..directories import in_use
 from ..errors import UserError, number
-from ..paths import ROOT, data_root, runs_root
+from ..paths import ROOT, data_root, for_fairseq, runs_root
 from ..runs import batch, claims, launchers, train
 from ..settings import prepared
 from ..train import parse
@@ -28,8 +28,8 @@ OPTIONS = ("nodes", "gpus", "time", "partition", "site", "log-dir")
 
 def check_options(options: Namespace) -> None:
     """Makes numbers of --nodes and --gpus; refuses what cannot be."""
-    options.nodes = number("--nodes", options.nodes or "1", 1)
-    options.gpus = number("--gpus", options.gpus or str(options.nodes), 1)
+    options.nodes = number("--nodes", options.nodes or "1", 1, launchers.MOST)
+    options.gpus = number("--gpus", options.gpus or str(options.nodes), 1, launchers.MOST)
     if options.gpus % options.nodes:
         raise UserError(f"--gpus {options.gpus} cannot be divided among --nodes {options.nodes}: it is the number of "
                         f"GPUs of all nodes together, and each node has as many as the others")
@@ -84,6 +84,11 @@ class Submission:
         if twice:
             raise UserError(f"two runs of this submission have the directory {twice[0]}; each norm and each seed only once")
         data = {benchmark: prepared(benchmark)[0] for benchmark in sorted({run.benchmark for run in self.runs})}
+        for run in self.runs:
+            for_fairseq("run directory", run.directory)
+        for what, path in (("submission's directory (PN_RUNS_ROOT)", self.directory), ("log directory", self.logs)):
+            if "%" in str(for_fairseq(what, path)):
+                raise UserError(f"{what} {str(path)!r}: SLURM reads '%' as the beginning of a pattern")
         check_writable("--log-dir" if self.options.log_dir else "the log directory", self.logs)
         check_writable("the submissions' directory", self.directory.parent)
         for place in sorted({run.directory.parent for run in self.runs}):
@@ -116,7 +121,7 @@ class Submission:
         """Refuses settings that build no model, and runs that were started with others; says what an update takes."""
         built: Dict[Tuple[str, str, str], Any] = {}
         for run in self.runs:
-            facts = train.started(run.options, data[run.benchmark], run.directory)
+            facts = train.started(run.options, data[run.benchmark], run.directory, launchers.Launcher())
             key = (run.benchmark, run.options.arch, run.options.norm)
             if key in built:  # seeds make no difference
                 continue

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, TextIO, Tuple
 
 from ..errors import UserError
-from ..tools import cpus, tool
+from ..tools import cpus, tied, tool
 from . import bpe, cleaning, corpora, moses, texts
 from .recipe import Settings
 from .sources import Source
@@ -253,7 +253,7 @@ def binarize(
     for split, path in splits.items():
         command += [f"--{split}pref", str(path)]
     done = subprocess.run(
-        command,
+        tied(command),
         cwd=directory,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

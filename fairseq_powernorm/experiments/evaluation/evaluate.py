@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
+from .. import trust
 from ..directories import locked, whole_directory
 from ..errors import UserError
 from ..files import read_json, sha256, write_json
 from ..overrides import quiet
 from ..paths import PLUGIN, ROOT, data_root, for_fairseq
-from ..runs import checkpoints, compose, trainlog
+from ..runs import checkpoints, compose, records, trainlog
 from ..settings import is_lm, prepared
 from ..tools import TOOLS, versions
 from . import perplexity, translation
@@ -22,9 +23,10 @@ from .job import Job
 
 SCHEMA = 2
 SUBSETS = ("test", "valid")
-#: what a run directory holds, and what its run.json says, as far as an evaluation needs it
+#: what a run directory holds, as far as an evaluation needs it
 FILES = ("run.json", "train.log", "config.yaml")
-FACTS = ("benchmark", "norm", "prepared_sha256", "overrides", "parameters", "sessions")
+#: settings of a model that follow optimization.max_update, with which a run may be gone on with that is to be longer
+LENGTHS = ("norm_total_updates",)
 
 Record = Dict[str, Any]
 
@@ -116,13 +118,15 @@ def started(run: Path, benchmark: str, *, unfinished: bool) -> Dict[str, Any]:
     for name in FILES:
         if not (run / name).is_file():
             raise UserError(f"run directory {str(run)!r} was not made by scripts/train.sh: it has no {name}")
-    facts: Dict[str, Any] = read_json(run / "run.json")
-    missing = [key for key in FACTS if not isinstance(facts, dict) or key not in facts]
-    if missing or not facts["sessions"]:
-        raise UserError(f"{run / 'run.json'} was not written by scripts/train.sh: it has no {(missing or ['sessions'])[0]}")
+    facts = records.read_run(run)
+    if not facts["sessions"]:
+        raise UserError(f"{run / 'run.json'} was not written by scripts/train.sh: it has no sessions")
     if facts["benchmark"] != benchmark:
         raise UserError(f"{run} is a run of benchmark {facts['benchmark']!r}, not {benchmark!r}")
-    if not (run / "finished.json").is_file() and not unfinished:
+    if records.read_finished(run) is None and not unfinished:
+        reason = records.diverged(facts)
+        if reason:
+            raise UserError(f"{run}: training diverged: {reason}; --unfinished evaluates what was saved before")
         raise UserError(
             f"{run} has not finished training; go on with it (scripts/train.sh {benchmark} {facts['norm']} --resume ...) "
             f"or evaluate what is there with --unfinished"
@@ -147,7 +151,10 @@ def load_config(run: Path) -> Any:
 
     try:
         config = OmegaConf.load(run / "config.yaml")
+        trust.check_config(OmegaConf.to_container(config), str(run / "config.yaml"))
         config.common.user_dir = str(PLUGIN)
+    except UserError:
+        raise
     except Exception as error:  # the errors of YAML share no base class with those of files
         raise UserError(f"cannot read {run / 'config.yaml'}: {error}") from None
     return config
@@ -167,9 +174,11 @@ def refuse_wrong_weights(inputs: Sequence[Path], config: Any) -> None:
         except ValueError as error:
             raise UserError(str(error)) from None
         found = state.get("cfg")
+        if found:
+            trust.check_config(OmegaConf.to_container(OmegaConf.create(found)), str(path))
         model: Any = OmegaConf.to_container(OmegaConf.create(found["model"])) if found else {}
         for key in wanted:
-            if model.get(key) != wanted[key]:
+            if key not in LENGTHS and model.get(key) != wanted[key]:
                 raise UserError(
                     f"{path} does not belong to this run: its model.{key} is {model.get(key)!r}, "
                     f"the run's is {wanted[key]!r} (config.yaml)"
@@ -182,7 +191,7 @@ def refuse_wrong_weights(inputs: Sequence[Path], config: Any) -> None:
 def about(run: Path, facts: Dict[str, Any], config: Any) -> Record:
     """What the record says of the training."""
     norm, placement = compose.norms_of(config.model)
-    curve = finite(trainlog.curve(run / "train.log"))
+    curve = finite(trainlog.curve(run / "train.log", checkpoints.validations(run / "checkpoints", config)))
     sessions = facts["sessions"]
 
     def total(key: str) -> Optional[float]:
@@ -196,7 +205,7 @@ def about(run: Path, facts: Dict[str, Any], config: Any) -> Record:
         "variant": config.model.get("norm_variant"),
         "seed": config.common.seed,
         "parameters": facts["parameters"],
-        "updates": trainlog.updates(curve),
+        "updates": max([trainlog.updates(curve), *(each.updates for each in checkpoints.accounts(run / "checkpoints"))]),
         "finished": (run / "finished.json").is_file(),
         "training": {
             "wall_s": total("wall_s"),

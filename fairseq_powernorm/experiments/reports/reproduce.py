@@ -7,6 +7,7 @@ import os
 import sys
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
+from .. import trust
 from ..cluster import slurm, submission
 from ..directories import in_use
 from ..errors import UserError, choose, listed
@@ -23,6 +24,7 @@ def check(options: argparse.Namespace) -> None:
     for benchmark in options.benchmarks:
         choose("--benchmark", benchmark, benchmarks())  # those that have a YAML file
     options.seeds = options.seeds or list(seeds)
+    trust.check_overrides(options.overrides, trust.OURS)
     for several in (("jobs", "slurm"), ("report_only", "slurm"), *((("gpus", "jobs"),) if not options.slurm else ())):
         if all(getattr(options, name) for name in several):
             raise UserError(" and ".join("--" + name.replace("_", "-") for name in several) + " exclude each other")

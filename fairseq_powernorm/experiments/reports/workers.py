@@ -21,7 +21,8 @@ from ..errors import UserError
 from ..files import read_json
 from ..paths import data_root
 from ..runs import claims
-from ..tools import cpus
+from ..runs.records import read_run
+from ..tools import cpus, tied
 from . import matrix, schema
 
 #: seconds between two looks at runs that other processes are at work on, when nothing else is left
@@ -205,7 +206,7 @@ def training(run: matrix.Run) -> List[str]:
     begun = run.directory / "run.json"
     if not begun.is_file():
         return run.train_command()
-    refuse_others(read_json(begun)["overrides"], run, matrix.relative(run.directory))
+    refuse_others(read_run(run.directory)["overrides"], run, matrix.relative(run.directory))
     return run.train_command([])
 
 
@@ -238,7 +239,7 @@ def call(
     """Runs a command and shows its output line by line; gives the reason if it fails, else None."""
     print(f"{prefix}+ {shlex.join(command)}", flush=True)
     process = subprocess.Popen(
-        command,
+        tied(command),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,9 +1,12 @@
-"""The checkpoints of a run: which there are, which of them are intact."""
+"""The checkpoints of a run: which there are, which of them are intact, and what they say of the training."""
 
+import collections
+import contextlib
+import pickle
 import re
 import zipfile
 from pathlib import Path
-from typing import Any, List, Optional, Pattern, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Pattern, Tuple
 
 from ..errors import UserError
 
@@ -71,3 +74,75 @@ def last(config: Any, directory: Path, number: Optional[int], available: bool = 
         raise UserError(f"{directory} has {len(paths)} of the {number} checkpoints to average "
                         f"({', '.join(path.name for path in paths) or 'none'}); --average N takes fewer")
     return refuse_damaged(paths[-number:])
+
+
+# ---- what a checkpoint says ------------------------------------------------------------------------------------------
+
+
+class Account(NamedTuple):
+    """What a checkpoint says of the training that saved it."""
+
+    path: Path
+    updates: int
+    epoch: Optional[int]
+    valid_loss: Optional[float]
+
+
+def account(path: Path) -> Optional[Account]:
+    """What a checkpoint says, without torch and without its tensors; None if it cannot be read.
+
+    Only the pickle in it is read, and no class that it names is looked up, so that a foreign file executes no code.
+    """
+    with contextlib.suppress(Exception):  # whatever a damaged file makes zipfile and pickle raise
+        with zipfile.ZipFile(path) as archive:
+            name = next(name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl")
+            with archive.open(name) as stream:
+                state = _Reader(stream).load()
+        extra = state.get("extra_state") or {}
+        epoch, loss = (extra.get("train_iterator") or {}).get("epoch"), extra.get("val_loss")
+        return Account(path, int(state["optimizer_history"][-1]["num_updates"]), epoch if isinstance(epoch, int) else None,
+                       float(loss) if isinstance(loss, (int, float)) else None)
+    return None
+
+
+def accounts(directory: Path) -> List[Account]:
+    """What the checkpoints in a directory say, those that can be read, fewest updates first."""
+    found = map(account, sorted(directory.glob("checkpoint*.pt")))
+    return sorted(filter(None, found), key=lambda each: (each.updates, each.path.name))
+
+
+def validations(directory: Path, config: Any) -> List[Dict[str, Any]]:
+    """What the log says of a validation, of those after which the checkpoints in a directory were saved, in that order."""
+    metric = config.checkpoint.best_checkpoint_metric
+    return [{"epoch": each.epoch, f"valid_{metric}": str(each.valid_loss), "valid_num_updates": str(each.updates)}
+            for each in accounts(directory) if each.valid_loss is not None]
+
+
+class _Nothing(dict):  # type: ignore[type-arg]
+    """Stands for an object of any class."""
+
+    def __new__(cls, *_: Any, **__: Any) -> "_Nothing":
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, _: Any) -> None:
+        """Forgets it."""
+
+    def append(self, _: Any) -> None:
+        """Forgets it, too."""
+
+    def extend(self, _: Any) -> None:
+        """And these."""
+
+
+class _Reader(pickle.Unpickler):
+    """Reads numbers, texts, lists and dictionaries; whatever else there is becomes nothing."""
+
+    def find_class(self, module: str, name: str) -> Callable[..., Any]:
+        plain: Dict[Tuple[str, str], Callable[..., Any]] = {("collections", "OrderedDict"): collections.OrderedDict}
+        return plain.get((module, name), _Nothing)
+
+    def persistent_load(self, _: Any) -> Any:
+        return _Nothing()

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
 from ..errors import UserError
-from ..overrides import check, quiet, quote
+from ..overrides import Settings, check, quiet, quote
 from ..paths import PLUGIN
 from ..settings import CONFIGS, NORM_OPTIONS, PLACEMENTS, architectures, placements
+from . import limits
 
 
 def places(model: Any, placement: str) -> Dict[str, bool]:
@@ -132,5 +133,12 @@ def resolved(
     """compose + build with the paths that train.sh gives; returns (overrides with paths, configuration, parameters)."""
     complete = [f"common.user_dir={quote(PLUGIN)}", f"task.data={quote(data)}", f"checkpoint.save_dir={quote(save_dir)}",
                 *overrides]
-    config, _, model, _ = build(compose(benchmark, complete))
+    composition = compose(benchmark, complete)
+    for group, key, path in (("task", "data", data), ("checkpoint", "save_dir", save_dir)):
+        read = composition[group][key]
+        if read != str(path):
+            raise UserError(f"{group}.{key} {str(path)!r}: hydra reads it as {read!r}; move it, or give the path of a "
+                            f"link to it")
+    limits.check(composition, Settings(composition))
+    config, _, model, _ = build(composition)
     return complete, config, sum(parameter.numel() for parameter in model.parameters())

@@ -11,15 +11,15 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Deque, Dict, List, Mapping, Optional, TextIO
+from typing import Any, Deque, Dict, Iterable, List, Mapping, Optional, TextIO
 
 from ..commands import called_as
 from ..errors import UserError
 from ..evaluation import perplexity
-from ..files import write_json
+from ..files import write_json, write_text
 from ..settings import is_lm
-from ..tools import cpus, processor_settings
-from . import checkpoints, trainlog
+from ..tools import cpus, processor_settings, tied
+from . import checkpoints, ending, trainlog
 from .launchers import Launcher
 
 STOP_PATIENCE = 10  # seconds from SIGTERM to SIGKILL
@@ -49,38 +49,32 @@ def session(
             "wall_s": None, "cpu_s": None, "exit_status": None}  # null to the end of a session that is killed
     if facts["sessions"]:
         drop_statistics(run, config)
+        trainlog.complete(run / "train.log", checkpoints.validations(run / "checkpoints", config))
     facts["sessions"].append(this)
     write_json(run / "run.json", facts)
-    (run / "config.yaml").write_text(OmegaConf.to_yaml(config), encoding="utf-8")
+    write_text(run / "config.yaml", OmegaConf.to_yaml(config))
     with open(run / "command.txt", "a", encoding="utf-8") as stream:
         stream.write(shlex.join(command) + "\n")
-    max_update = config.optimization.max_update
     remark = perplexity.remark(config.model) if is_lm(config) else ""
     if remark:
         print(f"these perplexities are {remark}", flush=True)
     print(f"training {run}: {facts['parameters']:,} parameters; everything is logged in {run / 'train.log'}", flush=True)
 
     begin, cpu = time.time(), children_cpu()
+    lines: List[str] = []  # of the log that say how training has ended
     # The child holds the lock as well: should this process be killed, nobody else can train there until it ends, too.
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+    process = subprocess.Popen(tied(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
                                pass_fds=(lock.fileno(),), env=environment)
-    assert process.stdout is not None
     stopped = stop_with_us(process)
-    tail: Deque[str] = collections.deque(maxlen=20)
     try:
-        with open(run / "train.log", "a", encoding="utf-8") as log, Rhythm() as rhythm:
+        with open(run / "train.log", "a", encoding="utf-8") as log:
             settings = processor_settings(environment or os.environ)
             if settings:
                 log.write(f"environment: {settings}\n")
-            for line in process.stdout:
-                log.write(line)
-                log.flush()
-                tail.append(line)
-                short = trainlog.brief(line.rstrip("\n"), max_update, remark)
-                if short is not None:
-                    rhythm.show(short)
+            tail = show(process, log, config.optimization.max_update, remark, lines)
     except OSError as error:  # a disk that is full, or nobody who reads what is shown
         stop(process)
+        assert process.stdout is not None
         process.stdout.close()
         process.wait()
         raise UserError(f"{error.strerror}: progress can no longer be shown and logged in {run / 'train.log'}; training was "
@@ -88,22 +82,68 @@ def session(
     status = process.wait()
     if stopped and status:
         status = -stopped[0]  # whatever the launcher made of it
+    if status == 0:
+        end = ending.of_success(run, lines)
+    elif stopped:
+        end = ending.Ending()
+    else:
+        end = ending.of_failure(lines)
+    if status >= 0 and end.diverged:
+        status, this["diverged"] = ending.DIVERGED, end.diverged
+    elif status == 0 and end.problem:
+        status = 1
     counted = launcher is None or launcher.counts_cpu
     this.update(wall_s=round(time.time() - begin, 1), cpu_s=round(children_cpu() - cpu, 1) if counted else None,
                 exit_status=status)
     write_json(run / "run.json", facts)
-    if status:
-        print(f"the last lines of {run / 'train.log'}:\n{''.join(tail)}", file=sys.stderr)
-        for path in sorted((run / "logs").glob("*rank*.log")):
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-5:]
-            if lines and path.stat().st_mtime >= begin:
-                print(f"the last lines of {path}:\n{''.join(lines)}", end="", file=sys.stderr)
-        print(f"{called_as()}: error: training stopped with exit status {status}; --resume goes on with it", file=sys.stderr)
-        return status if status > 0 else 128 - status
-    updates = trainlog.updates(trainlog.curve(run / "train.log"))
-    write_json(run / "finished.json", {"updates": updates, "overrides": facts["overrides"]})
-    print(f"finished {run}: {updates:,} updates in {this['wall_s'] / 60:.1f} min")
-    return 0
+    if status == 0:
+        write_json(run / "finished.json", {"updates": end.updates, "overrides": facts["overrides"]})
+        print(f"finished {run}: {end.updates:,} updates in {this['wall_s'] / 60:.1f} min")
+        return 0
+    if end.diverged:
+        message = f"training diverged: {end.diverged}; --resume goes on from the last checkpoint that is whole"
+    elif stopped:
+        message = "interrupted; --resume goes on with it"
+    else:
+        if not end.problem:
+            show_last_lines(run, tail, begin)
+        message = (f"training stopped with exit status {status}{f': {end.problem}' if end.problem else ''}; "
+                   f"--resume goes on with it")
+    print(f"{called_as()}: error: {message}", file=sys.stderr)
+    return status if status > 0 else 128 - status
+
+
+def show(
+    process: "subprocess.Popen[str]", log: TextIO, max_update: int, remark: str, lines: List[str]
+) -> Deque[str]:
+    """Writes what a training says to its log, and shows progress in short; gives the last lines.
+
+    Args:
+        remark: what is to be said of each perplexity
+        lines: takes those that say how training has ended, see :mod:`.ending`
+    """
+    tail: Deque[str] = collections.deque(maxlen=20)
+    assert process.stdout is not None
+    with Rhythm() as rhythm:
+        for line in process.stdout:
+            log.write(line)
+            log.flush()
+            tail.append(line)
+            if ending.tells(line):
+                lines.append(line)
+            short = trainlog.brief(line.rstrip("\n"), max_update, remark)
+            if short is not None:
+                rhythm.show(short)
+    return tail
+
+
+def show_last_lines(run: Path, tail: Iterable[str], begin: float) -> None:
+    """The last lines of the log, and of those of other ranks that have written since `begin`."""
+    print(f"the last lines of {run / 'train.log'}:\n{''.join(tail)}", file=sys.stderr)
+    for path in sorted((run / "logs").glob("*rank*.log")):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-5:]
+        if lines and path.stat().st_mtime >= begin:
+            print(f"the last lines of {path}:\n{''.join(lines)}", end="", file=sys.stderr)
 
 
 def drop_statistics(run: Path, config: Any) -> None:
@@ -117,11 +157,12 @@ def drop_statistics(run: Path, config: Any) -> None:
 
 def follow(command: List[str], environment: Optional[Mapping[str, str]]) -> int:
     """Trains along with the process that leads the run; gives the exit status."""
-    process = subprocess.Popen(command, env=environment)
+    process = subprocess.Popen(tied(command), env=environment)
     stopped = stop_with_us(process)
     status = process.wait()
     if stopped and status:
         status = -stopped[0]
+        print(f"{called_as()}: error: interrupted; --resume goes on with it", file=sys.stderr)
     return status if status >= 0 else 128 - status
 
 
@@ -131,7 +172,10 @@ def stop_with_us(process: "subprocess.Popen[Any]") -> List[int]:
 
     def pass_on(number: int, _frame: Any) -> None:
         stopped.append(number)
-        stop(process)
+        if len(stopped) > 1:  # by who does not want to wait
+            process.kill()
+        else:
+            stop(process)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
@@ -168,7 +212,8 @@ class Rhythm:
         while not self.over.wait(self.seconds):
             silent = time.monotonic() - self.time
             if silent >= self.seconds:
-                print(f"  at work, without news for {silent:.0f} s; the last: {self.last}", flush=True)
+                with contextlib.suppress(OSError):  # show() meets it as well, and says so
+                    print(f"  at work, without news for {silent:.0f} s; the last: {self.last}", flush=True)
 
 
 def children_cpu() -> float:

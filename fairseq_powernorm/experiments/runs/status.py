@@ -3,7 +3,6 @@
 import os
 import re
 import time
-import zipfile
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
 
@@ -12,9 +11,8 @@ from ..directories import in_use
 from ..errors import UserError
 from ..files import read_json
 from ..paths import runs_root
-from . import claims, trainlog
+from . import checkpoints, claims, trainlog
 
-SAVED = re.compile(r"Saved checkpoint (.+\.pt) \(epoch \d+ @ (\d+) updates")
 COLUMNS = ("run", "state", "updates", "valid loss", "time left", "last checkpoint", "restarts")
 
 
@@ -64,13 +62,14 @@ def cells(run: Path, name: str, queue: Optional[slurm.Queue]) -> Tuple[str, ...]
     sessions, log = facts["sessions"], run / "train.log"
     curve = trainlog.curve(log) if log.is_file() else {"train": [], "valid": []}
     updates, left = progress(log) if log.is_file() else (0, None)
-    updates = max(updates, trainlog.updates(curve))
+    saved = checkpoints.accounts(run / "checkpoints")
+    updates = max([updates, trainlog.updates(curve), *(each.updates for each in saved)])
     finished = (run / "finished.json").is_file()
     state = state_of(run, finished, sessions, queue)
     limit, valid = max_update(run), curve["valid"]
     return (name, state, f"{updates:,}" + (f" of {limit:,}" if limit else ""),
             str(valid[-1].get("loss", "")) if valid else "",
-            duration(left) if left is not None and state.startswith("running") else "", last_checkpoint(run, log),
+            duration(left) if left is not None and state.startswith("running") else "", described(saved),
             str(max(0, len(sessions) - 1)))
 
 
@@ -86,6 +85,8 @@ def state_of(run: Path, finished: bool, sessions: Sequence[Dict[str, Any]], queu
     if not sessions:
         return "not started" if queue is not None or not claim else f"queued, unless ended ({claim['submission']})"
     ended = sessions[-1]["exit_status"]
+    if sessions[-1].get("diverged"):
+        return "diverged"
     return "failed" if ended is not None and 0 < ended < 128 else "interrupted"
 
 
@@ -113,17 +114,12 @@ def max_update(run: Path) -> int:
     return int(limit[1]) if limit else 0
 
 
-def last_checkpoint(run: Path, log: Path) -> str:
-    """The newest checkpoint that is there and whole, with its updates and its age."""
-    saved = {}
-    if log.is_file():
-        with open(log, encoding="utf-8", errors="replace") as lines:
-            saved = {Path(match[1]).name: int(match[2]) for match in map(SAVED.search, lines) if match}
-    for name, updates in sorted(saved.items(), key=lambda item: item[1], reverse=True):
-        path = run / "checkpoints" / name
-        if path.is_file() and zipfile.is_zipfile(path):
-            return f"{name} ({updates:,} updates, {duration(time.time() - path.stat().st_mtime)} ago)"
-    return "none"
+def described(saved: Sequence[checkpoints.Account]) -> str:
+    """The newest checkpoint that can be read, with its updates and its age."""
+    if not saved:
+        return "none"
+    newest = max(saved, key=lambda each: (each.updates, "last" in each.path.name))
+    return f"{newest.path.name} ({newest.updates:,} updates, {duration(time.time() - newest.path.stat().st_mtime)} ago)"
 
 
 def duration(seconds: float) -> str:

@@ -8,19 +8,18 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
+from .. import trust
 from ..directories import locked
 from ..errors import UserError, choose
 from ..evaluation import perplexity
-from ..files import read_json, sha256
+from ..files import sha256
 from ..overrides import by_key, quote
-from ..paths import runs_root
+from ..paths import for_fairseq, runs_root
 from ..settings import CONFIGS, architectures, is_lm, load, norm_in_names, placements, prepared
 from ..tools import tool
-from . import batch, compose
-from .launchers import WORLD_SIZE, Launcher
+from . import batch, checkpoints, compose, records
+from .launchers import PLACES, WORLD_SIZE, Launcher
 from .session import session
-
-SCHEMA = 1
 
 
 def checked(options: Namespace) -> Any:
@@ -35,8 +34,9 @@ def checked(options: Namespace) -> Any:
     options.placement = choose("--placement", options.placement or valid[0], valid)
     if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError(f"--tensorboard: {sys.executable} has no tensorboard; install it with: pip install tensorboard")
+    trust.check_overrides(options.overrides, trust.OURS)
     if options.tensorboard:
-        options.overrides.append("common.tensorboard_logdir=tensorboard")  # in the run's directory, where hydra goes
+        options.overrides.append(trust.TENSORBOARD)  # in the run's directory, where hydra goes
     return config
 
 
@@ -50,7 +50,8 @@ def train(options: Namespace, config: Any, launcher: Optional[Launcher] = None) 
     else:
         launcher.check_overrides(options.overrides)
     data, _ = prepared(options.benchmark)
-    run = run_directory(options, config)
+    run = for_fairseq("run directory", run_directory(options, config))
+    for_fairseq("data directory (PN_DATA_ROOT)", data)
     leads = launcher is None or launcher.leads
     if leads and begun(run) and not options.resume:
         raise UserError(f"{run} exists already; --resume goes on with it, --run-dir DIR chooses another")
@@ -60,10 +61,8 @@ def train(options: Namespace, config: Any, launcher: Optional[Launcher] = None) 
             lock = stack.enter_context(locked(run, *([launcher.patience] if launcher else [])))
         if launcher:
             launcher.check_claim(run)
-        facts = started(options, data, run)
-        finished = run / "finished.json"
-        if finished.is_file() and read_json(finished)["overrides"] == facts["overrides"]:
-            print(f"{run} has finished ({read_json(finished)['updates']:,} updates); nothing to do")
+        facts = started(options, data, run, launcher)
+        if is_finished(run, facts["overrides"]):
             return 0
         complete, resolved, facts["parameters"] = composed(options, config, facts, data, run)
         world = check_world(resolved, by_key(facts["overrides"]), launcher)
@@ -95,19 +94,37 @@ def begun(run: Path) -> bool:
     return run.exists() and any(path.name not in ("logs", "run.json.partial") for path in run.iterdir())
 
 
-def started(options: Namespace, data: Path, run: Path) -> Dict[str, Any]:
+def is_finished(run: Path, overrides: List[str]) -> bool:
+    """Has the run finished with these overrides? Says so, and refuses one whose checkpoints are gone."""
+    finished = records.read_finished(run)
+    if finished is None or finished["overrides"] != overrides:
+        return False
+    saved = max((each.updates for each in checkpoints.accounts(run / "checkpoints")), default=0)
+    if saved < finished["updates"]:
+        raise UserError(f"{run} has finished with {finished['updates']:,} updates, but its newest checkpoint is of "
+                        f"{saved:,}; remove {run / 'finished.json'} to train on from that")
+    print(f"{run} has finished ({finished['updates']:,} updates); nothing to do")
+    return True
+
+
+def started(options: Namespace, data: Path, run: Path, launcher: Optional[Launcher] = None) -> Dict[str, Any]:
     """run.json of a run that begins, or of that to go on with."""
-    facts = {"schema": SCHEMA, "benchmark": options.benchmark, "arch": options.arch, "norm": options.norm,
+    facts = {"schema": records.SCHEMA, "benchmark": options.benchmark, "arch": options.arch, "norm": options.norm,
              "placement": options.placement, "prepared_sha256": sha256(data / "prepared.json"),
              "overrides": options.overrides, "sessions": []}
-    return resumed(run, facts) if begun(run) else facts
+    own = {**trust.OURS, **(dict.fromkeys(PLACES, "--ranks, --nodes, --node-rank and --master") if launcher else {})}
+    return resumed(run, facts, own) if begun(run) else facts
 
 
-def resumed(run: Path, wanted: Dict[str, Any]) -> Dict[str, Any]:
-    """run.json of the run to go on with, new overrides added; refuses if it was started as something else."""
+def resumed(run: Path, wanted: Dict[str, Any], own: Mapping[str, Optional[str]]) -> Dict[str, Any]:
+    """run.json of the run to go on with, new overrides added; refuses if it was started as something else.
+
+    own: keys that overrides, stored ones too, cannot have
+    """
     if not (run / "run.json").is_file():
         raise UserError(f"cannot go on with {run}: it was not made by scripts/train.sh (it has no run.json)")
-    facts = read_json(run / "run.json")
+    trust.check_files(run, records.WRITTEN)
+    facts = records.read_run(run, own)
     facts.setdefault("arch", architectures(wanted["benchmark"])[0])  # older runs have the default
     for key in ("schema", "benchmark", "arch", "norm", "placement"):
         if facts.get(key) != wanted[key]:

@@ -1,7 +1,9 @@
 """Reads the log of a training run (common.log_format=json)."""
 
 import json
-from typing import Any, Dict, List, Optional
+import math
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
 
 from ..files import AnyPath
 
@@ -21,27 +23,77 @@ def parse_line(line: str) -> Optional[Dict[str, Any]]:
     return found if isinstance(found, dict) else None
 
 
-def curve(path: AnyPath) -> Dict[str, List[Entry]]:
+def curve(path: AnyPath, validations: Sequence[Dict[str, Any]] = ()) -> Dict[str, List[Entry]]:
     """{"train": [...], "valid": [...]}: one entry per epoch and per validation, with updates, loss, nll_loss and ppl.
 
     After a resumption training repeats the updates since the last checkpoint; the later account of them replaces the
     earlier one.
+
+    Args:
+        path: of the log
+        validations: further ones, as the log has them; those that go beyond it are added
     """
     curves: Dict[str, List[Entry]] = {"train": [], "valid": []}
     with open(path, encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            found = parse_line(line)
+        for found in filter(None, map(parse_line, lines)):
             for subset, entries in curves.items():
-                if not found or f"{subset}_num_updates" not in found:
+                entry = _entry(found, subset)
+                if entry is None:
                     continue
-                entry = {"updates": int(found[f"{subset}_num_updates"]), "epoch": found.get("epoch")}
-                for key in ("loss", "nll_loss", "ppl"):
-                    if f"{subset}_{key}" in found:
-                        entry[key] = float(found[f"{subset}_{key}"])
                 while entries and entries[-1]["updates"] >= entry["updates"]:
                     entries.pop()
                 entries.append(entry)
+    for found in beyond(curves, validations):
+        entry = _entry(found, "valid")
+        if entry is not None:
+            curves["valid"].append(entry)
     return curves
+
+
+def _entry(found: Dict[str, Any], subset: str) -> Optional[Entry]:
+    """A line's account of a subset, if it has one."""
+    if f"{subset}_num_updates" not in found:
+        return None
+    entry = {"updates": int(found[f"{subset}_num_updates"]), "epoch": found.get("epoch")}
+    for key in ("loss", "nll_loss", "ppl"):
+        if f"{subset}_{key}" in found:
+            entry[key] = as_number(found[f"{subset}_{key}"])
+    return entry
+
+
+def as_number(value: Any) -> float:
+    """A number of the log, NaN for null, which fairseq has for the mean of nothing."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def beyond(curves: Dict[str, List[Entry]], validations: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Those of some validations, fewest updates first, that follow on what the curves have, each once."""
+    valid = curves["valid"]
+    reached, found = valid[-1]["updates"] if valid else 0, []
+    for each in validations:
+        if int(each["valid_num_updates"]) > reached:
+            reached = int(each["valid_num_updates"])
+            found.append(each)
+    return found
+
+
+def complete(path: Path, validations: Sequence[Dict[str, Any]]) -> None:
+    """Adds validations to a log, after which checkpoints were saved, and which it lacks: who wrote it was killed before.
+
+    Args:
+        path: of the log, which need not exist
+        validations: as the log has them, fewest updates first
+    """
+    text = path.read_bytes() if path.is_file() else b""
+    there = curve(path) if text else {"train": [], "valid": []}
+    lines = "" if not text or text.endswith(b"\n") else "\n"
+    lines += "".join(f"as the checkpoints have it: {json.dumps(found)}\n" for found in beyond(there, validations))
+    if lines:
+        with open(path, "a", encoding="utf-8") as stream:
+            stream.write(lines)
 
 
 def updates(curves: Dict[str, List[Entry]]) -> int:
@@ -57,7 +109,8 @@ def brief(line: str, max_update: int, remark: str = "") -> Optional[str]:
     found = parse_line(line)
     if found is None:
         shown = ("rror", "stopping training", "is truncated or damaged; going on from")
-        return line if any(part in line for part in shown) else None
+        traceback = line.startswith((" ", "Error executing job"))  # what it comes to is the last line of the session
+        return line if any(part in line for part in shown) and not traceback else None
     if "valid_loss" in found:
         return (f"  epoch {found['epoch']}: valid loss {found['valid_loss']}, perplexity {found.get('valid_ppl')} "
                 f"{f'({remark}) ' if remark else ''}after {found['valid_num_updates']} updates")

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import torch
 import toy
 from checks import slurm_cluster
 from pipelines import SMALL, Scripts, program, write_text
@@ -341,7 +342,6 @@ def test_job_that_lost_a_node(job):
 def test_status(scripts, tmp_path):
     """Each state is told from the files of a run: updates of how many, validation loss, time left, checkpoint, restarts."""
     import fcntl
-    import zipfile
 
     def run(name, statuses, finished=False, saved=((10, True), (20, True))):
         folder = tmp_path / "some" / name
@@ -352,9 +352,7 @@ def test_status(scripts, tmp_path):
         for updates, whole in saved:
             path = folder / "checkpoints" / f"checkpoint_1_{updates}.pt"
             log += json.dumps({"epoch": 1, "valid_loss": f"{updates / 10}", "valid_num_updates": f"{updates}"}) + "\n"
-            log += f"Saved checkpoint {path} (epoch 1 @ {updates} updates, score 1.0) (writing took 1.0 seconds)\n"
-            with zipfile.ZipFile(path, "w") as archive:
-                archive.writestr("data", "x" * 100)
+            torch.save({"optimizer_history": [{"num_updates": updates}], "extra_state": {}}, path)
             if not whole:
                 os.truncate(path, 50)
         (folder / "train.log").write_text(log + 'x | {"epoch": 1, "loss": "2.5", "num_updates": "25", "ups": "0.5"}\n')
@@ -369,6 +367,10 @@ def test_status(scripts, tmp_path):
     run("e-cut", [None], saved=((10, True), (20, False)))
     run("f-running", [None, None])
     run("g-evaluated", [0], finished=True)
+    diverged = run("l-diverged", [3]) / "run.json"
+    diverged.write_text(diverged.read_text().replace("3", '3, "diverged": "the training loss is nan"'))
+    ahead = run("m-ahead", [None])  # its log was lost with the process that wrote it
+    torch.save({"optimizer_history": [{"num_updates": 60}]}, ahead / "checkpoints" / "checkpoint_last.pt")
     for name, text in (("h-half", "{"), ("i-other", "[]"), ("j-older", '{"sessions": [{}]}')):
         (tmp_path / "some" / name).mkdir()
         (tmp_path / "some" / name / "run.json").write_text(text)
@@ -385,9 +387,11 @@ def test_status(scripts, tmp_path):
     lines = [line for line in lines if line not in odd]
     rows = {line.split()[0]: re.split(r" {2,}", line) for line in lines[2:]}
     assert [row[1] for row in rows.values()] == [
-        "finished", "interrupted", "interrupted", "failed", "interrupted", "running", "finished (in evaluation)"]
-    assert all(row[2:4] == ["25 of 100", "2.0"] for row in rows.values())
-    assert [row[-1] for row in rows.values()] == ["0", "0", "2", "1", "0", "1", "0"]
+        "finished", "interrupted", "interrupted", "failed", "interrupted", "running", "finished (in evaluation)",
+        "diverged", "interrupted"]
+    assert rows["m-ahead"][2] == "60 of 100" and "checkpoint_last.pt (60 updates, " in rows["m-ahead"][4]
+    assert all(row[2:4] == ["25 of 100", "2.0"] for name, row in rows.items() if name != "m-ahead")
+    assert [row[-1] for row in rows.values()] == ["0", "0", "2", "1", "0", "1", "0", "0", "0"]
     assert rows["f-running"][4] == "2 min" and "checkpoint_1_20.pt (20 updates, " in rows["f-running"][5]
     assert any("checkpoint_1_10.pt (10 updates, " in cell for cell in rows["e-cut"]), "only whole checkpoints count"
     assert "no runs in" in scripts.ok("status", str(scripts.programs))

@@ -15,8 +15,8 @@ from fairseq_powernorm.experiments.evaluation import evaluate
 from fairseq_powernorm.experiments.evaluation.job import Job, words_of
 from fairseq_powernorm.experiments.files import sha256
 
-FACTS = {"benchmark": "demo", "norm": "power", "prepared_sha256": "0", "overrides": [], "parameters": 3,
-         "sessions": [{"command": ["train"]}]}
+FACTS = {"schema": 1, "benchmark": "demo", "norm": "power", "placement": "encoder", "prepared_sha256": "0", "overrides": [],
+         "sessions": [{"command": ["train"], "threads": 1, "wall_s": None, "cpu_s": None, "exit_status": None}]}
 
 
 @pytest.fixture
@@ -37,12 +37,13 @@ def test_a_directory_that_is_no_run(name, run):
 
 
 @pytest.mark.parametrize("content, missing", [
-    *(({key: value for key, value in FACTS.items() if key != name}, name) for name in FACTS),
-    ({**FACTS, "sessions": []}, "sessions"), ([], "benchmark"), ("text", "benchmark")])
+    *(({key: value for key, value in FACTS.items() if key != name}, f"{name} is missing") for name in FACTS),
+    ({**FACTS, "sessions": []}, "it has no sessions"), ([], "it is list, not an object"),
+    ("text", "it is str, not an object")])
 def test_facts_of_something_else(content, missing, run):
     """A run.json that is not one of train.sh is refused by what it lacks."""
     (run / "run.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=f"was not written by scripts/train.sh: it has no {missing}"):
+    with pytest.raises(UserError, match=f"was not written by scripts/train.sh: {missing}"):
         evaluate.evaluate("demo", run)
 
 

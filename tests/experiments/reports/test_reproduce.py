@@ -217,7 +217,7 @@ def test_the_lines_of_the_readme(line, here, capsys):
     (["table1", "--benchmark", "demo", "--slurm", "--jobs", "2"], "--jobs and --slurm exclude each other"),
     (["table1", "--benchmark", "demo", "--slurm", "--report-only"], "--report-only and --slurm exclude each other"),
     (["table1", "--benchmark", "demo", "--time", "60"], "--time goes with --slurm only"),
-    (["table1", "--benchmark", "demo", "--slurm", "--gpus", "0,1"], "--gpus '0,1': must be a number, 1 or more"),
+    (["table1", "--benchmark", "demo", "--slurm", "--gpus", "0,1"], "--gpus '0,1': must be a number, 1 to 65535"),
     (["table1", "--benchmark", "demo", "--slurm", "--gpus", "3", "--nodes", "2"], "--gpus 3 cannot be divided among"),
     (["table1", "--benchmark", "demo", "--slurm", "--gpus", "2", "--dry-run"],
      "--gpus 2: demo: 2 ranks cannot share out optimization.update_freq=[1]"),
@@ -274,12 +274,14 @@ def test_going_on_with_a_run(here, monkeypatch):
     commands = []
     monkeypatch.setattr(workers, "call", lambda state, command, *_: commands.append(command))
     run.directory.mkdir(parents=True)
-    write_json(run.directory / "run.json", {"overrides": list(run.overrides)})
+    facts = {"schema": 1, "benchmark": "demo", "norm": "power", "placement": "encoder", "prepared_sha256": "0",
+             "sessions": []}
+    write_json(run.directory / "run.json", {**facts, "overrides": list(run.overrides)})
     state = workers.State(None, 1, here / "results")
     assert workers.carry_out(state, run, {}) is None
     assert [command[1] for command in commands] == ["scripts/train.sh", "scripts/evaluate.sh"]
     assert commands[0][-1] == "--resume", "with the overrides that it was begun with"
-    write_json(run.directory / "run.json", {"overrides": [*run.overrides, "optimization.lr=[0.1]"]})
+    write_json(run.directory / "run.json", {**facts, "overrides": [*run.overrides, "optimization.lr=[0.1]"]})
     with pytest.raises(UserError, match=r"with other overrides \(optimization.lr=\[0.1\], asked for none"):
         workers.carry_out(state, run, {})
 

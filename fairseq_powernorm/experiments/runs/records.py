@@ -1,0 +1,65 @@
+"""What a run's directory says of itself: run.json, finished.json. It may be somebody else's, and is checked."""
+
+from pathlib import Path
+from typing import Any, Dict, Mapping, Optional
+
+from .. import trust
+from ..errors import UserError
+from ..files import read_json
+from ..reports.schema import NUMBER, OrNull, problems
+from ..settings import benchmarks
+
+SCHEMA = 1
+#: files that training writes, in a run's directory
+WRITTEN = ("run.json", "run.json.partial", "finished.json", "finished.json.partial", "config.yaml", "config.yaml.partial",
+           "command.txt", "train.log")
+SESSION = {
+    "command": [str], "threads": int, "ranks?": int, "job?": str, "restart?": int, "wall_s": OrNull(NUMBER),
+    "cpu_s": OrNull(NUMBER), "exit_status": OrNull(int), "diverged?": str,
+}
+RUN = {
+    "schema": {SCHEMA}, "benchmark": str, "arch?": str, "norm": str, "placement": str, "prepared_sha256": str,
+    "overrides": [str], "sessions": [SESSION], "parameters?": int,
+}
+FINISHED = {"updates": int, "overrides": [str]}
+
+Facts = Dict[str, Any]
+
+
+def read_run(run: Path, own: Optional[Mapping[str, Optional[str]]] = None) -> Facts:
+    """run.json of a run.
+
+    Args:
+        own: keys that overrides cannot have, see :func:`.trust.check_overrides`
+
+    Raises:
+        UserError: there is none, it is not what train.sh writes, or its overrides are more than settings' values
+    """
+    path = run / "run.json"
+    if not path.is_file():
+        raise UserError(f"run directory {str(run)!r} was not made by scripts/train.sh: it has no run.json")
+    facts: Facts = _checked(path, RUN)
+    if facts["benchmark"] not in benchmarks():
+        raise UserError(f"{path}: benchmark {facts['benchmark']!r} is unknown; valid: {', '.join(benchmarks())}")
+    trust.check_overrides(facts["overrides"], trust.OURS if own is None else own, str(path))
+    return facts
+
+
+def read_finished(run: Path) -> Optional[Facts]:
+    """finished.json of a run; None if its training is not complete."""
+    path = run / "finished.json"
+    return _checked(path, FINISHED) if path.is_file() else None
+
+
+def diverged(facts: Facts) -> Optional[str]:
+    """Why the last session of a run ended as diverged, None if it did not."""
+    reason: Optional[str] = facts["sessions"][-1].get("diverged") if facts["sessions"] else None
+    return reason
+
+
+def _checked(path: Path, kind: Any) -> Facts:
+    content: Facts = read_json(path)
+    found = problems(content, kind)
+    if found:
+        raise UserError(f"{path} was not written by scripts/train.sh: {found[0]}")
+    return content

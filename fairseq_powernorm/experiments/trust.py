@@ -1,0 +1,154 @@
+"""What comes from a command line, a run's directory or a record is checked in one way, and is never code.
+
+A directory may be somebody else's. Overrides that were stored pass the checks of those that are typed, and texts that
+fairseq would evaluate, or omegaconf look up in the environment, are refused.
+"""
+
+import ast
+import math
+import re
+from pathlib import Path
+from typing import Any, Iterable, Iterator, List, Mapping, Optional, Tuple
+
+from .errors import UserError
+
+#: keys that the commands give themselves -> what to use instead; another value would take the run's files from its
+#: directory, or code from elsewhere
+OURS = {"checkpoint.save_dir": "--run-dir DIR", "task.data": "PN_DATA_ROOT", "common.user_dir": "another checkout",
+        "common.tensorboard_logdir": "--tensorboard"}
+#: the one override of these keys that the commands store
+TENSORBOARD = "common.tensorboard_logdir=tensorboard"
+#: keys whose files a run has in its own directory
+FILES = ("common.log_file", "common.aim_repo", "task.norm_record", "common_eval.results_path")
+#: (key, value) of what would let a run end without its result, or an error look like a success
+UNUSABLE = {("checkpoint.no_save", True): "a run is what its checkpoints are",
+            ("common.suppress_crashes", True): "a failed training would look like one that has ended well"}
+KEY = re.compile(r"(\+\+|\+|~)?([A-Za-z_]\w*(?:\.\w+)+)(?:=|$)", re.ASCII)
+LINK = re.compile(r"\$\{[A-Za-z_]\w*(?:\.\w+)+\}", re.ASCII)
+
+
+def check_overrides(overrides: Any, own: Mapping[str, Optional[str]], where: str = "") -> None:
+    """Refuses hydra overrides that are more than one setting's value: other people's, and mistyped ones.
+
+    Args:
+        overrides: texts, as they are given to hydra
+        own: keys that a command gives itself -> what to use instead, if anything
+        where: the file that they were read from; empty for a command line
+    """
+    prefix = f"{where}: " if where else ""
+    if not isinstance(overrides, list) or not all(isinstance(override, str) for override in overrides):
+        raise UserError(f"{prefix}overrides must be a list of texts KEY=VALUE, not {overrides!r}")
+    for override in overrides:
+        problem = _problem(override, own)
+        if problem:
+            raise UserError(f"{prefix}override {override!r}: {problem}")
+
+
+def _problem(override: str, own: Mapping[str, Optional[str]]) -> Optional[str]:
+    """What is wrong with an override, if anything."""
+    if not override.isprintable():
+        return "has characters that cannot be printed; valid: a setting and its value in one line"
+    found = KEY.match(override)
+    if found is None:
+        if re.match(r"[+~]*hydra\b", override):
+            return "hydra's own settings are this command's; valid: fairseq's, GROUP.KEY=VALUE"
+        return "must read GROUP.KEY=VALUE, such as common.seed=2"
+    key = found[2]
+    if key.startswith("hydra."):
+        return "hydra's own settings are this command's; valid: fairseq's, GROUP.KEY=VALUE"
+    if key in own and override != TENSORBOARD:
+        return "is this command's own" + (f"; use {own[key]}" if own[key] else "")
+    if override.startswith("~") and "=" not in override:
+        return None
+    try:
+        value = _parsed(override)
+    except UserError as error:
+        return str(error)
+    for where, text in _texts(value):
+        if isinstance(text, float) and not math.isfinite(text):
+            return f"{text} is no finite number"
+        if isinstance(text, str):
+            problem = problem_of_text(text)
+            if problem:
+                return problem
+        if where and (not isinstance(where, str) or not re.fullmatch(r"\w+", where)):
+            return f"{where!r} is no key"
+    if isinstance(value, bool) and (key, value) in UNUSABLE:
+        return UNUSABLE[key, value]
+    if key == "common.log_format" and value != "json":
+        return "progress and curves are read from a log in JSON; valid: json"
+    if key in FILES and value is not None and not _is_inside(value):
+        return "must be the name of a file in the run's directory"
+    return None
+
+
+def _parsed(override: str) -> Any:
+    """The value that hydra makes of an override."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    try:
+        found = OverridesParser.create().parse_override(override)
+        value = found.value()
+    except Exception as error:  # of hydra's grammar, which are many
+        reason = str(error).split("\n")[0]
+        raise UserError(f"hydra cannot read it: {reason}") from None
+    if found.is_sweep_override():
+        raise UserError("has several values; valid: one. A list is in brackets: [1,2]; a comma in a text needs quotes")
+    return value
+
+
+def _texts(value: Any, key: Any = None) -> Iterator[Tuple[Any, Any]]:
+    """(key, value) of all that a value holds; None is the key where there is none."""
+    if isinstance(value, Mapping):
+        for inner, each in value.items():
+            yield from _texts(each, inner)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _texts(each, key)
+    else:
+        yield key, str(value) if isinstance(value, str) else value
+
+
+def problem_of_text(text: str) -> Optional[str]:
+    """What a text would do besides being one, if anything."""
+    if "${" in text and not LINK.fullmatch(text):
+        return "an interpolation must be all of a value, and that of another setting: ${GROUP.KEY}"
+    if re.match(r"--?[A-Za-z]", text):
+        return "begins like an option, as which fairseq's commands would take it"
+    if calls(text):
+        return "reads like Python code, which fairseq evaluates in some settings"
+    return None
+
+
+def calls(text: str) -> bool:
+    """Would evaluating the text call something? fairseq evaluates betas, for one."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except SyntaxError:
+        return False
+    except (ValueError, MemoryError, RecursionError):  # a null byte; nested too deeply to be known
+        return True
+    return any(isinstance(node, ast.Call) for node in ast.walk(tree))
+
+
+def _is_inside(value: Any) -> bool:
+    path = Path(str(value))
+    return isinstance(value, str) and bool(value) and not path.is_absolute() and ".." not in path.parts
+
+
+def check_config(config: Any, where: str) -> None:
+    """Refuses a configuration (resolved, as nested dictionaries) with texts that are more than texts."""
+    for key, value in _texts(config):
+        if isinstance(value, str):
+            problem = "has an interpolation" if "${" in value else problem_of_text(value)
+            if problem is None and not value.isprintable():
+                problem = "has characters that cannot be printed"
+            if problem:
+                raise UserError(f"{where}: {key} {value!r}: {problem}")
+
+
+def check_files(directory: Path, names: Iterable[str]) -> None:
+    """Refuses files of a directory that are links to elsewhere, through which writing would change other files."""
+    linked: List[str] = [name for name in names if (directory / name).is_symlink()]
+    if linked:
+        raise UserError(f"{directory / linked[0]} is a link; a run's records are files of its own directory")

@@ -1,0 +1,136 @@
+"""See kills.sh: kills the scripts at random moments, and goes on with them until they end.
+
+Each time the process that a user would kill gets SIGKILL, SIGTERM or SIGINT; afterwards nothing of it may be at work, what
+scripts/status.sh says must be what the checkpoints hold, and in the end every record must be that of a run that nothing
+disturbed: parameters, statistics, curve and scores, to the last bit.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SIGNALS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
+SETTINGS = ["optimization.max_update=60", "checkpoint.save_interval_updates=5", "dataset.validate_interval_updates=5",
+            "checkpoint.keep_interval_updates=3", "common.log_interval=5", "lr_scheduler.warmup_updates=20",
+            "generation.max_len_b=20", "generation.beam=2", "+model.encoder_layers=1", "+model.decoder_layers=1",
+            "common.cpu=true"]
+#: what differs from one evaluation to the next
+TIMES = ("tokens_per_s", "training", "commands")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="how many (default: 20)")
+    parser.add_argument("--seed", type=int, default=1, help="of the moments and the signals")
+    options = parser.parse_args()
+    draw = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as home:
+        check = Check(Path(home), draw)
+        check.script("prepare.sh", "demo")
+        whole, disturbed = check.home / "whole", check.home / "runs" / "disturbed"
+        begin = time.monotonic()
+        check.script("train.sh", "demo", "power", "--run-dir", whole, *SETTINGS)
+        training = time.monotonic() - begin
+        check.script("evaluate.sh", "demo", whole)
+        evaluation = time.monotonic() - begin - training
+        train = ["train.sh", "demo", "power", "--run-dir", disturbed, "--resume", *SETTINGS]
+        third = options.kills // 3
+        check.disturb(train, training, options.kills - 2 * third)
+        check.disturb(["evaluate.sh", "demo", disturbed], evaluation, third)
+        compare(whole, disturbed)
+        table = ["reproduce_table1.sh", "--benchmark", "demo", "--rows", "layer,power", "--seeds", "1", "--updates", "40",
+                 *SETTINGS[1:]]
+        check.script(*table, "--results", check.home / "results-whole", PN_RUNS_ROOT=str(check.home / "runs-whole"))
+        check.disturb([*table, "--results", check.home / "results"], 2 * (training + evaluation), third)
+        for record in sorted((check.home / "results-whole" / "demo").glob("*.json")):
+            assert told(record) == told(check.home / "results" / "demo" / record.name), record.name
+    print(f"{options.kills} kills, and the same results to the last bit")
+    return 0
+
+
+class Check:
+    """Scripts with directories of their own."""
+
+    def __init__(self, home: Path, draw: random.Random):
+        self.home, self.draw = home, draw
+        self.environment = {**os.environ, "PN_DATA_ROOT": str(home / "data"), "PN_RUNS_ROOT": str(home / "runs"),
+                            "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+
+    def start(self, script: str, *words: object, **environment: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(["bash", str(ROOT / "scripts" / script), *map(str, words)], text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                env={**self.environment, **environment})
+
+    def script(self, *words: object, **environment: str) -> str:
+        process = self.start(*map(str, words), **environment)
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+        return output
+
+    def disturb(self, words, seconds: float, kills: int) -> None:
+        """Kills a script so many times within what it takes, starting it again each time, and lets it end."""
+        for _ in range(kills):
+            sent = self.draw.choice(list(SIGNALS))
+            moment = self.draw.uniform(0.5, seconds)
+            process = self.start(*words)
+            try:
+                output, _ = process.communicate(timeout=moment)
+                assert process.returncode == 0, output
+                print(f"{words[0]}: had ended before {moment:.1f} s", flush=True)
+                continue
+            except subprocess.TimeoutExpired:
+                process.send_signal(sent)
+            output, _ = process.communicate(timeout=120)  # that is, until nothing of it holds the pipe
+            print(f"{words[0]}: {sent.name} after {moment:.1f} s, exit status {process.returncode}", flush=True)
+            assert process.returncode in (SIGNALS[sent], -sent, 0), output
+            assert "Traceback" not in output, output
+            self.check_status()
+        self.script(*words)
+
+    def check_status(self) -> None:
+        """status.sh says no less than the checkpoints hold, and calls finished only what has the last one."""
+        from fairseq_powernorm.resume import num_updates
+
+        if not any((self.home / "runs").rglob("run.json")):
+            return
+        rows = self.script("status.sh").splitlines()
+        for run in (path.parent for path in (self.home / "runs").rglob("run.json")):
+            (row,) = [row for row in rows[2:] if row.split()[0].endswith(run.name)]
+            said = int(re.search(r"(\d+) of \d+", row)[1]) if " of " in row else 0
+            held = max((num_updates(str(path)) or 0 for path in (run / "checkpoints").glob("checkpoint*.pt")), default=0)
+            assert said >= held and " running " not in row, (row, held)
+            if (run / "finished.json").exists():
+                assert json.loads((run / "finished.json").read_text())["updates"] == held, row
+
+
+def told(path: Path):
+    return {key: value for key, value in json.loads(path.read_text()).items() if key not in TIMES}
+
+
+def compare(one: Path, two: Path) -> None:
+    first, second = (torch.load(run / "checkpoints" / "checkpoint_last.pt", weights_only=False)["model"]
+                     for run in (one, two))
+    differing = [name for name in first if not torch.equal(first[name], second[name])]
+    assert first.keys() == second.keys() and not differing, differing
+    records = [told(run / "evaluation" / "record.json") for run in (one, two)]
+    for record in records:
+        del record["checkpoints"]  # files hold the time that training took
+    for key in records[0]:
+        if key != "curve":
+            assert records[0][key] == records[1][key], key
+    assert records[0]["curve"]["valid"] == records[1]["curve"]["valid"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

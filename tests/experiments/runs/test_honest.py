@@ -1,0 +1,204 @@
+"""Runs that are killed, that diverge, that are somebody else's, on a full disk: they end as others do, or say so."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from pipelines import SMALL, Scripts, contents, write_text
+from toy import ROOT
+
+from fairseq_powernorm.checkpoint import load
+from fairseq_powernorm.experiments import launch, submit, train
+from fairseq_powernorm.experiments.errors import UserError
+
+pytestmark = pytest.mark.slow
+
+TRAIN = ["demo", "power", *SMALL, "optimization.max_update=15"]
+AVERAGE = ["--average", "2"]  # at the end of an epoch, none is kept
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    """Scripts with the demo prepared, and a run of 15 updates that nothing disturbed, evaluated."""
+    home = tmp_path_factory.mktemp("honest")
+    scripts = Scripts(home)
+    scripts.ok("prepare", "demo", "--text-dir", write_text(home / "text"))
+    scripts.run = scripts.runs / "whole"
+    scripts.ok("train", *TRAIN, "--run-dir", scripts.run)
+    scripts.ok("evaluate", "demo", scripts.run, *AVERAGE)
+    return scripts
+
+
+def result(run):
+    """What a run comes to: parameters, statistics, and the curve and the scores of its record."""
+    record = json.loads((run / "evaluation" / "record.json").read_text())
+    model = load(str(run / "checkpoints" / "checkpoint_last.pt"))["model"]
+    kept = {key: record[key] for key in ("updates", "finished", "sacrebleu", "chrf", "averaged", "overrides")}
+    return {name: tensor.tolist() for name, tensor in model.items()}, kept, record["curve"]["valid"]
+
+
+def killed(process, line, sent):
+    """Sends a signal to the script alone once a line of its output is there; gives the exit status and what it has said."""
+    said = ""
+    for said in process.stdout:
+        if re.search(line, said):
+            break
+    process.send_signal(sent)
+    output, _ = process.communicate(timeout=120)  # returns when no child holds the pipe any more
+    return process.returncode, output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
+def test_kills(scripts, tmp_path):
+    """A training that is killed without warning, twice, and its evaluation, which is killed, too: nothing of them goes on,
+    status tells what the checkpoints hold, and --resume ends in the very run that was not disturbed."""
+    run = tmp_path / "run"
+    words = ["train", *TRAIN, "--run-dir", run, "--resume"]
+    for line in ("update 10 of 15", "after 10 updates"):
+        assert killed(scripts.start(*words), line, signal.SIGKILL)[0] == -signal.SIGKILL
+        log = (run / "train.log").read_bytes()
+        assert not (run / "finished.json").exists()
+        (row,) = [row for row in scripts.ok("status", run).splitlines() if row.startswith("run ")][-1:]
+        found = re.search(r"interrupted +(\d+) of 15 .*\((\d+) updates", row)
+        assert found and int(found[1]) >= int(found[2]) >= 5, row
+        assert "has not finished training; go on with it" in scripts.refuses("evaluate", "demo", run)
+        assert (run / "train.log").read_bytes() == log, "nobody writes there any more"
+    # the log of the last session, as if the process that wrote it had been killed before it could
+    text = (run / "train.log").read_text()
+    (run / "train.log").write_text("")
+    (row,) = [row for row in scripts.ok("status", run).splitlines() if row.startswith("run ")][-1:]
+    assert f" {found[2]} of 15 " in row, "the checkpoints say so"
+    (run / "train.log").write_text(text)
+    scripts.ok(*words)
+    assert killed(scripts.start("evaluate", "demo", run, *AVERAGE), "translating", signal.SIGKILL)[0] == -signal.SIGKILL
+    assert not (run / "evaluation").exists()
+    scripts.ok("evaluate", "demo", run, *AVERAGE)
+    assert result(run) == result(scripts.run)
+
+
+@pytest.mark.parametrize("sent, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_evaluate_interrupted(scripts, tmp_path, sent, status):
+    """A signal ends an evaluation with one line; it leaves nothing, and evaluate again = evaluate."""
+    run = tmp_path / "run"
+    shutil.copytree(scripts.run, run, ignore=shutil.ignore_patterns("evaluation*", ".*"))
+    before = contents(run)
+    assert killed(scripts.start("evaluate", "demo", run, *AVERAGE), "averaging", sent) == (
+        status, "scripts/evaluate.sh: error: interrupted\n")
+    assert contents(run) == before
+
+
+def test_diverged(scripts, tmp_path):
+    """A training whose losses or weights are not finite has diverged, whether fairseq stops it or not: status 3, its own
+    state, and a last line that says what and since when; no finished.json, and evaluation refuses it by that reason."""
+    for name, more, message in (
+            ("stopped", "max_update=40", r"the training loss is nan from update \d+ on.*gradients are Nan/Inf"),
+            ("ended", "max_update=8", r"the validation loss is nan from update 5 on")):
+        run = tmp_path / name
+        status, output = scripts("train", *TRAIN, "--run-dir", run, "optimization.lr=[1e9]",
+                                 "lr_scheduler.warmup_init_lr=1e9", f"optimization.{more}")
+        last = output.splitlines()[-1]
+        assert status == 3 and "Traceback" not in output and output.count("error: ") == 1, output
+        assert re.search(f"^scripts/train.sh: error: training diverged: .*{message}", last), last
+        assert not (run / "finished.json").exists()
+        assert " diverged " in scripts.ok("status", run)
+        refusal = scripts.refuses("evaluate", "demo", run)
+        assert f"{run}: training diverged: " in refusal and re.search(message, refusal)
+
+
+def test_a_directory_of_somebody_else(scripts, tmp_path):
+    """Overrides in a run's directory, its links and its configuration execute nothing, and nothing outside is written."""
+    run, mark = tmp_path / "run", tmp_path / "was here"
+    shutil.copytree(scripts.run, run, ignore=shutil.ignore_patterns("evaluation*", ".*"))
+    plugin = tmp_path / "plugin"
+    plugin.mkdir()
+    (plugin / "__init__.py").write_text(f"open({str(mark)!r}, 'w')")
+    facts = json.loads((run / "run.json").read_text())
+    resume = ["train", *TRAIN[:2], "--run-dir", run, "--resume", "optimization.max_update=16"]
+    for override in (f"common.user_dir={plugin}", f"+common={{user_dir: {plugin}}}", "hydra.searchpath=[file:///tmp]",
+                     f"optimizer.adam_betas=\"open('{mark}', 'w')\""):
+        (run / "run.json").write_text(json.dumps({**facts, "overrides": [*facts["overrides"], override]}))
+        for command in (resume, ["launch", *resume[1:], "--ranks", "1", "common.cpu=true"], ["evaluate", "demo", run]):
+            assert f"{run / 'run.json'}: override {override!r}: " in scripts.refuses(*command)
+    (run / "run.json").write_text(json.dumps(facts))
+    (run / "train.log").rename(tmp_path / "elsewhere")
+    (run / "train.log").symlink_to(tmp_path / "elsewhere")
+    assert "train.log is a link" in scripts.refuses(*resume)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("(0.9, 0.98)", f"open('{mark}', 'w')"))
+    assert "reads like Python code" in scripts.refuses("evaluate", "demo", run)
+    assert not mark.exists()
+
+
+def test_a_checkpoint_on_a_full_disk(scripts, tmp_path):
+    """A disk that is full while a checkpoint is written is the last line; no part of one stays, and --resume goes on."""
+    words = ["demo", "power", *TRAIN[2:], "--run-dir", tmp_path / "run", "--resume"]
+    command = ["bash", "-c", "ulimit -f 1000; exec bash \"$@\"", "bash", ROOT / "scripts" / "train.sh", *words]
+    done = subprocess.run(command, text=True, env={**scripts.environment, "PYTHON": sys.executable},
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 1 and done.stdout.count("error: ") == 1, done.stdout
+    assert re.search(r"error: training stopped with exit status 1: \[Errno 27\] File too large: '.*\.pt\.tmp'; --resume",
+                     done.stdout.splitlines()[-1]), done.stdout
+    assert not os.listdir(tmp_path / "run" / "checkpoints")
+    assert " failed " in scripts.ok("status", tmp_path / "run")
+    scripts.ok("train", *words)
+
+
+def test_nobody_reads(scripts, tmp_path):
+    """A reader that has seen enough ends training, which says so; a closed output does not disturb it."""
+    words = ["demo", "power", *TRAIN[2:], "optimization.max_update=5", "--resume"]
+    environment = {**scripts.environment, "PYTHON": sys.executable}
+    shell = f'bash {ROOT}/scripts/train.sh "$@" 2>"$0" | head -n 3 >/dev/null; exit ${{PIPESTATUS[0]}}'
+    errors = tmp_path / "errors"
+    done = subprocess.run(["bash", "-c", shell, errors, *words, "--run-dir", tmp_path / "piped"], env=environment)
+    assert done.returncode == 2, errors.read_text()
+    assert "Broken pipe: progress can no longer be shown" in errors.read_text() and "Traceback" not in errors.read_text()
+    shell = f'bash {ROOT}/scripts/train.sh "$@" >&- 2>&-'
+    done = subprocess.run(["bash", "-c", shell, "bash", *words, "--run-dir", tmp_path / "closed"], env=environment)
+    assert done.returncode == 0
+    assert json.loads((tmp_path / "closed" / "finished.json").read_text())["updates"] == 5
+
+
+def test_odd_names(scripts, tmp_path):
+    """Blanks, commas, "=", "%", quotes and brackets in the names of directories make no difference."""
+    odd = tmp_path / "a b,c=d%e'f\"g#é(h)[i]{j}"
+    run = odd / "run"
+    shutil.copytree(scripts.data, odd / "data")
+    scripts.ok("train", *TRAIN, "--run-dir", run, PN_DATA_ROOT=str(odd / "data"))
+    scripts.ok("evaluate", "demo", run, *AVERAGE, PN_DATA_ROOT=str(odd / "data"))
+    assert result(run) == result(scripts.run)
+    assert torch.is_tensor(load(str(run / "evaluation" / "averaged.pt"))["model"]["encoder.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("words, message", [
+    (["optimization.max_update=-5"], "optimization.max_update=-5: must be from 0"),
+    (["common.seed=-1"], "common.seed=-1: must be from 0 to 4294967295"),
+    (["common.seed=4294967296"], "common.seed=4294967296: must be from 0 to 4294967295"),
+    (["+model.norm_eps=inf"], "inf is no finite number"),
+    (["+unknown.key=1"], "there is no setting unknown.key"),
+    (["common.user_dir=/tmp"], "common.user_dir is this command's own; use another checkout"),
+    (["common.seed=1\ncommon.seed=2"], "has characters that cannot be printed"),
+    (["--run-dir", "a:b"], "fairseq reads ':' as the border between two paths"),
+    (["--run-dir", "a\nb"], "has characters that cannot be printed"),
+    (["--run-dir", ""], "--run-dir DIR needs a value"),
+    (["--ranks", "99999999999"], "--ranks '99999999999': must be a number, 1 to 65535"),
+    (["--nodes", "0"], "--nodes '0': must be a number, 1 to 65535"),
+])
+def test_refused_before_any_work(scripts, monkeypatch, words, message):
+    """What cannot be trained is one line that names option, value and what is valid, by each command that trains, and leaves
+    nothing."""
+    monkeypatch.setenv("PN_DATA_ROOT", str(scripts.data))
+    monkeypatch.setenv("PN_RUNS_ROOT", str(scripts.runs))
+    before = sorted(scripts.runs.rglob("*"))
+    takes = {"--run-dir": (train, launch), "--ranks": (launch,), "--nodes": (launch, submit)}
+    for command in takes.get(words[0], (train, launch, submit)):
+        more = {launch: ["common.cpu=true"], submit: ["--dry-run"]}.get(command, [])
+        with pytest.raises(UserError) as refusal:
+            command.command(["demo", "power", *more, *words])
+        assert message in str(refusal.value) and "\n" not in str(refusal.value)
+    assert sorted(scripts.runs.rglob("*")) == before

@@ -1,0 +1,132 @@
+"""What is taken from a command line, a run's directory and a record: settings' values, no code, nothing outside."""
+
+import json
+import os
+
+import pytest
+
+pytest.importorskip("hydra")
+
+from pathlib import Path
+
+from fairseq_powernorm.experiments import trust
+from fairseq_powernorm.experiments.errors import UserError
+from fairseq_powernorm.experiments.paths import for_fairseq
+from fairseq_powernorm.experiments.runs import records
+
+CODE = "__import__('os').system('true')"
+FACTS = {"schema": 1, "benchmark": "demo", "arch": "transformer_pn_tiny", "norm": "power", "placement": "encoder",
+         "prepared_sha256": "0", "overrides": [], "sessions": []}
+
+SOUND = ["common.seed=2", "++common.seed=2", "+model.encoder_layers=1", "~optimizer.adam_betas", "optimization.lr=[0.1,0.2]",
+         "optimizer.adam_betas='(0.9, 0.98)'", "model.encoder_norm_self='power:eps=0.001'",
+         "dataset.valid_subset='valid,test'",
+         "model.norm_warmup_updates=${lr_scheduler.warmup_updates}", "dataset.max_tokens=null", "+task.norm_record=a.jsonl",
+         "common.wandb_project='a (b) = 50%, é'", "common.tensorboard_logdir=tensorboard", "generation.lenpen=-1.5"]
+
+UNSOUND = [
+    *((f"{sign}common.user_dir={value}", "is this command's own; use another checkout")
+      for sign in ("", "+", "++") for value in ("/tmp/evil", "'/tmp/evil'")),
+    ("~common.user_dir", "is this command's own"),
+    ("task.data=/tmp", "is this command's own"),
+    ("checkpoint.save_dir=/tmp", "is this command's own"),
+    ("common.tensorboard_logdir=/tmp", "use --tensorboard"),
+    ("common={user_dir: /tmp/evil}", "must read GROUP.KEY=VALUE"),
+    ("+common={user_dir: /tmp/evil}", "must read GROUP.KEY=VALUE"),
+    ("common.user_dir =/tmp/evil", "must read GROUP.KEY=VALUE"),
+    (" common.user_dir=/tmp/evil", "must read GROUP.KEY=VALUE"),
+    ("'common.user_dir'=/tmp/evil", "must read GROUP.KEY=VALUE"),
+    ("common@_global_.x=1", "must read GROUP.KEY=VALUE"),
+    ("model@common=evil", "must read GROUP.KEY=VALUE"),
+    ("common.seed=2\ncommon.user_dir=/tmp/evil", "characters that cannot be printed"),
+    ("common.seed=2\x00", "characters that cannot be printed"),
+    ("common.wandb_project=\udce9", "characters that cannot be printed"),
+    ("hydra.searchpath=[file:///tmp]", "hydra's own settings"),
+    ("+hydra/launcher=submitit", "hydra's own settings"),
+    ("hydra/job_logging=evil", "hydra's own settings"),
+    ("++hydra.callbacks.x={_target_: os.system}", "hydra's own settings"),
+    ("+launcher=submitit", "must read GROUP.KEY=VALUE"),
+    ("common.seed=${oc.env:HOME}", "an interpolation must be all of a value"),
+    ("common.seed=$\\{oc.env\\:HOME\\}", "an interpolation must be all of a value"),
+    ("common.wandb_project='x${common.seed}(1)'", "an interpolation must be all of a value"),
+    ("optimization.lr=[${oc.env:HOME}]", "an interpolation must be all of a value"),
+    (f"optimizer.adam_betas=\"{CODE}\"", "reads like Python code"),
+    (f"optimizer.adam_betas=\"  ({CODE}, 0.98)\"", "reads like Python code"),
+    ("optimizer.adam_betas=\"[open('x', 'w') for _ in (1,)]\"", "reads like Python code"),
+    (f"optimization.lr=[\"{CODE}\"]", "reads like Python code"),
+    ("task.source_lang=--user-dir=/tmp/evil", "hydra cannot read it"),
+    ("task.source_lang='--user-dir=/tmp/evil'", "begins like an option"),
+    ("common.log_file=/tmp/x", "the name of a file in the run's directory"),
+    ("common.log_file=../x", "the name of a file in the run's directory"),
+    ("+task.norm_record=/tmp/x", "the name of a file in the run's directory"),
+    ("common.suppress_crashes=true", "a failed training would look like"),
+    ("checkpoint.no_save=True", "a run is what its checkpoints are"),
+    ("common.log_format=simple", "valid: json"),
+    ("optimization.clip_norm=inf", "no finite number"),
+    ("optimization.lr=[nan]", "no finite number"),
+    ("common.seed=1,2", "has several values; valid: one"),
+    ("common.seed=range(3)", "has several values; valid: one"),
+    ("common.seed=(1", "hydra cannot read it"),
+    ("", "must read GROUP.KEY=VALUE"),
+    ("=1", "must read GROUP.KEY=VALUE"),
+]
+
+
+def test_sound_overrides():
+    """What changes one setting, in any of hydra's spellings, is taken."""
+    trust.check_overrides(SOUND, trust.OURS)
+
+
+@pytest.mark.parametrize("override, message", UNSOUND)
+def test_unsound_overrides(override, message, tmp_path):
+    """An override that is more than a setting's value is refused alike where it is typed and where it was stored, in one
+    line with the override."""
+    with pytest.raises(UserError, match=message) as typed:
+        trust.check_overrides([override], trust.OURS)
+    assert "\n" not in str(typed.value)
+    (tmp_path / "run.json").write_text(json.dumps({**FACTS, "overrides": ["common.seed=2", override]}))
+    with pytest.raises(UserError, match=message) as stored:
+        records.read_run(tmp_path)
+    assert str(stored.value) == f"{tmp_path / 'run.json'}: {typed.value}"
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"overrides": "common.seed=2"}, "overrides is str, not a list"),
+    ({"overrides": [["common.seed=2"]]}, "overrides.0. is "),
+    ({"overrides": {"common.seed": 2}}, "overrides is dict, not a list"),
+    ({"sessions": {}}, "sessions is dict, not a list"),
+    ({"sessions": [{}]}, r"sessions\[0\].command is missing"),
+    ({"sessions": [{"command": ["x"], "threads": "1", "wall_s": None, "cpu_s": None, "exit_status": 0}]}, "threads is '1'"),
+    ({"benchmark": "../evil"}, "benchmark '../evil' is unknown; valid: demo"),
+    ({"norm": ["power"]}, "norm is "), ({"parameters": "many"}, "parameters is 'many'"), ({"more": 1}, "more is not a key"),
+])
+def test_facts_of_other_types(change, message, tmp_path):
+    """A run.json with values of other types than train.sh writes is refused by the key."""
+    (tmp_path / "run.json").write_text(json.dumps({**FACTS, **change}))
+    with pytest.raises(UserError, match=message):
+        records.read_run(tmp_path)
+
+
+@pytest.mark.parametrize("config, message", [
+    ({"optimizer": {"adam_betas": CODE}}, "reads like Python code"),
+    ({"task": {"source_lang": "--user-dir=/tmp"}}, "an option"),
+    ({"generation": {"beam": "${oc.env:HOME}"}}, "an interpolation"),
+    ({"model": {"a": ["x\ny"]}}, "cannot be printed")])
+def test_configurations(config, message):
+    """A resolved configuration holds numbers and texts: code, interpolations and options are refused by their key."""
+    trust.check_config({"optimizer": {"adam_betas": "(0.9, 0.98)", "lr": -1, "x": None}}, "config.yaml")
+    with pytest.raises(UserError, match=f"config.yaml: .*{message}"):
+        trust.check_config(config, "config.yaml")
+
+
+def test_paths(tmp_path):
+    """Blanks, commas, "=", "%", quotes and letters of any language are taken in paths; what fairseq or hydra would read
+    otherwise is not."""
+    sound = Path("/tmp/a b,c=d%e'f\"g#é/[x]{y}")
+    assert for_fairseq("run directory", sound) == sound
+    for text in ("/tmp/a:b", "/tmp/a\nb", "/tmp/${oc.env:HOME}", "/tmp/a\\b", "/tmp/\udce9"):
+        with pytest.raises(UserError, match="^run directory '"):
+            for_fairseq("run directory", Path(text))
+    (tmp_path / "train.log").symlink_to(os.devnull)
+    with pytest.raises(UserError, match="train.log is a link"):
+        trust.check_files(tmp_path, records.WRITTEN)
