@@ -16,7 +16,8 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .norms import NORMS, Norm, build_norm, default_groups, norm_options, parse_norm
+from .masks import CallMasks
+from .norms import NORMS, Norm, RunningNorm, build_norm, default_groups, norm_options, parse_norm
 from .norms.layouts import CHANNELS_FIRST, layout_of
 from .recognition import HOOKS, Function, Unknown, function_of
 
@@ -31,7 +32,7 @@ _KNOWN = (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm
 #: attributes that hold the number of attention heads, of a module or of its ``config``
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "heads", "encoder_attention_heads")
 #: norms of queries and keys, as they are called
-_OF_HEADS = re.compile(r"(q|k|query|key)_?(layer_?)?(norm|ln)$", re.IGNORECASE)
+_OF_HEADS = re.compile(r"(^|[._])((q|k|qk|query|key)_?(layer_?)?(norm|ln)s?|norm_(q|k|query|key))(\.|$)", re.IGNORECASE)
 
 
 class Replaced(NamedTuple):
@@ -274,7 +275,7 @@ def replace_norms(
     holds the weight. Device, dtype, training mode, hooks of forward and backward passes stay. Nothing is changed if an error
     is raised.
 
-    Norms of single attention heads (``q_norm``, ``k_norm``) stay as they are unless ``where`` names them: statistics over
+    Norms of queries and keys (``q_norm``, ``k_norm``) stay as they are unless ``where`` names them: statistics over
     positions and heads alike are none of the paper's. The fused evaluation of ``nn.TransformerEncoderLayer``, which computes
     LayerNorm whatever stands there, is turned off in the layers concerned.
 
@@ -330,7 +331,7 @@ def replace_norms(
         if not _chosen(where, place.names, module):
             left.append(Left(name, old, "not chosen by where"))
         elif where is None and _of_heads(place, function.dim):
-            left.append(Left(name, old, "normalizes single attention heads"))
+            left.append(Left(name, old, "normalizes queries or keys"))
         else:
             _check(name, module, function)
             candidates.append((place, function))
@@ -344,6 +345,9 @@ def replace_norms(
     ]  # fmt: skip
     replaced = []
     for (place, _), (new, notes) in zip(candidates, made):
+        before = place.module
+        if isinstance(new, RunningNorm) and isinstance(before, RunningNorm) and isinstance(new.mask_slot, CallMasks):
+            new.mask_slot.pass_on(before, new)
         if not isinstance(new, nn.LayerNorm) and _no_fused_path(place):
             notes.append("the fused evaluation of its layer, which computes LayerNorm, is off")
         replaced.append(Replaced(tuple(place.names), _text(place.module), _text(new), tuple(notes)))

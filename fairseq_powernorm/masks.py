@@ -38,6 +38,19 @@ __all__ = ["AttachedMask", "attach_mask", "padding_mask"]
 MOST = 256
 
 
+class _Begun:
+    """A call in progress; no tuple, whose numbers ``torch.compile`` would take for constants of the model.
+
+    Attributes:
+        first: number of its first autograd node
+        mask: its padding mask
+    """
+
+    def __init__(self, first: int, mask: Optional[Tensor]) -> None:
+        self.first = first
+        self.mask = mask
+
+
 class _Call(NamedTuple):
     """A call that has ended.
 
@@ -84,57 +97,65 @@ class CallMasks(MaskSlot):
         self._ended: List[_Call] = []
         self._lock = threading.Lock()
         #: norm -> its name, for errors
-        self.names: Dict[nn.Module, str] = {}
+        self.names: Dict[RunningNorm, str] = {}
         #: who has attached it to a model
         self.owner: Optional[AttachedMask] = None
 
-    def __reduce__(self) -> Tuple[Any, ...]:
-        return CallMasks, (), {"names": self.names, "owner": self.owner}
+    def __deepcopy__(self, memo: Dict[int, Any]) -> "CallMasks":
+        """A new one in a copy of the whole model; a copied part is left to the calls of the model that it may return to."""
+        if self.owner is not None and not self.owner.is_copied(memo):
+            return self
+        new = memo[id(self)] = CallMasks()
+        return new
 
-    def __setstate__(self, state: Dict[str, Any]) -> None:
-        self.__dict__.update(state)
+    def pass_on(self, old: RunningNorm, new: RunningNorm) -> None:
+        """A new norm stands where ``old`` stood."""
+        self.names[new] = self.names.pop(old, type(new).__name__)
 
     def begin(self, mask: Optional[Tensor]) -> None:
         """A call with that mask begins in this thread; one without a mask goes on with that of the call around it."""
         calls = self._calls()
         if mask is None and calls:
-            mask = calls[-1][1]
-        calls.append((torch.autograd._get_sequence_nr(), mask))
+            mask = calls[-1].mask
+        calls.append(_Begun(torch.autograd._get_sequence_nr(), mask))
 
     def end(self, output: Any = None) -> None:
         """The call of this thread that has begun last has ended, with that output."""
         calls = self._calls()
         if not calls:
             return  # an error in somebody else's hook came before its beginning
-        first, mask = calls.pop()
-        end = torch.autograd._get_sequence_nr()
-        if end > first:  # there is something to differentiate
-            call = _Call(self._local.thread, first, end, mask, _mark(output))
+        call, end = calls.pop(), torch.autograd._get_sequence_nr()
+        if end > call.first:  # there is something to differentiate
+            ended = _Call(self._local.thread, call.first, end, call.mask, _mark(output))
             with self._lock:
                 self._ended = [each for each in self._ended if each.graph is None or each.graph() is not None]
-                self._ended = [*self._ended[1 - MOST :], call]
+                self._ended = [*self._ended[1 - MOST :], ended]
 
-    def _calls(self) -> List[Tuple[int, Optional[Tensor]]]:
-        calls: Optional[List[Tuple[int, Optional[Tensor]]]] = getattr(self._local, "calls", None)
+    def _calls(self) -> List[_Begun]:
+        calls: Optional[List[_Begun]] = getattr(self._local, "calls", None)
         if calls is None:
             calls = self._local.calls = []
             self._local.thread = object()
         return calls
 
-    def fitting(self, norm: Norm, x: Tensor) -> Optional[Tensor]:
+    def fitting(self, norm: RunningNorm, x: Tensor) -> Optional[Tensor]:
         calls = self._calls()
         if calls:
-            mask = calls[-1][1]
+            mask = calls[-1].mask
         elif self._ended and inside_backward():
             mask = self._of_repeated_call(x)
         else:
             return None
+        if mask is not None and mask.dim() > 1 and x.dim() == 2 and mask.numel() == x.size(0):
+            # a layer that has strung its rows together
+            mask = (mask.transpose(0, 1) if norm.layout == "time_first" else mask).reshape(-1)
         try:
             norm._check_mask(mask, x)
         except ValueError as error:
             raise ValueError(
                 f"{self.names.get(norm, type(norm).__name__)}: {error}; a norm that sees another length than the mask's "
-                "must lie outside of the module that the mask is attached to (fairseq_powernorm.masks)"
+                "must lie outside of the module that the mask is attached to, one that sees the time first needs "
+                "layout='time_first' (fairseq_powernorm.masks)"
             ) from error
         return mask
 
@@ -229,29 +250,45 @@ class AttachedMask:
         norms = _norms(model, "attach_mask")
         for name, norm in norms.items():
             slot = norm.mask_slot
-            if isinstance(slot, CallMasks) and slot.owner is not None:
+            if isinstance(slot, CallMasks) and slot.owner is not None and slot.owner.has(norm):
                 other = slot.owner
                 raise ValueError(
                     f"attach_mask: {name} takes its mask from the argument {other.argument!r} of a "
                     f"{type(other._model).__name__} already; remove() that first"
                 )
-        self._norms = list(norms.values())
         self._slot = CallMasks()
-        self._slot.owner = self
-        for name, norm in norms.items():
-            norm.mask_slot = self._slot
-            self._slot.names[norm] = name
+        self._names: Dict[RunningNorm, str] = {norm: name for name, norm in norms.items()}
+        self._own()
         self._hooks: Sequence[Any] = (
             model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._end, always_call=True),
         )
+
+    def _own(self) -> None:
+        self._slot.owner, self._slot.names = self, self._names
+        for norm in self._names:
+            norm.mask_slot = self._slot
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        """A copy, or what is read back from a pickle, owns the masks of the copied model."""
+        self.__dict__.update(state)
+        if self._hooks:
+            self._own()
+
+    def has(self, norm: nn.Module) -> bool:
+        """Does a norm stand in the model? Copies of it, and those that were taken out, do not."""
+        return any(each is norm for each in self._model.modules())
+
+    def is_copied(self, memo: Dict[int, Any]) -> bool:
+        """Is the model among what :func:`copy.deepcopy` has begun to copy?"""
+        return id(self._model) in memo
 
     def remove(self) -> None:
         """Take the hooks off; the norms see no mask any more. A second time does nothing."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = ()
-        for norm in self._norms:
+        for norm in self._names:
             if norm.mask_slot is self._slot:
                 norm.mask_slot = None
 
@@ -263,7 +300,7 @@ class AttachedMask:
 
     def _begin(self, module: nn.Module, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
         mask = None
-        if any(norm.training for norm in self._norms):
+        if any(norm.training for norm in self._names):
             given = kwargs.get(self.argument)
             if given is None and self._position is not None and self._position < len(args):
                 given = args[self._position]

@@ -1,5 +1,6 @@
 """What a norm computes: those of torch and of this package by their class, those of others by running a copy of them."""
 import copy
+import inspect
 import math
 import re
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type
@@ -95,6 +96,10 @@ def function_of(module: nn.Module) -> Optional[Function]:
 
 def _measured(module: nn.Module) -> Function:
     """What a norm of another package computes, by running a copy of it."""
+    taken = inspect.signature(module.forward).parameters.values()
+    more = [each.name for each in taken if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)][1:]
+    if more:
+        raise Unknown(f"its forward takes more than the input: {', '.join(more)}")
     parameters = dict(module.named_parameters(recurse=False))
     shape = getattr(module, "normalized_shape", None)
     dims = {each.numel() for each in parameters.values()} or {math.prod(shape) if isinstance(shape, (tuple, list)) else 0}

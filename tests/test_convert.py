@@ -103,7 +103,7 @@ def test_every_norm(norm):
     """Every norm of the registry takes the place of LayerNorm, with weight, groups of the heads and batch-first layout."""
     model = randomized(nn.Sequential(Block(), nn.LayerNorm(C)))
     weights = {name: model.get_submodule(name).weight for name in ("0.norm1", "0.norm2", "1")}
-    model, report = replace_norms(model, norm)
+    model, report = replace_norms(model, norm, **getattr(NORMS[norm], "REQUIRED", {}))
     for name, weight in weights.items():
         new = model.get_submodule(name)
         assert type(new) is NORMS[norm] and new.layout == "batch_first"
@@ -241,6 +241,28 @@ def test_norms_of_others_are_named(kind):
         "1": "computes neither LayerNorm nor RMSNorm", "2": "normalizes over more than the channels of a row",
         "3": "of another kind",
     }  # fmt: skip
+
+
+class GatedRMSNorm(ForeignRMSNorm):
+    def forward(self, x, gate=None):
+        return super().forward(x if gate is None else x * gate.sigmoid())
+
+
+def test_norms_of_more_than_their_input():
+    """A norm that takes a gate as well computes RMSNorm when run by itself; it is left as it is."""
+    model, report = replace_norms(nn.Sequential(GatedRMSNorm(), nn.RMSNorm(C)))
+    assert isinstance(model[0], GatedRMSNorm) and len(report.replaced) == 1
+    assert report.left[0].reason == "its forward takes more than the input: gate"
+
+
+def test_norms_of_queries_and_keys():
+    """They are known by their names, or by that of what holds one for each head; others only end like them."""
+    stay = ("q_norm", "k_layernorm", "attn_qnorm", "key_norm", "q_ln", "norm_k", "qk_norm")
+    go = ("block_norm", "seq_norm", "mask_norm", "norm_keys_out")
+    model = nn.ModuleDict({name: nn.LayerNorm(C) for name in (*stay, *go)})
+    model["q_layernorm"] = nn.ModuleDict({"norms": nn.ModuleList([nn.LayerNorm(C)])})
+    _, report = replace_norms(model)
+    assert {name for each in report.replaced for name in each.names} == set(go)
 
 
 def test_what_stays():

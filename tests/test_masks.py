@@ -8,11 +8,16 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fairseq_powernorm.convert import replace_norms
 from fairseq_powernorm.masks import attach_mask, padding_mask
-from fairseq_powernorm.norms import NORMS, RunningNorm, build_norm
+from fairseq_powernorm.norms import NORMS, PowerNorm, RunningNorm, build_norm
 
 C, B, T = 8, 3, 6
-RUNNING = [name for name, kind in NORMS.items() if issubclass(kind, RunningNorm)]
+RUNNING = [
+    name + "".join(f":{option}=4" for option in getattr(kind, "REQUIRED", {}))
+    for name, kind in NORMS.items()
+    if issubclass(kind, RunningNorm)
+]
 
 
 class Layer(nn.Module):
@@ -303,6 +308,61 @@ def test_copies(way):
     model(batch()[0], torch.ones(2, 2, 2, 2))
 
 
+@pytest.mark.parametrize("layout", ["batch_first", "time_first"])
+def test_rows_strung_together(layout):
+    """A layer that makes ``N x C`` of its rows takes the mask in the order of its norm's layout."""
+    model = Model("batch")
+    for norm in model.norms:
+        norm.layout = layout
+    attach_mask(model)
+    x, tokens = batch()
+    order, rows = (0, 1) if layout == "batch_first" else (1, 0), []
+    model.layers[0].register_forward_pre_hook(lambda layer, args: (args[0].transpose(*order).reshape(-1, C),))
+    model.layers[1].norm.register_forward_pre_hook(lambda norm, args: rows.append(args[0]))
+    model(x, tokens)
+    expected = build_norm("batch", C)
+    expected(rows[0], ~tokens.permute(*order).reshape(-1))
+    assert torch.equal(model.norms[1].running_mean, expected.running_mean)
+
+
+def test_a_part_is_copied():
+    """A copy of a part takes no copy of the model along; in its place it has the model's masks, elsewhere it is free."""
+    model = Model("batch")
+    attach_mask(model)
+    twin, (x, tokens) = copy.deepcopy(model.layers[1]), batch()
+    assert len(pickle.dumps(twin)) < 2 * len(pickle.dumps(Layer("batch")))
+    model.layers[1] = twin
+    model(x, tokens)[tokens].square().sum().backward()
+    assert_same(state(model), by_hand(Model("batch"), [(x, tokens)]))
+    free = nn.Sequential(copy.deepcopy(twin))
+    attach_mask(free, "input")
+
+
+def test_a_part_that_is_copied_first():
+    """A copy of several modules keeps a mask for a norm of the model that stands elsewhere, too, and is copied before it."""
+    model = Model("batch")
+    attach_mask(model)
+    x, tokens = batch()
+    twin = copy.deepcopy(nn.ModuleList([model.norms[0], model]))[1]
+    twin(x, tokens)[tokens].square().sum().backward()
+    assert_same(state(twin), by_hand(Model("batch"), [(x, tokens)]))
+    assert all(float(norm.iters) == 0 for norm in model.norms)
+
+
+def test_norms_that_are_replaced():
+    """A norm that comes in place of another one has its mask, by its own mode, and remove() ends that."""
+    model = Model("power")
+    handle = attach_mask(model.eval())
+    replace_norms(model, "batch", kinds=[PowerNorm])
+    x, tokens = batch()
+    model.train()(x, tokens)[tokens].square().sum().backward()
+    assert_same(state(model), by_hand(Model("batch"), [(x, tokens)]))
+    with pytest.raises(ValueError, match="layers.0.norm: padding_mask of shape"):
+        model(x, tokens[:, 1:])
+    handle.remove()
+    assert all(norm.mask_slot is None for norm in model.norms)
+
+
 def test_a_handle_is_a_context():
     """``with attach_mask(model):`` takes it off at the end; it can be attached again."""
     model = Model()
@@ -335,14 +395,15 @@ def test_parts_with_masks_of_their_own():
 
 
 def test_compiled():
-    """A model that is compiled with its mask attached trains as it does without a compiler."""
+    """A model that is compiled with its mask attached trains as it does without a compiler, and is compiled once."""
     torch._dynamo.reset()
-    batches = [batch(seed) for seed in range(2)]
+    batches = [batch(seed) for seed in range(4)]
     model = Model("batch")
     attach_mask(model)
     compiled = torch.compile(model, backend="eager")
-    for x, tokens in batches:
-        compiled(x, tokens)[tokens].square().sum().backward()
+    for number, (x, tokens) in enumerate(batches):
+        with torch._dynamo.config.patch(error_on_recompile=number > 1):
+            compiled(x, tokens)[tokens].square().sum().backward()
     assert_same(state(model), by_hand(Model("batch"), batches))
 
 

@@ -370,11 +370,12 @@ def test_forward_statistics_ignore_padding(kind):
 
 @pytest.mark.parametrize("kind", RUNNING)
 @pytest.mark.parametrize("rows", [0, 3])
-def test_batch_without_a_valid_row_leaves_the_statistics(kind, rows):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_batch_without_a_valid_row_leaves_the_statistics(kind, rows, dtype):
     """An empty batch and one of padding alone give finite outputs and gradients and change no running statistic."""
-    norm = randomize(new(kind, dim=8, warmup_updates=10).double())
+    norm = randomize(new(kind, dim=8, warmup_updates=10).to(dtype))
     before = copy.deepcopy({k: v for k, v in norm.named_buffers() if k != "iters"})
-    x = torch.randn(rows, 2, 8, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(rows, 2, 8, dtype=dtype, requires_grad=True)
     y = norm(x, torch.ones(2, rows, dtype=torch.bool))
     y.sum().backward()
     assert torch.isfinite(y).all() and torch.isfinite(x.grad).all()
