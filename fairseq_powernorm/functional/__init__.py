@@ -14,7 +14,7 @@ from .common import Collect, Reduce, in_transform, saved_tensors_are_hooked, unw
 from .evaluation import running_norm
 from .moments import Moments, batch_moments, output_like, root, standing_in, sum_rows
 from .power import NO_STAGE, StageSums, native_power_norm, power_norm
-from .window import WindowSpec, WindowState, gradient_moment, put, window_norm
+from .window import WindowSpec, WindowState, gradient_moment, put, slots, window_norm
 
 __all__ = [
     "NO_STAGE",
@@ -41,6 +41,7 @@ __all__ = [
     "saved_tensors_are_hooked",
     "standing_in",
     "sum_rows",
+    "slots",
     "unwrapped",
     "window_norm",
 ]

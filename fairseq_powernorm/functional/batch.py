@@ -130,10 +130,10 @@ class _BatchNorm(Function):
         with torch.autocast(x.device.type, enabled=False):
             u = eager.scale_rows(rows.to(dtype), r)
             if valid is not None and x.device.type != "cpu":
-                u, grad = eager.finite_padding(valid, u, grad)
+                u, grad, r = _finite_padding(valid, u, grad, r)
             grad_sum, grad_c_sum, centred, grad_stat = _batch_grad_sums(u, grad, mean, valid, spec)
             if valid is not None and x.device.type == "cpu" and not bool(torch.isfinite(grad_sum + grad_c_sum).all()):
-                u, grad = eager.finite_padding(valid, u, grad)
+                u, grad, r = _finite_padding(valid, u, grad, r)
                 grad_sum, grad_c_sum, centred, grad_stat = _batch_grad_sums(u, grad, mean, valid, spec)
             scale = inv if weight is None else inv * weight.to(dtype)
             tally = [scale * grad_c_sum] if mean is None else [scale / inv * grad_stat, scale * grad_c_sum]
@@ -149,9 +149,23 @@ class _BatchNorm(Function):
                 if spec.fill:
                     grad = grad if valid is None else eager.mask_rows_(grad.clone(), valid)
                 grad_u = through.addcmul_(grad, scale)
-                grad_x = eager.scale_rows_backward(grad_u, u, r).to(x.dtype).view(shape)
+                grad_x = eager.scale_rows_backward(grad_u, u, r)
+                if spec.fill:  # of zero, but for a layer scale that is not finite
+                    grad_x = eager.mask_rows_(grad_x, valid)
+                grad_x = grad_x.to(x.dtype).view(shape)
         grad_weight = None if weight is None else grad_c_sum * inv
         return grad_x, grad_weight, grad_sum if ctx.needs_input_grad[2] else None, None
+
+
+def _finite_padding(
+    valid: Tensor, u: Tensor, grad: Tensor, r: Optional[Tensor]
+) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+    """See :func:`.eager.finite_padding`; ``r`` is the root of the layer scale, if there is one."""
+    if r is None:
+        u, grad = eager.finite_padding(valid, u, grad)
+        return u, grad, None
+    u, grad, root = eager.finite_padding(valid, u, grad, r)
+    return u, grad, root
 
 
 def _formula_backward(

@@ -44,7 +44,8 @@ class WindowNorm(FormulaNorm):
     """Base of MABN and UN: windows of the second moment and of the gradient moment of the last W steps.
 
     The step after t steps has the place ``t % W`` in both windows, so that ``iters`` says where a resumed run goes on. A
-    step without rows, or whose moment is not finite, puts the running variance there.
+    step without rows, or whose moment is not finite, leaves that of W steps before there, or the running variance if there
+    was none.
     """
 
     #: is the window's mean the geometric one?
@@ -175,9 +176,12 @@ class WindowNorm(FormulaNorm):
         running, window = state["running_var"], state["window_m2"]
         divisor = self._divisor_of(batch, state["iters"], running, window)
         moved = self._moved(state, sums, alpha_fwd, {"running_var": divisor.var})
-        # without a moment of its own a step has the running one: a place left empty would draw the mean to zero
-        known = some & torch.isfinite(batch).all(-1, keepdim=True) & divisor.outlier.logical_not()
-        moved["window_m2"] = functional.put(window, state["iters"], torch.where(known, batch, running))
+        known = some & torch.isfinite(batch).all(-1, keepdim=True)
+        place = torch.where(functional.slots(window, state["iters"]), window, 0.0).sum(-2)
+        # without a moment of its own a step changes nothing, but a place left empty would draw the mean to zero
+        vacant = divisor.outlier | (known | (place > 0).any(-1, keepdim=True)).logical_not()
+        value = torch.where(vacant, running, torch.where(known, batch, place))
+        moved["window_m2"] = functional.put(window, state["iters"], value)
         return moved
 
     def describe(self, state: State, forward: Sums, backward: Sums) -> Dict[str, Tensor]:

@@ -101,7 +101,7 @@ def test_second_implementation(variant, groups, masked, staged):
 @pytest.mark.parametrize("staged", [False, True])
 @pytest.mark.parametrize("name", ["mabn", "un"])
 def test_a_step_without_a_moment_leaves_no_gap_in_the_window(name, staged, empty):
-    """Its place has the running variance, here 1: the next steps divide by the mean of it and of their own moments."""
+    """A place that was empty has the running variance, here 1: the next steps average over it and their own moments."""
     norm = build_norm(name, C, window=2, warmup_updates=0, rescale_after=9, alpha_fwd=1.0).double()
     statistics = RunningStatistics(norm) if staged else None
     rows = torch.randn(3, 6, 4, C, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3.0

@@ -49,7 +49,7 @@ def test_shape_dtype_and_memory(name, variant, layout, two):
 @pytest.mark.parametrize("where", ["x", "dy", "both"])
 @pytest.mark.parametrize("name, variant", CASES)
 def test_padding_that_is_not_finite(name, variant, where, bad):
-    """NaN or infinity in padded rows reaches no valid row, no valid row's gradient, no parameter and no statistic."""
+    """NaN or infinity in padded rows reaches no valid row, no gradient of any row, no parameter and no statistic."""
     results = []
     for value in (bad, 0.0):
         norm = make(name, variant, warmup_updates=1)
@@ -61,6 +61,7 @@ def test_padding_that_is_not_finite(name, variant, where, bad):
             norm.zero_grad()
             y = norm(x, mask)
             y.backward(dy)
+            assert torch.isfinite(x.grad).all()
         valid = mask.t().logical_not()
         results.append(
             [y[valid], *(p.grad for p in norm.parameters()), *(b for k, b in norm.named_buffers() if k != "ema_gz")]
