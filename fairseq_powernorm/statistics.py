@@ -332,7 +332,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.
     without a word.
 
     Args:
-        model: put into training mode meanwhile
+        model: put into training mode meanwhile; then each module is in the mode that it was in
         batches: at least one; micro-batches of the usual training size
         forward: called as ``forward(model, batch)`` for each; by default a mapping holds keyword arguments, a list or tuple
             positional ones, anything else is the only argument: :func:`call`
@@ -343,7 +343,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.
     Raises:
         ValueError: the model has no running statistics, there is no batch, or a norm's statistics are not finite
     """
-    training = model.training
+    modes = [(each, each.training) for each in model.modules()]
     statistics = RunningStatistics(model, "off")
     if not statistics.kinds:
         raise ValueError("no norm of the model has running statistics: there is nothing to estimate")
@@ -361,5 +361,6 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.
         statistics.replace()
     finally:
         statistics.release()
-        model.train(training)
+        for each, training in modes:
+            each.training = training
     return count

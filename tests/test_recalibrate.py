@@ -97,6 +97,13 @@ def test_any_iterable_of_batches(kind):
         torch.testing.assert_close(model[1].running_mean, model[0](torch.cat(rows)).mean(0))
 
 
+def test_each_module_stays_in_its_mode():
+    """A part that was in evaluation is so again."""
+    model = nn.Sequential(PowerNorm(8), nn.Sequential(nn.Dropout(), PowerNorm(8)).eval())
+    recalibrate(model, [torch.randn(4, 8)])
+    assert [each.training for each in model.modules()] == [True, True, False, False, False]
+
+
 def test_update_bn_and_sync_batch_norm_do_nothing():
     """What torch has for its own batch norms passes over these: buffers and modules stay, as the documentation says."""
     model = nn.Sequential(nn.Linear(C, C), MaskedBatchNorm(C))

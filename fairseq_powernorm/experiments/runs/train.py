@@ -111,7 +111,7 @@ def started(options: Namespace, data: Path, run: Path, launcher: Optional[Launch
     """run.json of a run that begins, or of that to go on with."""
     facts = {"schema": records.SCHEMA, "benchmark": options.benchmark, "arch": options.arch, "norm": options.norm,
              "placement": options.placement, "prepared_sha256": sha256(data / "prepared.json"),
-             "overrides": options.overrides, "sessions": []}
+             "overrides": list(by_key(options.overrides).values()), "sessions": []}
     own = {**trust.OURS, **(dict.fromkeys(PLACES, "--ranks, --nodes, --node-rank and --master") if launcher else {})}
     return resumed(run, facts, own) if begun(run) else facts
 
