@@ -94,6 +94,23 @@ def describe() -> str:
     return f"C ({_instructions}, {'threads of torch' if _threaded else 'one thread'}, {native.describe()})"
 
 
+def use_instructions(number: int) -> str:
+    """Use one of the sets of instructions that the kernel is compiled for, for tests and measurements.
+
+    Args:
+        number: from 0, the plainest, on; -1, or more than this processor has, for the best
+
+    Returns:
+        the name of the one in use
+    """
+    return str(_library.pn_use_instructions(number).decode())
+
+
+def stream_from(size: int) -> None:
+    """Store tensors of so many bytes or more past the caches; for tests and measurements."""
+    _library.pn_stream_from(size)
+
+
 def autograd() -> Any:
     """The autograd function in C++ over this kernel, see :mod:`.native`; None where that in Python serves."""
     return native.extension(_library)

@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 
 import pytest
@@ -295,7 +294,6 @@ def test_train_lock_and_interruption(trained, tmp_path):
     for line in process.stdout:
         if "after 10 updates" in line:
             break
-    time.sleep(0.5)
     os.killpg(process.pid, signal.SIGSTOP)
     assert "another process is at work" in trained.refuses(*arguments)
     os.killpg(process.pid, signal.SIGCONT)

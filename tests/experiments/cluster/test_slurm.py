@@ -201,6 +201,9 @@ class Job:
                     'RunTime={run_time} TimeLimit=1-00:00:00 X=1' ;;
                 requeue*) echo "scontrol $*" >>{folder}/calls; {requeue} ;;
             esac""")
+        program(folder / "bin", "sleep", f"""
+            [ "$1" != 600 ] || echo "waits for its end" >>{folder}/calls
+            exec "$(type -aP sleep | tail -n 1)" "$@\"""")
         submission = folder / "demo-1"
         submission.mkdir()
         (submission / "tasks").write_text(f"demo layer --run-dir /a\ndemo power --run-dir '{folder}/b c'\n")
@@ -216,7 +219,7 @@ class Job:
         end = time.time() + 300
         while not (self.folder / "calls").exists() or text not in (self.folder / "calls").read_text():
             assert time.time() < end and self.process.poll() is None, text
-            time.sleep(0.05)
+            time.sleep(0.05)  # a look at a file, not a guess at how long something takes
 
     def end(self):
         output, _ = self.process.communicate(timeout=300)
@@ -269,8 +272,7 @@ def test_job_that_is_warned(job, tmp_path):
     job = job(trains(tmp_path, 143))
     job.wait_for("training")
     os.kill(job.process.pid, signal.SIGUSR1)
-    job.wait_for("scontrol requeue 100_1\n")
-    time.sleep(0.5)
+    job.wait_for("scontrol requeue 100_1\nwaits for its end\n")
     assert job.process.poll() is None
     status, output, calls = job.kill()
     assert calls.count("requeue") == 1 and "scancel --signal=TERM 123456.0\n" in calls
@@ -324,7 +326,7 @@ def test_job_preempted_without_a_warning(job):
     for line in job.process.stdout:
         if "job 100_1 is preempted" in line:
             break
-    time.sleep(0.5)
+    job.wait_for("waits for its end\n")
     assert job.process.poll() is None
     assert "requeue" not in job.kill()[2]
 
