@@ -2,6 +2,7 @@
 import os
 import pathlib
 import random
+import signal
 
 import pytest
 import torch
@@ -21,6 +22,11 @@ from fairseq_powernorm.kernels import build, c
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 #: files that take long, in this order before the others: the last process to end should not end alone
 FIRST = ("test_slurm", "test_lm_pipeline", "test_reproduce", "test_distributed", "test_pipeline", "test_launch")
+
+
+# a shell starts what it leaves in the background deaf to ^C, which the scripts' tests send
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header():
