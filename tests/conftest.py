@@ -3,6 +3,7 @@ import os
 import pathlib
 import random
 import signal
+import threading
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ FIRST = ("test_slurm", "test_lm_pipeline", "test_reproduce", "test_distributed",
 
 
 # a shell starts what it leaves in the background deaf to ^C, which the scripts' tests send
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
