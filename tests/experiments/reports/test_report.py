@@ -200,7 +200,7 @@ def test_score_refuses(texts, tmp_path):
         ([tmp_path / "none", folder / "ref"], "cannot read"),
         ([tmp_path / "empty", folder / "ref"], "is empty"),
         ([folder / "first", folder / "ref", "--detokenized", "--split-compounds", "de"], "is for tokenized text"),
-        ([folder / "first", folder / "ref", "--split-compounds", ""], "--split-compounds '' is unknown; valid: as, bn"),
+        ([folder / "first", folder / "ref", "--split-compounds", ""], "--split-compounds LANGUAGE needs a value"),
         ([folder / "first", folder / "ref", "--split-compounds", "xx"], "--split-compounds 'xx' is unknown; valid: as, bn"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
