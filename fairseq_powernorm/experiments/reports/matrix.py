@@ -188,9 +188,7 @@ class Run:
     @property
     def final_warmup_matters(self) -> bool:
         """Does the warm-up of the norms after the stacks matter? To norms that have one, in pre-norm models."""
-        from ...norms import norm_options
-
-        warms_up = "warmup_updates" in norm_options(norm_name(self.row.norm)) and self.row.variant != VARIANTS[1]
+        warms_up = takes(self.row.norm, "warmup_updates") and self.row.variant != VARIANTS[1]
         return warms_up and not self.arch.startswith("tensorized")
 
 
@@ -254,6 +252,8 @@ def runs(
             own = [f"common.seed={seed}", *scaled]
             own += ["+model.norm_groups=0"] if row.layer_scale is False else []
             own += [f"+model.norm_variant={row.variant}"] if row.variant not in (None, VARIANTS[0]) else []
+            if number is None and takes(row.norm, "total_updates"):  # where the configuration knows no end
+                own += [f"+model.norm_total_updates={whole(benchmark, config)}"]
             if has_statistics(row.norm):
                 own += [f"+task.norm_record={NORM_RECORD}", f"+task.norm_record_interval={interval}"]
             merged = {**by_key(own), **by_key(overrides)}
@@ -266,6 +266,13 @@ def has_statistics(norm: str) -> bool:
     from ...norms import NORMS as CLASSES, RunningNorm
 
     return issubclass(CLASSES[norm_name(norm)], RunningNorm)
+
+
+def takes(norm: str, option: str) -> bool:
+    """Is this an option of a norm?"""
+    from ...norms import norm_options
+
+    return option in norm_options(norm_name(norm))
 
 
 def tokens_of(config: Any, overrides: Dict[str, str]) -> int:

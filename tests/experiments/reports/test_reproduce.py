@@ -81,6 +81,14 @@ def test_a_row_is_what_its_name_says(here):
         assert composed.get("norm_groups") == (0 if "groups0" in name else None)
 
 
+def test_prepbn_knows_its_end():
+    """prepbn's way from LN to BN is as long as the run: where only early stopping ends that, the usual length."""
+    for updates, expected in ((None, ["+model.norm_total_updates=100000"]), (50, [])):
+        found = {run.row.norm: run.overrides for run in of("iwslt14", "transformer_pn_iwslt_de_en", updates)}
+        given = {norm: [word for word in words if "total_updates" in word] for norm, words in found.items()}
+        assert given.pop("prepbn") == expected and not any(given.values())
+
+
 def test_names_and_overrides_of_earlier_ptb_runs(here):
     """Runs and records of Penn Treebank that were made as NORM-ARCH-UPDATES-seedS with these overrides stay valid."""
     given = ["common.cpu=true", "optimization.lr=[0.001]"]

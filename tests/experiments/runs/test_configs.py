@@ -114,6 +114,8 @@ def test_builds(benchmark, norm, placement, data, tmp_path):
                  *compose.norm_overrides(settings.load(benchmark).model, norm, placement)]
     if settings.load(benchmark).model._name.endswith("_big"):
         overrides += ["+model.encoder_layers=1", "+model.decoder_layers=1"]
+    if norm == "prepbn" and not settings.load(benchmark).optimization.max_update:
+        overrides.append("+model.norm_total_updates=100000")
     config, task, model, criterion = compose.build(compose.compose(benchmark, overrides))
     assert compose.norms_of(config.model) == (norm, "encoder" if norm == "layer" else placement)
     assert (type(task).__name__, type(criterion).__name__) == (
