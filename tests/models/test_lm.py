@@ -316,7 +316,7 @@ def test_options_of_softmax_attention_are_not_those_of_the_tensorized_model():
 def test_checkpoint_of_another_norm():
     """Loading a checkpoint whose norms differ raises ValueError naming the position and both norms."""
     state = build("tensorized_lm_pn_ptb", "layer").state_dict()
-    with pytest.raises(ValueError, match="'layer' at decoder.layers.0.self_attn_layer_norm, the model 'power'"):
+    with pytest.raises(ValueError, match="'layer' .* at decoder.layers.0.self_attn_layer_norm, the model 'power'"):
         build("tensorized_lm_pn_ptb", "power").load_state_dict(state)
 
 
