@@ -89,7 +89,7 @@ class ProgressiveBatchNorm(FormulaNorm):
         self.total_updates = total_updates
         self.first_alpha = alpha
         with torch.inference_mode(mode=False):  # or it could never be trained
-            self.alpha = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+            self.alpha = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
             for name in ("layer_weight", "layer_bias"):
                 parameter = nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) if affine else None
                 self.register_parameter(name, parameter)

@@ -296,7 +296,7 @@ def test_compiled_training_and_evaluation(name, variant, staged):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, variant", CASES)
+@pytest.mark.parametrize("name, variant", [("power", "reference"), ("power", "algorithm2"), ("un", None)])
 def test_compiled_by_inductor(name, variant):
     """The same with torch's own compiler, and with no padding."""
     torch._dynamo.reset()
