@@ -179,7 +179,8 @@ from fairseq_powernorm.fold import fold_norms
 from fairseq_powernorm import functional, kernels
 from fairseq_powernorm.kernels.__main__ import main
 for name in NORMS:
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8), build_norm(name, 8))
+    text = "prepbn:total_updates=1" if name == "prepbn" else name
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), build_norm(text, 8))
     statistics = RunningStatistics(model)
     with statistics.batch():
         model(torch.randn(6, 8)).sum().backward()

@@ -63,7 +63,9 @@ class PowerNormV(ExactNorm, SecondMomentNorm):
         return None, self.running_phi, functional.BatchSpec(self.groups, self.eps, centre=False)
 
     def step_(self, part: str, tally: Tensor, buffers: State) -> None:
-        if part == "forward":  # PN's step of psi^2, without warm-up and bounds
+        if type(self).advance is not PowerNormV.advance:  # a derived class with a rule of its own
+            super().step_(part, tally, buffers)
+        elif part == "forward":  # PN's step of psi^2, without warm-up and bounds
             psi2, iters = (buffers[name] for name in self.STEPS[part])
             choose_for_step(tally, psi2, iters).advance_forward(tally, psi2, iters, self._step_spec())
 
