@@ -212,7 +212,7 @@ def _load(path: str, data: Optional[str]) -> nn.Module:
 
     from . import register  # noqa: F401
 
-    checkpoint.load(path)
+    checkpoint.check_finite(checkpoint.load(path)["model"], path)
     overrides = {} if data is None else {"data": data}
     try:
         models, _, _ = checkpoint_utils.load_model_ensemble_and_task([path], overrides)

@@ -85,7 +85,7 @@ class GradientProbe:
             x = args[0] if args else kwargs["x"]
             mask = args[1] if len(args) > 1 else kwargs.get("padding_mask")
             if mask is None and norm.mask_slot is not None:
-                mask = norm.mask_slot.padding_mask
+                mask = norm.mask_slot.fitting(norm, x.movedim(1, -1) if norm.layout == "channels_first" else x)
             scale = 1.0 if stage is None else stage.switches.gradient_scale
             transposed = x.dim() == 3 and norm.layout == "time_first"
             y.register_hook(lambda grad: self._add(name, x.detach(), grad.detach(), mask, scale, transposed=transposed))

@@ -21,7 +21,7 @@ def _load(options):
 
     from . import register  # noqa: F401
 
-    checkpoint.load(options.path)
+    checkpoint.check_finite(checkpoint.load(options.path)["model"], options.path)
     if not os.path.isdir(options.data):
         raise ValueError(f"data {options.data!r}: not a directory; must be one written by fairseq-preprocess")
     models, _, task = checkpoint_utils.load_model_ensemble_and_task([options.path], {"data": options.data})

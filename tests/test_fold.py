@@ -13,7 +13,7 @@ from fairseq_cli import eval_lm, generate, interactive, preprocess, validate
 from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fairseq_powernorm import export, kernels
+from fairseq_powernorm import checkpoint, export, kernels
 from fairseq_powernorm.fold import FoldedNorm, fold_norms
 from fairseq_powernorm.models import base
 from fairseq_powernorm.norms import MaskedBatchNorm, PowerNorm, RunningNorm
@@ -519,7 +519,11 @@ def test_the_export_command_refuses(translation, tmp_path, capsys):
     _, (path, _) = translation
     there = tmp_path / "there"
     there.write_text("mine")
+    state, diverged = checkpoint.load(str(path)), tmp_path.with_name("diverged.pt")
+    state["model"]["decoder.layers.0.fc1.weight"][0, 0] = torch.nan
+    torch.save(state, diverged)
     for command, message in (
+        ([diverged, "--format", "onnx", "--output", tmp_path / "new"], "fc1.weight has values that are not finite"),
         ([path, "--format", "onnx", "--output", there], "exists"),
         ([path, "--format", "onnx", "--output", tmp_path / "no" / "file"], "its directory does not exist"),
         ([tmp_path / "none.pt", "--format", "onnx", "--output", tmp_path / "new"], "no such file"),

@@ -6,6 +6,7 @@ import torch
 import toy
 from torch import nn
 
+from fairseq_powernorm.masks import padding_mask
 from fairseq_powernorm.norms import NORMS, MaskedBatchNorm, PowerNormV, RunningNorm, build_norm
 from fairseq_powernorm.probe import GradientProbe, gradient_norms
 from fairseq_powernorm.statistics import RunningStatistics
@@ -87,9 +88,10 @@ def test_which_is_smaller_depends_on_the_mean(seed):
 
 @pytest.mark.parametrize("kind, which", [("batch", 0), ("power-v", 1)])
 @pytest.mark.parametrize("layout", ["time_first", "batch_first", "channels_first"])
-def test_measured_at_a_norm(kind, which, layout):
-    """Where BN or PN-V itself stands, what is measured of it is the gradient that leaves it: with a mask, in any layout,
-    with a loss scale; its ratio to the other is that of the identities.
+@pytest.mark.parametrize("attached", [False, True])
+def test_measured_at_a_norm(kind, which, layout, attached):
+    """Where BN or PN-V itself stands, what is measured of it is the gradient that leaves it: with a mask, given to the norm
+    or attached to the model, in any layout, with a loss scale; its ratio to the other is that of the identities.
     """
     norm = build_norm(kind, C, groups=0, layout=layout, dtype=torch.float64)
     with torch.no_grad():
@@ -102,8 +104,8 @@ def test_measured_at_a_norm(kind, which, layout):
     probe.begin()
     leaf = u.clone().requires_grad_()
     d = d.masked_fill(mask.t().unsqueeze(-1), 0.0)
-    with statistics.batch(gradient_scale=8.0):
-        norm(leaf.permute(order), mask).backward(8.0 * d.permute(order))
+    with statistics.batch(gradient_scale=8.0), padding_mask(norm, mask if attached else None):
+        norm(leaf.permute(order), None if attached else mask).backward(8.0 * d.permute(order))
     valid = mask.t().logical_not()
     bn, pn_v = gradient_norms(sums_of(u[valid], d[valid] * norm.weight.detach()), valid.sum(), norm.eps)
     torch.testing.assert_close((leaf.grad / 8.0).square().sum((0, 1)), (bn, pn_v)[which])

@@ -10,7 +10,7 @@ import toy
 
 from fairseq_powernorm.models.tensorized_lm_pn import TensorizedLMPNConfig
 from fairseq_powernorm.models.transformer_pn import TransformerPNConfig
-from fairseq_powernorm.norms import PowerNorm
+from fairseq_powernorm.norms import NORMS, PowerNorm, RunningNorm
 from fairseq_powernorm.options import (
     INFERENCE_FIELDS,
     NORM_FIELDS,
@@ -91,6 +91,17 @@ def test_the_table_of_flags_is_complete():
     for name in named:
         row = next(row for row in text.split("\n") if row.startswith("|") and flag(name) in row)
         assert re.search(rf"\(`?{re.escape(str(defaults[name]).replace('1e-05', '1e-5'))}`?\)", row), row
+
+
+def test_the_tables_of_norms_are_complete():
+    """Every norm stands in the table of norms, and in that of trainers where it needs one, and nothing else."""
+    text = TEXTS[PACKAGE]
+    (table,) = re.findall(r"^\| norm \| what \|\n((?:\|.*\n)+)", text, re.M)
+    assert set(re.findall(r"`([a-z-]+)`", " ".join(row.split("|")[1] for row in table.splitlines()))) == set(NORMS)
+    (table,) = re.findall(r"^\| norm \| layouts \|.*\n\|.*\n((?:\|.*\n)+)", text, re.M)
+    running, others = (set(re.findall(r"`([a-z-]+)`", row.split("|")[1])) for row in table.splitlines())
+    assert running == {name for name, kind in NORMS.items() if issubclass(kind, RunningNorm)}
+    assert running | others == set(NORMS) and not running & others
 
 
 @pytest.mark.parametrize("name", NAMES)

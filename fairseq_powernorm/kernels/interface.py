@@ -19,7 +19,8 @@ LAYER_SCALE_EPS = 1e-5
 #: dtype's own precision) and of sums over rows (float32)
 TOLERANCE = {torch.float32: (2e-6, 2e-6), torch.bfloat16: (4e-3, 2e-6), torch.float16: (5e-4, 2e-6)}
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+#: the classes of tensors that are nothing else besides
+PLAIN = (Tensor, torch.nn.Parameter)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -220,7 +221,7 @@ def plain(tensor: Tensor) -> bool:
     torch's lazy views (negation) or zeros, and none whose storage has been released.
     """
     return (
-        type(tensor) in _PLAIN
+        type(tensor) in PLAIN
         and _has_storage(tensor)
         and not (tensor.is_neg() or tensor._is_zerotensor() or tensor.is_nested)
         and (tensor.data_ptr() > _LOWEST or _whole(tensor))

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from .base import Device
-from .row import RowNorm, check_number
+from .checks import check_number
+from .row import RowNorm
 
 
 class AdaNorm(RowNorm):
@@ -49,8 +50,7 @@ class AdaNorm(RowNorm):
             raise ValueError("dim=1: must be 2 or more, as one channel has no unbiased standard deviation")
         check_number("eps", eps, above=0.0)
         check_number("scale", scale, above=0.0)
-        if not 0.0 <= k < float("inf"):
-            raise ValueError(f"k={k!r}: must be a finite number, zero or positive")
+        check_number("k", k, least=0.0)
         super().__init__(dim, {}, batch_first=batch_first, layout=layout, device=device, dtype=dtype)
         self.eps = eps
         self.scale = scale

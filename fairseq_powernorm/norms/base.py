@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from .. import functional, operators
 from ..kernels import eager
-from ..kernels.interface import transformed
+from ..kernels.interface import PLAIN, transformed
 from . import loading
-from .checks import check_interval, is_count
+from .checks import check_dense, check_dim, check_dtype, check_interval, is_count
 from .layouts import Norm
 from .masks import MaskSlot, valid_rows
 from .staging import Stage, Sums
@@ -19,8 +19,6 @@ from .staging import Stage, Sums
 State = Mapping[str, Tensor]
 Device = Union[torch.device, str, int, None]
 
-_PLAIN = (Tensor, nn.Parameter)
-_INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _widened(value: Tensor) -> Tensor:
@@ -85,8 +83,7 @@ class RunningNorm(Norm):
         windows: Mapping[str, int] = MappingProxyType({}),
     ):
         super().__init__(dim, batch_first=batch_first, layout=layout)
-        if not is_count(dim, least=1):
-            raise ValueError(f"dim={dim!r}: must be a positive number of channels")
+        check_dim(dim)
         if not 0.0 <= eps < float("inf"):
             raise ValueError(f"eps={eps!r}: must be a finite number, zero or positive")
         check_interval("alpha_fwd", alpha_fwd)
@@ -258,15 +255,11 @@ class RunningNorm(Norm):
         """
         if self._from_meta:
             loading.check_values(self)
-        if x.is_nested:
-            raise ValueError("input is a nested tensor: expected a dense one with a padding mask")
+        check_dense(x)
         transposed = self.layout == "time_first"
         if x.dim() < 2 or x.size(-1) != self.dim or (transposed and x.dim() > 3):
             raise ValueError(self._wrong_shape(x))
-        if x.dtype not in _INPUT_DTYPES:
-            raise ValueError(f"input of dtype {x.dtype}: expected float16, bfloat16, float32 or float64")
-        if x.layout is not torch.strided:
-            raise ValueError(f"input of layout {x.layout}: expected a dense tensor, torch.strided")
+        check_dtype(x)
         transposed = transposed and x.dim() == 3
         if padding_mask is not None:
             if x.dim() == 2 and padding_mask.dim() == 2:  # N x 1: one column of N sentences of length 1
@@ -287,7 +280,7 @@ class RunningNorm(Norm):
                 valid = torch.zeros(x.numel() // self.dim, dtype=torch.bool, device=x.device)
         if special:
             self._refuse_transforms(x)
-        return self._train(x, valid, special=special or type(x) not in _PLAIN or x.is_meta)
+        return self._train(x, valid, special=special or type(x) not in PLAIN or x.is_meta)
 
     def _refuse_transforms(self, x: Tensor) -> None:
         """Raise RuntimeError where a training step has no meaning."""

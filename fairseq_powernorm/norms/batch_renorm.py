@@ -79,7 +79,7 @@ class BatchRenorm(FormulaNorm):
     ):
         check_updates(warmup_updates=warmup_updates, r_updates=r_updates, d_updates=d_updates)
         check_number("r_max", r_max, least=1.0)
-        check_number("d_max", d_max)
+        check_number("d_max", d_max, least=0.0)
         super().__init__(
             dim, eps=eps, alpha_fwd=alpha_fwd, groups=groups, affine=affine, batch_first=batch_first,
             layout=layout, device=device, dtype=dtype,

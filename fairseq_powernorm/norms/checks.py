@@ -1,6 +1,12 @@
-"""Checks of the numbers that norms are built with; each raises ValueError with the option, its value and what is valid."""
+"""Checks of what norms are built with and called with; each raises ValueError, which says what is valid."""
+import math
 import numbers
 from typing import Any
+
+import torch
+from torch import Tensor
+
+INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 #: counts are kept in floating point, which knows each whole number below this
 MOST = 2**53
@@ -17,10 +23,17 @@ def check_interval(name: str, value: float) -> None:
         raise ValueError(f"{name}={value!r}: must lie in [0, 1]")
 
 
-def check_number(name: str, value: float, *, least: float = 0.0) -> None:
-    """Raise ValueError unless ``value`` is finite and at least ``least``."""
-    if not least <= value < float("inf"):
-        raise ValueError(f"{name}={value!r}: must be a finite number, {least:g} or more")
+def check_dim(dim: int) -> None:
+    """Raise ValueError unless there are channels."""
+    if not is_count(dim, least=1):
+        raise ValueError(f"dim={dim!r}: must be a positive number of channels")
+
+
+def check_number(name: str, value: float, *, least: float = -math.inf, above: float = -math.inf) -> None:
+    """Raise ValueError unless ``value`` is finite, at least ``least`` and larger than ``above``."""
+    if not (least <= value < math.inf and value > above):
+        limit = f", {least:g} or more" if least > -math.inf else f" above {above:g}" if above > -math.inf else ""
+        raise ValueError(f"{name}={value!r}: must be a finite number{limit}")
 
 
 def check_updates(**options: int) -> None:
@@ -28,3 +41,17 @@ def check_updates(**options: int) -> None:
     for name, value in options.items():
         if not is_count(value):
             raise ValueError(f"{name}={value!r}: must be zero or a positive number of steps")
+
+
+def check_dense(x: Tensor) -> None:
+    """Raise ValueError for a nested, sparse or otherwise packed input."""
+    if x.is_nested:
+        raise ValueError("input is a nested tensor: expected a dense one with a padding mask")
+    if x.layout is not torch.strided:
+        raise ValueError(f"input of layout {x.layout}: expected a dense tensor, torch.strided")
+
+
+def check_dtype(x: Tensor) -> None:
+    """Raise ValueError for an input that is not one of floating-point numbers."""
+    if x.dtype not in INPUT_DTYPES:
+        raise ValueError(f"input of dtype {x.dtype}: expected float16, bfloat16, float32 or float64")

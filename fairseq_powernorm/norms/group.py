@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..kernels.interface import LAYER_SCALE_EPS
 from .base import Device
-from .checks import is_count
-from .row import RowNorm, check_dim, check_number, weight_and_bias
+from .checks import check_dim, check_number, is_count
+from .row import RowNorm, weight_and_bias
 
 
 class _Grouped(RowNorm):

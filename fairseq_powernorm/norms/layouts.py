@@ -4,6 +4,8 @@ from typing import Any, Dict, Optional
 import torch
 from torch import Tensor, nn
 
+from ..kernels.interface import PLAIN
+from .checks import check_dense
 from .masks import check_mask
 
 CHANNELS_FIRST = "channels_first"
@@ -13,8 +15,6 @@ LAYOUTS = {
     "batch_first": "B x T x C, or with several dimensions B x ... x C",
     CHANNELS_FIRST: "B x C x T, or with several dimensions B x C x ...",
 }
-
-_PLAIN = (Tensor, nn.Parameter)
 
 
 def layout_of(batch_first: bool, layout: Optional[str]) -> str:
@@ -88,7 +88,7 @@ class Norm(nn.Module):
         """Normalize ``x``, see the class; ``padding_mask`` is True at padding."""
         # symbolic tracing takes the norm as a whole; TorchScript passes over what is not for it only as an if of its own
         if not torch.jit.is_scripting():  # noqa: SIM102
-            if type(x) not in _PLAIN and isinstance(x, torch.fx.Proxy):
+            if type(x) not in PLAIN and isinstance(x, torch.fx.Proxy):
                 return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, padding_mask), {})
         if self.layout != "channels_first":  # TorchScript knows no constants of a module
             return self._normalize(x, padding_mask)
@@ -100,10 +100,7 @@ class Norm(nn.Module):
         return self._normalize(rows.contiguous(), padding_mask).movedim(-1, 1).contiguous()
 
     def _check_channels_first(self, x: Tensor) -> None:
-        if x.is_nested:
-            raise ValueError("input is a nested tensor: expected a dense one with a padding mask")
-        if x.layout is not torch.strided:
-            raise ValueError(f"input of layout {x.layout}: expected a dense tensor, torch.strided")
+        check_dense(x)
         if x.dim() < 2 or x.size(1) != self.dim:
             raise ValueError(self._wrong_shape(x))
 

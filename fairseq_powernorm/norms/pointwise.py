@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from .base import Device
-from .row import RowNorm, check_number, weight_and_bias
+from .checks import check_number
+from .row import RowNorm, weight_and_bias
 
 
 class DynamicTanh(RowNorm):

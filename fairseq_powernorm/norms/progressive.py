@@ -1,5 +1,4 @@
 """From LayerNorm to batch normalization in the course of the training: ``ProgressiveBatchNorm``."""
-import math
 from typing import Dict, Optional, Tuple
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..kernels import eager
 from .base import Device, State
-from .checks import is_count
+from .checks import check_number, is_count
 from .formula import FormulaNorm
 from .scriptable import MixedEvaluation
 from .staging import Sums
@@ -80,8 +79,7 @@ class ProgressiveBatchNorm(FormulaNorm):
                 f"total_updates={total_updates!r}: must be the number of training steps after which LayerNorm is gone, 1 or "
                 "more; in fairseq --norm-total-updates or --max-update, if there is one, says it for all norms"
             )
-        if not math.isfinite(alpha):
-            raise ValueError(f"alpha={alpha!r}: must be a finite number")
+        check_number("alpha", alpha)
         super().__init__(
             dim, eps=eps, alpha_fwd=alpha_fwd, groups=groups, affine=affine, batch_first=batch_first,
             layout=layout, device=device, dtype=dtype,

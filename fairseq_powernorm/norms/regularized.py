@@ -159,8 +159,8 @@ class RegularizedBatchNorm(FormulaNorm):
         device: Device = None,
         dtype: Optional[torch.dtype] = None,
     ):
-        check_number("p_mean", p_mean)
-        check_number("p_var", p_var)
+        check_number("p_mean", p_mean, least=0.0)
+        check_number("p_var", p_var, least=0.0)
         super().__init__(
             dim, eps=eps, alpha_fwd=alpha_fwd, groups=groups, affine=affine, batch_first=batch_first,
             layout=layout, device=device, dtype=dtype,

@@ -3,29 +3,14 @@
 They know no batch: training and evaluation are one function, padded rows are normalized like all others and touch none of
 them, and the gradient is that of the function, so every transform of torch applies.
 """
-import math
 from typing import TYPE_CHECKING, Dict, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from .base import Device
-from .checks import is_count
+from .checks import check_dense, check_dim, check_dtype
 from .layouts import Norm
-
-_INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def check_dim(dim: int) -> None:
-    """Raise ValueError unless there are channels."""
-    if not is_count(dim, least=1):
-        raise ValueError(f"dim={dim!r}: must be a positive number of channels")
-
-
-def check_number(name: str, value: float, *, above: float = -math.inf) -> None:
-    """Raise ValueError unless ``above < value < infinity``."""
-    if not above < value < math.inf:
-        raise ValueError(f"{name}={value!r}: must be a finite number{f' above {above:g}' if above > -math.inf else ''}")
 
 
 def weight_and_bias(dim: int, *, affine: bool) -> Dict[str, Tuple[int, float]]:
@@ -91,14 +76,10 @@ class RowNorm(Norm):
         return self._formula(u).to(x.dtype)
 
     def _check(self, x: Tensor) -> None:
-        if x.is_nested:
-            raise ValueError("input is a nested tensor: expected a dense one with a padding mask")
-        if x.layout is not torch.strided:
-            raise ValueError(f"input of layout {x.layout}: expected a dense tensor, torch.strided")
+        check_dense(x)
         if x.dim() < 1 or x.size(-1) != self.dim:
             raise ValueError(self._wrong_shape(x))
-        if x.dtype not in _INPUT_DTYPES:
-            raise ValueError(f"input of dtype {x.dtype}: expected float16, bfloat16, float32 or float64")
+        check_dtype(x)
 
     def _formula(self, u: Tensor) -> Tensor:
         """The norm of rows ``... x C``, float32 or float64, in that dtype; never ``u`` itself."""

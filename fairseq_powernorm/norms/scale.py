@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from .base import Device
-from .row import RowNorm, check_dim, check_number
+from .checks import check_dim, check_number
+from .row import RowNorm
 
 
 class ScaleNorm(RowNorm):

@@ -111,8 +111,8 @@ pn_processor() {
     if [ -z "${GOMP_SPINCOUNT:-}${OMP_WAIT_POLICY:-}" ]; then
         export GOMP_SPINCOUNT=2000
     fi
-    # glibc gives large blocks back to the system and asks for new pages in every step, which took a fifth of a step's time and more.
-    # Kept instead, they make a process about a fifth larger.
+    # glibc gives large blocks back to the system and asks for new pages in every step, which takes a good part of a step's time.
+    # Kept instead, they make a process somewhat larger.
     case ${GLIBC_TUNABLES:-} in *glibc.malloc*) return ;; esac
     if [ -z "${MALLOC_MMAP_MAX_:-}${MALLOC_MMAP_THRESHOLD_:-}${MALLOC_TRIM_THRESHOLD_:-}${MALLOC_TOP_PAD_:-}" ]; then
         export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296

@@ -285,7 +285,7 @@ def test_compiled_in_half_precision(name):
         ("group-scale:groups=0", 8, r"groups=0: must divide the 8 channels, one of \[1, 2, 4, 8\]"),
         ("group-scale:eps=nan", 8, "eps=nan"),
         ("ada:scale=0", 8, "scale=0.0: must be a finite number above 0"),
-        ("ada:k=-1", 8, "k=-1.0: must be a finite number, zero or positive"),
+        ("ada:k=-1", 8, "k=-1.0: must be a finite number, 0 or more"),
         ("ada", 1, "norm 'ada': dim=1: must be 2 or more"),
         ("ada:affine=true", 8, "option 'affine' is unknown; options of 'ada': eps, scale, k"),
         ("dyt:alpha=0", 8, "alpha=0.0: must be a finite number above 0"),

@@ -30,7 +30,7 @@ MOST_UPDATES = 10**9
 
 #: The paper's values, tokenized BLEU and perplexity, for the norms where it has them, with layer scale; its BN is that of
 #: the authors' code. The published perplexities come from code whose attention sees the words that it has to predict
-#: (README, Causality).
+#: (fairseq_powernorm/README.md, Causality).
 PAPER = {
     ("iwslt14", "transformer_pn_iwslt_de_en"): {"layer": 35.5, BATCH_REFERENCE: 34.4, "power-v": 35.5, "power": 35.9},
     ("wmt14", "transformer_pn_wmt_en_de_big"): {"layer": 29.5, BATCH_REFERENCE: 28.2, "power": 30.1},

@@ -11,8 +11,6 @@ from . import checkpoints, trainlog
 DIVERGED = 3
 #: what the log says of losses: in words, key, key of the number of updates
 LOSSES = (("training loss", "loss", "num_updates"), ("validation loss", "valid_loss", "valid_num_updates"))
-#: ends of the names of buffers that hold norms' running statistics
-STATISTICS = ("running_phi", "running_mean", "running_var", "ema_gz", "iters")
 ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Iteration|Overflow))(: .*)?$")
 DISK = re.compile(r"\[Errno \d+\] (No space left on device|File too large|Disk quota exceeded|Input/output error).*$")
 
@@ -93,10 +91,12 @@ def weights(path: Path) -> Optional[str]:
     import torch
 
     from ...checkpoint import load
+    from ...norms import NORMS, RunningNorm
 
+    statistics = {"iters", *(each for kind in NORMS.values() if issubclass(kind, RunningNorm) for each in kind.STATISTICS)}
     for name, tensor in load(str(path))["model"].items():
         if not bool(torch.isfinite(tensor).all()):
-            kind = "the norm statistics" if name.endswith(STATISTICS) else "the weights"
+            kind = "the norm statistics" if name.rpartition(".")[2] in statistics else "the weights"
             return f"{kind} {name} in {path.name} are not finite"
     return None
 

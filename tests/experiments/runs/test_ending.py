@@ -22,9 +22,9 @@ from fairseq_powernorm.experiments.overrides import Settings
 from fairseq_powernorm.experiments.runs import checkpoints, ending, limits, trainlog
 
 
-def save(run, name, updates, loss=1.5, weight=1.0, phi=1.0):
+def save(run, name, updates, loss=1.5, weight=1.0, phi=1.0, statistic="running_phi"):
     (run / "checkpoints").mkdir(exist_ok=True)
-    state = {"model": {"norm.running_phi": torch.tensor([phi]), "fc.weight": torch.tensor([weight, 1.0])},
+    state = {"model": {f"norm.{statistic}": torch.tensor([phi]), "fc.weight": torch.tensor([weight, 1.0])},
              "optimizer_history": [{"num_updates": updates}],
              "extra_state": {"train_iterator": {"epoch": 2}, "val_loss": loss}}
     torch.save(state, run / "checkpoints" / f"{name}.pt")
@@ -44,7 +44,9 @@ def valid(updates, loss):
     ([inner(5, "nan"), inner(10, "inf"), valid(10, 1.5)], {}, "the training loss is nan from update 5 on"),
     ([inner(10, 2.0), valid(5, 1.5), valid(10, "nan")], {}, "the validation loss is nan from update 10 on"),
     ([valid(10, 1.5)], {"weight": math.inf}, "the weights fc.weight in checkpoint_last.pt are not finite"),
-    ([valid(10, 1.5)], {"phi": math.nan}, "the norm statistics norm.running_phi in checkpoint_last.pt are not finite"),
+    *(([valid(10, 1.5)], {"phi": math.nan, "statistic": name},
+       f"the norm statistics norm.{name} in checkpoint_last.pt are not finite")
+      for name in ("running_phi", "ema_gz", "running_std", "window_gz")),
 ])
 def test_losses_and_weights(lines, saved, expected, tmp_path):
     """A training that says that all is well has finished if its last losses, weights and statistics are finite, and else

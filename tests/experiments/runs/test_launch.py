@@ -2,18 +2,22 @@
 import json
 import os
 import re
+import shlex
+import socket
 import sys
 
 import pytest
 import torch
 import toy
 from checks.slurm_cluster import free_ports
+from omegaconf import OmegaConf
 from pipelines import SMALL, Scripts, write_text
 
 from fairseq_powernorm import ranks
 from fairseq_powernorm.checkpoint import load
 from fairseq_powernorm.experiments import launch
 from fairseq_powernorm.experiments.errors import UserError
+from fairseq_powernorm.experiments.runs import batch
 
 pytestmark = pytest.mark.slow
 
@@ -99,6 +103,20 @@ def test_launch_refuses(scripts, words, message):
     assert not run.exists()
 
 
+@pytest.mark.parametrize("line", [
+    line for name in ("README.md", "scripts/README.md")
+    for line in re.findall(r"^bash scripts/launch.sh (.*)$", (toy.ROOT / name).read_text(encoding="utf-8"), re.M)
+])
+def test_the_lines_of_the_readmes(line, monkeypatch):
+    """The ranks that they start can share out the batches of an update."""
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [])  # host0
+    launcher, options, config = launch.parse(shlex.split(line, comments=True))
+    launcher.cpu = True
+    launcher.place(None)
+    given = [override.lstrip("+") for override in options.overrides]
+    assert launcher.world > 1 and batch.overrides(OmegaConf.merge(config, OmegaConf.from_dotlist(given)), launcher.world)
+
+
 def test_train_refuses_to_be_many(scripts):
     """train.sh started by torchrun or srun, or with a world size on a CPU, names launch.sh; fairseq would train copies."""
     words = ("train", "demo", "power", "--run-dir", scripts.runs / "refused")
@@ -134,8 +152,6 @@ def test_number_of_ranks():
 
 def test_a_task_without_a_gpu(monkeypatch):
     """A task of a cluster that sees no GPU does not train on the processor unless it is told to."""
-    from omegaconf import OmegaConf
-
     for name, value in (("PROCID", 0), ("STEP_NUM_TASKS", 1), ("LOCALID", 0), ("STEP_NUM_NODES", 1)):
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
