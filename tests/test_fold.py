@@ -13,7 +13,8 @@ from fairseq_cli import eval_lm, generate, interactive, preprocess, validate
 from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fairseq_powernorm import checkpoint, export, kernels
+from fairseq_powernorm import export, kernels
+from fairseq_powernorm.checkpoint import load
 from fairseq_powernorm.fold import FoldedNorm, fold_norms
 from fairseq_powernorm.models import base
 from fairseq_powernorm.norms import MaskedBatchNorm, PowerNorm, RunningNorm
@@ -519,7 +520,7 @@ def test_the_export_command_refuses(translation, tmp_path, capsys):
     _, (path, _) = translation
     there = tmp_path / "there"
     there.write_text("mine")
-    state, diverged = checkpoint.load(str(path)), tmp_path.with_name("diverged.pt")
+    state, diverged = load(str(path)), tmp_path.with_name("diverged.pt")
     state["model"]["decoder.layers.0.fc1.weight"][0, 0] = torch.nan
     torch.save(state, diverged)
     for command, message in (
