@@ -25,7 +25,7 @@ LOADED = """torch torch._dynamo torch.distributed.run torch.utils.tensorboard fa
     sacrebleu.metrics sacremoses sentencepiece subword_nmt.apply_bpe subword_nmt.learn_bpe jinja2 matplotlib.figure
     matplotlib.backends.backend_agg""".split()
 #: programs that are warm, and modules that are under ``python -m``; all others beside Python are what they are
-WARM, MODULES = ("python", "torchrun", "sacrebleu", "fairseq-"), ("fairseq_powernorm", "torch.", "submitit.")
+WARM, MODULES = ("python", "torchrun", "sacrebleu", "fairseq-"), ("fairseq_powernorm", "torch.", "submitit.", "pytest")
 #: variables beginning with these are read when Python or a library starts ...
 STARTING = ("PYTHON", "OMP_", "GOMP_", "TRITON_", "LD_")
 #: ... but for these, of which the server's children take account

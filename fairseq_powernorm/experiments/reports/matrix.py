@@ -248,6 +248,7 @@ def runs(
     config = load(benchmark, arch)
     number, scaled = length(benchmark, config, updates)
     interval = max(1, (number or whole(benchmark, config)) // 100)
+    tokens = tokens_of(config, by_key(overrides))  # what is a row's own changes no batch
     for seed in seeds:
         for row in rows(config.model):
             own = [f"common.seed={seed}", *scaled]
@@ -259,7 +260,7 @@ def runs(
                 own += [f"+task.norm_record={NORM_RECORD}", f"+task.norm_record_interval={interval}"]
             merged = {**by_key(own), **by_key(overrides)}
             yield Run(benchmark, arch, row, row.name(placements(config.model)[0]), seed, number,
-                      tokens_of(config, merged), average(benchmark, config, updates), tuple(merged.values()))
+                      tokens, average(benchmark, config, updates), tuple(merged.values()))
 
 
 def has_statistics(norm: str) -> bool:
