@@ -207,6 +207,7 @@ def test_score_refuses(texts, tmp_path):
             score_command(list(map(str, arguments)))
 
 
+@pytest.mark.slow
 def test_iwslt14_reference_against_itself(corpora, tmp_path, capsys):
     """The 6,750 sentences of IWSLT14's test reference score 100.0 against themselves, by every metric."""
     text = gzip.decompress((corpora / "iwslt14" / "test.en.gz").read_bytes()).decode()
