@@ -2,7 +2,8 @@
 
 Loading them takes a command longer than what a test asks of it. A server loads them once, and everything else that is not
 this package, and forks for each command. The command still has a process of its own, with its own arguments, directory,
-environment, streams, signals and exit status, and imports this package anew; nothing of it is left for the next one.
+environment, streams, signals, limits of files and processors, and exit status, and imports this package anew; nothing of it
+is left for the next one.
 
 ``program("fairseq-train")`` is the path of an executable that asks the server; a process that it starts by
 ``sys.executable``, or as a program beside that, is warm as well. What a library reads from the environment as it is loaded
@@ -14,6 +15,7 @@ import contextlib
 import importlib
 import json
 import os
+import resource
 import runpy
 import shutil
 import signal
@@ -84,7 +86,8 @@ def ask(real, asked, *arguments):
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(os.path.join(folder, ".socket"))
         socket.send_fds(connection, [b"."], [0, 1, 2])
-        request = dict(command=command, folder=folder, cwd=os.getcwd(), environment=dict(os.environ))
+        request = dict(command=command, folder=folder, cwd=os.getcwd(), environment=dict(os.environ),
+                       cpus=list(os.sched_getaffinity(0)), file_size=resource.getrlimit(resource.RLIMIT_FSIZE))
         with connection.makefile("rw") as stream:
             stream.write(json.dumps(request) + "\n")
             stream.flush()
@@ -181,6 +184,8 @@ def become(streams, request):
         os.dup2(stream, number)
         os.close(stream)
     os.chdir(request["cwd"])
+    os.sched_setaffinity(0, request["cpus"])
+    resource.setrlimit(resource.RLIMIT_FSIZE, request["file_size"])
     os.environ.clear()
     os.environ.update(request["environment"])
     with contextlib.suppress(ImportError):
