@@ -11,7 +11,7 @@ import torch
 import toy
 from checks.slurm_cluster import free_ports
 from omegaconf import OmegaConf
-from pipelines import SMALL, Scripts, write_text
+from pipelines import SMALL, demo
 
 from fairseq_powernorm import ranks
 from fairseq_powernorm.checkpoint import load
@@ -30,10 +30,8 @@ EXACT = [*SMALL, "common.cpu=true", "dataset.max_tokens=null", "dataset.curricul
 
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory):
-    home = tmp_path_factory.mktemp("launch")
-    scripts = Scripts(home)
+    scripts = demo(tmp_path_factory, "launch")
     scripts.environment["CUDA_VISIBLE_DEVICES"] = ""
-    scripts.ok("prepare", "demo", "--text-dir", write_text(home / "text"))
     return scripts
 
 
@@ -97,9 +95,8 @@ def test_records_of_several_ranks(two_nodes):
 def test_launch_refuses(scripts, words, message):
     """What cannot be launched is refused before there is a run directory."""
     run = scripts.runs / "refused"
-    status, output = scripts("launch", "demo", "power", "--run-dir", run, *words)
-    assert status == 2 and "Traceback" not in output
-    assert "error: " in output and re.search(message, output.split("error: ")[1]), output
+    refusal = scripts.refuses("launch", "demo", "power", "--run-dir", run, *words)
+    assert re.search(message, refusal), refusal
     assert not run.exists()
 
 
