@@ -27,7 +27,7 @@ LOADED = """torch torch._dynamo torch.distributed.run torch.utils.tensorboard fa
     sacrebleu.metrics sacremoses sentencepiece subword_nmt.apply_bpe subword_nmt.learn_bpe jinja2 matplotlib.figure
     matplotlib.backends.backend_agg""".split()
 #: programs that are warm, and modules that are under ``python -m``; all others beside Python are what they are
-WARM, MODULES = ("python", "torchrun", "sacrebleu", "fairseq-"), ("fairseq_powernorm", "torch.", "submitit.")
+WARM, MODULES = ("python", "torchrun", "sacrebleu", "fairseq-"), ("fairseq_powernorm", "torch.", "submitit.", "pytest")
 #: variables beginning with these are read when Python or a library starts ...
 STARTING = ("PYTHON", "OMP_", "GOMP_", "TRITON_", "LD_")
 #: ... but for these, of which the server's children take account
@@ -83,10 +83,13 @@ def ask(real, asked, *arguments):
     command = [os.path.join(real, name), *arguments]
     if name == "python" and not (arguments[:1] == ("-m",) and arguments[1].startswith(MODULES)):
         os.execv(command[0], command)
+    closed = closed_streams()
+    for _ in closed:
+        os.open(os.devnull, os.O_RDWR)  # takes its number, which nothing else has then
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(os.path.join(folder, ".socket"))
         socket.send_fds(connection, [b"."], [0, 1, 2])
-        request = dict(command=command, folder=folder, cwd=os.getcwd(), environment=dict(os.environ),
+        request = dict(command=command, folder=folder, cwd=os.getcwd(), environment=dict(os.environ), closed=closed,
                        cpus=list(os.sched_getaffinity(0)), file_size=resource.getrlimit(resource.RLIMIT_FSIZE))
         with connection.makefile("rw") as stream:
             stream.write(json.dumps(request) + "\n")
@@ -103,6 +106,17 @@ def ask(real, asked, *arguments):
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     sys.exit(status)
+
+
+def closed_streams():
+    """The numbers of those standard streams that whoever started this process has closed."""
+    closed = []
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            closed.append(number)
+    return closed
 
 
 # ---- the server ------------------------------------------------------------------------------------------------------
@@ -183,6 +197,9 @@ def become(streams, request):
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
+    for number in request["closed"]:
+        os.close(number)
+        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
     os.chdir(request["cwd"])
     os.sched_setaffinity(0, request["cpus"])
     resource.setrlimit(resource.RLIMIT_FSIZE, request["file_size"])
@@ -193,7 +210,7 @@ def become(streams, request):
 
         numpy.random.seed()  # Python's own generator is seeded at a fork
     encoding, _, errors = os.environ.get("PYTHONIOENCODING", "").partition(":")
-    for stream in (sys.stdin, sys.stdout, sys.stderr) if encoding or errors else ():
+    for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr) if encoding or errors else ()):
         stream.reconfigure(encoding=encoding or None, errors=errors or None)
     path, *arguments = request["command"]
     sys.executable = os.path.join(request["folder"], "python")
@@ -206,6 +223,8 @@ def become(streams, request):
         path, *arguments = arguments[1:]
     here = [] if os.environ.get("PYTHONSAFEPATH") else [os.getcwd() if is_module else os.path.dirname(path)]
     sys.path[:] = [*here, *python_path(), *PATH]
+    with contextlib.suppress(ImportError):  # fairseq looked for it when it was loaded
+        sys.modules["fairseq.logging.progress_bar"].wandb = importlib.import_module("wandb")
     sys.argv = [path, *arguments]
     return is_module, path
 
@@ -241,7 +260,7 @@ def end(status):
     threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.flush()
     os._exit(status & 0xFF)
 

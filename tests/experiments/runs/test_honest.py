@@ -15,6 +15,7 @@ from toy import ROOT
 
 from fairseq_powernorm.checkpoint import load
 from fairseq_powernorm.experiments import launch, submit, train
+from fairseq_powernorm.experiments.directories import locked
 from fairseq_powernorm.experiments.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -60,6 +61,8 @@ def test_kills(scripts, tmp_path):
     words = ["train", *TRAIN, "--run-dir", run, "--resume"]
     for line, cold in (("update 10 of 15", True), ("after 10 updates", False)):
         assert killed(scripts.start(*words, cold=cold), line, signal.SIGKILL)[0] == -signal.SIGKILL
+        with locked(run, patience=60.0):
+            pass  # a warm child is ended by a server, which may take it a moment
         log = (run / "train.log").read_bytes()
         assert not (run / "finished.json").exists()
         (row,) = [row for row in scripts.here("status", run).splitlines() if row.startswith("run ")][-1:]
