@@ -1,14 +1,13 @@
 """Several ranks: scripts/launch.sh, what is refused because ranks would train apart, and hydra's launchers."""
 import json
-import os
 import re
 import shlex
 import socket
-import sys
 
 import pytest
 import torch
 import toy
+import warm
 from checks.slurm_cluster import free_ports
 from omegaconf import OmegaConf
 from pipelines import SMALL, demo, fake_wandb
@@ -137,12 +136,11 @@ def test_train_refuses_to_be_many(scripts):
 
 def test_torchrun_without_flags_is_refused(toy_data, tmp_path):
     """Plain torchrun on a CPU, which silently trains independent copies, ends with an error before the first update."""
-    command = os.path.join(os.path.dirname(sys.executable), "fairseq-train")
     done = toy.command(
-        "torchrun", "--standalone", "--no-python", "--nproc_per_node", 2, command, toy_data, "--user-dir",
-        "fairseq_powernorm", "--task", "translation_pn", "--arch", "transformer_pn_tiny", "--cpu", "--optimizer", "sgd",
-        "--lr", 0.1, "--max-tokens", 400, "--max-update", 2, "--save-dir", tmp_path / "save", "--log-interval", 1,
-        "--data-buffer-size", 0, "--num-workers", 0, "--log-format", "json", check=False,
+        "torchrun", "--standalone", "--no-python", "--nproc_per_node", 2, warm.program("fairseq-train"), toy_data,
+        "--user-dir", "fairseq_powernorm", "--task", "translation_pn", "--arch", "transformer_pn_tiny", "--cpu",
+        "--optimizer", "sgd", "--lr", 0.1, "--max-tokens", 400, "--max-update", 2, "--save-dir", tmp_path / "save",
+        "--log-interval", 1, "--data-buffer-size", 0, "--num-workers", 0, "--log-format", "json", check=False,
     )
     output = done.stdout + done.stderr
     assert done.returncode != 0 and "2 processes were started (WORLD_SIZE) but fairseq has 1 of them as ranks" in output
