@@ -137,7 +137,8 @@ class Check:
                 process.send_signal(sent)
                 output, _ = process.communicate(timeout=120)  # that is, until nothing of it holds the pipe
                 last = (output.strip().splitlines() or ["nothing yet"])[-1].replace(str(self.home), "")
-                self.say(f"{words[0]}: {sent.name} after {moment:.1f} s, exit status {process.returncode}; the last line: {last}")
+                self.say(f"{words[0]}: {sent.name} after {moment:.1f} s, exit status {process.returncode}; the last line: "
+                         f"{last}")
                 assert process.returncode in (SIGNALS[sent], -sent, 0), output
                 assert "Traceback" not in output, output
                 self.check_status()
