@@ -80,13 +80,10 @@ def running_norm(
     Returns:
         tensor of ``x``'s shape and dtype
     """
-    if mean is None:
-        if not wants_gradient(x, weight, bias):
-            return evaluate(x, weight, bias, psi2, groups, eps)
-        backend = choose(x, weight, bias, psi2)
-        if backend is eager:
-            return eager.evaluate(x, weight, bias, psi2, groups, eps)
-        y: Tensor = _Evaluation.apply(x, weight, bias, psi2, groups, eps, backend)
-        return y
-    u = eager.layer_scale(x.to(eager.compute_dtype(x)), groups) - mean.to(eager.compute_dtype(x))
-    return eager.affine(u, eager.inverse_root(psi2.to(u.dtype), eps), weight, bias).to(x.dtype)
+    if not wants_gradient(x, weight, bias):
+        return evaluate(x, weight, bias, psi2, groups, eps, mean)
+    backend = choose(x, weight, bias, psi2, mean)
+    if backend is eager or mean is not None:
+        return eager.evaluate(x, weight, bias, psi2, groups, eps, mean)
+    y: Tensor = _Evaluation.apply(x, weight, bias, psi2, groups, eps, backend)
+    return y

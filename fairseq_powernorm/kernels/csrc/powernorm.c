@@ -31,7 +31,7 @@
 #define SHUFFLE(v, type, ...) __builtin_shuffle(v, (type){__VA_ARGS__})
 #endif
 
-enum { BLOCK = 64, SPAN = 4096 };
+enum { BLOCK = 64, SPAN = 4096, AHEAD = 4 };
 /* elements for which it pays to wake another thread */
 enum { GRAIN = 16384 };
 static const double LAYER_SCALE_EPS = 1e-5;
@@ -68,6 +68,18 @@ struct backward {
     int stream;
     const float *r, *a, *b; /* r is NULL without layer scale */
     void *dx;               /* may be NULL */
+};
+
+/* Of normalization by statistics of the batch: one description for all its sweeps, see batch_sweeps.h. */
+struct batch {
+    struct input x, dy;
+    int64_t channels, blocks, width;
+    int scaled, known, stream; /* known: r is there already */
+    const float *centre;       /* subtracted from u; NULL: nothing, where that is allowed */
+    const float *scale, *shift, *b;
+    const uint8_t *valid; /* NULL: all rows count in the statistics */
+    float *r;  /* may be NULL */
+    void *out; /* rows x channels */
 };
 
 /* The sources that this was built from: build.py looks for it in the file. */
@@ -165,16 +177,20 @@ EXPORT const char pn_source[] = "powernorm sources " PN_SOURCE;
 typedef void forward_function(const struct forward *, const int64_t *, int64_t, float *, float *);
 typedef void backward_function(const struct backward *, const int64_t *, int64_t, float *, float *, float *);
 
+typedef void batch_function(const struct batch *, const int64_t *, int64_t, float *const *, float *);
+
 struct instructions {
     const char *name;
     int lanes, can_stream;
     forward_function *forward[2]; /* by element type */
     backward_function *backward[2];
+    batch_function *scales[2], *moments[2], *outputs[2], *fills[2], *gradient_sums[2], *gradients[2], *zeros[2];
 };
 
+#define BOTH(function, name) {function##_f32_##name, function##_bf16_##name}
 #define SET(name, label, lanes, can_stream) \
-    {label, lanes, can_stream, {forward_list_f32_##name, forward_list_bf16_##name}, \
-     {backward_list_f32_##name, backward_list_bf16_##name}}
+    {label, lanes, can_stream, BOTH(forward_list, name), BOTH(backward_list, name), BOTH(scales, name), BOTH(moments, name), \
+     BOTH(outputs, name), BOTH(fills, name), BOTH(gradient_sums, name), BOTH(gradients, name), BOTH(zeros, name)}
 
 static const struct instructions sets[] = {
 #if X86
@@ -260,6 +276,28 @@ static void flush(double *total, float *acc, int64_t n)
     }
 }
 
+/*
+ * The rows from begin to last, those that count first. Behind them stand rows that come later, whose memory may be asked for. n: how
+ * many of each kind.
+ */
+struct list {
+    int64_t rows[BLOCK + AHEAD], n[2];
+};
+
+static struct list list_of(const uint8_t *valid, int64_t begin, int64_t last, int64_t all)
+{
+    struct list list = {{0}, {0, 0}};
+    for (int64_t row = begin; row < last; row++)
+        if (!valid || valid[row])
+            list.rows[list.n[0]++] = row;
+    for (int64_t row = begin; valid && row < last; row++)
+        if (!valid[row])
+            list.rows[list.n[0] + list.n[1]++] = row;
+    for (int64_t i = 0; i < AHEAD; i++)
+        list.rows[last - begin + i] = last + i < all ? last + i : all - 1;
+    return list;
+}
+
 static void work_on(struct work *work, int64_t number)
 {
     const int64_t C = work->channels, blocks = (work->rows + BLOCK - 1) / BLOCK;
@@ -283,21 +321,18 @@ static void work_on(struct work *work, int64_t number)
     }
     for (int64_t begin = first; begin < last; begin += BLOCK) {
         const int64_t end = begin + BLOCK < last ? begin + BLOCK : last;
-        int64_t rows[2][BLOCK], n[2] = {0, 0};
-        for (int64_t row = begin; row < end; row++) {
-            int kind = work->valid && !work->valid[row];
-            rows[kind][n[kind]++] = row;
-        }
-        part->counted += n[0];
+        const struct list list = list_of(work->valid, begin, end, work->rows);
+        const int64_t *others = list.rows + list.n[0];
+        part->counted += list.n[0];
         if (work->forward) {
-            work->forward_list(work->forward, rows[0], n[0], acc[0], scratch);
-            if (n[1])
-                work->forward_list(work->forward, rows[1], n[1], acc[1], scratch);
+            work->forward_list(work->forward, list.rows, list.n[0], acc[0], scratch);
+            if (list.n[1])
+                work->forward_list(work->forward, others, list.n[1], acc[1], scratch);
         } else {
-            work->backward_list(work->backward, rows[0], n[0], acc[0], acc[1], scratch);
+            work->backward_list(work->backward, list.rows, list.n[0], acc[0], acc[1], scratch);
             if (work->backward->dx)
-                for (int64_t i = 0; i < n[1]; i++)
-                    memset((char *)work->backward->dx + (size_t)(rows[1][i] * C) * work->element_size, 0,
+                for (int64_t i = 0; i < list.n[1]; i++)
+                    memset((char *)work->backward->dx + (size_t)(others[i] * C) * work->element_size, 0,
                            (size_t)C * work->element_size);
         }
         for (int i = 0; i < wanted; i++)
@@ -316,17 +351,22 @@ static void task(void *argument)
         work_on(work, number);
 }
 
-/* Do the work in parts; add up the parts' sums into totals (each C, may be NULL). */
-static int run(struct work *work, int threads, double *const totals[2], int64_t *counted)
+/* Into how many parts work on so many rows is divided. */
+static int64_t parts_of(int64_t rows, int64_t channels, int threads)
 {
-    const int64_t C = work->channels, blocks = (work->rows + BLOCK - 1) / BLOCK;
-    int64_t n_parts = 1 + work->rows * C / GRAIN;
+    const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
+    int64_t n_parts = 1 + rows * channels / GRAIN;
     if (n_parts > blocks)
         n_parts = blocks;
     if (n_parts > threads || !parallel)
         n_parts = parallel ? threads : 1;
-    if (n_parts < 1)
-        n_parts = 1;
+    return n_parts < 1 ? 1 : n_parts;
+}
+
+/* Do the work in parts; add up the parts' sums into totals (each C, may be NULL). */
+static int run(struct work *work, int threads, double *const totals[2], int64_t *counted)
+{
+    const int64_t C = work->channels, n_parts = parts_of(work->rows, C, threads);
     struct part one = {{NULL, NULL}, NULL, 0};
     work->n_parts = n_parts;
     work->parts = n_parts == 1 ? &one : calloc((size_t)n_parts, sizeof(struct part));
@@ -426,6 +466,21 @@ static void to_sweeps(const struct order *order, float *values, float *spare)
             for (int64_t i = 0; i < lanes; i++) {
                 values[c + i] = spare[c + 2 * i];
                 values[c + i + lanes] = spare[c + 2 * i + 1];
+            }
+}
+
+/* n values in the channels' own order again. */
+static void from_sweeps_floats(const struct order *order, float *values, float *spare)
+{
+    const int64_t lanes = order->lanes;
+    if (!lanes)
+        return;
+    memcpy(spare, values, (size_t)order->channels * sizeof(float));
+    for (int64_t group = 0; group < order->channels; group += order->width)
+        for (int64_t c = group; c + 2 * lanes <= group + order->width; c += 2 * lanes)
+            for (int64_t i = 0; i < lanes; i++) {
+                values[c + 2 * i] = spare[c + i];
+                values[c + 2 * i + 1] = spare[c + i + lanes];
             }
 }
 
@@ -743,3 +798,5 @@ EXPORT void pn_advance_backward(
         if (tally[2 * C + 1] > 0.0)
             advance_nu(C, tally, tally + C, tally[2 * C], nu + n * C, scale, lowest);
 }
+
+#include "batch.h"
