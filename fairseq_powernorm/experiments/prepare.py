@@ -54,7 +54,7 @@ def parser() -> Parser:
              "corpus; for a language model train|valid|test.txt, or the files of the published archive")
     made.add("--allow-unverified", flag=True,
              help="also download what has no published checksum over plain http")
-    made.add("--force", flag=True, help="prepare again although the data is there")
+    made.add("--force")
     return made
 
 

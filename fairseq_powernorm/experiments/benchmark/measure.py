@@ -9,6 +9,7 @@ from ..directories import locked, whole_directory
 from ..errors import UserError
 from ..files import write_json
 from ..paths import ROOT
+from ..progress import Progress
 from ..tools import TOOLS, versions
 from .options import parse
 
@@ -41,12 +42,12 @@ def benchmark(arguments: Sequence[str]) -> int:
     """Measure what the arguments say, print it, write the record if it has a name; gives the exit status."""
     options = parse(arguments)
     target = None
-    if options.output:
-        target = ROOT / "results" / "benchmark" / options.output
-        if Path(options.output).name != options.output:
-            raise UserError(f"--output {options.output!r}: must be a name without a directory")
+    if options.name:
+        target = ROOT / "results" / "benchmark" / options.name
+        if Path(options.name).name != options.name:
+            raise UserError(f"--name {options.name!r}: must be a name without a directory")
         if target.exists():
-            raise UserError(f"--output {options.output!r}: {target} exists; choose another name or remove it")
+            raise UserError(f"--name {options.name!r}: {target} exists; choose another name or remove it")
 
     # not before wrong options have been refused: these take seconds
     import torch
@@ -70,13 +71,17 @@ def benchmark(arguments: Sequence[str]) -> int:
     threads = options.threads or own
     cells: List[Dict[str, Any]] = []
 
-    def say(cell: Dict[str, Any]) -> None:
-        print(" ".join(f"{key}={value}" for key, value in cell.items()), file=sys.stderr, flush=True)
+    with Progress("levels", len(threads) * len(options.levels), stream=sys.stderr, seconds=None) as progress:
 
-    for number in threads:
-        torch.set_num_threads(number)
-        for level in options.levels:
-            cells += rounded(CELLS[level](options, say))
+        def say(cell: Dict[str, Any]) -> None:
+            progress.say(" ".join(f"{key}={value}" for key, value in cell.items()))
+
+        for number in threads:
+            torch.set_num_threads(number)
+            for level in options.levels:
+                progress.reach(progress.done, f"{level}, threads {number}")
+                cells += rounded(CELLS[level](options, say))
+                progress.reach(progress.done + 1)
     record = {
         "schema": 1, "kind": "benchmark", "device": options.device, "processor": processor(options.device),
         "cores": os.cpu_count(), "memory": "fresh" if options.fresh else "recycled",

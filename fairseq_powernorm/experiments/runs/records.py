@@ -19,7 +19,7 @@ SESSION = {
 }
 RUN = {
     "schema": {SCHEMA}, "benchmark": str, "arch?": str, "norm": str, "placement": str, "prepared_sha256": str,
-    "overrides": [str], "sessions": [SESSION], "parameters?": int,
+    "overrides": [str], "sessions": [SESSION], "parameters?": int, "wandb?": str,
 }
 FINISHED = {"updates": int, "overrides": [str]}
 
@@ -41,14 +41,17 @@ def read_run(run: Path, own: Optional[Mapping[str, Optional[str]]] = None) -> Fa
     facts: Facts = _checked(path, RUN)
     if facts["benchmark"] not in benchmarks():
         raise UserError(f"{path}: benchmark {facts['benchmark']!r} is unknown; valid: {', '.join(benchmarks())}")
-    trust.check_overrides(facts["overrides"], trust.OURS if own is None else own, str(path))
+    facts["overrides"] = trust.check_stored(facts["overrides"], trust.OURS if own is None else own, str(path))
     return facts
 
 
 def read_finished(run: Path) -> Optional[Facts]:
     """finished.json of a run; None if its training is not complete."""
     path = run / "finished.json"
-    return _checked(path, FINISHED) if path.is_file() else None
+    if not path.is_file():
+        return None
+    finished = _checked(path, FINISHED)
+    return {**finished, "overrides": trust.of_training(finished["overrides"])}
 
 
 def diverged(facts: Facts) -> Optional[str]:

@@ -38,7 +38,7 @@ static void batch_work_on(struct batch_work *work, int64_t number)
     for (int64_t n_block = first; n_block < end; n_block++) {
         const int64_t begin = (work->reversed ? end - 1 - (n_block - first) : n_block) * BLOCK;
         const int64_t last = begin + BLOCK < work->rows ? begin + BLOCK : work->rows;
-        const struct list list = list_of(work->valid, begin, last, work->rows);
+        const struct list list = list_of(work->valid, begin, last, 0, work->rows);
         for (int kind = 0; kind < 2; kind++) {
             work->parts[kind][number].counted += list.n[kind];
             batch_function *function = kind ? work->others : work->valid_rows;
@@ -169,7 +169,7 @@ EXPORT int pn_batch_forward(
     const int64_t C = channels, blocks = groups > 0 ? groups : 1, width = C / blocks;
     const struct instructions *set = instructions();
     const struct order order = order_of(dtype, C, width);
-    const struct input in = {x, inner, outer_stride, inner_stride};
+    const struct input in = {x, inner, outer_stride, inner_stride, 1};
     float *own_mean = saved, *inv = saved + C;
     double *sums = calloc((size_t)C * 6 + 2 * (size_t)blocks + 2, sizeof(double));
     if (!sums)
@@ -273,7 +273,7 @@ EXPORT int pn_batch_backward(
     to_sweeps(&order, centre, spare);
     set_scale(&order, inv, weight, scale, spare);
     struct batch job = {
-        .x = {x, inner, outer_stride, inner_stride}, .dy = {dy, dy_inner, dy_outer_stride, dy_inner_stride}, .channels = C,
+        .x = {x, inner, outer_stride, inner_stride, 1}, .dy = {dy, dy_inner, dy_outer_stride, dy_inner_stride, 1}, .channels = C,
         .blocks = blocks, .width = width, .scaled = groups > 0, .known = 1, .centre = centre, .scale = scale, .shift = shift, .b = b,
         .r = groups > 0 ? r : NULL, .out = dx, .stream = streams(dtype, rows, C, width, dx),
     };
@@ -340,7 +340,7 @@ EXPORT int pn_batch_evaluate(
     set_scale(&order, inv, weight, scale, spare);
     set_shift(&order, bias, shift, spare);
     const struct batch job = {
-        .x = {x, inner, outer_stride, inner_stride}, .channels = C, .blocks = blocks, .width = width, .scaled = groups > 0,
+        .x = {x, inner, outer_stride, inner_stride, 1}, .channels = C, .blocks = blocks, .width = width, .scaled = groups > 0,
         .centre = centre, .scale = scale, .shift = shift, .out = y, .stream = streams(dtype, rows, C, width, y),
     };
     struct batch_work work = {.job = &job, .valid_rows = instructions()->outputs[dtype], .rows = rows};

@@ -36,6 +36,15 @@ struct BatchSpec {
     }
 };
 
+// A tensor whose channels are adjacent, as these sweeps take them.
+Tensor adjacent(const Tensor &x)
+{
+    if (x.stride(-1) == 1 || x.is_contiguous())
+        return x;
+    at::AutoDispatchBelowADInplaceOrView below;
+    return x.contiguous();
+}
+
 struct BatchNormBackward : torch::autograd::Node {
     SavedVariable x, r, weight, bias, saved, valid;
     bool released = false;
@@ -101,7 +110,7 @@ struct BatchNormBackward : torch::autograd::Node {
         const Tensor &valid_, variable_list &found)
     {
         const int64_t channels = x_.size(-1), rows = channels ? x_.numel() / channels : 0;
-        const Rows x_rows(x_), grad_rows(grad_y);
+        const Rows x_rows(adjacent(x_)), grad_rows(adjacent(grad_y));
         const Tensor wide = floats(weight_), grad_x = task_should_compute_output(0) ? empty(x_.sizes(), x_.scalar_type()) : Tensor();
         const Tensor grad_weight = empty({channels}), grad_bias = empty({channels});
         const int status = sweep_batch_backward(
@@ -204,7 +213,7 @@ PyObject *train_batch(PyObject *, PyObject *const *arguments, Py_ssize_t count)
         || (spec.groups > 0 && channels % spec.groups != 0))
         Py_RETURN_NONE;
 
-    const Rows x_rows(x);
+    const Rows x_rows(adjacent(x));
     const Tensor wide_weight = floats(weight), wide_bias = floats(bias);
     Tensor y = empty(x.sizes(), x.scalar_type());
     const Tensor saved = empty({2, channels}), r = spec.groups > 0 ? empty({rows, spec.groups}) : Tensor();
