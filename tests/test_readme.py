@@ -50,6 +50,7 @@ def test_the_module_example_runs():
     assert len(norms) == 4 and all(float(norm.iters) == 1 for norm in norms)
 
 
+@pytest.mark.slow
 def test_the_command_line_and_the_yaml_train_the_same_model(toy_data, tmp_path):
     """The README's fairseq-train line and configs/demo.yaml: the same loss at each of 10 updates, to the last digit."""
     (line,) = [block for block in blocks("bash") if block.startswith("fairseq-train")]
@@ -113,6 +114,7 @@ def test_links_lead_somewhere(name):
         assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), f"{target}#{anchor}"
 
 
+@pytest.mark.slow
 def test_the_results_are_those_of_the_records(tmp_path):
     """The tables of results are what the command that the README names writes; it fails if a record says otherwise."""
     command = re.search(r"`(python -m fairseq_powernorm\.experiments\.report --readme)`", TEXTS[RESULTS])[1].split()

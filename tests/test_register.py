@@ -306,6 +306,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_spawned_processes(toy_data, tmp_path):
     """Processes that are spawned, not forked, as fairseq does for the GPUs of a machine, train a model together."""
     (tmp_path / "worker.py").write_text(WORKER)
@@ -330,6 +331,7 @@ def trained(toy_data, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [
@@ -350,6 +352,7 @@ print("translated", len(hub.translate("d1 d2 d3")))
     assert "translated" in run(program)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read", ["checkpoint.load(path)['model']", "resume.num_updates(path)"])
 def test_reading_a_checkpoint_without_registration(read, run, trained):
     """What reads checkpoints allows torch to read fairseq's by itself."""
@@ -395,6 +398,7 @@ print("once")
     assert "once" in run(program)
 
 
+@pytest.mark.slow
 def test_patches_are_on_classes(run, toy_data, tmp_path):
     """Training changes classes and modules of fairseq, no object: an optimizer has no function of its own afterwards, and is
     pickled."""
