@@ -207,7 +207,7 @@ INLINE void NAME(forward_rows)(
     for (int k = 0; k < R; k++) {
         x[k] = (const element *)job->x.data + offset(&job->x, rows[k]);
         next[k] = (const element *)job->x.data + offset(&job->x, rows[k + ahead]);
-        y[k] = write ? (element *)job->y + rows[k] * job->channels : 0;
+        y[k] = write ? (element *)job->y + rows[k] * job->y_stride : 0;
     }
     if (job->scaled)
         for (int k = 0; k < R; k++)
@@ -278,7 +278,7 @@ INLINE void NAME(backward_rows)(
         dy[k] = (const element *)job->dy.data + offset(&job->dy, rows[k]);
         next_x[k] = (const element *)job->x.data + offset(&job->x, rows[k + ahead]);
         next_dy[k] = (const element *)job->dy.data + offset(&job->dy, rows[k + ahead]);
-        dx[k] = write ? (element *)job->dx + rows[k] * job->channels : 0;
+        dx[k] = write ? (element *)job->dx + rows[k] * job->dx_stride : 0;
     }
     const int products = job->r && write;
     if (products)
@@ -343,18 +343,17 @@ INLINE void NAME(backward_rows)(
     }
 }
 
-/* n rows of one kind, four at a time. */
+/* n rows of one kind, four at a time; AHEAD more stand behind them. */
 static void NAME(forward_list)(const struct forward *job, const int64_t *rows, int64_t n, float *acc, float *scratch)
 {
     int64_t i = 0;
     for (; i + 4 <= n; i += 4) {
-        const int64_t ahead = i + 8 <= n ? 4 : 0;
         if (!job->y)
-            NAME(forward_rows)(4, 0, 0, job, rows + i, ahead, acc, scratch);
+            NAME(forward_rows)(4, 0, 0, job, rows + i, AHEAD, acc, scratch);
         else if (job->stream)
-            NAME(forward_rows)(4, 1, 1, job, rows + i, ahead, acc, scratch);
+            NAME(forward_rows)(4, 1, 1, job, rows + i, AHEAD, acc, scratch);
         else
-            NAME(forward_rows)(4, 1, 0, job, rows + i, ahead, acc, scratch);
+            NAME(forward_rows)(4, 1, 0, job, rows + i, AHEAD, acc, scratch);
     }
     for (; i < n; i++) {
         if (job->y)
@@ -369,13 +368,12 @@ static void NAME(backward_list)(
 {
     int64_t i = 0;
     for (; i + 4 <= n; i += 4) {
-        const int64_t ahead = i + 8 <= n ? 4 : 0;
         if (!job->dx)
-            NAME(backward_rows)(4, 0, 0, job, rows + i, ahead, acc_g, acc_gu, scratch);
+            NAME(backward_rows)(4, 0, 0, job, rows + i, AHEAD, acc_g, acc_gu, scratch);
         else if (job->stream)
-            NAME(backward_rows)(4, 1, 1, job, rows + i, ahead, acc_g, acc_gu, scratch);
+            NAME(backward_rows)(4, 1, 1, job, rows + i, AHEAD, acc_g, acc_gu, scratch);
         else
-            NAME(backward_rows)(4, 1, 0, job, rows + i, ahead, acc_g, acc_gu, scratch);
+            NAME(backward_rows)(4, 1, 0, job, rows + i, AHEAD, acc_g, acc_gu, scratch);
     }
     for (; i < n; i++) {
         if (job->dx)
@@ -384,6 +382,8 @@ static void NAME(backward_list)(
             NAME(backward_rows)(1, 0, 0, job, rows + i, 0, acc_g, acc_gu, scratch);
     }
 }
+
+#include "batch_sweeps.h"
 
 #undef vec
 #undef bits
