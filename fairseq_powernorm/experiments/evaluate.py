@@ -5,7 +5,8 @@ evaluates a trained model and writes its record.
 from pathlib import Path
 from typing import List
 
-from .commands import Parser, add_benchmark, main, number_from, one_of
+from .commands import Parser, main, number_from, one_of
+from .errors import UserError
 
 
 def parser() -> Parser:
@@ -26,9 +27,11 @@ def parser() -> Parser:
         is refused.
         """,
     )
-    add_benchmark(made, "the benchmark of the run")
-    made.add("run_dir", metavar="RUN_DIR", help="a run directory made by scripts/train.sh")
-    made.add("--subset", metavar="NAME", read=one_of("test", "valid"), default="test", help="test (default) or valid")
+    made.add("run_dir", metavar="RUN_DIR", nargs="+",
+             help="a run directory made by scripts/train.sh, which knows what it is a run of; the name of that may stand "
+             "before it, and is then compared")
+    made.add("--subset", metavar="NAME", read=one_of("test", "valid"),
+             help="test (default) or valid, the default for text of your own without test")
     made.add("--average", metavar="N", read=number_from(1),
              help="checkpoints to average; default: as many as checkpoint.keep_last_epochs (or "
              "checkpoint.keep_interval_updates) keeps; of a language model, the best one by validation loss")
@@ -45,9 +48,14 @@ def command(arguments: List[str]) -> None:
     options = parser().parse(arguments)
     from .evaluation.evaluate import evaluate
 
+    *name, run = options.run_dir
+    if len(name) > 1:
+        raise UserError(f"{run!r} is one argument too many; one run is evaluated at a time: scripts/evaluate.sh RUN_DIR")
+    if name and Path(name[0]).is_dir() and not Path(run).is_dir():
+        raise UserError(f"{run!r} stands behind the run directory; write: scripts/evaluate.sh {name[0]}")
     evaluate(
-        options.benchmark,
-        Path(options.run_dir),
+        Path(run),
+        benchmark=name[0] if name else None,
         subset=options.subset,
         average=options.average,
         available=options.available,

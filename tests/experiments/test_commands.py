@@ -228,8 +228,8 @@ def test_quickstart(monkeypatch, tmp_path, capsys):
     assert quickstart.command([]) == 0
     assert steps == [
         "prepare.sh demo",
-        "train.sh demo power --run-dir RUNS/quickstart/power --resume", "evaluate.sh demo RUNS/quickstart/power",
-        "train.sh demo layer --run-dir RUNS/quickstart/layer --resume", "evaluate.sh demo RUNS/quickstart/layer",
+        "train.sh demo power --run-dir RUNS/quickstart/power --resume", "evaluate.sh RUNS/quickstart/power",
+        "train.sh demo layer --run-dir RUNS/quickstart/layer --resume", "evaluate.sh RUNS/quickstart/layer",
     ]  # fmt: skip
     output = capsys.readouterr().out
     assert "| multi30k | power | " in output and "| multi30k | layer | " in output
