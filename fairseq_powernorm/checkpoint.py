@@ -13,7 +13,7 @@ from typing import Any, Container, Dict, Iterable, Iterator, List, Mapping, Name
 import torch
 from torch import Tensor, nn
 
-from . import compat
+from . import command_options, compat
 from .norms import NORMS, norms_with
 
 State = Dict[str, Any]
@@ -265,19 +265,25 @@ def convert_authors_checkpoint(state: State) -> State:
     return {**state, "args": args, "model": model}
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    """Command line; returns the exit status."""
+def parser() -> argparse.ArgumentParser:
+    """The options of the commands."""
     parser = argparse.ArgumentParser(prog="python -m fairseq_powernorm.checkpoint", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     average = commands.add_parser("average", help="average parameters and running statistics of several checkpoints")
     average.add_argument("--inputs", nargs="+", required=True, metavar="FILE", help="checkpoints, oldest first")
-    average.add_argument("--output", required=True, metavar="FILE")
+    command_options.add(average, "--output", required=True)
     convert = commands.add_parser("convert", help="convert a checkpoint of the authors' code")
     convert.add_argument("input", metavar="THEIRS")
     convert.add_argument("output", metavar="OURS")
     for command in (average, convert):
-        command.add_argument("--force", action="store_true", help="overwrite the output")
-    args = parser.parse_args(argv)
+        command_options.add(command, "--force")
+    return parser
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Command line; returns the exit status."""
+    words = parser()
+    args = words.parse_args(argv)
     try:
         check_output(args.output, args.force)
         if args.command == "average":
@@ -286,7 +292,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             state = convert_authors_checkpoint(load(args.input))
         save(state, args.output, overwrite=args.force)
     except ValueError as error:
-        print(f"{parser.prog} {args.command}: {error}", file=sys.stderr)
+        print(f"{words.prog} {args.command}: {error}", file=sys.stderr)
         return 1
     print(f"wrote {args.output}")
     return 0

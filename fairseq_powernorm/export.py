@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import checkpoint, command_options
 from .fold import fold_norms
 
 #: largest difference between log-probabilities of file and model, relative to the largest of them (at least 1)
@@ -223,22 +223,28 @@ def _load(path: str, data: Optional[str]) -> nn.Module:
     return models[0]
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    """Command line; returns the exit status."""
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
     parser = argparse.ArgumentParser(prog="python -m fairseq_powernorm.export", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("--format", required=True, choices=list(FORMATS))
-    parser.add_argument("--output", required=True, metavar="FILE")
+    command_options.add(parser, "--output", required=True)
     parser.add_argument("--data", metavar="DATA-BIN", help="directory of the dictionaries (default: the training's)")
-    parser.add_argument("--force", action="store_true", help="overwrite the output")
-    options = parser.parse_args(argv)
+    command_options.add(parser, "--force")
+    return parser
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Command line; returns the exit status."""
+    words = parser()
+    options = words.parse_args(argv)
     try:
         checkpoint.check_output(options.output, options.force)
         difference = export(
             _load(options.checkpoint, options.data), options.format, options.output, overwrite=options.force
         )
     except ValueError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{words.prog}: {error}", file=sys.stderr)
         return 1
     print(f"wrote {options.output}: log-probabilities within {difference:.1e} of the checkpoint's")
     return 0

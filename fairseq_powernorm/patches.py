@@ -233,11 +233,21 @@ def judge_gradient(clip_grad_norm, trainer, clip_norm):
     return norm
 
 
+def let_settings_change(update_config, bar, config):
+    """``WandBProgressBarWrapper.update_config``: the settings of a run that is gone on with may be others than before."""
+    from fairseq.logging import progress_bar
+
+    if progress_bar.wandb is not None:
+        progress_bar.wandb.config.update(config, allow_val_change=True)
+    bar.wrapped_bar.update_config(config)
+
+
 def patches() -> List[Tuple[Any, str, Callable]]:
     """Class or module of fairseq, name in it, and what replaces it."""
     from fairseq import checkpoint_utils
     from fairseq.dataclass import utils
     from fairseq.file_io import PathManager
+    from fairseq.logging.progress_bar import WandBProgressBarWrapper
     from fairseq.trainer import Trainer
 
     return [
@@ -250,6 +260,7 @@ def patches() -> List[Tuple[Any, str, Callable]]:
         (Trainer, "begin_epoch", check_ranks),
         (Trainer, "zero_grad", forget_statistics),
         (Trainer, "clip_grad_norm", judge_gradient),
+        (WandBProgressBarWrapper, "update_config", let_settings_change),
     ]
 
 

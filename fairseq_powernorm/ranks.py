@@ -6,7 +6,7 @@ from typing import Any, Dict, Mapping
 #: they stand (an optimizer without a dataclass has a copy of the whole command line)
 PLACES = (
     "distributed_rank", "device_id", "local_rank", "distributed_init_method", "distributed_port",
-    "distributed_num_procs", "user_dir", "tensorboard_logdir", "save_dir", "data", "job_logging_cfg",
+    "distributed_num_procs", "user_dir", "tensorboard_logdir", "wandb_project", "save_dir", "data", "job_logging_cfg",
 )  # fmt: skip
 
 

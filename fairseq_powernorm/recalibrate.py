@@ -11,7 +11,7 @@ from typing import List, Optional
 
 import torch
 
-from . import checkpoint
+from . import checkpoint, command_options
 from .statistics import recalibrate, running_norms
 
 
@@ -51,19 +51,25 @@ def _first(iterator, number: int, device):
             return
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    """Command line; returns the exit status."""
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
     parser = argparse.ArgumentParser(prog="python -m fairseq_powernorm.recalibrate", description=__doc__.split("\n")[0])
     parser.add_argument("data", metavar="DATA-BIN", help="binarized training data of the checkpoint's task")
     parser.add_argument("--path", required=True, metavar="CHECKPOINT")
-    parser.add_argument("--output", required=True, metavar="FILE")
+    command_options.add(parser, "--output", required=True)
     parser.add_argument("--batches", type=int, required=True, metavar="N", help="training batches to run over")
     parser.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="of a batch (default: 4096)")
-    parser.add_argument("--subset", default="train", help="(default: train)")
+    command_options.add(parser, "--subset", "default: train", default="train")
     parser.add_argument("--seed", type=int, default=1, help="of the choice of batches and of dropout (default: 1)")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
-    parser.add_argument("--force", action="store_true", help="overwrite the output")
-    options = parser.parse_args(argv)
+    command_options.add(parser, "--force")
+    return parser
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Command line; returns the exit status."""
+    words = parser()
+    options = words.parse_args(argv)
     try:
         for name in ("batches", "max_tokens"):
             if getattr(options, name) < 1:
@@ -81,7 +87,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             state["model"].update((f"{prefix}.{name}", buffer.cpu()) for name, buffer in norm.named_buffers())
         checkpoint.save(state, options.output, overwrite=options.force)
     except ValueError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{words.prog}: {error}", file=sys.stderr)
         return 1
     all_of_them = " (all there are)" if count < options.batches else ""
     print(f"wrote {options.output}: statistics of {count} batches{all_of_them}")

@@ -12,6 +12,8 @@ import os
 import sys
 from typing import Any, Dict, List, Mapping, Optional
 
+from . import command_options
+
 Row = Dict[str, Any]
 
 #: panels of the figure: quantity -> title
@@ -157,20 +159,26 @@ def plot(records: Mapping[str, List[Row]], output: str) -> None:
     pyplot.close(figure)
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    """Command line; returns the exit status."""
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
     parser = argparse.ArgumentParser(prog="python -m fairseq_powernorm.recorder", description=__doc__.split("\n")[0])
     parser.add_argument("records", nargs="+", metavar="RECORD", help="written by fairseq-train --norm-record")
-    parser.add_argument("--output", required=True, metavar="FIGURE.png")
+    command_options.add(parser, "--output", "a figure, .png", required=True)
     parser.add_argument("--labels", nargs="+", metavar="LABEL", help="one per record (default: file names)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Command line; returns the exit status."""
+    words = parser()
+    args = words.parse_args(argv)
     labels = args.labels or [os.path.splitext(os.path.basename(path))[0] for path in args.records]
     try:
         if len(set(labels)) != len(args.records):
             raise ValueError(f"--labels {' '.join(labels)}: must be {len(args.records)} different ones, one per record")
         plot({label: read(path) for label, path in zip(labels, args.records)}, args.output)
     except ValueError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{words.prog}: {error}", file=sys.stderr)
         return 1
     print(f"wrote {args.output}")
     return 0

@@ -1,12 +1,10 @@
 """Running statistics in fairseq's trainer: however the batch is cut, and whatever happens in a step."""
 import json
-import os
 import random
 import re
-import shlex
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -56,16 +54,10 @@ class Run:
 
     def __init__(self, folder, data, *arguments, model=TRANSLATION, ranks=1, check=True, validate=False, **environment):
         self.folder = folder
-        words = ["fairseq-train", data, "--user-dir", "tests/instrumented", "--save-dir", folder / "save", *model, *RUN]
-        words += [*arguments, *(() if validate else ("--disable-validation",))]
-        if ranks > 1:
-            words[0] = os.path.join(os.path.dirname(sys.executable), "fairseq-train")
-            words += [] if "--ddp-backend" in words else ["--ddp-backend", "legacy_ddp"]
-            words += ["--distributed-world-size", ranks, "--distributed-no-spawn", "--distributed-backend", "gloo"]
-            words += ["--distributed-init-method", "env://"]
-            line = f"{shlex.join(map(str, words))} --distributed-rank $RANK"
-            words = ["torchrun", "--standalone", "--no-python", "--nproc_per_node", ranks, "bash", "-c", line]
-        done = toy.command(*words, check=check, WATCH=str(folder), OMP_NUM_THREADS="1", **environment)
+        words = [data, "--user-dir", "tests/instrumented", "--save-dir", folder / "save", *model, *RUN, *arguments]
+        words += [] if validate else ["--disable-validation"]
+        start = partial(toy.on_ranks, ranks) if ranks > 1 else partial(toy.command, "fairseq-train")
+        done = start(*words, check=check, WATCH=str(folder), **environment)
         self.status, self.output = done.returncode, done.stdout + done.stderr
         #: by rank: what instrumented.Watch says of each training step
         self.steps = [torch.load(path, weights_only=True) for path in sorted(folder.glob("rank*.pt"))]

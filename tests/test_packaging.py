@@ -7,6 +7,7 @@ import zipfile
 
 import pytest
 import toy
+from test_cli import train
 
 from fairseq_powernorm.kernels import build
 
@@ -27,9 +28,8 @@ def copy_checkout(source, target):
 
 
 NO_COMPILER = dict(CC="there-is-no-compiler")
-with_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler: nothing compiled can be packaged"
-)
+HAS_COMPILER = any(map(shutil.which, ("cc", "gcc", "clang")))
+with_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler: nothing compiled can be packaged")
 
 STEP = """
 import logging, torch
@@ -39,6 +39,11 @@ x = torch.randn(5, 3, 8, requires_grad=True)
 PowerNorm(8)(x).sum().backward()
 import fairseq_powernorm
 print(fairseq_powernorm.__file__)
+"""
+REGISTERED = """
+import fairseq_powernorm.register
+from fairseq.models import ARCH_MODEL_REGISTRY
+print("registered:", "transformer_pn_tiny" in ARCH_MODEL_REGISTRY)
 """
 
 
@@ -55,34 +60,41 @@ def sdist(tmp_path_factory):
     return unpacked
 
 
+#: in place of a compiler: puts the checkout's own library, which is of these sources, where it is told to
+COPY = """#!/bin/sh
+while [ "$1" != -o ]; do shift; done
+cp "{library}" "$2"
+"""
+
+
+def pip(*words, cwd, **environment):
+    toy.command("python", "-m", "pip", *words, cwd=cwd, **environment)
+
+
 def wheel(source, folder, **environment):
     """Build a wheel of a source folder; the only one in ``folder``."""
-    toy.command(
-        "python",
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        folder,
-        source,
-        cwd=folder,
-        **environment,
-    )
+    pip("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, source, cwd=folder, **environment)
     (found,) = folder.glob("*.whl")
     return found
 
 
-def install(archive, site):
-    """What pip does with a wheel's modules; then a training step with them, from an empty folder: what it printed."""
-    toy.command("python", "-m", "pip", "install", "-q", "--no-deps", "--target", site, archive, cwd=archive.parent)
+def install(archive, site, program=STEP):
+    """What pip does with a wheel's modules; then a program with them, from an empty folder: what it printed."""
+    pip("install", "-q", "--no-deps", "--target", site, archive, cwd=archive.parent)
     empty = archive.parent / "empty"
     empty.mkdir()
-    done = toy.command("python", "-c", STEP, cwd=empty, PYTHONPATH=str(site))
+    done = toy.command("python", "-c", program, cwd=empty, PYTHONPATH=str(site))
     assert str(site) in done.stdout
     return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def installed(sdist, tmp_path_factory):
+    """A wheel of the source distribution, made where there may be a compiler; the folder in which it is installed; and what
+    was printed there by a training step and a registration."""
+    folder = tmp_path_factory.mktemp("installed")
+    made = wheel(sdist, folder)
+    return made, folder / "site", install(made, folder / "site", STEP + REGISTERED)
 
 
 def files(folder):
@@ -100,25 +112,38 @@ def test_the_source_distribution_holds_all_of_a_checkout(sdist):
         assert (sdist / name).is_file(), name
 
 
-def test_tests_of_the_source_distribution_pass(sdist):
+def test_tests_of_the_source_distribution_pass(sdist, tmp_path):
     """Tests run in it, as a packager runs them, and first ask for the compiled kernel if there is a compiler."""
-    files = ("tests/test_imports.py", "tests/models/test_tensorized.py")
+    files = ("tests/test_imports.py::test_floors", "tests/norms/test_scale.py")
     words = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", 0, *files)
-    environment = dict(PYTHONPATH=str(sdist))
-    if any(map(shutil.which, ("cc", "gcc", "clang"))):
-        done = toy.command(*words, cwd=sdist, check=False, **environment)
+    if HAS_COMPILER:
+        done = toy.command(*words, cwd=sdist, check=False)
         assert done.returncode == pytest.ExitCode.USAGE_ERROR and "--build" in done.stderr, done.stdout + done.stderr
+        compiler = tmp_path / "compiler"
+        compiler.write_text(COPY.format(library=build.HERE / build.NAME))
+        compiler.chmod(0o755)
+        # without C++, of which no test asks anything where it is not there
+        environment = dict(CC=str(compiler), CXX="there-is-no-compiler")
         toy.command("python", "-m", "fairseq_powernorm.kernels", "--build", cwd=sdist, **environment)
-    assert " passed" in toy.command(*words, cwd=sdist, **environment).stdout
+    passed = toy.command(*words, cwd=sdist).stdout
+    assert " passed" in passed and "failed" not in passed
 
 
 @with_compiler
-def test_a_wheel_with_the_compiled_kernel(sdist, tmp_path):
+def test_a_wheel_with_the_compiled_kernel(installed):
     """Its tag names the platform and no version of Python, and the kernel works after installation."""
-    made = wheel(sdist, tmp_path)
+    made, _, printed = installed
     assert made.name.split("-")[2:4] == ["py3", "none"] and made.stem.split("-")[4] != "any"
     assert "fairseq_powernorm/kernels/libpowernorm.so" in zipfile.ZipFile(made).namelist()
-    assert "kernel C" in install(made, tmp_path / "site")
+    assert "kernel C" in printed
+
+
+def test_installed_by_pip_and_by_bare_name(installed, toy_data, tmp_path):
+    """pip-installed elsewhere, the plugin is found by import, and by bare name from that place, without the checkout."""
+    _, site, printed = installed
+    assert "registered: True" in printed
+    done = train(toy_data, tmp_path / "run", "--max-update", 2, "--disable-validation", cwd=site)
+    assert len(toy.losses(done.stdout + done.stderr)) == 2
 
 
 def test_a_wheel_without_the_compiled_kernel(sdist, tmp_path):
@@ -137,13 +162,13 @@ def test_a_wheel_without_the_compiled_kernel(sdist, tmp_path):
 
 
 @with_compiler
-def test_a_checkout_that_hides_an_installation(sdist, tmp_path):
+def test_a_checkout_that_hides_an_installation(sdist, installed, tmp_path):
     """``pip install .`` and then Python in the checkout: the log says that the checkout has no kernel, where the installed
     one is, and what to do; elsewhere the installed kernel is used."""
-    checkout, site = tmp_path / "checkout", tmp_path / "site"
+    _, site, elsewhere = installed
+    assert "kernel C" in elsewhere
+    checkout = tmp_path / "checkout"
     copy_checkout(sdist, checkout)
-    made = wheel(sdist, tmp_path)
-    assert "kernel C" in install(made, site)
     done = toy.command("python", "-c", STEP, cwd=checkout, PYTHONPATH=str(site))
     assert str(checkout) in done.stdout
     said = " ".join(line for line in done.stderr.splitlines() if "not built" in line)

@@ -2,9 +2,7 @@
 import itertools
 import os
 import re
-import shlex
 import shutil
-import sys
 
 import pytest
 import torch
@@ -19,9 +17,10 @@ pytestmark = pytest.mark.slow
 #: 10 batches an epoch: checkpoints at the updates 4, 8, 12, 16, 20 and 24, and at the end of each epoch
 RUN = (*TRAIN, "--max-tokens", 150, "--dropout", 0.1, "--save-interval-updates", 4, "--max-update", 26)
 
-#: kills the process when it has copied half of checkpoint_last.pt for the fourth time: at update 12
+#: a user-dir that kills the process when it has copied half of checkpoint_last.pt for the fourth time: at update 12
 KILLER = """
 import os, shutil, signal
+import fairseq_powernorm
 copyfile, copies = shutil.copyfile, []
 def killed(source, target, **options):
     copies.append(os.path.basename(target).startswith("checkpoint_last.pt"))
@@ -34,24 +33,18 @@ shutil.copyfile = killed
 """
 
 
-def train(data, save_dir, *arguments, **options):
+def train(data, save_dir, *arguments, user_dir="fairseq_powernorm", **options):
     """fairseq-train; its status and all of its output."""
     done = toy.command(
-        "fairseq-train", data, "--user-dir", "fairseq_powernorm", "--save-dir", save_dir, *RUN, *arguments, **options
+        "fairseq-train", data, "--user-dir", user_dir, "--save-dir", save_dir, *RUN, *arguments, **options
     )
     return done.returncode, done.stdout + done.stderr
 
 
 def train_on_two_ranks(data, save_dir, *arguments):
     """The same in two processes, which share the batches out."""
-    words = (
-        os.path.join(os.path.dirname(sys.executable), "fairseq-train"), data, "--user-dir", "fairseq_powernorm",
-        "--save-dir", save_dir, *RUN, "--distributed-world-size", 2, "--distributed-init-method", "env://",
-        "--distributed-no-spawn", "--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp", *arguments,
-    )
-    line = f"{shlex.join(map(str, words))} --distributed-rank $RANK"
-    done = toy.command("torchrun", "--standalone", "--no-python", "--nproc_per_node", 2, "bash", "-c", line)
-    return done.stdout + done.stderr
+    done = toy.on_ranks(2, data, "--user-dir", "fairseq_powernorm", "--save-dir", save_dir, *RUN, *arguments)
+    return done.stdout
 
 
 def load(path):
@@ -101,9 +94,10 @@ def undisturbed(toy_data, tmp_path_factory):
 def test_killed_while_copying(toy_data, undisturbed, tmp_path):
     """kill -9 in the middle of copying checkpoint_last.pt leaves the older one whole; the same command again goes on
     from it, at the beginning of the second epoch, to the end of an undisturbed run, and leaves no temporary."""
-    (tmp_path / "sitecustomize.py").write_text(KILLER)
+    (tmp_path / "killer").mkdir()
+    (tmp_path / "killer" / "__init__.py").write_text(KILLER)
     run = tmp_path / "run"
-    status, _ = train(toy_data, run, check=False, PYTHONPATH=str(tmp_path))
+    status, _ = train(toy_data, run, user_dir=tmp_path / "killer", check=False)
     assert status == -9
     assert resume.num_updates(run / "checkpoint_2_12.pt") == 12
     assert resume.num_updates(run / "checkpoint_last.pt") == 10

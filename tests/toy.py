@@ -5,7 +5,9 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import torch
@@ -77,6 +79,49 @@ def command(*words, cwd=None, check=True, timeout=300, stdin=None, cold=False, *
     )
     if check:
         assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    return done
+
+
+def on_ranks(number, *words, check=True, timeout=300, **environment):
+    """``fairseq-train`` in so many processes, which gloo joins; each knows ``RANK`` and ``WORLD_SIZE``, as from torchrun.
+
+    Returns what :func:`command` returns: the worst exit status, and the output of all in ``stdout``.
+    """
+    words = [str(word) for word in words]
+    words += [] if "--ddp-backend" in words else ["--ddp-backend", "legacy_ddp"]
+    with tempfile.TemporaryDirectory() as folder, open(os.path.join(folder, "log"), "w+") as log:
+        words = [
+            warm.program("fairseq-train"), *words, "--distributed-world-size", str(number), "--distributed-no-spawn",
+            "--distributed-backend", "gloo", "--distributed-init-method", f"file://{folder}/store", "--distributed-rank",
+        ]  # fmt: skip
+        ranks = [
+            subprocess.Popen(
+                [*words, str(rank)], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env={**os.environ, **environment, "RANK": str(rank), "WORLD_SIZE": str(number)},
+            )
+            for rank in range(number)
+        ]
+
+        def end(rank):
+            """Wait for a rank; where one has failed, the others do not wait for it for ever."""
+            status = rank.wait(timeout)
+            for other in ranks if status else ():
+                try:
+                    other.wait(20)
+                except subprocess.TimeoutExpired:
+                    other.kill()
+            return abs(status)
+
+        try:
+            with ThreadPoolExecutor(number) as pool:
+                status = max(pool.map(end, ranks))
+        finally:
+            for rank in ranks:
+                rank.kill()
+        log.seek(0)
+        done = subprocess.CompletedProcess(words, status, log.read(), "")
+    if check:
+        assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-8000:]}"
     return done
 
 

@@ -25,11 +25,11 @@ LOADED = """torch torch._dynamo torch.distributed.run torch.utils.tensorboard fa
     sacrebleu.metrics sacremoses sentencepiece subword_nmt.apply_bpe subword_nmt.learn_bpe jinja2 matplotlib.figure
     matplotlib.backends.backend_agg""".split()
 #: programs that are warm, and modules that are under ``python -m``; all others beside Python are what they are
-WARM, MODULES = ("python", "torchrun", "sacrebleu", "fairseq-"), ("fairseq_powernorm", "torch.", "submitit.")
+WARM, MODULES = ("python", "torchrun", "sacrebleu", "fairseq-"), ("fairseq_powernorm", "torch.", "submitit.", "pytest")
 #: variables beginning with these are read when Python or a library starts ...
 STARTING = ("PYTHON", "OMP_", "GOMP_", "TRITON_", "LD_")
 #: ... but for these, of which the server's children take account
-HEEDED = ("PYTHON", "PYTHONPATH", "PYTHONSAFEPATH")
+HEEDED = ("PYTHON", "PYTHONPATH", "PYTHONSAFEPATH", "PYTHONIOENCODING")
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _folder = None
 
@@ -187,6 +187,9 @@ def become(streams, request):
         import numpy
 
         numpy.random.seed()  # Python's own generator is seeded at a fork
+    encoding, _, errors = os.environ.get("PYTHONIOENCODING", "").partition(":")
+    for stream in (sys.stdin, sys.stdout, sys.stderr) if encoding or errors else ():
+        stream.reconfigure(encoding=encoding or None, errors=errors or None)
     path, *arguments = request["command"]
     sys.executable = os.path.join(request["folder"], "python")
     is_module = os.path.basename(path) == "python"

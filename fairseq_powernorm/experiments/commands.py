@@ -19,6 +19,7 @@ import sys
 import textwrap
 from typing import Any, Callable, Dict, List, Mapping, NoReturn, Optional, Sequence, Tuple
 
+from .. import command_options
 from . import overrides
 from .errors import UserError, choose, listed, number, seeds
 from .own import subject
@@ -136,6 +137,20 @@ def number_from(smallest: int, largest: Optional[int] = None) -> Reader:
     return lambda option, text: number(option, text, smallest, largest)
 
 
+def reader_of(option: command_options.Option) -> Optional[Reader]:
+    """What makes the value of an option of OPTIONS of its text; None where it stays one."""
+    if option.kind == "number":
+
+        def read(name: str, text: str) -> int:
+            try:
+                return number(name, text, *option.limits)
+            except UserError as error:
+                raise UserError("; ".join(filter(None, [str(error), option.instead]))) from None
+
+        return read
+    return {"seeds": seeds, "optional": lambda _, text: text}.get(option.kind)
+
+
 # ---- the parser ------------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +176,7 @@ class Parser(argparse.ArgumentParser):
         )  # fmt: skip
         self._titles: Dict[str, Any] = {}
         self._options: Dict[str, argparse.Action] = {}
+        self._former: Dict[str, str] = {}
         self._places: List[argparse.Action] = []
         self._own: Optional[Mapping[str, Optional[str]]] = None
         self._about_overrides = ""
@@ -170,7 +186,7 @@ class Parser(argparse.ArgumentParser):
     def add(
         self,
         *names: str,
-        help: str,
+        help: str = "",
         read: Optional[Reader] = None,
         default: Any = None,
         metavar: Optional[str] = None,
@@ -178,20 +194,33 @@ class Parser(argparse.ArgumentParser):
         flag: bool = False,
         repeat: bool = False,
         group: str = "",
+        former: str = "",
+        optional: bool = False,
     ) -> None:
         """Adds an option, or an argument that has its place.
 
         Args:
-            names: as of ``add_argument``
-            help: what it is for; what it is by default is added where that is neither None nor named
-            read: makes its value of its text
+            names: as of ``add_argument``; of an option of :data:`.command_options.OPTIONS` only the one
+            help: what it is for, or what an option of OPTIONS comes to here; what it is by default is added where that is
+                neither None nor named
+            read: makes its value of its text, unless the option is one of OPTIONS that says so itself
             default: its value where it is not given; a text is read like one that is given
             metavar: what stands for its value
             nargs: of an argument: "?", "*" or "+"
             flag: it takes no value, and is True where it is given
             repeat: it may be given several times, and its value is a list
             group: the heading of the help under which it stands
+            optional: its value may be missing; it is empty then, and otherwise stands behind "="
+            former: an earlier name, which a refusal of it answers with this one
         """
+        shared = command_options.OPTIONS.get(names[-1])
+        if shared is not None:
+            names, metavar, flag = (names[-1], *shared.names), shared.metavar, shared.kind == "flag"
+            help, read = command_options.meaning(names[0], help), reader_of(shared) or read
+            optional = shared.kind == "optional"
+        name = names[0] if shared else names[-1]
+        if former:
+            self._former[former] = name
         group = group or ("options" if names[0].startswith("-") else "arguments")
         if default is not None and default != [] and "default" not in help:
             help += f" (default: {default})"
@@ -199,13 +228,15 @@ class Parser(argparse.ArgumentParser):
         if flag:
             keywords.update(action="store_true", default=False)
         else:
-            keywords["metavar"] = metavar or names[-1].lstrip("-").replace("-", "_").upper()
+            keywords["metavar"] = metavar or name.lstrip("-").replace("-", "_").upper()
             if repeat:
                 keywords.update(action="append", default=default or [])
         if read is not None:
             reader = read
-            keywords["type"] = lambda text: reader(names[-1], text)
-        if nargs is not None:
+            keywords["type"] = lambda text: reader(name, text)
+        if optional:
+            keywords["nargs"] = "?"
+        elif nargs is not None:
             keywords["nargs"] = nargs
         if group not in self._titles:
             self._titles[group] = self.add_argument_group(group)
@@ -293,6 +324,9 @@ class Parser(argparse.ArgumentParser):
                         raise UserError(f"{name} takes no value, got {value!r}")
                     options.append(word)
                     continue
+                if action.nargs == "?" and not equals:  # an empty one for argparse, which would take the next word
+                    options.append(f"{name}=")
+                    continue
                 if not equals and words and not _is_option(words[0]):
                     value = words.pop(0)
                 if not value:
@@ -309,6 +343,8 @@ class Parser(argparse.ArgumentParser):
 
     def _advice(self, option: str, value: Optional[str], arguments: Sequence[str]) -> str:
         """What to use instead of an option that there is not."""
+        if option in self._former:
+            return f"{option} is now {self._former[option]}"
         names = [name for name in self._options if name.startswith("--")]
         near = [name for name in names if name.startswith(option)] or difflib.get_close_matches(option, names, 1, 0.85)
         if not near and self._own is not None:
@@ -361,28 +397,7 @@ def add_norm(parser: Parser, nargs: Optional[str] = None) -> None:
                help=f"{', '.join(NORMS)}, with options as in batch:variant=reference, the authors' BN")
 
 
-def add_seeds(parser: Parser, *names: str, default: Optional[str] = None, help: str = "seeds, such as 1,2,3") -> None:
-    """--seeds LIST"""
-    parser.add("--seeds", *names, metavar="LIST", help=help, read=seeds, default=default)
-
-
-def add_slurm(parser: Parser, gpus: str = "") -> None:
-    """The options of what is queued on a cluster, which stay texts: see :func:`.cluster.submission.check_options`.
-
-    Args:
-        gpus: the help of --gpus, if it has another meaning where nothing is queued
-    """
-    group = "on a cluster with SLURM"
-    parser.add("--nodes", metavar="N", group=group, help="nodes of each run; default: 1")
-    parser.add("--gpus", metavar="G", group="options" if gpus else group,
-               help=gpus or "GPUs of each run, all nodes together, with a rank (a task) each; default: one per node. An "
-                            "update takes as much as on one: they share out optimization.update_freq, which G must divide")
-    parser.add("--time", metavar="T", group=group,
-               help="time limit of a job, as sbatch takes it; default: the site's. A run may need longer: its job stops "
-                    "before the limit and requeues itself")
-    parser.add("--partition", metavar="P", group=group, help="default: the site's")
-    parser.add("--site", metavar="FILE", group=group,
-               help="the cluster's settings; default: $PN_SLURM_SITE, scripts/slurm/site.sh or, where that is missing, "
-                    "scripts/slurm/site.example.sh")
-    parser.add("--log-dir", metavar="DIR", group=group,
-               help="a log for each job; default: logs/ in the submission's directory")
+def add_slurm(parser: Parser) -> None:
+    """The options of what is queued on a cluster: see :func:`.cluster.submission.check_options`."""
+    for name in ("--nodes", "--gpus", "--time", "--partition", "--site", "--log-dir"):
+        parser.add(name, group="on a cluster with SLURM")

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, TextIO
@@ -128,3 +129,17 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     return one is None or other is None or bool(one == other)
+
+
+def check_writable(what: str, directory: Path) -> None:
+    """Refuses a directory in which, once it is made, no file can be written; leaves nothing."""
+    existing = directory
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"{what} {directory}: {existing} is not a directory")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"{what} {directory} cannot be written: {existing}: {error.strerror}") from None

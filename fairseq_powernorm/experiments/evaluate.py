@@ -30,16 +30,15 @@ def parser() -> Parser:
     made.add("run_dir", metavar="RUN_DIR", nargs="+",
              help="a run directory made by scripts/train.sh, which knows what it is a run of; the name of that may stand "
              "before it, and is then compared")
-    made.add("--subset", metavar="NAME", read=one_of("test", "valid"),
+    made.add("--subset", read=one_of("test", "valid"),
              help="test (default) or valid, the default for text of your own without test")
     made.add("--average", metavar="N", read=number_from(1),
              help="checkpoints to average; default: as many as checkpoint.keep_last_epochs (or "
              "checkpoint.keep_interval_updates) keeps; of a language model, the best one by validation loss")
-    made.add("--available", flag=True,
-             help="average fewer where a short run has fewer, checkpoint_last.pt if it has none of them")
+    made.add("--available", help="average fewer where a short run has fewer, checkpoint_last.pt if it has none of them")
     made.add("--unfinished", flag=True, help="evaluate a run whose training is not complete")
     made.add("--record", metavar="FILE", help="copy the record to FILE as well")
-    made.add("--force", flag=True, help="evaluate again although there is a record; overwrite FILE")
+    made.add("--force", help="the evaluation, and FILE of --record")
     return made
 
 

@@ -3,8 +3,9 @@
 from argparse import Namespace
 from typing import Any, Sequence, Tuple
 
+from ..command_options import MOST
 from .commands import Parser, main, number_from
-from .runs.launchers import MOST, PORT, Launcher, launcher_of
+from .runs.launchers import PORT, Launcher, launcher_of
 from .train import BATCH, add_run
 
 
@@ -22,8 +23,7 @@ def parser() -> Parser:
         BATCH)
     made.add("--ranks", metavar="R", read=number_from(1, MOST), group="ranks",
              help="ranks on this machine; default: its visible GPUs. Ranks without a GPU: common.cpu=true")
-    made.add("--nodes", metavar="N", read=number_from(1, MOST), group="ranks",
-             help="machines (default: 1); the same command is started on each of them, with the next two options")
+    made.add("--nodes", group="ranks", help="the same command is started on each of them, with the next two options")
     made.add("--node-rank", metavar="I", read=number_from(0, MOST), group="ranks",
              help="the number of the machine, from 0; the first one writes the run's records")
     made.add("--master", metavar="HOST:PORT", group="ranks",

@@ -11,7 +11,7 @@ def parser() -> Parser:
     """The options of the command."""
     made = Parser("Draws validation loss against updates, a line for each record, as a PNG.")
     made.add("records", metavar="RECORD", nargs="+", help="records that scripts/evaluate.sh has written")
-    made.add("--output", metavar="FILE.png", help="where the picture goes; has to be given")
+    made.add("--output", help="a picture, .png; has to be given")
     return made
 
 
@@ -19,7 +19,7 @@ def command(arguments: List[str]) -> None:
     """Draws the records that a command line names."""
     options = parser().parse(arguments)
     if options.output is None:
-        raise UserError("--output FILE.png is missing: where the picture goes")
+        raise UserError("--output FILE is missing: the picture, .png")
     from .reports.plot_curves import plot
 
     plot(options.records, Path(options.output))

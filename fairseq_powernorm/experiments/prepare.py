@@ -56,7 +56,6 @@ def parser() -> Parser:
     made.add("--text-dir", metavar="DIR",
              help="where your own text lies; for a benchmark, use train|valid|test.SOURCE and .TARGET there (for a language "
              "model train|valid|test.txt, or the files of the published archive) instead of the corpus")
-    made.add("--force", flag=True, help="prepare again although the data is there")
     group = "your own text"
     made.add("--source", metavar="LANG", group=group,
              help="the language to translate, such as de: the end of its files' names")
@@ -86,6 +85,7 @@ def parser() -> Parser:
              "2014-01.tgz, simple-examples.tgz, wikitext-103-v1.zip) but not held to its SHA-256")
     made.add("--allow-unverified", flag=True, group=group,
              help="also download what has no published checksum over plain http")
+    made.add("--force")
     return made
 
 

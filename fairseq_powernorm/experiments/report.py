@@ -19,7 +19,7 @@ def parser() -> Parser:
         """
     )
     made.add("--readme", flag=True, help="write the READMEs; has to be given")
-    made.add("--check", flag=True, help="change nothing, and fail if a table is not that of its records")
+    made.add("--check", help="that is, if a table is not that of its records; change nothing")
     return made
 
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import List, Optional
 
-from .commands import Parser, add_seeds, add_slurm, main, number_from, one_of
+from .commands import Parser, add_slurm, main, number_from, one_of, words_of
 from .paths import ROOT
 from .reports import matrix
 from .runs.launchers import PLACES
@@ -71,21 +71,23 @@ def parser(subject: str) -> Parser:
              "ptb and transformer_lm_pn_wiki103 of wikitext103")
     made.add("--norms", metavar="LIST", help=f"the rows of these norms only, of {','.join(matrix.NORMS)}")
     made.add("--rows", metavar="LIST", help=ROW_NAMES[subject])
-    add_seeds(made, help=f"default: {','.join(map(str, seeds))}")
+    made.add("--seeds", help=f"default: {','.join(map(str, seeds))}")
     made.add("--updates", metavar="N", read=number_from(10, matrix.MOST_UPDATES),
              help="updates of each run instead of optimization.max_update of configs/BENCH.yaml; warm-ups and all that is "
              "counted in updates, and the number of epochs averaged, shrink in proportion: to 100,000 (iwslt14) or 30,000 "
              "(wmt14) where only early stopping ends training")
     made.add("--jobs", metavar="N", read=number_from(1),
              help="runs at a time, on the CPU, a thread each unless OMP_NUM_THREADS is set; default: 1")
+    made.add("--gpu-ids", metavar="LIST", read=words_of(),
+             help="a run at a time on each of these GPUs of this machine, such as 0,1,2,3")
     made.add("--slurm", flag=True,
              help="queue the runs on a cluster with SLURM, an evaluation of each and, behind all, the report")
     made.add("--results", metavar="DIR", help="where records and report go; default: results")
-    made.add("--dry-run", flag=True,
-             help="print what an update takes and every command that would run, with an estimate of its GPU hours, and the "
-             "total")
+    made.add("--dry-run", help="what an update takes, every command with an estimate of its GPU hours, and the total")
     made.add("--report-only", flag=True, help="write the report of the records that there are")
-    add_slurm(made, "a run at a time on each of these GPUs, such as 0,1,2,3; with --slurm the number of GPUs of each run")
+    for name in ("--tensorboard", "--wandb"):
+        made.add(name)
+    add_slurm(made)
     made.add_overrides("hydra overrides for every run, such as common.cpu=true or common.fp16=true",
                        {**dict.fromkeys((*TRAINING, *PLACES)), **matrix.OURS})
     return made

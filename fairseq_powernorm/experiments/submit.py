@@ -3,7 +3,7 @@
 from argparse import Namespace
 from typing import Sequence
 
-from .commands import Parser, add_benchmark, add_norm, add_seeds, add_slurm, main
+from .commands import Parser, add_benchmark, add_norm, add_slurm, main
 from .errors import UserError
 from .overrides import by_key
 from .train import add_training
@@ -25,13 +25,11 @@ def parser() -> Parser:
         """)
     add_benchmark(made, "what is trained, prepared by scripts/prepare.sh")
     add_norm(made, "+")
-    add_seeds(made, "--array-seeds", help="a run of each norm for each of these seeds, such as 1,2,3; default: "
-                                            "common.seed of configs/BENCH.yaml")
-    made.add("--resume", flag=True, help="go on with runs that are there, and start those that are not")
+    made.add("--seeds", help="default: common.seed of configs/BENCH.yaml")
+    made.add("--resume")
     add_training(made, "--nodes and --gpus")
     made.add("--records", metavar="DIR", help="evaluate.sh's record of each run, copied to DIR/RUN.json")
-    made.add("--dry-run", flag=True,
-             help="print the batch scripts and the commands, queue nothing; needs no SLURM")
+    made.add("--dry-run", help="the batch scripts and the commands that queue them; needs no SLURM")
     add_slurm(made)
     return made
 
@@ -40,10 +38,12 @@ def parse(arguments: Sequence[str]) -> Namespace:
     """The options of a command line."""
     options = parser().parse(arguments)
     from .cluster.submission import check_options
+    from .runs import watch
 
     check_options(options)
+    watch.check(options)
     if options.seeds is not None and "common.seed" in by_key(options.overrides):
-        raise UserError("--array-seeds and the override common.seed both choose the seed; give one of them")
+        raise UserError("--seeds and the override common.seed both choose the seed; give one of them")
     return options
 
 

@@ -17,9 +17,8 @@ def parser() -> Parser:
         """
     )
     made.add("records", metavar="RECORD", nargs="+", help="records that scripts/evaluate.sh has written")
-    made.add("--output", metavar="FILE", help="write the tables to FILE as well")
-    made.add("--available", flag=True,
-             help="leave out records that do not exist; name them, and end with exit status 1")
+    made.add("--output", help="the tables, which are printed as well")
+    made.add("--available", help="leave out records that do not exist, name them, and end with exit status 1")
     return made
 
 

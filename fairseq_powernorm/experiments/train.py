@@ -17,13 +17,8 @@ def add_training(parser: Parser, ranks: str = "") -> None:
 
     ranks: the options by which the command says where the ranks are; without any, overrides may say it
     """
-    parser.add("--arch", help="another architecture than that of configs/BENCH.yaml, with the settings of "
-                              "configs/BENCH/ARCH.yaml: ptb has transformer_lm_pn_ptb, wikitext103 has "
-                              "transformer_lm_pn_wiki103")
-    parser.add("--placement", metavar="WHERE",
-               help="encoder (NORM in the encoder's layers, layer in the decoder's, as in the paper) or all; "
-                    "default: encoder, and all for language models, which have NORM in all positions")
-    parser.add("--tensorboard", flag=True, help="also write the curves to tensorboard/ in the run directory")
+    for name in ("--arch", "--placement", "--tensorboard", "--wandb"):
+        parser.add(name)
     parser.add_overrides(
         "hydra overrides of configs/BENCH.yaml, such as optimization.max_update=4000 common.seed=2",
         {**OURS, **(dict.fromkeys(PLACES, ranks) if ranks else {})})
@@ -33,11 +28,8 @@ def add_run(parser: Parser, ranks: str = "") -> None:
     """All that train.sh takes, which launch.sh takes, too; ranks: as :func:`add_training` has it"""
     add_benchmark(parser, "what is trained, prepared by scripts/prepare.sh")
     add_norm(parser)
-    parser.add("--run-dir", metavar="DIR",
-               help="default: runs/BENCH/NORM[-all][-ARCH]-seedS ($PN_RUNS_ROOT/BENCH/...), ARCH if it is not the default")
-    parser.add("--resume", flag=True,
-               help="go on with the run in that directory, with the overrides it was started with and any new ones; "
-                    "start it if there is none; do nothing if it has finished")
+    parser.add("--run-dir")
+    parser.add("--resume")
     add_training(parser, ranks)
 
 

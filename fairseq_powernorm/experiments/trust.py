@@ -15,9 +15,9 @@ from .errors import UserError
 #: keys that the commands give themselves -> what to use instead; another value would take the run's files from its
 #: directory, or code from elsewhere
 OURS = {"checkpoint.save_dir": "--run-dir DIR", "task.data": "PN_DATA_ROOT", "common.user_dir": "another checkout",
-        "common.tensorboard_logdir": "--tensorboard"}
-#: the one override of these keys that the commands store
-TENSORBOARD = "common.tensorboard_logdir=tensorboard"
+        "common.tensorboard_logdir": "--tensorboard", "common.wandb_project": "--wandb"}
+#: where curves go as well is no setting of a run, though older runs have stored this override, and any of this key
+TENSORBOARD, WANDB = "common.tensorboard_logdir=tensorboard", "common.wandb_project"
 #: keys whose files a run has in its own directory
 FILES = ("common.log_file", "common.aim_repo", "task.norm_record", "common_eval.results_path")
 #: (key, value) of what would let a run end without its result, or an error look like a success
@@ -44,6 +44,18 @@ def check_overrides(overrides: Any, own: Mapping[str, Optional[str]], where: str
             raise UserError(f"{prefix}override {override!r}: {problem}")
 
 
+def of_training(overrides: Iterable[str]) -> List[str]:
+    """Stored overrides without those that only say where curves go."""
+    return [each for each in overrides if each != TENSORBOARD and each.partition("=")[0].lstrip("+~") != WANDB]
+
+
+def check_stored(overrides: Any, own: Mapping[str, Optional[str]], where: str) -> List[str]:
+    """As :func:`check_overrides`, but for what only older runs have stored; gives the overrides of training."""
+    read = [each for each in overrides if each != TENSORBOARD] if isinstance(overrides, list) else overrides
+    check_overrides(read, {key: instead for key, instead in own.items() if key != WANDB}, where)
+    return of_training(read)
+
+
 def _problem(override: str, own: Mapping[str, Optional[str]]) -> Optional[str]:
     """What is wrong with an override, if anything."""
     if not override.isprintable():
@@ -56,7 +68,7 @@ def _problem(override: str, own: Mapping[str, Optional[str]]) -> Optional[str]:
     key = found[2]
     if key.startswith("hydra."):
         return "hydra's own settings are this command's; valid: fairseq's, GROUP.KEY=VALUE"
-    if key in own and override != TENSORBOARD:
+    if key in own:
         return "is this command's own" + (f"; use {own[key]}" if own[key] else "")
     if override.startswith("~") and "=" not in override:
         return None

@@ -19,14 +19,18 @@ from pathlib import Path
 
 import torch
 
+from fairseq_powernorm.checkpoint import load
+from fairseq_powernorm.resume import num_updates
+
 ROOT = Path(__file__).resolve().parents[2]
 SIGNALS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
 SETTINGS = ["optimization.max_update=60", "checkpoint.save_interval_updates=5", "dataset.validate_interval_updates=5",
             "checkpoint.keep_interval_updates=3", "common.log_interval=5", "lr_scheduler.warmup_updates=20",
             "generation.max_len_b=20", "generation.beam=2", "+model.encoder_layers=1", "+model.decoder_layers=1",
             "common.cpu=true"]
-#: what differs from one evaluation to the next
-TIMES = ("tokens_per_s", "training", "commands")
+#: what differs from one run to the next: times, commands with the sessions' paths, checksums of files that hold times; and
+#: the training loss of an epoch, of which a session that is killed leaves a part only
+DIFFERING = ("tokens_per_s", "training", "commands", "checkpoints")
 
 
 def main() -> int:
@@ -48,13 +52,17 @@ def main() -> int:
         third = options.kills // 3
         check.disturb(train, training, options.kills - 2 * third)
         check.disturb(["evaluate.sh", "demo", disturbed], evaluation, third)
-        compare(whole, disturbed)
+        compare_weights(whole, disturbed)
+        compare_records(*(run / "evaluation" / "record.json" for run in (whole, disturbed)))
         table = ["reproduce_table1.sh", "--benchmark", "demo", "--rows", "layer,power", "--seeds", "1", "--updates", "40",
                  *SETTINGS[1:]]
         check.script(*table, "--results", check.home / "results-whole", PN_RUNS_ROOT=str(check.home / "runs-whole"))
         check.disturb([*table, "--results", check.home / "results"], 2 * (training + evaluation), third)
-        for record in sorted((check.home / "results-whole" / "demo").glob("*.json")):
-            assert told(record) == told(check.home / "results" / "demo" / record.name), record.name
+        records = sorted((check.home / "results-whole" / "demo").glob("*.json"))
+        assert len(records) == 2, records
+        for record in records:
+            compare_records(record, check.home / "results" / "demo" / record.name)
+            compare_weights(*(check.home / runs / "demo" / record.stem for runs in ("runs-whole", "runs")))
     print(f"{options.kills} kills, and the same results to the last bit")
     return 0
 
@@ -100,8 +108,6 @@ class Check:
 
     def check_status(self) -> None:
         """status.sh says no less than the checkpoints hold, and calls finished only what has the last one."""
-        from fairseq_powernorm.resume import num_updates
-
         if not any((self.home / "runs").rglob("run.json")):
             return
         rows = self.script("status.sh").splitlines()
@@ -114,22 +120,20 @@ class Check:
                 assert json.loads((run / "finished.json").read_text())["updates"] == held, row
 
 
-def told(path: Path):
-    return {key: value for key, value in json.loads(path.read_text()).items() if key not in TIMES}
+def compare_records(one: Path, two: Path) -> None:
+    """The records say the same."""
+    first, second = (json.loads(path.read_text()) for path in (one, two))
+    first["curve"], second["curve"] = first["curve"]["valid"], second["curve"]["valid"]
+    differing = {key: (first.get(key), second.get(key)) for key in {**first, **second}
+                 if key not in DIFFERING and first.get(key) != second.get(key)}
+    assert not differing, (one.name, differing)
 
 
-def compare(one: Path, two: Path) -> None:
-    first, second = (torch.load(run / "checkpoints" / "checkpoint_last.pt", weights_only=False)["model"]
-                     for run in (one, two))
+def compare_weights(one: Path, two: Path) -> None:
+    """The last checkpoints of two runs have the same bits in parameters and statistics."""
+    first, second = (load(str(run / "checkpoints" / "checkpoint_last.pt"))["model"] for run in (one, two))
     differing = [name for name in first if not torch.equal(first[name], second[name])]
     assert first.keys() == second.keys() and not differing, differing
-    records = [told(run / "evaluation" / "record.json") for run in (one, two)]
-    for record in records:
-        del record["checkpoints"]  # files hold the time that training took
-    for key in records[0]:
-        if key != "curve":
-            assert records[0][key] == records[1][key], key
-    assert records[0]["curve"]["valid"] == records[1]["curve"]["valid"]
 
 
 if __name__ == "__main__":

@@ -273,7 +273,7 @@ def failing_jobs(check):
     assert not (run / "evaluation").exists()
     check.done("a job that fails by its own error: not requeued, not evaluated, shown as failed")
 
-    unknown = check.script("slurm/submit.sh", "demo", "layer", "--array-seeds", "9", "--partition", "lwo", *SMALL, status=2)
+    unknown = check.script("slurm/submit.sh", "demo", "layer", "--seeds", "9", "--partition", "lwo", *SMALL, status=2)
     assert "error: sbatch --test-only" in unknown and "partition" in unknown, unknown
     check.done("an unknown partition: refused by SLURM before anything was queued")
 

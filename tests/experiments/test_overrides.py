@@ -37,6 +37,7 @@ def advised(*words, benchmark="demo"):
         ("--memory-efficient-fp16", "common.memory_efficient_fp16=true"),
         ("--cpu", "common.cpu=true"),
         ("--log-interval 7", "common.log_interval=7"),
+        ("--wandb-project mine", "common.wandb_project is this command's own; use --wandb"),
         ("--tensorboard-logdir logs", "common.tensorboard_logdir is this command's own; use --tensorboard"),
         ("--save-dir x", "checkpoint.save_dir is this command's own; use --run-dir DIR"),
         ("--patience 3", "checkpoint.patience=3"),

@@ -22,7 +22,7 @@ SOUND = ["common.seed=2", "++common.seed=2", "+model.encoder_layers=1", "~optimi
          "optimizer.adam_betas='(0.9, 0.98)'", "model.encoder_norm_self='power:eps=0.001'",
          "dataset.valid_subset='valid,test'",
          "model.norm_warmup_updates=${lr_scheduler.warmup_updates}", "dataset.max_tokens=null", "+task.norm_record=a.jsonl",
-         "common.wandb_project='a (b) = 50%, é'", "common.tensorboard_logdir=tensorboard", "generation.lenpen=-1.5"]
+         "dataset.valid_subset='a (b) = 50%, é'", "generation.lenpen=-1.5"]
 
 UNSOUND = [
     *((f"{sign}common.user_dir={value}", "is this command's own; use another checkout")
@@ -48,7 +48,7 @@ UNSOUND = [
     ("+launcher=submitit", "must read GROUP.KEY=VALUE"),
     ("common.seed=${oc.env:HOME}", "an interpolation must be all of a value"),
     ("common.seed=$\\{oc.env\\:HOME\\}", "an interpolation must be all of a value"),
-    ("common.wandb_project='x${common.seed}(1)'", "an interpolation must be all of a value"),
+    ("dataset.valid_subset='x${common.seed}(1)'", "an interpolation must be all of a value"),
     ("optimization.lr=[${oc.env:HOME}]", "an interpolation must be all of a value"),
     (f"optimizer.adam_betas=\"{CODE}\"", "reads like Python code"),
     (f"optimizer.adam_betas=\"  ({CODE}, 0.98)\"", "reads like Python code"),

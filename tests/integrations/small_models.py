@@ -8,9 +8,7 @@ from fairseq_powernorm.masks import attach_mask
 from fairseq_powernorm.norms import RunningNorm
 
 SYMBOLS, LENGTH = 24, 7
-STEPS, SENTENCES = 20, 8
-
-
+STEPS, SENTENCES = 6, 8
 #: PN in which micro-batches are exactly one batch
 ALGORITHM2 = "power:variant=algorithm2"
 

@@ -54,7 +54,7 @@ def trained(
 
 @pytest.mark.parametrize("kind", ["bert", "gpt"])
 def test_micro_batches_equal_one_batch(kind):
-    """20 steps of 4 micro-batches of 2 sentences and of one batch of 8: the same parameters and statistics, which take one
+    """Six steps of 4 micro-batches of 2 sentences and of one batch of 8: the same parameters and statistics, which take one
     step with each of the optimizer.
     """
     one, four = trained(build(kind), size=SENTENCES, accumulate=1), trained(build(kind))

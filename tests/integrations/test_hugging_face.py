@@ -79,7 +79,7 @@ def bad_loss(value, *which):
 
 @pytest.mark.parametrize("kind, mixin", [("bert", False), ("gpt", True)], ids=["bert-callback", "gpt-mixin"])
 def test_micro_batches_equal_one_batch(kind, mixin, tmp_path):
-    """20 steps of 4 micro-batches of 2 sentences and of one batch of 8: the same parameters and statistics, which take one
+    """Six steps of 4 micro-batches of 2 sentences and of one batch of 8: the same parameters and statistics, which take one
     step with each of the optimizer. GPT-2 computes its loss itself.
     """
     options = dict(mixin=mixin, loss=None if kind == "gpt" else mean_over_tokens)

@@ -101,7 +101,7 @@ def trained(folder, module, *, data=None, size=2, accumulate=4, valid=None, call
 
 @pytest.mark.parametrize("kind", ["bert", "gpt"])
 def test_micro_batches_equal_one_batch(kind, tmp_path):
-    """20 steps of 4 micro-batches of 2 sentences and of one batch of 8: the same parameters and statistics, which take one
+    """Six steps of 4 micro-batches of 2 sentences and of one batch of 8: the same parameters and statistics, which take one
     step with each of the optimizer.
     """
     one = trained(tmp_path, Module(kind), size=SENTENCES, accumulate=1)

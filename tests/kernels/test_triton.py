@@ -151,16 +151,18 @@ def test_a_module_on_triton_equals_one_on_torch(options):
     compare_modules("triton", options, DEVICE)
 
 
-@pytest.mark.parametrize("options", [dict(warmup_updates=3), dict(groups=0, variant="algorithm2")], ids=str)
-def test_steps(options):
+@pytest.mark.parametrize(
+    "options, channels", [(dict(warmup_updates=3), 1030), (dict(groups=0, variant="algorithm2"), 40)], ids=str
+)
+def test_steps(options, channels):
     """A batch of padding alone counts as a step and changes psi^2 no more than one that is not finite; a jump is bounded."""
-    x, dy = (each.to(DEVICE) for each in inputs((12, 1030), torch.float32)[:2])
+    x, dy = (each.to(DEVICE) for each in inputs((4, channels), torch.float32)[:2])
     results = []
     for name in ("triton", "eager"):
-        norm, seen = PowerNorm(1030, **options).to(DEVICE), []
+        norm, seen = PowerNorm(channels, **options).to(DEVICE), []
         with kernels.only(name):
             for scale in (1.0, None, 2.0, float("nan"), 1e3):
-                mask = torch.ones(12, dtype=torch.bool, device=DEVICE) if scale is None else None
+                mask = torch.ones(4, dtype=torch.bool, device=DEVICE) if scale is None else None
                 norm((x * (scale or 1.0)).requires_grad_(), mask).backward(dy)
                 seen.append([buffer.clone() for buffer in norm.buffers()])
         results.append(seen)

@@ -289,6 +289,7 @@ print(base, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, loss.item())
 """
 
 
+@pytest.mark.slow
 def test_a_training_step_at_penn_treebank_size_needs_less_than_4_gb(root):
     """Two Adam steps of tensorized_lm_pn_ptb (3 layers, 120 windows of 32, 10,000 words) in a process of under 4 GB."""
     done = subprocess.run([sys.executable, "-c", MEMORY], cwd=root, capture_output=True, text=True, timeout=300,

@@ -9,7 +9,7 @@ import torch.utils.checkpoint
 from norm_cases import APPROXIMATE, RUNNING, new
 
 from fairseq_powernorm import functional
-from fairseq_powernorm.norms import NORMS, MaskedBatchNorm, PowerNorm, PowerNormV, build_norm, penalty
+from fairseq_powernorm.norms import NORMS, MaskedBatchNorm, PowerNorm, PowerNormV, build_norm
 
 EXACT = [name for name in RUNNING if name not in APPROXIMATE]
 TOLERANCE = {"f32": 2e-6, "f64": 1e-12}
@@ -235,13 +235,13 @@ def test_algorithm2_equals_the_papers_equations(groups, alphas):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("groups", [0, 1, 4])
+@pytest.mark.parametrize("groups", [0, 1, 2])
 @pytest.mark.parametrize("kind", EXACT)
 def test_exact_gradients(kind, groups, masked):
     """In training the gradient is that of the function computed (gradcheck, float64), but where it is approximate."""
-    norm = randomize(new(kind, dim=8, groups=groups).double())
+    norm = randomize(new(kind, dim=4, groups=groups).double())
     norm.iters.fill_(2)
-    x, _, mask = random_batch()
+    x, _, mask = random_batch(3, 2, 4, lengths=(3, 1))
 
     def function(x, weight, bias):
         state = {name: buffer.clone() for name, buffer in norm.named_buffers()}  # which takes the step of each call
@@ -253,11 +253,11 @@ def test_exact_gradients(kind, groups, masked):
 
 
 @pytest.mark.parametrize("kind", RUNNING)
-@pytest.mark.parametrize("groups", [0, 4])
+@pytest.mark.parametrize("groups", [0, 2])
 def test_evaluation_has_exact_gradients(kind, groups):
     """In evaluation every norm is an ordinary differentiable function of x, weight and bias."""
-    norm = randomize(new(kind, dim=8, groups=groups).double()).eval()
-    x, _, mask = random_batch()
+    norm = randomize(new(kind, dim=4, groups=groups).double()).eval()
+    x, _, mask = random_batch(3, 2, 4, lengths=(3, 1))
 
     def function(x, weight, bias):
         return torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x, mask))
@@ -621,30 +621,6 @@ def test_the_authors_state_dict_loads():
     assert theirs["running_phi"].shape == (1, 8, 1, 1)
     with pytest.raises(RuntimeError, match="running_phi"):
         PowerNorm(4).load_state_dict(theirs)
-
-
-@pytest.mark.parametrize("kind", list(NORMS))
-def test_torch_compile(kind):
-    """Compiled, a module trains and evaluates as in eager mode; evaluation is one graph without breaks."""
-    torch._dynamo.reset()  # the norms share code, which is compiled a limited number of times
-    eager = randomize(new(kind, dim=8, groups=2, warmup_updates=2))
-    compiled_module = copy.deepcopy(eager)
-    compiled = torch.compile(compiled_module, backend="aot_eager")
-    for seed in range(4):
-        results = []
-        for module in (eager, compiled):
-            x, g, mask = random_batch(seed=seed, dtype=torch.float32)
-            x.requires_grad_()
-            y = module(x, mask)
-            ((y * g).sum() + penalty(module)).backward()
-            results += [(y, x.grad)]
-        for a, b in zip(*results):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-    for name, value in eager.state_dict().items():
-        torch.testing.assert_close(value, compiled_module.state_dict()[name], rtol=1e-6, atol=1e-6, msg=name)
-    compiled_module.eval(), eager.eval()
-    one_graph = torch.compile(compiled_module, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(one_graph(x, mask), eager(x, mask), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", list(NORMS))

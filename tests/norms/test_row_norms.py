@@ -259,20 +259,21 @@ def test_parameters_can_be_sharded(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_compiled_in_half_precision(name):
-    """torch.compile(fullgraph=True) of a bfloat16 norm, with a mask: forward and backward as without."""
+def test_compiled(name):
+    """torch.compile(fullgraph=True) of a norm in float32 and in bfloat16, with a mask: forward and backward as without."""
     torch._dynamo.reset()
-    norm = make(name, dtype=torch.bfloat16)
-    x, dy, mask = batch(0, torch.bfloat16)
-    results = []
-    for f in (norm, torch.compile(norm, fullgraph=True, backend="aot_eager")):
-        norm.zero_grad()
-        leaf = x.clone().requires_grad_()
-        y = f(leaf, mask)
-        y.backward(dy)
-        results.append([y, leaf.grad, *(p.grad.clone() for p in norm.parameters())])
-    for one, other in zip(*results):
-        torch.testing.assert_close(one, other)
+    for dtype in (torch.float32, torch.bfloat16):
+        norm = make(name, dtype=dtype)
+        x, dy, mask = batch(0, dtype)
+        results = []
+        for f in (norm, torch.compile(norm, fullgraph=True, backend="aot_eager")):
+            norm.zero_grad()
+            leaf = x.clone().requires_grad_()
+            y = f(leaf, mask)
+            y.backward(dy)
+            results.append([y, leaf.grad, *(p.grad.clone() for p in norm.parameters())])
+        for one, other in zip(*results):
+            torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize(

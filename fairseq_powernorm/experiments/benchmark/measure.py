@@ -41,12 +41,12 @@ def benchmark(arguments: Sequence[str]) -> int:
     """Measure what the arguments say, print it, write the record if it has a name; gives the exit status."""
     options = parse(arguments)
     target = None
-    if options.output:
-        target = ROOT / "results" / "benchmark" / options.output
-        if Path(options.output).name != options.output:
-            raise UserError(f"--output {options.output!r}: must be a name without a directory")
+    if options.name:
+        target = ROOT / "results" / "benchmark" / options.name
+        if Path(options.name).name != options.name:
+            raise UserError(f"--name {options.name!r}: must be a name without a directory")
         if target.exists():
-            raise UserError(f"--output {options.output!r}: {target} exists; choose another name or remove it")
+            raise UserError(f"--name {options.name!r}: {target} exists; choose another name or remove it")
 
     # not before wrong options have been refused: these take seconds
     import torch

@@ -52,7 +52,7 @@ def parser() -> Parser:
 
           python scripts/benchmark.py                      # the CPU, all levels; some minutes; prints tables
           python scripts/benchmark.py --device cuda        # the GPU
-          python scripts/benchmark.py --output NAME        # ... and writes results/benchmark/NAME/
+          python scripts/benchmark.py --name NAME          # ... and writes results/benchmark/NAME/
           python scripts/benchmark.py --check              # ... and exits with status 1 if a target is missed
           python scripts/benchmark.py --levels layer --shapes 4096x512 --extra mypackage.norms:FastNorm
         """,
@@ -90,8 +90,8 @@ def parser() -> Parser:
              help="measuring time of a cell, at least five rounds, 15 of models")
     made.add("--fresh", flag=True, help="map new pages in every call instead of recycling memory")
     made.add("--quick", flag=True, help="tiny sizes and one round: shows that it runs, times mean nothing")
-    made.add("--check", flag=True, help="exit with status 1 if a target is missed")
-    made.add("--output", metavar="NAME",
+    made.add("--check", help="that is, if a target is missed")
+    made.add("--name", former="--output",
              help="write results/benchmark/NAME (record.json, table.md, figure.png), which must not exist")
     return made
 

@@ -8,14 +8,13 @@ import os
 import shlex
 import shutil
 import sys
-import tempfile
 import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
-from ..directories import in_use
-from ..errors import UserError, number
+from ..directories import check_writable, in_use
+from ..errors import UserError
 from ..paths import ROOT, data_root, for_fairseq, runs_root
 from ..recipes import prepared
 from ..runs import batch, claims, launchers, train
@@ -28,9 +27,9 @@ OPTIONS = ("nodes", "gpus", "time", "partition", "site", "log-dir")
 
 
 def check_options(options: Namespace) -> None:
-    """Makes numbers of --nodes and --gpus; refuses what cannot be."""
-    options.nodes = number("--nodes", options.nodes or "1", 1, launchers.MOST)
-    options.gpus = number("--gpus", options.gpus or str(options.nodes), 1, launchers.MOST)
+    """Fills in --nodes and --gpus; refuses what cannot be."""
+    options.nodes = options.nodes or 1
+    options.gpus = options.gpus or options.nodes
     if options.gpus % options.nodes:
         raise UserError(f"--gpus {options.gpus} cannot be divided among --nodes {options.nodes}: it is the number of "
                         f"GPUs of all nodes together, and each node has as many as the others")
@@ -214,17 +213,3 @@ class Submission:
         print(f"job {jobs[1]}_I: evaluation of job {jobs[0]}_I, once that has ended well\n"
               f"job {jobs[2]}: {what}, after all of them\n"
               f"logs: {self.logs}\nhow they are doing: scripts/status.sh; end them: scancel {' '.join(jobs)}")
-
-
-def check_writable(what: str, directory: Path) -> None:
-    """Refuses a directory in which, once it is made, no file can be written; leaves nothing."""
-    existing = directory
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise UserError(f"{what} {directory}: {existing} is not a directory")
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise UserError(f"{what} {directory} cannot be written: {existing}: {error.strerror}") from None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import List, Sequence
 
 from ..errors import UserError
+from ..runs import watch
 from ..settings import recipe
 from . import submission
 
@@ -18,7 +19,7 @@ def submit(options: Namespace) -> None:
             words = [options.benchmark, norm, *options.overrides, *([] if seed is None else [f"common.seed={seed}"])]
             for name in ("arch", "placement"):
                 words += [f"--{name}", getattr(options, name)] if getattr(options, name) else []
-            words += ["--tensorboard"] if options.tensorboard else []
+            words += watch.words(options)
             # --resume: a job that is requeued goes on
             run = submission.Run([*words, "--resume"])
             if options.records:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
+from .. import trust
 from ..errors import UserError
 from ..overrides import by_key
 from ..paths import ROOT, runs_root
@@ -261,6 +262,7 @@ def runs(
     config, name = load(subject, arch), recipe(subject).name
     number, scaled = length(subject, config, updates)
     interval = max(1, (number or whole(subject, config)) // 100)
+    tokens = tokens_of(config, by_key(overrides))  # what is a row's own changes no batch
     for seed in seeds:
         for row in rows(config.model):
             own = [f"common.seed={seed}", *scaled]
@@ -272,7 +274,7 @@ def runs(
                 own += [f"+task.norm_record={NORM_RECORD}", f"+task.norm_record_interval={interval}"]
             merged = {**by_key(own), **by_key(overrides)}
             yield Run(name, subject, arch, row, row.name(placements(config.model)[0]), seed, number,
-                      tokens_of(config, merged), average(subject, config, updates), tuple(merged.values()))
+                      tokens, average(subject, config, updates), tuple(merged.values()))
 
 
 def has_statistics(norm: str) -> bool:
@@ -301,14 +303,14 @@ def tokens_of(config: Any, overrides: Dict[str, str]) -> int:
 
 def identity(overrides: Sequence[str], run: Run) -> Dict[str, str]:
     """Overrides by key, without those that do not change the training of a run."""
-    return {key: value for key, value in by_key(overrides).items()
+    return {key: value for key, value in by_key(trust.of_training(overrides)).items()
             if not key.startswith("task.norm_record") and (key != FINAL_WARMUP or run.final_warmup_matters)}
 
 
-def plan_line(run: Run, results: Path) -> str:
+def plan_line(run: Run, results: Path, watch: Sequence[str] = ()) -> str:
     """The commands of a run, to be pasted into a shell, with its estimated cost."""
     cost = "no estimate" if run.gpu_hours is None else f"about {hours(run.gpu_hours)} GPU hours"
-    return (f"{shlex.join(run.train_command())}    # {cost}\n"
+    return (f"{shlex.join([*run.train_command(), *watch])}    # {cost}\n"
             f"{shlex.join(run.evaluate_command(results))}")
 
 

@@ -14,7 +14,7 @@ from ..directories import in_use
 from ..errors import UserError, choose, listed
 from ..paths import ROOT, data_root, for_fairseq, runs_root
 from ..recipes import benchmarks, is_lm
-from ..runs import batch, claims, compose
+from ..runs import batch, claims, compose, watch
 from ..settings import architectures, load, recipe
 from . import matrix, report, workers
 
@@ -28,16 +28,17 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--benchmark {options.benchmark!r}: two of them have the name of their results in common")
     options.seeds = options.seeds or list(seeds)
     trust.check_overrides(options.overrides, trust.OURS)
-    for several in (("jobs", "slurm"), ("report_only", "slurm"), *((("gpus", "jobs"),) if not options.slurm else ())):
+    watch.check(options)
+    for several in (("jobs", "slurm"), ("report_only", "slurm"), ("gpu_ids", "jobs"), ("gpu_ids", "slurm")):
         if all(getattr(options, name) for name in several):
             raise UserError(" and ".join("--" + name.replace("_", "-") for name in several) + " exclude each other")
     if options.slurm:
         submission.check_options(options)
     else:
         for name in submission.OPTIONS:
-            if name != "gpus" and getattr(options, name.replace("-", "_")):
-                raise UserError(f"--{name} goes with --slurm only")
-        options.gpus = listed("--gpus", options.gpus, None, ())
+            if getattr(options, name.replace("-", "_")):
+                which = f"; which GPUs of this machine: --gpu-ids {options.gpus}" if name == "gpus" else ""
+                raise UserError(f"--{name} goes with --slurm only{which}")
 
 
 def named(subject: str, word: str) -> str:
@@ -97,7 +98,9 @@ def reproduce(options: argparse.Namespace) -> Optional[int]:
     if options.dry_run:
         dry_run(options, runs)
         return None
-    state = workers.carry_out_all(runs, options.results, workers.environments(options.jobs or 1, options.gpus))
+    state = workers.carry_out_all(
+        runs, options.results, workers.environments(options.jobs or 1, options.gpu_ids or ()), watch.words(options)
+    )
     if state.stopped:
         print("interrupted; run again to go on where it was", file=sys.stderr)
         return 128 + state.stopped
@@ -127,7 +130,7 @@ def dry_run(options: argparse.Namespace, runs: Sequence[matrix.Run]) -> None:
     for benchmark in unprepared(options):
         print(f"bash scripts/prepare.sh {benchmark}")
     for run in runs:
-        print(matrix.plan_line(run, options.results))
+        print(matrix.plan_line(run, options.results, watch.words(options)))
     print_cost(runs)
 
 
@@ -192,7 +195,9 @@ def submit(options: argparse.Namespace, runs: Sequence[matrix.Run]) -> Optional[
         options,
         [
             submission.Run(
-                workers.training(run)[2:], run.evaluate_command(options.results)[2:], run.record(options.results)
+                workers.training(run, watch.words(options))[2:],
+                run.evaluate_command(options.results)[2:],
+                run.record(options.results),
             )
             for run in new
         ],

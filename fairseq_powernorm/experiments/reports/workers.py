@@ -40,6 +40,7 @@ class State:
     waiting: Deque[matrix.Run]
     total: int
     results: Path
+    watch: Sequence[str] = ()  # words of train.sh, see watch.words()
     started: int = 0
     stopped: int = 0  # the signal
     failed: Dict[str, str] = field(default_factory=dict)  # key of a run -> reason
@@ -61,7 +62,7 @@ def environments(jobs: int, gpus: Sequence[str]) -> List[Environment]:
         for gpu in gpus:
             if gpu not in map(str, range(present)):
                 valid = f"; valid: {', '.join(map(str, range(present)))}" if present else ""
-                raise UserError(f"--gpus {gpu!r}: this machine has {present} GPUs{valid}")
+                raise UserError(f"--gpu-ids {gpu!r}: this machine has {present} GPUs{valid}")
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(i) for i in range(present)]
         return [{**os.environ, "CUDA_VISIBLE_DEVICES": names[int(gpu)]} for gpu in gpus]
@@ -73,9 +74,11 @@ def environments(jobs: int, gpus: Sequence[str]) -> List[Environment]:
     return [one] * jobs
 
 
-def carry_out_all(runs: Sequence[matrix.Run], results: Path, slots: Sequence[Environment]) -> State:
+def carry_out_all(
+    runs: Sequence[matrix.Run], results: Path, slots: Sequence[Environment], watch: Sequence[str] = ()
+) -> State:
     """Prepares the data of runs, trains and evaluates them, as many at a time as there are slots."""
-    state = State(collections.deque(runs), len(runs), results)
+    state = State(collections.deque(runs), len(runs), results, watch)
     with interruptible(state):
         prepare(state, {recipe(run.subject).data for run in runs})
         workers = [
@@ -196,20 +199,20 @@ def carry_out(
         with contextlib.suppress(UserError):  # without SLURM nothing is queued
             for job in claims.jobs_of(run.directory, slurm.tasks()):
                 return f"job {job.job} is {job.state}"
-    for command in (training(run), run.evaluate_command(state.results)):
+    for command in (training(run, state.watch), run.evaluate_command(state.results)):
         problem = call(state, command, environment, prefix, lock)
         if problem or state.stopped:
             return problem
     return None
 
 
-def training(run: matrix.Run) -> List[str]:
+def training(run: matrix.Run, watch: Sequence[str] = ()) -> List[str]:
     """The command that trains a run, or resumes it as it was begun; refuses if that was with other settings."""
     begun = run.directory / "run.json"
     if not begun.is_file():
-        return run.train_command()
+        return [*run.train_command(), *watch]
     refuse_others(read_run(run.directory), run, matrix.relative(run.directory))
-    return run.train_command([])
+    return [*run.train_command([]), *watch]
 
 
 def done(run: matrix.Run, record: Path) -> bool:

@@ -88,7 +88,8 @@ def build(config: Any) -> Tuple[Any, Any, Any, Any]:
 
 
 #: settings that only say where files lie: (group, key)
-PATHS = (("common", "user_dir"), ("task", "data"), ("checkpoint", "save_dir"))
+PATHS = (("common", "user_dir"), ("task", "data"), ("checkpoint", "save_dir"), ("common", "tensorboard_logdir"),
+         ("common", "wandb_project"))
 
 
 def differences(config: Any) -> Dict[str, Any]:
@@ -104,7 +105,7 @@ def differences(config: Any) -> Dict[str, Any]:
 
     found: Any = OmegaConf.to_container(config)
     for group, key in PATHS:
-        found[group].pop(key)
+        found[group].pop(key, None)
     schema: Any = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(FairseqConfig), enum_to_str=True))
     for group, settings in found.items():
         if isinstance(settings, dict) and settings.get("_name"):

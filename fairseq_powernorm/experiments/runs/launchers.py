@@ -13,7 +13,6 @@ from ..tools import cpus
 from . import claims
 
 PORT = 29400
-MOST = 65535  # ranks, and machines
 SLURM_PATIENCE = 600  # seconds for what a requeued job left behind, on a node that does not answer, to end
 RANK = Path(__file__).with_name("rank.py")
 #: settings that are the launcher's, which alone knows the places of the ranks

@@ -20,7 +20,7 @@ SESSION = {
 }
 RUN = {
     "schema": {SCHEMA}, "benchmark": str, "arch?": str, "norm": str, "placement": str, "prepared_sha256": str,
-    "overrides": [str], "recipe?": RECIPE, "sessions": [SESSION], "parameters?": int,
+    "overrides": [str], "recipe?": RECIPE, "sessions": [SESSION], "parameters?": int, "wandb?": str,
 }
 FINISHED = {"updates": int, "overrides": [str]}
 
@@ -47,7 +47,7 @@ def read_run(run: Path, own: Optional[Mapping[str, Optional[str]]] = None) -> Fa
         if not is_name(name):
             raise UserError(f"{path}: {name!r} is no name of data or of a run")
     trust.check_overrides(facts.get("recipe", {}).get("overrides", []), own, str(path))
-    trust.check_overrides(facts["overrides"], own, str(path))
+    facts["overrides"] = trust.check_stored(facts["overrides"], own, str(path))
     return facts
 
 
@@ -59,7 +59,10 @@ def data_of(facts: Facts) -> str:
 def read_finished(run: Path) -> Optional[Facts]:
     """finished.json of a run; None if its training is not complete."""
     path = run / "finished.json"
-    return _checked(path, FINISHED) if path.is_file() else None
+    if not path.is_file():
+        return None
+    finished = _checked(path, FINISHED)
+    return {**finished, "overrides": trust.of_training(finished["overrides"])}
 
 
 def diverged(facts: Facts) -> Optional[str]:

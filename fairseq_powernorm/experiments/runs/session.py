@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Deque, Dict, Iterable, List, Mapping, Optional, TextIO
+from types import MappingProxyType
+from typing import Any, Deque, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, TextIO
 
 from ..commands import called_as
 from ..errors import UserError
@@ -25,6 +26,16 @@ from .launchers import Launcher
 STOP_PATIENCE = 10  # seconds from SIGTERM to SIGKILL
 
 
+class Watched(NamedTuple):
+    """Where else the curves go, see :mod:`.watch`."""
+
+    overrides: Sequence[str] = ()
+    environment: Mapping[str, str] = MappingProxyType({})
+
+
+UNWATCHED = Watched()
+
+
 def session(
     run: Path,
     facts: Dict[str, Any],
@@ -32,19 +43,28 @@ def session(
     config: Any,
     lock: Optional[TextIO],
     launcher: Optional[Launcher] = None,
+    watched: Watched = UNWATCHED,
 ) -> int:
-    """Trains until the end, an error or a signal; shows progress in short and logs everything. Gives the exit status."""
+    """Trains until the end, an error or a signal; shows progress in short and logs everything. Gives the exit status.
+
+    Args:
+        watched: what fairseq is told beside its command, which the run's records do not mention
+    """
     from omegaconf import OmegaConf
 
     environment = None
+    command = [*command, *watched.overrides]
     if launcher is not None:
         command, environment = launcher.command(command, run / "logs")
+    if watched.environment:
+        environment = {**(environment or os.environ), **watched.environment}
     if lock is None:  # another process leads the run, and writes its records
         return follow(command, environment)
     run.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
         (run / "finished.json").unlink()
-    this = {"command": command, "threads": int((environment or os.environ).get("OMP_NUM_THREADS") or cpus()),
+    this = {"command": [word for word in command if word not in watched.overrides],
+            "threads": int((environment or os.environ).get("OMP_NUM_THREADS") or cpus()),
             **(launcher.facts() if launcher else {}),
             "wall_s": None, "cpu_s": None, "exit_status": None}  # null to the end of a session that is killed
     if facts["sessions"]:

@@ -1,9 +1,7 @@
 """Trains one run, in one process or in those that a launcher starts."""
 
 import contextlib
-import importlib.util
 import os
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple
@@ -18,9 +16,9 @@ from ..paths import for_fairseq, runs_root
 from ..recipes import is_lm, prepared
 from ..settings import architectures, load, norm_in_names, placements, recipe
 from ..tools import tool
-from . import batch, checkpoints, compose, records
+from . import batch, checkpoints, compose, records, watch
 from .launchers import PLACES, WORLD_SIZE, Launcher
-from .session import session
+from .session import Watched, session
 
 
 def checked(options: Namespace) -> Any:
@@ -33,11 +31,8 @@ def checked(options: Namespace) -> Any:
         raise UserError(f"--placement 'encoder': {recipe(options.benchmark).name} trains a language model, which has no "
                         f"encoder; valid: {', '.join(valid)}")
     options.placement = choose("--placement", options.placement or valid[0], valid)
-    if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UserError(f"--tensorboard: {sys.executable} has no tensorboard; install it with: pip install tensorboard")
+    watch.check(options)
     trust.check_overrides(options.overrides, trust.OURS)
-    if options.tensorboard:
-        options.overrides.append(trust.TENSORBOARD)  # in the run's directory, where hydra goes
     return config
 
 
@@ -76,7 +71,8 @@ def train(options: Namespace, config: Any, launcher: Optional[Launcher] = None) 
                    f"hydra.run.dir={quote(run)}", "hydra.output_subdir=hydra", "hydra/job_logging=stdout", *complete]
         if leads:
             print(f"{found.name}: {batch.described(resolved, world)}", flush=True)
-        return session(run, facts, command, resolved, lock, launcher)
+        watched = Watched(watch.overrides(options, run), watch.environment(options, run, facts) if leads else {})
+        return session(run, facts, command, resolved, lock, launcher, watched)
 
 
 def run_directory(options: Namespace, config: Any) -> Path:

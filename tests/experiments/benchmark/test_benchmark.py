@@ -57,7 +57,8 @@ def test_the_command_measures_every_level():
         (["--device", "gpu"], "--device 'gpu' is unknown; valid: cpu, cuda"),
         (["--threads", "0"], "--threads '0': must be a number, 1 or more"),
         (["--extra", "nowhere:Norm"], "--extra 'nowhere:Norm': must be MODULE:CLASS"),
-        (["--output", "a/b"], "--output 'a/b': must be a name"),
+        (["--name", "a/b"], "--name 'a/b': must be a name"),
+        (["--output", "a"], "--output is now --name"),
         (["--seconds", "0"], "--seconds '0': must be a positive number"),
     ],
 )

@@ -70,8 +70,8 @@ def test_submit_refuses(scripts, with_slurm, tmp_path, monkeypatch):
     assert "--nodes '0': must be a number" in refused(*demo, "--nodes", "0")
     for seeds in ("1,a", "4294967296", "-1", "1.0"):
         assert "must be a number, 0 to 4294967295" in refused(*demo, f"--array-seeds={seeds}")
-    assert "--array-seeds '1,': must be words separated by commas" in refused(*demo, "--array-seeds", "1,")
-    assert "--array-seeds '1,2,1' names something twice" in refused(*demo, "--array-seeds", "1,2,1")
+    assert "--seeds '1,': must be words separated by commas" in refused(*demo, "--array-seeds", "1,")
+    assert "--seeds '1,2,1' names something twice" in refused(*demo, "--array-seeds", "1,2,1")
     assert "both choose the seed" in refused(*demo, "--array-seeds", "1", "common.seed=2")
     assert "power-seed1; each norm and each seed only once" in refused("demo", "power", "power", *SMALL)
     assert "--time '1 hour' is no time limit" in refused(*demo, "--time", "1 hour")

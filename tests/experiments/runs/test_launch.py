@@ -11,7 +11,7 @@ import torch
 import toy
 from checks.slurm_cluster import free_ports
 from omegaconf import OmegaConf
-from pipelines import SMALL, Scripts, write_text
+from pipelines import SMALL, Scripts, fake_wandb, write_text
 
 from fairseq_powernorm import ranks
 from fairseq_powernorm.checkpoint import load
@@ -44,8 +44,11 @@ def two_nodes(scripts):
     (port,) = free_ports(1)
     run = scripts.runs / "ranks"
     words = ["demo", "power", *EXACT, "dataset.batch_size=4", "optimization.update_freq=[4]", "--run-dir", run,
-             "--nodes", 2, "--ranks", 2, "--master", f"127.0.0.1:{port}", "--tensorboard"]
-    machines = [scripts.start("launch", *words, "--node-rank", node, PN_PROGRESS_SECONDS="1") for node in (1, 0)]
+             "--nodes", 2, "--ranks", 2, "--master", f"127.0.0.1:{port}", "--tensorboard", "--wandb", "mine"]
+    fake_wandb(scripts.runs.parent / "packages")
+    environment = {"PYTHONPATH": str(scripts.runs.parent / "packages"), "NOTES": str(scripts.runs.parent / "notes"),
+                   "PN_PROGRESS_SECONDS": "1"}
+    machines = [scripts.start("launch", *words, "--node-rank", node, **environment) for node in (1, 0)]
     outputs = [machine.communicate(timeout=400)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], outputs
     scripts.ok("train", "demo", "power", *EXACT, "dataset.batch_size=16", "--run-dir", scripts.runs / "alone")
@@ -63,8 +66,9 @@ def test_two_nodes_of_two_ranks(scripts, two_nodes):
     assert max(errors.values()) < 1e-5, errors
 
 
-def test_records_of_several_ranks(two_nodes):
-    """One machine leads: one log, one session of four ranks, other ranks' logs, TensorBoard's file; the batch is said."""
+def test_records_of_several_ranks(scripts, two_nodes):
+    """One machine leads: one log, one session of four ranks, other ranks' logs, TensorBoard's file, one run of wandb's
+    which no record mentions; the batch is said."""
     run, output = two_nodes
     facts = json.loads((run / "run.json").read_text())
     assert [(session["ranks"], session["exit_status"]) for session in facts["sessions"]] == [(4, 0)]
@@ -77,6 +81,13 @@ def test_records_of_several_ranks(two_nodes):
     assert "at work, without news for" in output, "progress at a steady rhythm"
     assert list((run / "tensorboard").rglob("*tfevents*"))
     assert str(run) not in json.dumps(facts["overrides"])
+    notes = [json.loads(line) for line in (scripts.runs.parent / "notes").read_text().splitlines()]
+    begun = [note for note in notes if "init" in note]
+    assert {note["init"]["project"] for note in begun} == {"mine"} and {note["init"]["name"] for note in begun} == {"ranks"}
+    assert {note["told"]["WANDB_RUN_ID"] for note in begun} == {facts["wandb"]} and begun[0]["folder"] == str(run)
+    assert {note["step"] for note in notes if "log" in note} >= {8}
+    said = json.dumps(facts["sessions"]) + (run / "finished.json").read_text() + (run / "config.yaml").read_text()
+    assert "mine" not in said and "tensorboard_logdir=" not in said
 
 
 @pytest.mark.parametrize("words, message", [
