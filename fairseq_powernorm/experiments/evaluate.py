@@ -2,8 +2,9 @@
 evaluates a trained model and writes its record.
 """
 
+from argparse import Namespace
 from pathlib import Path
-from typing import List
+from typing import Sequence
 
 from .commands import Parser, main, number_from, one_of
 from .errors import UserError
@@ -42,19 +43,26 @@ def parser() -> Parser:
     return made
 
 
-def command(arguments: List[str]) -> None:
-    """Evaluates the run that a command line asks for."""
+def parse(arguments: Sequence[str]) -> Namespace:
+    """The options of a command line: `run_dir`, and `benchmark`, None where only that is given."""
     options = parser().parse(arguments)
-    from .evaluation.evaluate import evaluate
-
     *name, run = options.run_dir
     if len(name) > 1:
         raise UserError(f"{run!r} is one argument too many; one run is evaluated at a time: scripts/evaluate.sh RUN_DIR")
     if name and Path(name[0]).is_dir() and not Path(run).is_dir():
         raise UserError(f"{run!r} stands behind the run directory; write: scripts/evaluate.sh {name[0]}")
+    options.run_dir, options.benchmark = run, name[0] if name else None
+    return options
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Evaluates the run that a command line asks for."""
+    options = parse(arguments)
+    from .evaluation.evaluate import evaluate
+
     evaluate(
-        Path(run),
-        benchmark=name[0] if name else None,
+        Path(options.run_dir),
+        benchmark=options.benchmark,
         subset=options.subset,
         average=options.average,
         available=options.available,

@@ -64,7 +64,7 @@ def parser() -> Parser:
     made.add("--tokenizer", metavar="NAME", read=one_of("moses", "none"), group=group,
              help="moses (default), or none for text that has blanks between its tokens, and for sentencepiece by itself; "
              "scores are then of the text as it is")
-    made.add("--lowercase", flag=True, group=group, help="in lower case; scores ignore case, too")
+    made.add("--uncased", flag=True, group=group, help="in lower case; scores ignore case, too")
     made.add("--normalize-punctuation", flag=True, group=group,
              help="quotes, dashes and blanks in one form, as Moses has them")
     made.add("--clean", flag=True, group=group,

@@ -40,7 +40,7 @@ def prepare(
     target: Optional[str] = None,
     lm: bool = False,
     tokenizer: Optional[str] = None,
-    lowercase: bool = False,
+    uncased: bool = False,
     normalize_punctuation: bool = False,
     clean: bool = False,
     separate_dictionaries: bool = False,
@@ -54,7 +54,7 @@ def prepare(
     published = {"news_commentary": news_commentary, "cleaning": cleaning, "archive": archive, "archive_dir": archive_dir,
                  "allow_unverified": allow_unverified}
     for_own: Dict[str, Any] = {
-        "source": source, "target": target, "lm": lm, "tokenizer": tokenizer, "lowercase": lowercase,
+        "source": source, "target": target, "lm": lm, "tokenizer": tokenizer, "uncased": uncased,
         "normalize_punctuation": normalize_punctuation, "clean": clean, "separate_dictionaries": separate_dictionaries,
     }
     root = for_fairseq("data directory (PN_DATA_ROOT)", data_root())

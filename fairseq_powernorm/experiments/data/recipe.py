@@ -100,6 +100,7 @@ def of_own(
     target: Optional[str],
     lm: bool,
     clean: bool = False,
+    uncased: bool = False,
     separate_dictionaries: bool = False,
     **options: Any,
 ) -> Tuple[str, Settings]:
@@ -110,7 +111,8 @@ def of_own(
     """
     given = {name: value for name, value in options.items() if value not in (None, False)}
     if lm:
-        others = {"source": source, "target": target, "clean": clean, "separate_dictionaries": separate_dictionaries}
+        others = {"source": source, "target": target, "clean": clean, "uncased": uncased,
+                  "separate_dictionaries": separate_dictionaries}
         for name, value in {**others, **given}.items():
             if value:
                 option = "--" + name.replace("_", "-") + ("" if value is True else f" {value!r}")
@@ -126,7 +128,7 @@ def of_own(
     if source == target:
         raise UserError(f"--source and --target are both {source!r}; give two languages")
     settings: Settings = {"languages": [source, target], **OWN, **given}
-    settings["joined_dictionary"] = not separate_dictionaries
+    settings.update(lowercase=uncased, joined_dictionary=not separate_dictionaries)
     return TRANSLATION, {**settings, **(OWN_CLEANING if clean else {})}
 
 

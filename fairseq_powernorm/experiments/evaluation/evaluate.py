@@ -133,7 +133,9 @@ def started(run: Path, benchmark: Optional[str], *, unfinished: bool) -> Dict[st
     if not facts["sessions"]:
         raise UserError(f"{run / 'run.json'} was not written by scripts/train.sh: it has no sessions")
     if benchmark not in (None, facts["benchmark"]):
-        raise UserError(f"{run} is a run of benchmark {facts['benchmark']!r}, not {benchmark!r}")
+        raise UserError(
+            f"{run} is a run of benchmark {facts['benchmark']!r}, not {benchmark!r}; evaluate.sh RUN_DIR needs no name"
+        )
     if records.read_finished(run) is None and not unfinished:
         reason = records.diverged(facts)
         if reason:
