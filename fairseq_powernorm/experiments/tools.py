@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, Iterable, List, Mapping, Sequence, TextIO
+from typing import Callable, Dict, Iterable, List, Mapping, Sequence, TextIO, cast
 
 from .errors import UserError
 from .paths import ROOT
@@ -48,15 +48,27 @@ def tied(command: Sequence[str]) -> List[str]:
     return [sys.executable, "-IS", str(TETHER), str(os.getpid()), *command]
 
 
-def call(command: Sequence[str], lock: TextIO) -> str:
-    """Runs a command, which holds the lock, too; gives its output, or shows it and refuses to go on."""
+def call(command: Sequence[str], lock: TextIO, follow: Callable[[str], object] = len) -> str:
+    """Runs a command, which holds the lock, too; gives its output, or shows it and refuses to go on.
+
+    follow: is given each line as it comes
+    """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
                    "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(tied(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
-                          env=environment, pass_fds=(lock.fileno(),))
-    if done.returncode:
-        raise UserError(f"{shlex.join(command)} failed with exit status {done.returncode}:\n{done.stdout[-3000:]}")
-    return done.stdout
+    lines: List[str] = []
+    with subprocess.Popen(tied(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
+                          env=environment, pass_fds=(lock.fileno(),)) as process:
+        try:
+            for line in cast(TextIO, process.stdout):
+                lines.append(line)
+                follow(line)
+        except BaseException:  # as subprocess.run() has it
+            process.kill()
+            raise
+    output = "".join(lines)
+    if process.returncode:
+        raise UserError(f"{shlex.join(command)} failed with exit status {process.returncode}:\n{output[-3000:]}")
+    return output
 
 
 def versions(distributions: Iterable[str]) -> Dict[str, str]:

@@ -242,45 +242,37 @@ def test_quickstart(monkeypatch, tmp_path, capsys):
 
 # ---- scripts/README.md -----------------------------------------------------------------------------------------------
 
-#: what starters of processes say to those that they start, and what belongs to Python and to the tests
-INTERNAL = re.compile(r"SLURM_|(RANK|WORLD_SIZE|LOCAL_RANK|PYTHONPATH|VIRTUAL_ENV|CONDA_PREFIX|TRITON_INTERPRET)$")
-
-
-def is_environ(node):
-    return isinstance(node, ast.Attribute) and node.attr == "environ"
+#: what starters of processes say to those that they start, what the scripts say to each other and the site file says to
+#: them (scripts/slurm/site.example.sh explains it), and what belongs to the shell, to Python and to its environments
+INTERNAL = re.compile(
+    r"(SLURM|BASH)_|(RANK|WORLD_SIZE|LOCAL_RANK|PATH|PYTHONPATH|PYTHONIOENCODING|VIRTUAL_ENV|CONDA_PREFIX)$"
+    r"|PN_(ROOT|SCRIPT|SITE|CONTAINER|ACCOUNT|PARTITION|TIME|CPUS_PER_TASK|GRES|WARNING)$"
+    r"|TORCH_FORCE_WEIGHTS_ONLY_LOAD$|TQDM_DISABLE$"  # which are set, not read
+)
+#: words in capitals that are no variables, in modules that read some
+WORDS = {"BENCH", "DIR", "FILE", "HEAD", "KERNELS", "MB", "NAME", "NORM", "RUN_DIR", "SOABI", "TYPE",
+         "PROCID", "STEP_NUM_TASKS", "LOCALID", "STEP_NUM_NODES"}  # the last four of SLURM's, without their beginning
 
 
 def variables():
-    """The environment variables that the commands and the scripts read."""
+    """The environment variables that the package and the scripts read: words in capitals, in a module that reads any."""
     found = set()
-    for path in FOLDER.rglob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        constants = {target.id: node.value.value for node in ast.walk(tree) if isinstance(node, ast.Assign)
-                     and isinstance(node.value, ast.Constant) for target in node.targets if isinstance(target, ast.Name)}
-        for node in ast.walk(tree):
-            key = None
-            called = node.func if isinstance(node, ast.Call) else None
-            if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load) and is_environ(node.value):
-                key = node.slice
-            elif isinstance(called, ast.Attribute) and called.attr == "get" and is_environ(called.value):
-                key = node.args[0]
-            if isinstance(key, ast.Constant):
-                found.add(key.value)
-            elif isinstance(key, ast.Name) and key.id in constants:
-                found.add(constants[key.id])
-    for path in (ROOT / "scripts").rglob("*.sh"):
-        found |= set(re.findall(r"\$\{([A-Z][A-Z_]+):?-", path.read_text(encoding="utf-8")))
-    return {name for name in found if not INTERNAL.match(name)} - {commands.SCRIPT}
+    for path in [*(ROOT / "fairseq_powernorm").rglob("*.py"), *(ROOT / "scripts").glob("*.py"), ROOT / "setup.py"]:
+        text = path.read_text(encoding="utf-8")
+        if "environ" in text or "getenv" in text:
+            found |= {node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)
+                      and isinstance(node.value, str) and re.fullmatch("[A-Z][A-Z0-9_]+", node.value)} - WORDS
+    for path in (ROOT / "scripts").rglob("*.s*"):
+        if path.suffix in (".sh", ".sbatch"):
+            found |= set(re.findall(r"\$\{?([A-Z][A-Z0-9_]+)", path.read_text(encoding="utf-8")))
+    return {name for name in found if not INTERNAL.match(name)}
 
 
 def test_the_environment_is_documented():
-    """The table of environment variables names all that commands and scripts read, and none that is read nowhere."""
+    """The table of environment variables names all that the package and the scripts read, each once, and no other."""
     (table,) = re.findall(r"\n\| variable \|.*\n((?:\|.*\n)+)", README)
-    named = set(re.findall(r"`([A-Z_]+)`", "\n".join(line.split("|")[1] for line in table.splitlines())))
-    assert variables() <= named
-    package = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "fairseq_powernorm").rglob("*.py"))
-    for name in named - variables():
-        assert f'"{name}"' in package, name
+    named = re.findall(r"`([A-Z0-9_]+)`", "\n".join(line.split("|")[1] for line in table.splitlines()))
+    assert len(set(named)) == len(named) and set(named) == variables()
 
 
 def test_every_script_is_documented():

@@ -9,6 +9,7 @@ from ..directories import locked, whole_directory
 from ..errors import UserError
 from ..files import write_json
 from ..paths import ROOT
+from ..progress import Progress
 from ..tools import TOOLS, versions
 from .options import parse
 
@@ -70,13 +71,17 @@ def benchmark(arguments: Sequence[str]) -> int:
     threads = options.threads or own
     cells: List[Dict[str, Any]] = []
 
-    def say(cell: Dict[str, Any]) -> None:
-        print(" ".join(f"{key}={value}" for key, value in cell.items()), file=sys.stderr, flush=True)
+    with Progress("levels", len(threads) * len(options.levels), stream=sys.stderr, seconds=None) as progress:
 
-    for number in threads:
-        torch.set_num_threads(number)
-        for level in options.levels:
-            cells += rounded(CELLS[level](options, say))
+        def say(cell: Dict[str, Any]) -> None:
+            progress.say(" ".join(f"{key}={value}" for key, value in cell.items()))
+
+        for number in threads:
+            torch.set_num_threads(number)
+            for level in options.levels:
+                progress.reach(progress.done, f"{level}, threads {number}")
+                cells += rounded(CELLS[level](options, say))
+                progress.reach(progress.done + 1)
     record = {
         "schema": 1, "kind": "benchmark", "device": options.device, "processor": processor(options.device),
         "cores": os.cpu_count(), "memory": "fresh" if options.fresh else "recycled",

@@ -9,7 +9,6 @@ import lzma
 import os
 import stat
 import tarfile
-import time
 import urllib.error
 import urllib.request
 import zipfile
@@ -18,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Protocol, Sequence, Tuple
 
 from ..errors import UserError
+from ..progress import Progress
 
 BLOCK = 1 << 20
 # What reading a damaged archive raises.
@@ -152,8 +152,8 @@ def fetch(address: str, partial: Path, size: Optional[int], *, secure: bool = Fa
         total = size if length is None else start + int(length)
         if size is not None and total != size:
             raise Unreachable(f"it has {total:,} bytes there, expected {size:,}")
-        done, told = start, time.monotonic()
-        with open(partial, "ab" if start else "wb") as stream:
+        done = start
+        with open(partial, "ab" if start else "wb") as stream, Progress(target_of(partial), total, "B") as progress:
             while True:
                 try:
                     block = answer.read(BLOCK)
@@ -163,11 +163,14 @@ def fetch(address: str, partial: Path, size: Optional[int], *, secure: bool = Fa
                     break
                 stream.write(block)
                 done += len(block)
-                if time.monotonic() - told > 5:
-                    told = time.monotonic()
-                    print(f"  {done / 1e6:,.0f}{f' of {total / 1e6:,.0f}' if total else ''} MB", flush=True)
+                progress.reach(done)
         if total is not None and done != total:
             raise Unreachable(f"the connection ended after {done:,} of {total:,} bytes")
+
+
+def target_of(partial: Path) -> str:
+    """The name of the file that a part belongs to."""
+    return partial.name[: -len(".part")] if partial.suffix == ".part" else partial.name
 
 
 def copy_and_hash(source: Readable, target: Path) -> str:

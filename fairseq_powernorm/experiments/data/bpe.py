@@ -4,11 +4,11 @@ import functools
 import io
 import itertools
 import os
-import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Sequence, TextIO
 
 from ..errors import UserError
+from ..progress import Progress
 
 #: sentences from which sentencepiece learns, at most: it holds them in memory
 SENTENCES = 4_000_000
@@ -24,28 +24,27 @@ def lines_of(paths: Iterable[Path]) -> Iterator[str]:
 
 
 class Counted(io.StringIO):
-    """A text file that says after every thousand lines how many of them were written."""
+    """A text file that says how many merges were written, a line each behind the first."""
 
-    def __init__(self, stream: TextIO, size: int) -> None:
+    def __init__(self, stream: TextIO, progress: Progress) -> None:
         super().__init__()
-        self.stream, self.size, self.lines = stream, size, 0
+        self.stream, self.progress, self.lines = stream, progress, 0
 
     def write(self, text: str) -> int:
         self.lines += text.count("\n")
-        if text.endswith("\n") and self.lines % 1000 == 1 and self.lines > 1:
-            print(f"  {self.lines - 1:,} of {self.size:,} merges", flush=True)
+        if text.endswith("\n"):
+            self.progress.reach(max(0, self.lines - 1))
         return self.stream.write(text)
 
 
 def learn_subword_nmt(train: Sequence[Path], directory: Path, size: int) -> None:
     """Makes directory/codes: `size` merges. subword-nmt holds the words of the text in memory, not the text."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # its progress bar fills a log file
+    os.environ.setdefault("TQDM_DISABLE", "1")  # of its own bar, which goes to log files as well
     from subword_nmt.learn_bpe import learn_bpe
 
     print("  counting words", flush=True)
-    with open(directory / "codes", "w", encoding="utf-8") as write:
-        learn_bpe(lines_of(train), Counted(write, size), size)
+    with open(directory / "codes", "w", encoding="utf-8") as write, Progress("learning", size, "merges") as progress:
+        learn_bpe(lines_of(train), Counted(write, progress), size)
 
 
 def learn_sentencepiece(train: Sequence[Path], directory: Path, size: int) -> None:

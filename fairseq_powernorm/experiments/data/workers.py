@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Callable, Deque, Iterable, Iterator, List
 
 from ..errors import UserError
+from ..progress import Progress
 from ..tools import cpus
 
 #: lines that a process is given at a time
 BATCH = 500
-#: seconds between two signs of life
-TOLD_S = 10
 
 Lines = Iterable[str]
 #: makes lines of lines, one for each
@@ -27,14 +26,18 @@ Process = Callable[[Lines], Iterator[str]]
 
 def transform(source: Path, target: Path, process: Process) -> None:
     """Writes process(lines of source) to target, and says every few seconds how far it is."""
-    with open(source, encoding="utf-8", newline="\n") as text, open(target, "w", encoding="utf-8", newline="\n") as out:
-        count, told = 0, time.monotonic()
-        for count, line in enumerate(process(line.rstrip("\r\n") for line in text), 1):
+    progress = Progress(f"{source.parent.name}/{source.name}", lines_in(source), "lines")
+    with progress, open(source, encoding="utf-8", newline="\n") as text, \
+            open(target, "w", encoding="utf-8", newline="\n") as out:
+        for line in progress.each(process(line.rstrip("\r\n") for line in text)):
             out.write(line + "\n")
-            if time.monotonic() - told > TOLD_S:
-                told = time.monotonic()
-                print(f"  {source.parent.name}/{source.name}: {count:,} lines", flush=True)
-    print(f"  {target.parent.name.lstrip('.')}/{target.name}: {count:,} lines", flush=True)
+    print(f"  {target.parent.name.lstrip('.')}/{target.name}: {progress.done:,} lines", flush=True)
+
+
+def lines_in(path: Path) -> int:
+    """The number of lines of a file."""
+    with open(path, "rb") as lines:
+        return sum(1 for _ in lines)
 
 
 class Workers:

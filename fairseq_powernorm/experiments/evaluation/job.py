@@ -1,5 +1,6 @@
 """What an evaluation is given, and what it gives back."""
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, TextIO
 
 from ..errors import UserError
 from ..files import sha256
+from ..progress import Progress
 from ..tools import call
 
 Command = List[str]
@@ -50,6 +52,21 @@ class Job:
         print(f"averaging {len(names)} checkpoints: {names[0]} ... {names[-1]}", flush=True)
         call(command, self.lock)
         return Averaged(path, command)
+
+
+class Matches:
+    """Counts what a program's lines show of its work.
+
+    pattern: of what is counted, as often as a line has it; progress: is told how often that has been
+    """
+
+    def __init__(self, pattern: str, progress: Progress):
+        self.pattern, self.progress, self.found = re.compile(pattern), progress, 0
+
+    def count(self, line: str) -> None:
+        """The next line."""
+        self.found += len(self.pattern.findall(line))
+        self.progress.reach(self.found)
 
 
 class Averaged(NamedTuple):

@@ -8,8 +8,9 @@ from typing import Any, Dict, List, Sequence, Tuple
 
 from ..errors import UserError
 from ..paths import PLUGIN
+from ..progress import Progress
 from ..tools import call, tool
-from .job import Command, Job, Scores, words_of
+from .job import Command, Job, Matches, Scores, words_of
 
 NOT_LM = "NOT a language model's: each position sees the token that it is asked for"
 # A line of fairseq-eval-lm --output-word-probs, in both formats of fairseq's log: BLOCK WORD [SCORE]<tab>...
@@ -59,7 +60,8 @@ def evaluate(job: Job, directory: Path) -> Scores:
     for context in dict.fromkeys((0, job.config.eval_lm.context_window)):
         command = eval_lm(job, path, context)
         print(f"scoring {job.subset}, {f'with {context} tokens of context' if context else 'block by block'}", flush=True)
-        output = call(command, job.lock)
+        with Progress(f"scoring {job.subset}", len(text), "tokens") as progress:
+            output = call(command, job.lock, Matches(r"\S+ \[-?\d", progress).count)
         (directory / f"eval-lm{f'-context{context}' if context else ''}.log").write_text(output, encoding="utf-8")
         commands.append(command)
         nll = negative_log_likelihood(output, text)

@@ -7,9 +7,10 @@ from typing import Any, Dict, List, Optional
 from ..data.moses_python import detokenize
 from ..errors import UserError
 from ..paths import PLUGIN
+from ..progress import Progress
 from ..settings import data_settings
 from ..tools import call, tool
-from .job import Command, Job, Scores, words_of
+from .job import Command, Job, Matches, Scores, words_of
 from .score import lines_of, sacrebleu_scores, tokenized_bleu
 
 
@@ -35,10 +36,12 @@ def evaluate(job: Job, directory: Path) -> Scores:
     averaged = job.averaged(directory)
     generate = _generate(job, averaged.path)
     print(f"translating {job.subset} with beam {job.config.generation.beam}", flush=True)
-    output = call(generate, job.lock)
+    sentences = job.stamp["sentences"][job.subset]
+    with Progress(f"translating {job.subset}", sentences, "sentences") as progress:
+        output = call(generate, job.lock, Matches(r"H-\d+\t", progress).count)
     (directory / "generate.log").write_text(output, encoding="utf-8")
 
-    texts = {"hyp.tok": hypotheses_of(output, job.stamp["sentences"][job.subset])}
+    texts = {"hyp.tok": hypotheses_of(output, sentences)}
     texts.update((name, lines_of(path)) for name, path in reference_paths(job).items())
     scores = _scored(job, texts)
     for name, lines in texts.items():

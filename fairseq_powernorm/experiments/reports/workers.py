@@ -21,6 +21,7 @@ from ..directories import lock_path, locked
 from ..errors import UserError
 from ..files import read_json
 from ..paths import data_root
+from ..progress import Progress
 from ..runs import claims
 from ..runs.records import read_run
 from ..settings import recipe
@@ -42,6 +43,8 @@ class State:
     results: Path
     watch: Sequence[str] = ()  # words of train.sh, see watch.words()
     started: int = 0
+    over: int = 0  # runs that have ended, well or not
+    progress: Progress = field(default_factory=lambda: Progress("runs", seconds=None))
     stopped: int = 0  # the signal
     failed: Dict[str, str] = field(default_factory=dict)  # key of a run -> reason
     processes: Set["subprocess.Popen[str]"] = field(default_factory=set)
@@ -79,7 +82,8 @@ def carry_out_all(
 ) -> State:
     """Prepares the data of runs, trains and evaluates them, as many at a time as there are slots."""
     state = State(collections.deque(runs), len(runs), results, watch)
-    with interruptible(state):
+    state.progress.total = len(runs)
+    with interruptible(state), state.progress:
         prepare(state, {recipe(run.subject).data for run in runs})
         workers = [
             threading.Thread(target=work, args=(state, slot), kwargs={"several": len(slots) > 1}, daemon=True)
@@ -118,7 +122,7 @@ def prepare(state: State, wanted: Set[str]) -> None:
                 pass  # another invocation may be at work on it
         if (directory / "prepared.json").is_file():
             continue
-        print(f"== data: {benchmark}", flush=True)
+        state.progress.say(f"== data: {benchmark}")
         problem = call(state, ["bash", "scripts/prepare.sh", benchmark], dict(os.environ))
         if problem:
             for run in [run for run in state.waiting if recipe(run.subject).data == benchmark]:
@@ -142,7 +146,7 @@ def work(state: State, environment: Environment, *, several: bool) -> None:
             with row_lock(run) as lock:
                 if lock is None:
                     if run.key not in told:
-                        print(f"== {run.key}: another process is at work on it; going on with the others", flush=True)
+                        state.progress.say(f"== {run.key}: another process is at work on it; going on with the others")
                         told.add(run.key)
                     with state.lock:
                         state.waiting.append(run)
@@ -155,8 +159,11 @@ def work(state: State, environment: Environment, *, several: bool) -> None:
         except Exception as error:  # a full disk, for one: the other rows go on
             problem = f"{type(error).__name__}: {error}"
         if problem and not state.stopped:
-            print(f"== {run.key} failed: {problem}", file=sys.stderr, flush=True)
+            state.progress.say(f"== {run.key} failed: {problem}", sys.stderr)
             state.failed[run.key] = problem
+        with state.lock:
+            state.over += 1
+            state.progress.reach(state.over)
 
 
 def row_place(run: matrix.Run) -> Path:
@@ -190,10 +197,10 @@ def carry_out(
     """
     with state.lock:
         state.started += 1
-        print(f"== [{state.started}/{state.total}] {run.key}", flush=True)
+        state.progress.say(f"== [{state.started}/{state.total}] {run.key}")
     record = run.record(state.results)
     if done(run, record):
-        print(f"{prefix}{matrix.relative(record)} is there already; nothing to do", flush=True)
+        state.progress.say(f"{prefix}{matrix.relative(record)} is there already; nothing to do")
         return None
     if claims.read_claim(run.directory):
         with contextlib.suppress(UserError):  # without SLURM nothing is queued
@@ -246,7 +253,7 @@ def call(
     state: State, command: Sequence[str], environment: Environment, prefix: str = "", lock: Optional[TextIO] = None
 ) -> Optional[str]:
     """Runs a command and shows its output line by line; gives the reason if it fails, else None."""
-    print(f"{prefix}+ {shlex.join(command)}", flush=True)
+    state.progress.say(f"{prefix}+ {shlex.join(command)}")
     process = subprocess.Popen(
         tied(command),
         stdout=subprocess.PIPE,
@@ -261,7 +268,7 @@ def call(
         process.terminate()
     last = ""
     for line in cast(TextIO, process.stdout):
-        print(prefix + line, end="", flush=True)
+        state.progress.say(prefix + line.rstrip("\n"))
         last = line.strip() or last
     status = process.wait()
     state.processes.discard(process)

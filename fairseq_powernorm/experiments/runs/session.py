@@ -12,12 +12,13 @@ import threading
 import time
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Deque, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, TextIO
+from typing import Any, Deque, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, TextIO, Tuple
 
 from ..commands import called_as
 from ..errors import UserError
 from ..evaluation import perplexity
 from ..files import write_json, write_text
+from ..progress import Progress
 from ..recipes import is_lm
 from ..tools import cpus, processor_settings, tied
 from . import checkpoints, ending, trainlog
@@ -144,16 +145,17 @@ def show(
     """
     tail: Deque[str] = collections.deque(maxlen=20)
     assert process.stdout is not None
-    with Rhythm() as rhythm:
+    with Progress("update", max_update or None, seconds=None) as progress, Rhythm(progress) as rhythm:
         for line in process.stdout:
             log.write(line)
             log.flush()
             tail.append(line)
             if ending.tells(line):
                 lines.append(line)
+            reached = trainlog.progress_of(trainlog.parse_line(line) or {}) if progress.is_bar else None
             short = trainlog.brief(line.rstrip("\n"), max_update, remark)
             if short is not None:
-                rhythm.show(short)
+                rhythm.show(short, reached)
     return tail
 
 
@@ -211,7 +213,12 @@ def stop(process: "subprocess.Popen[Any]") -> None:
 
 
 class Rhythm:
-    """Shows lines of progress, and says so where none has come for $PN_PROGRESS_SECONDS (60)."""
+    """Shows lines of progress, or a bar and the lines that are more than that, and says so where none has come for
+    $PN_PROGRESS_SECONDS (60).
+    """
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
 
     def __enter__(self) -> "Rhythm":
         self.seconds = float(os.environ.get("PN_PROGRESS_SECONDS") or 60)
@@ -224,16 +231,19 @@ class Rhythm:
         self.over.set()
         self.thread.join()
 
-    def show(self, line: str) -> None:
+    def show(self, line: str, reached: Optional[Tuple[int, str]] = None) -> None:
         self.last, self.time = line.strip(), time.monotonic()
-        print(line, flush=True)
+        if reached is None:
+            self.progress.say(line)
+        else:
+            self.progress.reach(*reached)
 
     def beat(self) -> None:
         while not self.over.wait(self.seconds):
             silent = time.monotonic() - self.time
             if silent >= self.seconds:
                 with contextlib.suppress(OSError):  # show() meets it as well, and says so
-                    print(f"  at work, without news for {silent:.0f} s; the last: {self.last}", flush=True)
+                    self.progress.say(f"  at work, without news for {silent:.0f} s; the last: {self.last}")
 
 
 def children_cpu() -> float:

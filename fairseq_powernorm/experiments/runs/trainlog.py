@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from ..files import AnyPath
 
@@ -101,6 +101,13 @@ def updates(curves: Dict[str, List[Entry]]) -> int:
     return max((entry["updates"] for entries in curves.values() for entry in entries), default=0)
 
 
+def progress_of(found: Dict[str, Any]) -> Optional[Tuple[int, str]]:
+    """(updates, what else is said of them) of a line about updates; None for another."""
+    if "num_updates" not in found or "loss" not in found:
+        return None
+    return int(found["num_updates"]), f"loss {found['loss']}, {found.get('wps', '?')} tokens/s, lr {found.get('lr')}"
+
+
 def brief(line: str, max_update: int, remark: str = "") -> Optional[str]:
     """A log line as shown to the user: progress in short, None for the lines that are in the log only.
 
@@ -114,10 +121,11 @@ def brief(line: str, max_update: int, remark: str = "") -> Optional[str]:
     if "valid_loss" in found:
         return (f"  epoch {found['epoch']}: valid loss {found['valid_loss']}, perplexity {found.get('valid_ppl')} "
                 f"{f'({remark}) ' if remark else ''}after {found['valid_num_updates']} updates")
-    if "num_updates" in found and "loss" in found:
-        done = int(found["num_updates"])
+    reached = progress_of(found)
+    if reached is not None:
+        done, more = reached
         left = (max_update - done) / float(found["ups"]) if max_update and float(found.get("ups", 0)) else None
         return (f"  update {done:,}" + (f" of {max_update:,}" if max_update else "")
-                + f": loss {found['loss']}, {found.get('wps', '?')} tokens/s, lr {found.get('lr')}"
+                + f": {more}"
                 + (f", about {left / 60:.0f} min left" if left is not None else ""))
     return None
