@@ -14,6 +14,7 @@ from .errors import UserError, choose
 from .overrides import Settings, by_key, implementations
 from .paths import data_root
 from .recipes import Recipe, benchmark, benchmarks, is_lm, prepared
+from .runs.launchers import PLACES
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
 VALID_NAME = "letters, digits, '_', '-' and '.', 64 at most, a letter or digit first"
@@ -250,7 +251,8 @@ def _overrides(base: Any, stated: Mapping[str, Mapping[str, Any]], where: str) -
         for key, value in values.items():
             if key != "_name":
                 found.append(_override(settings, f"{group}.{key}", value, where))
-    trust.check_overrides(found, trust.OURS, where)
+    ranks = dict.fromkeys(PLACES, "an override, or --ranks of scripts/launch.sh")
+    trust.check_overrides(found, {**trust.OURS, **ranks}, where)
     return found
 
 

@@ -21,7 +21,7 @@ from fairseq_powernorm.experiments import (
     settings,
     train,
 )
-from fairseq_powernorm.experiments.data import own_text
+from fairseq_powernorm.experiments.data import own_text, stages
 from fairseq_powernorm.experiments.data.prepare import prepare
 from fairseq_powernorm.experiments.errors import UserError
 from fairseq_powernorm.experiments.evaluation.evaluate import available_subset
@@ -96,12 +96,36 @@ def test_prepared_again(home, capsys):
     assert contents(home / "data") == before
 
 
+def test_interrupted(home, tmp_path, monkeypatch, capsys):
+    """What is interrupted appears nowhere but in its place for unfinished data; the next run goes on after the stages that
+    are whole, one with another text begins anew.
+    """
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.txt").write_text("a b\n")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="the next run goes on after them"):
+            patch.setattr(stages, "binarize", interrupt)
+            prepare("short", lm=True, text_dir=str(tmp_path))
+        assert "short" not in own.names() and (home / "data" / ".short.partial" / "raw").is_dir()
+    assert "[1/2] text: done already" in capsys.readouterr().out
+    (tmp_path / "valid.txt").write_text("b a\n")
+    prepare("short", lm=True, text_dir=str(tmp_path))
+    assert "which an interrupted run with other settings left" in capsys.readouterr().out
+    assert (home / "data" / "short" / "raw" / "valid.txt").read_text() == "b a\n"
+    shutil.rmtree(home / "data" / "short")
+
+
 @pytest.mark.parametrize("name, options, message", [
     ("talks/../..", {}, "'talks/../..' is no name; valid: letters, digits"),
     (".hidden", {}, "is no name"),
     ("my.yaml", {}, "is no name"),
     ("downloads", {}, "has a meaning of its own"),
-    ("multi3k", {}, "--source is missing: text of your own needs --source LANG and --target LANG, for translation, or --lm"),
+    ("multi3k", {}, "'multi3k' is unknown; valid: demo, "),
+    ("new", {"text_dir": "x"}, "--source is missing: text of your own needs --source LANG and --target LANG"),
     ("new", {"source": "de"}, "--target is missing"),
     ("new", {"source": "de", "target": "de"}, "--source and --target are both 'de'"),
     ("new", {"source": "de/../x", "target": "en"}, "--source 'de/../x' is no language"),
@@ -143,7 +167,7 @@ def test_wrong_text(change, message, tmp_path):
         (tmp_path / name).unlink()
         if content is not None:
             (tmp_path / name).write_bytes(content)
-    found = refusal(own_text.UserText(tmp_path, ["de", "en"], clean=False).identity)
+    found = refusal(own_text.UserText(tmp_path, ["de", "en"]).identity)
     assert message.format(tmp_path) in found and str(tmp_path) in found
 
 
@@ -153,10 +177,12 @@ def test_packed_and_endless_text(tmp_path, monkeypatch):
     """
     (tmp_path / "train.txt.gz").touch()
     (tmp_path / "valid.txt").write_text("a\n\nb\n")
-    text = own_text.UserText(tmp_path, ["txt"], clean=False)
+    text = own_text.UserText(tmp_path, ["txt"], plain=True)
     assert "lacks train.txt; " in refusal(text.identity) and "unpack train.txt.gz" in refusal(text.identity)
     (tmp_path / "train.txt").write_text("w " * 50 + "\n")
     assert set(text.identity()) == {"train.txt", "valid.txt"}
+    (tmp_path / "test.txt").write_text("a\nb </s> c\n")
+    assert "test.txt, line 2: the word '</s>' is fairseq's own; replace it in the text" in refusal(text.identity)
     monkeypatch.setattr(own_text, "LONGEST_LINE", 99)
     assert "train.txt, line 1: more than 99 bytes; break the text into lines" in refusal(text.identity)
     assert own_text.check_text(tmp_path / "valid.txt", sentences=True, forgiving=True) == 3
@@ -267,6 +293,7 @@ def test_bases(home, tmp_path):
     ("data: talks\noptimizer: {adam_betas: \"__import__('os')\"}", "reads like Python code, which fairseq evaluates"),
     ("data: talks\ncommon: {log_file: /etc/x}", "must be the name of a file in the run's directory"),
     ("data: talks\noptimization: {clip_norm: .nan}", "nan"),
+    ("data: talks\ndistributed_training: {distributed_world_size: 4}", "is this command's own; use an override, or --ranks"),
     ("data: talks\nhydra: {run: {dir: /tmp}}", "there is no group 'hydra'"),
     ("data: talks\nmodel: {'dropout=1,model.x': 1}", "there is no setting model.dropout=1,model.x"),
 ])
@@ -368,6 +395,8 @@ def test_reproduce_takes_them(home, tmp_path):
         ("table1", "novels", "novels is a language model; its table is scripts/reproduce_table2.sh"),
         ("table1", "tolks", "'tolks' is unknown; valid: iwslt14, wmt14, multi30k, demo, text of your own, novels, talks"),
         ("table1", "ptb", "--benchmark 'ptb' is unknown"),
+        ("table1", write(tmp_path, "data: talks\nmodel: {norm_groups: 4}", "groups.yaml"),
+         "groups.yaml sets model.norm_groups, which tells the rows of a table apart"),
         ("table1", f"{path},{tmp_path}/./my.yaml", "two of them have the name of their results in common"),
     ):
         assert message in refusal(reproduce.check, options_of(subject, benchmark=benchmark))

@@ -14,16 +14,19 @@ LONGEST_LINE = 1_000_000  # bytes
 #: of a sentence of a text for translation: models take 1,024 pieces
 LONGEST_SENTENCE, MOST_CHARACTERS = 1000, 10_000  # words, characters
 BOM = b"\xef\xbb\xbf"
+#: fairseq's own symbols, which would not be words; a tokenizer takes them apart
+SYMBOLS = {b"<s>", b"<pad>", b"</s>"}
 
 
 class UserText:
     """SPLIT.LANGUAGE (or SPLIT.txt for a language model) in one directory; `test` need not be there.
 
-    clean: pairs of the training text that have an empty or a huge side are not refused, because the recipe drops them
+    clean: pairs of the training text that have an empty or a huge side are not refused, because the recipe drops them;
+    plain: the text is used as it is, without a tokenizer
     """
 
-    def __init__(self, directory: Path, languages: Sequence[str], *, clean: bool) -> None:
-        self.directory, self.languages, self.clean = directory, languages, clean
+    def __init__(self, directory: Path, languages: Sequence[str], *, clean: bool = False, plain: bool = False) -> None:
+        self.directory, self.languages, self.clean, self.plain = directory, languages, clean, plain
         self.is_translation = len(languages) > 1
 
     @property
@@ -47,7 +50,8 @@ class UserText:
         digests: Dict[str, Optional[str]] = {}
         for name in self.names:
             path, split = self.directory / name, name.partition(".")[0]
-            lines[name] = check_text(path, sentences=self.is_translation, forgiving=self.clean and split == "train")
+            forgiving = self.clean and split == "train"
+            lines[name] = check_text(path, sentences=self.is_translation, forgiving=forgiving, plain=self.plain)
             digests[name] = sha256(path)
         if self.is_translation:
             for source, target in pairs(lines, self.languages):
@@ -69,12 +73,13 @@ def pairs(names: Mapping[str, int], languages: Sequence[str]) -> Iterator[Tuple[
             yield f"{split}.{languages[0]}", f"{split}.{languages[1]}"
 
 
-def check_text(path: Path, *, sentences: bool, forgiving: bool = False) -> int:
+def check_text(path: Path, *, sentences: bool, forgiving: bool = False, plain: bool = False) -> int:
     """The number of lines of a text.
 
     Args:
         sentences: each line is one, not empty and not huge, of a text for translation
         forgiving: but for these two, which are dropped later
+        plain: no tokenizer takes words apart that are fairseq's symbols
 
     Raises:
         UserError: the text is empty, not UTF-8, has CR or null characters, or a line that cannot be
@@ -85,6 +90,10 @@ def check_text(path: Path, *, sentences: bool, forgiving: bool = False) -> int:
             for number, line in enumerate(lines_of(stream, path), 1):
                 found = check_line(line, f"{path}, line {number}")
                 words += found
+                symbols = SYMBOLS.intersection(line.split()) if plain and b"<" in line else ()
+                if symbols:
+                    symbol = next(iter(symbols)).decode()
+                    raise UserError(f"{path}, line {number}: the word {symbol!r} is fairseq's own; replace it in the text")
                 if sentences and not forgiving:
                     check_sentence(line, found, f"{path}, line {number}")
     except OSError as error:

@@ -81,6 +81,9 @@ def prepare(
         if not (lm or source or target or text_dir) and benchmark in names():
             print(f"{place} is prepared already; nothing to do")
             return
+        if not (text_dir or any(for_own.values())):
+            raise UserError(f"{benchmark!r} is unknown; valid: {', '.join(benchmarks())}; or a name for text of your own, "
+                            f"with --text-dir DIR and --source LANG --target LANG, or --lm")
         refuse_given(published, f"is for benchmarks ({', '.join(benchmarks())}); {benchmark} is text of your own")
         task, settings = recipe.of_own(bpe=bpe, bpe_size=bpe_size, **for_own)
         if text_dir is None:
@@ -88,7 +91,8 @@ def prepare(
                             f"your own lies in a directory, --text-dir DIR")
         origin = {"task": task}
         perl = moses.perl(settings) if settings.get("tokenizer") == "moses" else None
-        text = UserText(Path(text_dir), settings.get("languages", ["txt"]), clean=clean)
+        text = UserText(Path(text_dir), settings.get("languages", ["txt"]), clean=clean,
+                        plain=settings.get("tokenizer", "none") == "none")
     if perl:
         settings["moses"] = perl.digests()
     try:

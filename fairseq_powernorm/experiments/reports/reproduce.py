@@ -12,11 +12,15 @@ from .. import own, trust
 from ..cluster import slurm, submission
 from ..directories import in_use
 from ..errors import UserError, choose, listed
+from ..overrides import by_key
 from ..paths import ROOT, data_root, for_fairseq, runs_root
 from ..recipes import benchmarks, is_lm
 from ..runs import batch, claims, compose, watch
 from ..settings import architectures, load, recipe
 from . import matrix, report, workers
+
+#: settings by which the rows of a table are made
+VARIED = ("model.norm_groups", "model.norm_variant", "task.norm_record", "task.norm_record_interval")
 
 
 def check(options: argparse.Namespace) -> None:
@@ -53,6 +57,10 @@ def named(subject: str, word: str) -> str:
     if subject != "figures" and is_lm(load(found)) != (subject == "table2"):
         kind, other = ("a language model", "table2") if subject == "table1" else ("translation", "table1")
         raise UserError(f"--benchmark {word!r}: {recipe(found).name} is {kind}; its table is scripts/reproduce_{other}.sh")
+    for key in VARIED:
+        if key in by_key(recipe(found).overrides):
+            raise UserError(f"--benchmark {word!r}: {recipe(found).where} sets {key}, which tells the rows of a table apart; "
+                            f"leave it out, --rows chooses it")
     return found
 
 
