@@ -1,4 +1,5 @@
 """Shared fixtures. Golden traces and real corpora are found through the environment variable PN_SHARED."""
+import gc
 import os
 import pathlib
 import random
@@ -54,6 +55,16 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: order.get(item.path.stem, len(FIRST)))
 
 
+def pytest_collection_finish():
+    """What is loaded by now stays: collections of garbage, which some libraries ask for again and again, pass over it."""
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    """At the end of the process it is taken apart as ever."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def root():
     """The repository's root directory."""
@@ -90,8 +101,8 @@ def toy_data(tmp_path_factory):
             prefix = {"de": "d", "en": "e"}[language]
             lines = "".join(" ".join(f"{prefix}{w}" for w in words(s)) + "\n" for s in sentences)
             (folder / f"{split}.{language}").write_text(lines)
-    toy.command(
-        "fairseq-preprocess", "--source-lang", "de", "--target-lang", "en", "--joined-dictionary", "--destdir",
+    toy.preprocess(
+        "--source-lang", "de", "--target-lang", "en", "--joined-dictionary", "--destdir",
         folder / "bin", *(w for s in ("train", "valid", "test") for w in (f"--{s}pref", folder / s)),
     )
     return folder / "bin"

@@ -1,6 +1,8 @@
 """Averaging, safe loading and conversion of checkpoints, as functions and as a command."""
 import argparse
 import random
+import re
+import resource
 
 import pytest
 import torch
@@ -9,7 +11,10 @@ import toy
 from fairseq_powernorm import checkpoint
 from fairseq_powernorm.norms import NORMS, norms_with
 
-MODULE = ("-m", "fairseq_powernorm.checkpoint")
+
+def average(*words):
+    """The exit status of the command that averages, in this process."""
+    return checkpoint.main(["average", "--inputs", *map(str, words)])
 
 
 def write(path, model, **rest):
@@ -99,10 +104,7 @@ def test_weights_that_are_not_finite(value, tmp_path):
     paths = [write(tmp_path / f"{v}.pt", {"w": torch.tensor([0.0, v])}) for v in (1.0, value)]
     with pytest.raises(ValueError, match=rf"{value}\.pt.*: w has values that are not finite: training has diverged"):
         checkpoint.average_checkpoints(paths)
-    done = toy.command(
-        "python", *MODULE, "average", "--inputs", *paths, "--output", tmp_path / "c.pt", check=False
-    )
-    assert done.returncode == 1 and "Traceback" not in done.stderr and not (tmp_path / "c.pt").exists()
+    assert average(*paths, "--output", tmp_path / "c.pt") == 1 and not (tmp_path / "c.pt").exists()
 
 
 def test_averaging_does_not_change_its_inputs_dtype(tmp_path):
@@ -123,15 +125,13 @@ def test_averaging_does_not_change_its_inputs_dtype(tmp_path):
     ],
     ids=["missing", "truncated", "empty", "other"],
 )
-def test_unreadable_checkpoints_are_named(runs, tmp_path, damage, message):
+def test_unreadable_checkpoints_are_named(runs, tmp_path, damage, message, capsys):
     """A missing, truncated, empty or foreign file: an error that names it, and no output file."""
     paths, _ = runs
     damage(tmp_path / "checkpoint1.pt")
-    done = toy.command(
-        "python", *MODULE, "average", "--inputs", *paths, "--output", tmp_path / "out.pt", check=False
-    )
-    assert done.returncode == 1
-    assert "checkpoint1.pt" in done.stderr and message in done.stderr and "Traceback" not in done.stderr
+    assert average(*paths, "--output", tmp_path / "out.pt") == 1
+    error = capsys.readouterr().err
+    assert "checkpoint1.pt" in error and message in error and error.count("\n") == 1
     assert sorted(p.name for p in tmp_path.iterdir() if "out" in p.name) == []
 
 
@@ -148,15 +148,14 @@ def test_checkpoints_of_different_models_are_not_averaged(tmp_path):
         checkpoint.average_checkpoints([])
 
 
-def test_the_command_refuses_to_overwrite(runs, tmp_path):
+def test_the_command_refuses_to_overwrite(runs, tmp_path, capsys):
     """An existing output is kept unless --force is given; the file written is whole and loads."""
     paths, _ = runs
     output = tmp_path / "out.pt"
     output.write_text("precious")
-    arguments = ("python", *MODULE, "average", "--inputs", *paths, "--output", output)
-    done = toy.command(*arguments, check=False)
-    assert done.returncode == 1 and "--force" in done.stderr and output.read_text() == "precious"
-    toy.command(*arguments, "--force")
+    assert average(*paths, "--output", output) == 1
+    assert "--force" in capsys.readouterr().err and output.read_text() == "precious"
+    assert average(*paths, "--output", output, "--force") == 0
     assert "model" in checkpoint.load(str(output))
 
 
@@ -164,15 +163,13 @@ def test_a_full_disk(tmp_path):
     """A disk that is full is named, and leaves nothing; what stood there stays."""
     output = tmp_path / "out.pt"
     output.write_text("precious")
-    program = (
-        "import resource, torch\n"
-        "from fairseq_powernorm import checkpoint\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        f"checkpoint.save({{'model': {{'w': torch.zeros(1000)}}}}, {str(output)!r}, overwrite=True)\n"
-    )
-    done = toy.command("python", "-c", program, check=False)
-    assert done.returncode == 1 and done.stderr.endswith(f"ValueError: output {str(output)!r}: cannot be written: "
-                                                         "File too large\n"), done.stderr
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(ValueError, match=f"^output {re.escape(repr(str(output)))}: cannot be written: File too large$"):
+            checkpoint.save({"model": {"w": torch.zeros(1000)}}, str(output), overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in tmp_path.iterdir()] == ["out.pt"] and output.read_text() == "precious"
 
 

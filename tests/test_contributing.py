@@ -97,6 +97,7 @@ def test_a_backend(monkeypatch):
     assert run_tests("tests/kernels/test_kernels.py") == 1
 
 
+@pytest.mark.slow
 def test_a_benchmark(monkeypatch, tmp_path):
     """The two YAML files make a benchmark, whose text is prepared from a folder."""
     (commands,) = re.findall(r"```bash\n(.*?)```", TEXT, re.S)

@@ -153,6 +153,7 @@ def valid_loss(data, path):
     return float(re.findall(r'"(?:valid_)?loss": "?([\d.]+)', done.stdout + done.stderr)[-1])
 
 
+@pytest.mark.slow
 def test_command_mends_a_checkpoint(toy_data, spoilt, tmp_path):
     """With spoilt statistics the loss is far worse; the command brings back that of the run's own, and touches no
     parameter.
@@ -170,6 +171,7 @@ def test_command_mends_a_checkpoint(toy_data, spoilt, tmp_path):
     assert before.keys() == after.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments,message",
     [
@@ -185,6 +187,7 @@ def test_wrong_arguments_of_the_command(toy_data, spoilt, tmp_path, arguments, m
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_command_overwrites_nothing(toy_data, spoilt, tmp_path):
     """An existing output is left alone without --force."""
     (tmp_path / "new.pt").write_text("mine")

@@ -490,6 +490,7 @@ def equal_on_both(model):
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_batch():
     """Two processes, each with half of every batch, one of them sometimes with a dummy batch: parameters and buffers of
     one process to 1e-10, identical on both. All norms with ``exact`` from the first step (``reference``, which counts
@@ -517,6 +518,7 @@ for kind, sync, padding in [('batch', 'exact', True), ('power-v', 'exact', True)
             assert difference > 1e-6, (kind, sync, difference)
 
 
+@pytest.mark.slow
 def test_one_all_reduce_per_step():
     """With ``step`` two micro-batches cost one all-reduce for all norms together, with ``off`` none."""
     output = two_ranks("""

@@ -1,6 +1,7 @@
 """Small models and data for the tests."""
 import contextlib
 import json
+import logging
 import os
 import pathlib
 import subprocess
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 
 import torch
 import warm
-from fairseq import models
+from fairseq import models, options
 from fairseq.data import Dictionary
 
 import fairseq_powernorm  # noqa: F401
@@ -123,6 +124,19 @@ def on_ranks(number, *words, check=True, timeout=300, **environment):
     if check:
         assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-8000:]}"
     return done
+
+
+def preprocess(*words):
+    """fairseq-preprocess in this process; the log that it keeps in its folder ends with it."""
+    from fairseq_cli import preprocess as program
+
+    before = list(logging.root.handlers)
+    try:
+        program.main(options.get_preprocessing_parser().parse_args([str(word) for word in words]))
+    finally:
+        for handler in set(logging.root.handlers) - set(before):
+            logging.root.removeHandler(handler)
+            handler.close()
 
 
 @contextlib.contextmanager

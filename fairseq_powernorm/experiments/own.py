@@ -183,7 +183,6 @@ def _load(base: Base) -> Any:
 
 def read_yaml(path: Path) -> Dict[str, Any]:
     """The content of a YAML file, {key: value or {key: value}}: no tag makes an object, no interpolation is resolved."""
-    import yaml
     from omegaconf import OmegaConf
 
     where = shown(path)
@@ -196,8 +195,7 @@ def read_yaml(path: Path) -> Dict[str, Any]:
         if path.stat().st_size > LARGEST_FILE:
             raise UserError(f"{where} has more than {LARGEST_FILE:,} bytes; settings have some hundred lines")
         text = path.read_text(encoding="utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise UserError(f"{where}: aliases (*NAME) are not for settings; write the values out, or ${{GROUP.KEY}}")
+        trust.check_yaml(path)
         content: Any = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
     except UserError:
         raise

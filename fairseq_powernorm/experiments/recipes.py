@@ -11,6 +11,7 @@ from .files import read_json
 from .paths import PLUGIN, ROOT, data_root
 
 CONFIGS = ROOT / "configs"
+LM_TASK = "language_modeling_pn"
 
 
 def benchmarks() -> List[str]:
@@ -24,7 +25,7 @@ def benchmarks() -> List[str]:
 
 def is_lm(config: Any) -> bool:
     """Is this the configuration of a language model (else: of translation)?"""
-    return bool(config.task._name == "language_modeling_pn")
+    return bool(config.task._name == LM_TASK)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from ..kernels import choose, choose_for_gradient, eager, evaluate, wants_gradient
+from ..kernels import choose, choose_for_gradient, eager, evaluate, memory, wants_gradient
 from ..kernels.interface import Backend, PowerNormSpec, plain
 from .common import Function, Gradients, in_memory, transformed_gradient
 
@@ -22,6 +22,7 @@ class _Evaluation(Function):
         groups: int,
         eps: float,
         backend: Backend,
+        channels_second: bool,
     ) -> Tensor:
         spec = PowerNormSpec(
             groups=groups,
@@ -34,11 +35,13 @@ class _Evaluation(Function):
         )
         y, r, saved, _ = backend.power_forward(x, weight, bias, None, psi2, spec)
         ctx.save_for_backward(x, r, weight, bias, saved, psi2)
-        ctx.spec, ctx.kernel = spec, backend
-        return y
+        ctx.spec, ctx.kernel, ctx.channels_second = spec, backend, channels_second
+        return memory.channels_second(y, x) if channels_second else y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Gradients:
+        if ctx.channels_second:
+            grad_y = grad_y.movedim(1, -1)
         x, r, weight, bias, saved, psi2 = ctx.saved_tensors
         if torch.is_grad_enabled() or transformed_gradient(grad_y):
             # the gradient is itself to be differentiated or transformed: ordinary autograd
@@ -46,7 +49,7 @@ class _Evaluation(Function):
                 inputs = [each for each, needed in zip((x, weight, bias), ctx.needs_input_grad) if needed]
                 y = eager.evaluate(x, weight, bias, psi2, ctx.spec.groups, ctx.spec.eps)
                 found = iter(torch.autograd.grad(y, inputs, grad_y, create_graph=True))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None, None, None
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), *[None] * 5
         if not plain(grad_y):
             grad_y = in_memory(grad_y)
         zero = torch.zeros(psi2.shape, dtype=torch.float32, device=psi2.device)
@@ -54,7 +57,7 @@ class _Evaluation(Function):
         grads = backend.power_backward(grad_y, x, r, weight, None, saved, zero, ctx.spec, want_x=ctx.needs_input_grad[0])
         return (
             grads.x, None if weight is None else grads.weight, grads.bias if ctx.needs_input_grad[2] else None,
-            None, None, None, None,
+            *[None] * 5,
         )  # fmt: skip
 
 
@@ -66,6 +69,8 @@ def running_norm(
     groups: int,
     eps: float,
     mean: Optional[Tensor] = None,
+    *,
+    channels_second: bool = False,
 ) -> Tensor:
     """Layer scale and normalization by running statistics, as in evaluation.
 
@@ -76,17 +81,21 @@ def running_norm(
         groups: channel groups of the layer scale, 0 for none
         eps: added to ``psi2``
         mean: ``C``, subtracted first; None for none
+        channels_second: move the channels of the output, ``B x C x ...``
 
     Returns:
-        tensor of ``x``'s shape and dtype
+        tensor of ``x``'s shape (but for ``channels_second``) and dtype
     """
-    if mean is None:
-        if not wants_gradient(x, weight, bias):
-            return evaluate(x, weight, bias, psi2, groups, eps)
-        backend = choose(x, weight, bias, psi2)
-        if backend is eager:
-            return eager.evaluate(x, weight, bias, psi2, groups, eps)
-        y: Tensor = _Evaluation.apply(x, weight, bias, psi2, groups, eps, backend)
+    if mean is not None:
+        u = eager.layer_scale(x.to(eager.compute_dtype(x)), groups) - mean.to(eager.compute_dtype(x))
+        y = eager.affine(u, eager.inverse_root(psi2.to(u.dtype), eps), weight, bias).to(x.dtype)
+    elif not wants_gradient(x, weight, bias):
+        y = evaluate(x, weight, bias, psi2, groups, eps)
+    elif (backend := choose(x, weight, bias, psi2)) is eager:
+        y = eager.evaluate(x, weight, bias, psi2, groups, eps)
+    else:
+        found: Tensor = _Evaluation.apply(x, weight, bias, psi2, groups, eps, backend, channels_second)
+        return found
+    if not channels_second:
         return y
-    u = eager.layer_scale(x.to(eager.compute_dtype(x)), groups) - mean.to(eager.compute_dtype(x))
-    return eager.affine(u, eager.inverse_root(psi2.to(u.dtype), eps), weight, bias).to(x.dtype)
+    return y.movedim(-1, 1) if x.stride(-1) == 1 else y.movedim(-1, 1).contiguous()

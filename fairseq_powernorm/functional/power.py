@@ -6,7 +6,7 @@ from typing import Any, ContextManager, Iterator, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..kernels import autograd_for, choose, choose_for_gradient, eager
+from ..kernels import autograd_for, choose, choose_for_gradient, eager, memory
 from ..kernels.interface import Backend, OwnStep, PowerNormSpec, StepSpec, plain, writable
 from .common import (
     Collect,
@@ -36,13 +36,14 @@ class _Call(NamedTuple):
     guard: ContextManager[Any]
     step: Optional[OwnStep]
     hooked: bool
+    channels_second: bool = False
 
 
 def _power_forward(
     x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], call: _Call
 ) -> Tuple[Backend, Tensor, Optional[Tensor], Tensor]:
     """The backend, and what it made of a forward pass."""
-    valid, psi2, _, spec, collect, reduce, _, step, _ = call
+    valid, psi2, _, spec, collect, reduce, _, step, _, _ = call
     backend = choose(x, weight, bias, psi2, valid=valid)
     batch = None
     if reduce is not None and (spec.forward_batch or spec.backward_batch or spec.jump < math.inf):
@@ -90,7 +91,7 @@ class _PowerNorm(Function):
         ctx.save_for_backward(x, r, weight, saved, call.valid)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        return y
+        return memory.channels_second(y, x) if call.channels_second else y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Optional[Tensor]) -> Gradients:
@@ -113,6 +114,8 @@ def _backward(ctx: Any, grad_y: Optional[Tensor]) -> Gradients:
     if grad_y is None:
         return None, None, None, None
     _refuse_several(grad_y)
+    if ctx.call.channels_second:
+        grad_y = grad_y.movedim(1, -1)
     x, r, weight, saved, valid = ctx.saved_tensors
     grad_x, grad_weight, grad_bias = _power_backward(
         grad_y, x, r, weight, saved, valid, ctx.call, ctx.kernel, want_x=ctx.needs_input_grad[0]
@@ -181,11 +184,13 @@ def native_power_norm(
     guard: ContextManager[Any],
     step: Optional[StepSpec] = None,
     stage: StageSums = NO_STAGE,
+    *,
+    channels_second: bool = False,
 ) -> Optional[Tensor]:
     """:func:`power_norm` by the autograd function in C++; None, with nothing done, where that does not serve.
 
     Args:
-        x, weight, bias, valid, psi2, nu, spec: as there
+        x, weight, bias, valid, psi2, nu, spec, channels_second: as there
         iters: scalar, the step count
         collect: called instead of what ``step`` and ``stage`` say where a backward pass must be left to Python
         guard: a lock, held already; it is taken while the backward pass reads nu
@@ -195,7 +200,8 @@ def native_power_norm(
     if autograd is None:
         return None
     y: Optional[Tensor] = autograd.train(
-        x, weight, bias, valid, psi2, nu, iters, spec, step, *stage, _native_backward, collect, guard
+        x, weight, bias, valid, psi2, nu, iters, spec, step, *stage, _native_backward, collect, guard,
+        channels_second,
     )
     return y
 
@@ -232,6 +238,8 @@ def power_norm(
     reduce: Optional[Reduce] = None,
     guard: ContextManager[Any] = _NO_GUARD,
     step: Optional[OwnStep] = None,
+    *,
+    channels_second: bool = False,
 ) -> Tensor:
     """Layer scale and Power Normalization of rows, with the method's approximate gradient (Algorithm 2).
 
@@ -247,13 +255,16 @@ def power_norm(
         reduce: makes the batch's second moment that of all processes, where ``spec`` divides by it
         guard: entered while the backward pass reads nu and calls ``collect``
         step: the step of the running statistics that a backend may take in place of ``collect``
+        channels_second: move the channels of the output, ``B x C x ...``
 
     Returns:
-        shape and dtype of ``x``
+        shape (but for ``channels_second``) and dtype of ``x``
     """
-    call = _Call(valid, psi2, nu, spec, collect, reduce, guard, step, saved_tensors_are_hooked())
+    call = _Call(valid, psi2, nu, spec, collect, reduce, guard, step, saved_tensors_are_hooked(), channels_second)
     if in_transform():
         transformed: Tensor = _TransformedPowerNorm.apply(x, weight, bias, call)[0]
-        return transformed
+        if not channels_second:
+            return transformed
+        return transformed.movedim(-1, 1) if x.stride(-1) == 1 else transformed.movedim(-1, 1).contiguous()
     y: Tensor = _PowerNorm.apply(x, weight, bias, call)
     return y

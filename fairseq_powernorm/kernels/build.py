@@ -24,7 +24,7 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 HERE = Path(__file__).resolve().parent
-SOURCES = (HERE / "csrc" / "powernorm.c", HERE / "csrc" / "sweeps.h")
+SOURCES = tuple(HERE / "csrc" / name for name in ("powernorm.c", "sweeps.h", "tiles.h"))
 NAME = "libpowernorm.so"
 #: no flag ties the library to the processor of this machine: the code chooses its instructions when it runs
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-psabi")

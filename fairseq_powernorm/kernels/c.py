@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import build, eager, native
+from . import build, eager, memory, native
 from .interface import Backward, Forward, OwnStep, PowerNormSpec, StepSpec
 
 #: number of an element type in the C code
@@ -38,7 +38,7 @@ def _load(library: Path) -> ctypes.CDLL:
     global _instructions, _threaded
     loaded = ctypes.CDLL(str(library))
     number, size, pointer, real = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
-    rows: List[Any] = [pointer, size, size, size]
+    rows: List[Any] = [pointer, size, size, size, size]
     shape: List[Any] = [number, size, size, size, number]
     loaded.pn_evaluate.argtypes = [*shape, *rows, pointer, pointer, pointer, real, pointer]
     loaded.pn_forward.argtypes = [
@@ -126,15 +126,18 @@ def _shape(x: Tensor, groups: int) -> Tuple[int, int, int, int, int]:
     return _DTYPES[x.dtype], x.numel() // channels if channels else 0, channels, groups, torch.get_num_threads()
 
 
-def _rows(x: Tensor) -> Tuple[Tensor, int, int, int]:
-    """The values of ``x``, and where its rows lie: ``inner``, stride of every inner-th row, stride of the others."""
+def _rows(x: Tensor) -> Tuple[Tensor, int, int, int, int]:
+    """The values of ``x``, and where its rows lie: ``inner``, stride of every inner-th row, of the others, of channels."""
     if not x.is_contiguous():
         if x.stride(-1) == 1 and x.dim() == 2:
-            return x, 1, x.stride(0), 0
+            return x, 1, x.stride(0), 0, 1
         if x.stride(-1) == 1 and x.dim() == 3:
-            return x, x.size(1), x.stride(0), x.stride(1)
+            return x, x.size(1), x.stride(0), x.stride(1), 1
+        side_by_side = memory.positions(x)
+        if side_by_side:
+            return x, side_by_side, x.stride(0), 1, x.stride(-1)
         x = x.contiguous()
-    return x, 1, x.size(-1), 0
+    return x, 1, x.size(-1), 0, 1
 
 
 @overload
@@ -157,11 +160,6 @@ def _floats(vector: Optional[Tensor]) -> Optional[Tensor]:
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Memory of our own: whatever torch's defaults are."""
     return torch.empty(shape, dtype=dtype, device=_CPU)
-
-
-def _like(x: Tensor) -> Tensor:
-    """Contiguous memory for the values of ``x``."""
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _at(tensor: Optional[Tensor]) -> Optional[int]:
@@ -196,7 +194,7 @@ def power_forward(
     shape = _shape(x, spec.groups)
     _, rows, channels, _, _ = shape
     weight, bias, psi2, batch = _floats(weight), _floats(bias), _floats(psi2), _floats(batch)
-    y, saved = _like(x), _empty(3, channels)
+    y, saved = memory.empty(x), _empty(3, channels)
     r = _empty(rows, spec.groups) if spec.groups else None
     if step is None:
         tally, stepping = _empty(channels + 2, dtype=torch.float64), _NO_FORWARD_STEP
@@ -237,7 +235,7 @@ def power_backward(
     shape = _shape(x, spec.groups)
     channels = shape[2]
     given_weight, weight, nu = weight, _floats(weight), _floats(nu)
-    grad_x = _like(x) if want_x else None
+    grad_x = memory.empty(x) if want_x else None
     grad_weight, grad_bias = _empty(channels), _empty(channels)
     if step is None:
         tally, stepping = _empty(2 * channels + 2, dtype=torch.float64), _NO_BACKWARD_STEP
@@ -285,7 +283,7 @@ def evaluate(
     """See :func:`.eager.evaluate`, but without gradient."""
     shape = _shape(x, groups)
     weight, bias, psi2 = _floats(weight), _floats(bias), _floats(psi2)
-    y = _like(x)
+    y = memory.empty(x)
     x, *strides = _rows(x)
     _check(_library.pn_evaluate(
         *shape, x.data_ptr(), *strides, _at(weight), _at(bias), _at(psi2), eps, y.data_ptr()

@@ -9,6 +9,7 @@ from typing import Iterator, List, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
+from . import memory
 from .interface import LAYER_SCALE_EPS, Backward, Forward, OwnStep, PowerNormSpec
 from .steps import (
     advance_backward as advance_backward,
@@ -195,21 +196,21 @@ class _Block(NamedTuple):
     spare: Tensor
 
 
-def _blocks(rows: Tensor, dtype: torch.dtype) -> Iterator[_Block]:
-    """A CPU works on blocks of rows that fit its cache, any other device on all rows at once."""
-    number, channels = rows.shape
-    size = min(max(1, BLOCK // channels), number) if rows.device.type == "cpu" else number
-    u, spare = rows.new_empty(2, size, channels, dtype=dtype)
-    for begin in range(0, number, max(1, size)):
-        end = min(begin + size, number)
-        yield _Block(slice(begin, end), u[: end - begin], spare[: end - begin])
+def _blocks(x: Tensor, rows: memory.Rows, dtype: torch.dtype) -> Iterator[_Block]:
+    """A CPU works on blocks of the rows of ``x`` that fit its cache, any other device on all rows at once."""
+    number, channels = rows.number, rows.channels
+    size = min(max(1, BLOCK // channels), number) if x.device.type == "cpu" else number
+    u, spare = x.new_empty(2, size, channels, dtype=dtype)
+    for block in rows.blocks(size):
+        count = block.stop - block.start
+        yield _Block(block, u[:count], spare[:count])
 
 
-def _scaled(x: Tensor, groups: int, out: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
-    """``u`` and ``r`` of the rows ``x``; ``u`` lies in ``out``, or is ``x`` where nothing is to be computed."""
-    wide = x if x.dtype == out.dtype else out.copy_(x)
+def _scaled(rows: memory.Rows, block: _Block, groups: int) -> Tuple[Tensor, Optional[Tensor]]:
+    """``u`` and ``r`` of some rows; ``u`` lies in the block's memory, or are the rows where nothing is to be computed."""
+    wide = rows.read(block.rows, block.u)
     r = layer_scale_rsqrt(wide, groups)
-    return scale_rows(wide, r, out=out), r
+    return scale_rows(wide, r, out=block.u), r
 
 
 def _part(valid: Optional[Tensor], block: slice) -> Optional[Tensor]:
@@ -218,13 +219,13 @@ def _part(valid: Optional[Tensor], block: slice) -> Optional[Tensor]:
 
 def second_moment(x: Tensor, valid: Optional[Tensor], groups: int) -> Tensor:
     """The tally of a forward pass (see :class:`Forward`) alone."""
-    rows = x.reshape(-1, x.size(-1))
-    total = rows.new_zeros(rows.size(1), dtype=compute_dtype(x))
+    rows = memory.Rows(x)
+    total = x.new_zeros(rows.channels, dtype=compute_dtype(x))
     with torch.autocast(x.device.type, enabled=False):
-        for block in _blocks(rows, total.dtype):
-            u, _ = _scaled(rows[block.rows], groups, block.u)
+        for block in _blocks(x, rows, total.dtype):
+            u, _ = _scaled(rows, block, groups)
             total += masked_column_sum(torch.mul(u, u, out=block.spare), _part(valid, block.rows))
-    return tally(total, rows=row_count(total, valid) if valid is not None else total.new_full((), rows.size(0)))
+    return tally(total, rows=row_count(total, valid) if valid is not None else total.new_full((), rows.number))
 
 
 def power_forward(
@@ -248,34 +249,34 @@ def power_forward(
         batch: ``C``, the batch's own second moment, if it is not that of these rows alone
         step: the step that the running statistics take, see :class:`OwnStep`
     """
-    rows = x.reshape(-1, x.size(-1))
+    rows = memory.Rows(x)
     dtype = compute_dtype(x)
     running = psi2.to(dtype)
     if batch is None and (spec.forward_batch or spec.jump < math.inf):
         batch = mean_of(second_moment(x, valid, spec.groups), running)
     if batch is not None:
         running = torch.where(batch > spec.jump * (running + spec.eps), batch, running)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    flat = y.view(rows.shape)
-    r = None if spec.groups == 0 else rows.new_empty(rows.size(0), spec.groups, dtype=dtype)
-    total, everything = rows.new_zeros(2, rows.size(1), dtype=dtype)
+    y = memory.empty(x)
+    out = memory.Rows(y)
+    r = None if spec.groups == 0 else x.new_empty(rows.number, spec.groups, dtype=dtype)
+    total, everything = x.new_zeros(2, rows.channels, dtype=dtype)
     with torch.autocast(x.device.type, enabled=False):
         inv = inverse_root(batch if spec.forward_batch and batch is not None else running, spec.eps)
         scale = inv if weight is None else inv * weight.to(dtype)
         shift = None if bias is None else bias.to(dtype)
-        for block in _blocks(rows, dtype):
-            u, root = _scaled(rows[block.rows], spec.groups, block.u)
+        for block in _blocks(x, rows, dtype):
+            u, root = _scaled(rows, block, spec.groups)
             if r is not None and root is not None:
                 r[block.rows] = root
             squares = torch.mul(u, u, out=block.spare)
             if valid is not None and not spec.skip_padding:
                 everything += column_sum(squares)
             total += masked_column_sum(squares, _part(valid, block.rows))
-            target = flat[block.rows]
-            found = _affine(u, scale, shift, out=target if dtype == x.dtype else block.spare)
-            if dtype != x.dtype:
-                target.copy_(found)
-    count = total.new_full((), rows.size(0)) if valid is None else row_count(total, valid)
+            target = out.place(block.rows, dtype)
+            found = _affine(u, scale, shift, out=block.spare if target is None else target)
+            if target is None:
+                out.write(block.rows, found)
+    count = total.new_full((), rows.number) if valid is None else row_count(total, valid)
     own = tally(total, rows=count)
     if batch is None and spec.backward_batch:
         batch = mean_of(own, running)
@@ -333,23 +334,23 @@ def _power_backward(
     want_x: bool,
 ) -> Backward:
     """The same without a step."""
-    rows, grads = x.reshape(-1, x.size(-1)), grad_y.reshape(-1, x.size(-1))
     if valid is None or spec.skip_padding:
-        return _rows_backward(grads, rows, x, r, weight, valid, saved, nu, spec, want_x=want_x)
+        return _rows_backward(grad_y, x, r, weight, valid, saved, nu, spec, want_x=want_x)
     if x.device.type == "cpu":  # where looking at a result costs nothing
-        found = _rows_backward(grads, rows, x, r, weight, None, saved, nu, spec, want_x=want_x)
+        found = _rows_backward(grad_y, x, r, weight, None, saved, nu, spec, want_x=want_x)
         if torch.isfinite(found.weight).all():
             return found
+    rows, grads = x.reshape(-1, x.size(-1)), grad_y.reshape(-1, x.size(-1))
     if r is None:
         grads, rows = finite_padding(valid, grads, rows)
     else:
         grads, rows, r = finite_padding(valid, grads, rows, r)
-    return _rows_backward(grads, rows, x, r, weight, None, saved, nu, spec, want_x=want_x)
+    found = _rows_backward(grads, rows, r, weight, None, saved, nu, spec, want_x=want_x)
+    return found if found.x is None else found._replace(x=found.x.view(x.shape))
 
 
 def _rows_backward(
-    grads: Tensor,
-    rows: Tensor,
+    grad_y: Tensor,
     x: Tensor,
     r: Optional[Tensor],
     weight: Optional[Tensor],
@@ -360,34 +361,35 @@ def _rows_backward(
     *,
     want_x: bool,
 ) -> Backward:
-    """The same for rows ``N x C``; ``counted``: the rows that count and receive a gradient, None for all."""
+    """The same; ``counted``: the rows that count and receive a gradient, None for all."""
+    rows, grads = memory.Rows(x), memory.Rows(grad_y)
     dtype = compute_dtype(x)
     inv_forward, inv_backward, z_square = saved
     wide_weight = None if weight is None else weight.to(dtype)
     # dL/du = (weight * dy - nu * z) / psi = scale * dy + through * u
     scale = inv_backward if weight is None else inv_backward * wide_weight
     through = nu.to(dtype) * spec.gradient_scale * -spec.nu_scale * inv_forward * inv_backward
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if want_x else None
-    grad_sum, grad_u_sum = rows.new_zeros(2, rows.size(1), dtype=dtype)
+    grad_x = memory.empty(x) if want_x else None
+    out = None if grad_x is None else memory.Rows(grad_x)
+    grad_sum, grad_u_sum = x.new_zeros(2, rows.channels, dtype=dtype)
     with torch.autocast(x.device.type, enabled=False):
-        for block in _blocks(rows, dtype):
+        for block in _blocks(x, rows, dtype):
             part, root = _part(counted, block.rows), None if r is None else r[block.rows]
-            wide = rows[block.rows]
-            u = scale_rows(wide if wide.dtype == dtype else block.u.copy_(wide), root, out=block.u)
-            grad = grads[block.rows].to(dtype)
+            u = scale_rows(rows.read(block.rows, block.u), root, out=block.u)
+            grad = grads.read(block.rows, block.u.new_empty(block.u.shape))
             sums = grad_sums(grad, u, part, spare=block.spare)
             grad_sum += sums[0]
             grad_u_sum += sums[1]
-            if grad_x is not None:
-                target = grad_x.view(rows.shape)[block.rows]
-                grad_u = torch.mul(grad, scale, out=target if dtype == x.dtype else None).addcmul_(u, through)
+            if out is not None:
+                target = out.place(block.rows, dtype)
+                grad_u = torch.mul(grad, scale, out=target).addcmul_(u, through)
                 found = mask_rows_(scale_rows_backward(grad_u, u, root, spare=block.spare), part)
-                if dtype != x.dtype:
-                    target.copy_(found)
+                if target is None:
+                    out.write(block.rows, found)
     grad_z_sum = grad_u_sum * inv_forward
     # Lambda and Gamma of Algorithm 2, as sums: dL/dz * z and z^2
     weighted = grad_z_sum if weight is None else grad_z_sum * wide_weight
-    count = grad_sum.new_full((), rows.size(0)) if counted is None else row_count(grad_sum, counted)
+    count = grad_sum.new_full((), rows.number) if counted is None else row_count(grad_sum, counted)
     return Backward(grad_x, grad_z_sum, grad_sum, tally(weighted / spec.gradient_scale, z_square, rows=count))
 
 

@@ -260,6 +260,8 @@ class RunningNorm(Norm):
         if x.dim() < 2 or x.size(-1) != self.dim or (transposed and x.dim() > 3):
             raise ValueError(self._wrong_shape(x))
         check_dtype(x)
+        if x.stride(-1) != 1 and not self._channels_second(x):
+            x = x.contiguous()  # as is the output
         transposed = transposed and x.dim() == 3
         if padding_mask is not None:
             if x.dim() == 2 and padding_mask.dim() == 2:  # N x 1: one column of N sentences of length 1

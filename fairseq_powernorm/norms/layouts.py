@@ -36,8 +36,9 @@ class Norm(nn.Module):
     """Base of every norm: the layout of its input, and the padding mask that goes with it.
 
     A norm computes on rows, ``... x C``, in ``_normalize``; this base brings the input there and the output back. Where the
-    channels come first and are not adjacent in memory that takes a copy each way, and the output is contiguous, too; in
-    ``torch.channels_last`` memory (or any other with adjacent channels) there is no copy, and the output keeps the format.
+    channels come first and are not adjacent in memory, the output is contiguous, too; that takes a copy each way, unless the
+    norm reads and writes such memory itself, as PN does. In ``torch.channels_last`` memory (or any other with adjacent
+    channels) there is no copy, and the output keeps the format.
 
     Args:
         dim: number of channels C
@@ -55,6 +56,8 @@ class Norm(nn.Module):
         ValueError: ``layout`` is unknown or contradicts ``batch_first``; or ``forward`` is given what does not fit
     """
 
+    #: does ``_normalize`` take rows whose channels are not adjacent, and give its output in the layout of the norm?
+    OWN_LAYOUT = False
     #: torch.jit.script would compile a property
     __jit_unused_properties__ = ["batch_first"]
 
@@ -95,9 +98,16 @@ class Norm(nn.Module):
         if not torch.jit.is_scripting():
             self._check_channels_first(x)
         rows = x.movedim(1, -1)
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if self.OWN_LAYOUT:
+                return self._normalize(rows, padding_mask)
         if rows.stride(-1) == 1:
             return self._normalize(rows, padding_mask).movedim(-1, 1)
         return self._normalize(rows.contiguous(), padding_mask).movedim(-1, 1).contiguous()
+
+    def _channels_second(self, x: Tensor) -> bool:
+        """Do the channels of the rows ``x`` come second in what :meth:`_normalize` gives?"""
+        return self.OWN_LAYOUT and self.layout == CHANNELS_FIRST and x.dim() > 2
 
     def _check_channels_first(self, x: Tensor) -> None:
         check_dense(x)

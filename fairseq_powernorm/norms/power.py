@@ -23,7 +23,10 @@ class SecondMomentNorm(RunningNorm):
     running_phi: Tensor
 
     def _evaluate(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
-        return functional.running_norm(x, *self._affine(), self._buffers["running_phi"], self.groups, self.eps)
+        return functional.running_norm(
+            x, *self._affine(), self._buffers["running_phi"], self.groups, self.eps,
+            channels_second=self._channels_second(x),
+        )  # fmt: skip
 
     def scale_and_shift(self) -> Tuple[Tensor, Tensor]:
         return self._scale_and_shift(self.running_phi)
@@ -103,6 +106,7 @@ class PowerNorm(SecondMomentNorm):
     VARIANTS = VARIANTS
     STATISTICS = {"running_phi": 1.0, "ema_gz": 0.0}
     STEPS = {"forward": ("running_phi", "iters"), "backward": ("ema_gz",)}
+    OWN_LAYOUT = True
     #: without layer scale: growth of a second moment in one step beyond which psi^2 is no measure of it
     JUMP = 10.0
 
@@ -246,7 +250,7 @@ class PowerNorm(SecondMomentNorm):
         buffers = self._buffers
         return functional.native_power_norm(
             x, *self._affine(), valid, buffers["running_phi"], buffers["ema_gz"], buffers["iters"],
-            self._spec_at(self.steps()), self._take, self._lock, step, sums,
+            self._spec_at(self.steps()), self._take, self._lock, step, sums, channels_second=self._channels_second(x),
         )  # fmt: skip
 
     def _train_alone(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
@@ -291,16 +295,21 @@ class PowerNorm(SecondMomentNorm):
 
         nu = self.statistic("ema_gz") if own is None else own.nu
         return functional.power_norm(
-            x, *self._affine(), valid, psi2, nu, spec, collect, self._reduce, self._lock, own
-        )
+            x, *self._affine(), valid, psi2, nu, spec, collect, self._reduce, self._lock, own,
+            channels_second=self._channels_second(x),
+        )  # fmt: skip
 
     def _train_opaque(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
         """Training as operators that a compiler does not look into."""
         parts = self.stage.parts if self.stage is not None and self.stage.switches.counting else {}
-        return operators.power_norm(
-            x, self.weight, self.bias, valid, self.running_phi, self.ema_gz, self.iters, parts.get("forward"),
+        rows = x if x.stride(-1) == 1 else x.contiguous()
+        y = operators.power_norm(
+            rows, self.weight, self.bias, valid, self.running_phi, self.ema_gz, self.iters, parts.get("forward"),
             parts.get("backward"), self._spec(), self._make_step_spec() if self.stage is None else None,
         )
+        if not self._channels_second(x):
+            return y
+        return y.movedim(-1, 1) if rows is x else y.movedim(-1, 1).contiguous()
 
     # ------------------------------------------------------------------ statistics
 

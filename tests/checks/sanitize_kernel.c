@@ -122,12 +122,27 @@ static int close_to(double a, double b, double tolerance)
     return fabs(a - b) <= tolerance * (1.0 + fabs(b));
 }
 
-/* One shape: all passes with one and with four threads. Rows of x lie apart by two rows if strided. */
-static void check(int dtype, int64_t N, int64_t C, int64_t G, int masked, int strided)
+#define PLACE(in) in.inner, in.outer_stride, in.inner_stride, in.channel_stride
+
+static int64_t place(const struct input *in, int64_t row, int64_t channel)
+{
+    return offset(in, row) + channel * in->channel_stride;
+}
+
+enum { ROWS, APART, CHANNELS_FIRST, GRADIENT_CHANNELS_FIRST };
+
+/*
+ * One shape: all passes with one and with four threads. Rows of x lie side by side, apart by two rows, or with their channels
+ * before them, in one or two examples; so do those of dy, or dy only.
+ */
+static void check(int dtype, int64_t N, int64_t C, int64_t G, int masked, int layout)
 {
     const size_t bytes = dtype ? 2 : 4;
-    const int64_t stride = strided ? 2 * C : C, last = N ? (N - 1) * stride + C : 0;
-    void *x = elements(dtype, last), *dy = elements(dtype, N * C);
+    const int64_t stride = layout == APART ? 2 * C : C, inner = N > 1 && N % 2 == 0 ? N / 2 : N;
+    const struct input rows = {NULL, 1, stride, 0, 1}, dense = {NULL, 1, C, 0, 1}, first = {NULL, inner, C * inner, 1, inner};
+    const struct input at = layout == CHANNELS_FIRST ? first : rows;
+    const struct input dy_at = layout == CHANNELS_FIRST || layout == GRADIENT_CHANNELS_FIRST ? first : dense;
+    void *x = elements(dtype, !N ? 0 : layout == CHANNELS_FIRST ? N * C : (N - 1) * stride + C), *dy = elements(dtype, N * C);
     float *weight = floats(C, 0.5f, 1.5f), *bias = floats(C, -1.0f, 1.0f), *psi2 = floats(C, 0.5f, 1.5f);
     float *nu = floats(C, -1.0f, 1.0f), *r = memory((size_t)(N * G) * 4), *saved = memory((size_t)C * 12);
     float *grad_weight = memory((size_t)C * 4), *grad_bias = memory((size_t)C * 4);
@@ -140,10 +155,10 @@ static void check(int dtype, int64_t N, int64_t C, int64_t G, int masked, int st
     for (int flags = 0; flags < 8; flags++) {
         for (int many = 0; many < 2; many++) {
             const int threads = many ? 4 : 1;
-            int status = pn_forward(dtype, N, C, G, threads, x, 1, stride, 0, valid, weight, bias, psi2, flags & 2 ? psi2 : NULL,
+            int status = pn_forward(dtype, N, C, G, threads, x, PLACE(at), valid, weight, bias, psi2, flags & 2 ? psi2 : NULL,
                                     1e-5, flags & 4 ? 1.1 : INFINITY, flags, y[many], G ? r : NULL, saved, tally, NULL, NULL, 0,
                                     0, 0, 0);
-            status |= pn_backward(dtype, N, C, G, threads, x, 1, stride, 0, dy, 1, C, 0, G ? r : NULL, flags & 4 ? valid : NULL,
+            status |= pn_backward(dtype, N, C, G, threads, x, PLACE(at), dy, PLACE(dy_at), G ? r : NULL, flags & 4 ? valid : NULL,
                                   weight, saved, nu, 0.1, 2.0, dx[many], grad_weight, grad_bias, tally_b, NULL, 0, 0);
             expect(status == OK, "status", N, C, G);
         }
@@ -154,29 +169,29 @@ static void check(int dtype, int64_t N, int64_t C, int64_t G, int masked, int st
     for (int64_t i = 0; i < N * G; i++) {
         double squares = 0.0;
         for (int64_t c = 0; c < C / G; c++)
-            squares += pow(element(dtype, x, i / G * stride + i % G * (C / G) + c), 2.0);
+            squares += pow(element(dtype, x, place(&at, i / G, i % G * (C / G) + c)), 2.0);
         expect(close_to(r[i], 1.0 / sqrt(squares / (double)(C / G) + 1e-5), 1e-5), "reciprocal root", N, C, G);
     }
     for (int64_t c = 0; c < C; c++) {
         double total = 0.0, sum = 0.0;
         for (int64_t n = 0; n < N; n++) {
-            double u = element(dtype, x, n * stride + c);
+            double u = element(dtype, x, place(&at, n, c));
             if (G)
                 u *= r[n * G + c / (C / G)];
             if (!valid || valid[n]) {
                 total += u * u;
-                sum += element(dtype, dy, n * C + c); /* the last flags: padding is skipped */
+                sum += element(dtype, dy, place(&dy_at, n, c)); /* the last flags: padding is skipped */
             }
         }
         expect(close_to(tally[c], total, 1e-5), "sum of squares", N, C, G);
         expect(close_to(grad_bias[c], sum, 1e-5), "gradient of bias", N, C, G);
     }
     /* what may be missing is missing */
-    int status = pn_evaluate(dtype, N, C, G, 4, x, 1, stride, 0, NULL, NULL, NULL, 0.0, y[0]);
-    status |= pn_evaluate(dtype, N, C, G, 4, x, 1, stride, 0, weight, bias, psi2, 1e-5, y[0]);
-    status |= pn_forward(dtype, N, C, G, 4, x, 1, stride, 0, valid, NULL, NULL, psi2, NULL, 1e-5, INFINITY, BACKWARD_BATCH, NULL,
+    int status = pn_evaluate(dtype, N, C, G, 4, x, PLACE(at), NULL, NULL, NULL, 0.0, y[0]);
+    status |= pn_evaluate(dtype, N, C, G, 4, x, PLACE(at), weight, bias, psi2, 1e-5, y[0]);
+    status |= pn_forward(dtype, N, C, G, 4, x, PLACE(at), valid, NULL, NULL, psi2, NULL, 1e-5, INFINITY, BACKWARD_BATCH, NULL,
                          NULL, saved, NULL, NULL, NULL, 0, 0, 0, 0);
-    status |= pn_backward(dtype, N, C, G, 4, x, 1, stride, 0, dy, 1, C, 0, G ? r : NULL, valid, NULL, saved, nu, 0.1, 1.0, NULL,
+    status |= pn_backward(dtype, N, C, G, 4, x, PLACE(at), dy, PLACE(dy_at), G ? r : NULL, valid, NULL, saved, nu, 0.1, 1.0, NULL,
                           grad_weight, grad_bias, NULL, NULL, 0, 0);
     expect(status == OK, "the rest", N, C, G);
     void *all[] = {x, dy, weight, bias, psi2, nu, r, saved, grad_weight, grad_bias, tally, tally_b, y[0], y[1], dx[0], dx[1],
@@ -212,11 +227,11 @@ static void check_own_step(int dtype, int64_t N, int64_t C, int64_t G, int maske
         for (int own = 0; own < 2; own++) { /* the sums first, then the step */
             for (int64_t i = 0; i < 2 && infinite && N; i++)
                 set_element(dtype, x, middle * C + i * (C - 1), i ? -INFINITY : INFINITY);
-            int status = pn_forward(dtype, N, C, G, 4, x, 1, C, 0, valid, NULL, NULL, own ? own_psi2 : psi2, NULL, EPS, INFINITY,
+            int status = pn_forward(dtype, N, C, G, 4, x, 1, C, 0, 1, valid, NULL, NULL, own ? own_psi2 : psi2, NULL, EPS, INFINITY,
                                     SKIP_PADDING, NULL, G ? r : NULL, saved, own && !with_tally ? NULL : tally,
                                     own ? own_psi2 : NULL, own ? &iters : NULL, ALPHA, WARMUP, TRUSTED_AFTER, JUMP);
             expect(status == OK, "status of a forward pass with a step", N, C, G);
-            status = pn_backward(dtype, N, C, G, 4, x, 1, C, 0, dy, 1, C, 0, G ? r : NULL, valid, NULL, saved, own ? own_nu : nu,
+            status = pn_backward(dtype, N, C, G, 4, x, 1, C, 0, 1, dy, 1, C, 0, 1, G ? r : NULL, valid, NULL, saved, own ? own_nu : nu,
                                  SCALE, 1.0, dx, grad_weight, grad_bias, own && !with_tally ? NULL : tally_b,
                                  own ? own_nu : NULL, SCALE, LOWEST);
             expect(status == (infinite && counts ? NOT_FINITE : OK), "status of a backward pass with a step", N, C, G);
@@ -309,7 +324,9 @@ int main(void)
                     if (!groups || shapes[s][1] % groups == 0)
                         for (int dtype = 0; dtype < 2; dtype++)
                             for (int masked = 0; masked < 3; masked++) {
-                                check(dtype, shapes[s][0], shapes[s][1], groups, masked, masked == 1);
+                                check(dtype, shapes[s][0], shapes[s][1], groups, masked, masked == 1 ? APART : ROWS);
+                                check(dtype, shapes[s][0], shapes[s][1], groups, masked,
+                                      masked == 2 ? GRADIENT_CHANNELS_FIRST : CHANNELS_FIRST);
                                 for (int infinite = 0; infinite < 2; infinite++)
                                     check_own_step(dtype, shapes[s][0], shapes[s][1], groups, masked, infinite);
                             }

@@ -285,7 +285,7 @@ def test_bases(home, tmp_path):
     ("- data", "holds no settings"),
     ("data: [", "not YAML: "),
     ("data: talks\ncommon: !!python/object/apply:os.system [id]", "not YAML: "),
-    ("data: talks\na: &a {b: 1}\nc: *a", "aliases (*NAME) are not for settings"),
+    ("data: talks\na: &a {b: 1}\nc: *a", "has an alias 'a', which stands for another part"),
     ("data: talks\ndata: talks", "not YAML: "),
     ("data: talks\ncommon: {user_dir: /tmp/evil}", "common.user_dir"),
     ("data: talks\ncheckpoint: {save_dir: /tmp/evil}", "is this command's own; use --run-dir DIR"),
@@ -396,7 +396,7 @@ def test_reproduce_takes_them(home, tmp_path):
         ("table1", "tolks", "'tolks' is unknown; valid: iwslt14, wmt14, multi30k, demo, text of your own, novels, talks"),
         ("table1", "ptb", "--benchmark 'ptb' is unknown"),
         ("table1", write(tmp_path, "data: talks\nmodel: {norm_groups: 4}", "groups.yaml"),
-         "groups.yaml sets model.norm_groups, which tells the rows of a table apart"),
+         "groups.yaml sets model.norm_groups, which tells rows of a table apart"),
         ("table1", f"{path},{tmp_path}/./my.yaml", "two of them have the name of their results in common"),
     ):
         assert message in refusal(reproduce.check, options_of(subject, benchmark=benchmark))

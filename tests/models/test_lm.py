@@ -38,6 +38,9 @@ ARCHITECTURES = {
     "tensorized_lm_pn_ptb": TENSORIZED,
     "tensorized_lm_pn_wiki103": {**TENSORIZED, **ADAPTIVE},
 }
+#: every norm in each kind of model, and the other architectures
+IN_MODELS = [(arch, norm) for arch in ("transformer_lm_pn", "tensorized_lm_pn") for norm in NORMS]
+IN_MODELS += [(arch, "power") for arch in ARCHITECTURES if arch not in ("transformer_lm_pn", "tensorized_lm_pn")]
 LENGTH = 8
 
 
@@ -79,20 +82,18 @@ def reach_back(model, tokens):
     return largest
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("norm", list(NORMS))
+@pytest.mark.parametrize("arch, norm", IN_MODELS)
 def test_no_token_is_seen_before_its_time(arch, norm):
     """In evaluation, changing token t changes no log-probability before t: a difference of exactly zero."""
     assert reach_back(build(arch, norm).eval(), sentences()) == 0.0
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
-    "norm,changes",
+    "arch, norm, changes",
     [
-        *((name, {}) for name, kind in NORMS.items() if not issubclass(kind, RunningNorm)),
-        ("power", dict(norm_warmup_updates=0)),
-        ("power", dict(norm_warmup_updates=0, norm_variant="algorithm2")),
+        *((arch, norm, {}) for arch, norm in IN_MODELS if not issubclass(NORMS[norm], RunningNorm)),
+        *((arch, "power", dict(norm_warmup_updates=0)) for arch in ARCHITECTURES),
+        *((arch, "power", dict(norm_warmup_updates=0, norm_variant="algorithm2")) for arch in list(ARCHITECTURES)[::3]),
     ],
 )
 def test_nor_in_training_by_norms_without_batch_statistics(arch, norm, changes):
@@ -116,8 +117,7 @@ def test_the_noncausal_flag_is_seen_by_the_check(arch):
 # ---------------------------------------------------------------- batches
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("norm", list(NORMS))
+@pytest.mark.parametrize("arch, norm", IN_MODELS)
 def test_a_sentence_alone_equals_itself_in_a_batch(arch, norm):
     """In evaluation the log-probabilities of a sentence do not depend on the others of its batch, nor on padding after
     it (where fairseq pads batches of language models, in generation too)."""
@@ -350,8 +350,8 @@ def lm_data(tmp_path_factory):
                 word = (word * 3 + draw.choice((1, 2))) % WORDS
             lines.append(" ".join(words) + "\n")
         (folder / f"{split}.txt").write_text("".join(lines))
-    toy.command(
-        "fairseq-preprocess", "--only-source", "--destdir", folder / "bin",
+    toy.preprocess(
+        "--only-source", "--destdir", folder / "bin",
         *(word for s in ("train", "valid", "test") for word in (f"--{s}pref", folder / f"{s}.txt")),
     )
     return folder / "bin"
@@ -395,6 +395,7 @@ def expected_bits(model, task, context):
     return float(torch.cat(bits).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch,context", [("transformer_lm_pn_ptb", 0), ("tensorized_lm_pn_ptb", 5)])
 def test_eval_lm(lm_data, trained, arch, context):
     """fairseq-eval-lm's loss is that of the model block by block, with and without --context-window."""
@@ -408,6 +409,7 @@ def test_eval_lm(lm_data, trained, arch, context):
     assert float(reported) == pytest.approx(expected_bits(*load(folder, lm_data), context), abs=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch,context", [("transformer_lm_pn_ptb", 3), ("tensorized_lm_pn_ptb", 0)])
 def test_eval_lm_in_this_process(lm_data, trained, arch, context):
     """The same for the other two of the four cases, by the function behind the command."""
@@ -422,6 +424,7 @@ def test_eval_lm_in_this_process(lm_data, trained, arch, context):
     assert float(results["loss"]) == pytest.approx(expected_bits(*load(folder, lm_data), context), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arch,message", [("transformer_lm_pn_ptb", "a block of 20. tokens is longer than the 8"),
                      ("tensorized_lm_pn_ptb", "a block of 20. tokens.*--tensorized-window 8")],
@@ -447,6 +450,7 @@ def sampled(lm_data, folder, prompts, *arguments):
     return list(zip(texts, scores))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arch,arguments",
     [
@@ -476,6 +480,7 @@ def test_sampling(lm_data, trained, arch, arguments):
                 assert bits == pytest.approx(score, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_yaml_route(lm_data, trained, tmp_path):
     """fairseq-hydra-train with the same settings in a YAML file: the same loss at each update, to the last digit."""
     arch = "tensorized_lm_pn_ptb"

@@ -150,7 +150,7 @@ KINDS = {
 def lm_data(toy_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lm")
     parts = [word for split in ("train", "valid", "test") for word in (f"--{split}pref", toy_data.parent / f"{split}.de")]
-    toy.command("fairseq-preprocess", "--only-source", "--destdir", folder, *parts)
+    toy.preprocess("--only-source", "--destdir", folder, *parts)
     return folder
 
 

@@ -29,6 +29,8 @@ def pattern_three(f, norm, linear, x, mask):
 
 
 PATTERNS = [pattern_shared, pattern_one_segment, pattern_nested, pattern_three]
+#: every norm with a warm-up that ends in between; PN, whose passes it changes most, before and after it, too
+WARMUPS = [(*case, warmup) for case in CASES for warmup in ((0, 4, 100) if case[0] == "power" else (4,))]
 
 
 def run(name, variant, warmup, pattern, f, steps=3, separate=False):
@@ -51,8 +53,7 @@ def run(name, variant, warmup, pattern, f, steps=3, separate=False):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("warmup", [0, 4, 100])
-@pytest.mark.parametrize("name, variant", CASES)
+@pytest.mark.parametrize("name, variant, warmup", WARMUPS)
 def test_checkpointing_changes_nothing(name, variant, warmup, pattern, reentrant):
     """Calls in any arrangement before one backward pass: every gradient and statistic as without checkpointing."""
     plain = run(name, variant, warmup, pattern, lambda g, x: g(x))
@@ -109,9 +110,8 @@ def test_passes_that_were_never_repeated_are_in_nobodys_way(variant):
     assert_all_close(*results, 1e-12)
 
 
-@pytest.mark.parametrize("warmup", [0, 100])
 @pytest.mark.parametrize("save", ["mm", "aten", "nothing"])
-@pytest.mark.parametrize("name, variant", CASES)
+@pytest.mark.parametrize("name, variant, warmup", [case for case in WARMUPS if case[0] != "power" or case[2] != 4])
 def test_selective_checkpointing(name, variant, save, warmup):
     """torch's selective checkpointing, whatever it saves: it counts operations, of which bookkeeping must be none."""
     from functools import partial

@@ -59,7 +59,7 @@ def named(subject: str, word: str) -> str:
         raise UserError(f"--benchmark {word!r}: {recipe(found).name} is {kind}; its table is scripts/reproduce_{other}.sh")
     for key in VARIED:
         if key in by_key(recipe(found).overrides):
-            raise UserError(f"--benchmark {word!r}: {recipe(found).where} sets {key}, which tells the rows of a table apart; "
+            raise UserError(f"--benchmark {word!r}: {recipe(found).where} sets {key}, which tells rows of a table apart; "
                             f"leave it out, --rows chooses it")
     return found
 

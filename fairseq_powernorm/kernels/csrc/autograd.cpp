@@ -33,15 +33,16 @@ using torch::autograd::variable_list;
 // ---------------------------------------------------------------- what Python has given
 
 using ForwardFunction = int(
-    int, int64_t, int64_t, int64_t, int, const void *, int64_t, int64_t, int64_t, const uint8_t *, const float *, const float *,
+    int, int64_t, int64_t, int64_t, int, const void *, int64_t, int64_t, int64_t, int64_t, const uint8_t *, const float *, const float *,
     const float *, const float *, double, double, int, void *, float *, float *, double *, float *, float *, double, double, double,
     double);
 using BackwardFunction = int(
-    int, int64_t, int64_t, int64_t, int, const void *, int64_t, int64_t, int64_t, const void *, int64_t, int64_t, int64_t,
+    int, int64_t, int64_t, int64_t, int, const void *, int64_t, int64_t, int64_t, int64_t, const void *, int64_t, int64_t, int64_t,
+    int64_t,
     const float *, const uint8_t *, const float *, const float *, const float *, double, double, void *, float *, float *, double *,
     float *, double, double);
 using EvaluateFunction = int(
-    int, int64_t, int64_t, int64_t, int, const void *, int64_t, int64_t, int64_t, const float *, const float *, const float *,
+    int, int64_t, int64_t, int64_t, int, const void *, int64_t, int64_t, int64_t, int64_t, const float *, const float *, const float *,
     double, void *);
 
 ForwardFunction *sweep_forward;
@@ -215,10 +216,49 @@ void changed(const Tensor &tensor)
         tensor.unsafeGetTensorImpl()->bump_version();
 }
 
+// How many rows of each example lie side by side in place of their channels; 0: none (memory.positions of Python).
+int64_t positions(const Tensor &x)
+{
+    if (x.dim() < 3 || x.stride(-1) == 1)
+        return 0;
+    int64_t side_by_side = 1;
+    for (int64_t i = x.dim() - 2; i > 0; i--) {
+        if (x.size(i) == 1)
+            continue;
+        if (x.stride(i) != side_by_side)
+            return 0;
+        side_by_side *= x.size(i);
+    }
+    return side_by_side > 1 ? side_by_side : 0;
+}
+
+// Memory for the values of the rows x, laid out alike (memory.empty of Python).
+Tensor like(const Tensor &x)
+{
+    const int64_t side_by_side = x.is_contiguous() ? 0 : positions(x);
+    if (!side_by_side)
+        return empty(x.sizes(), x.scalar_type());
+    std::vector<int64_t> strides(x.dim(), side_by_side);
+    strides[0] = x.size(-1) * side_by_side;
+    int64_t step = 1;
+    for (int64_t i = x.dim() - 2; i > 0; i--) {
+        strides[i] = step;
+        step *= x.size(i);
+    }
+    return at::detail::empty_strided_cpu(x.sizes(), strides, at::TensorOptions().dtype(x.scalar_type()));
+}
+
+// Rows whose channels come last, from a tensor whose channels may come second, or back; no view, as autograd sees it.
+Tensor moved(const Tensor &x, int64_t from, int64_t to)
+{
+    at::AutoDispatchBelowADInplaceOrView below;
+    return x.movedim(from, to);
+}
+
 // Where the rows of a tensor lie, and how many there are.
 struct Rows {
     Tensor values;
-    int64_t inner = 1, outer_stride, inner_stride = 0;
+    int64_t inner = 1, outer_stride, inner_stride = 0, channel_stride = 1;
 
     explicit Rows(const Tensor &x) : values(x), outer_stride(x.size(-1))
     {
@@ -230,6 +270,11 @@ struct Rows {
             inner = x.size(1);
             outer_stride = x.stride(0);
             inner_stride = x.stride(1);
+        } else if (const int64_t side_by_side = positions(x)) {
+            inner = side_by_side;
+            outer_stride = x.stride(0);
+            inner_stride = 1;
+            channel_stride = x.stride(-1);
         } else {
             at::AutoDispatchBelowADInplaceOrView below;
             values = x.contiguous();
@@ -313,6 +358,7 @@ struct PowerNormBackward : torch::autograd::Node {
     Tensor nu;   // read when the backward pass runs, by the method's definition: not a saved tensor
     Tensor into; // where a stage wants the sums; undefined: nu takes its step here
     bool own = false;
+    bool channels_second = false; // the output is B x C x ..., the input B x ... x C
     Spec spec;
     Step step;
     Object switches, python_backward, collect, guard, constants;
@@ -354,8 +400,9 @@ struct PowerNormBackward : torch::autograd::Node {
         return error.apply(std::move(found));
     }
 
-    variable_list gradients(const Tensor &grad_y)
+    variable_list gradients(const Tensor &given)
     {
+        const Tensor grad_y = channels_second ? moved(given, 1, -1) : given;
         const Tensor x_ = x.unpack(), r_ = r.unpack(), weight_ = weight.unpack(), saved_ = saved.unpack(), valid_ = valid.unpack();
         const bool want_x = task_should_compute_output(0);
         WithGil gil;
@@ -407,7 +454,7 @@ struct PowerNormBackward : torch::autograd::Node {
     {
         const int64_t channels = x_.size(-1), rows = channels ? x_.numel() / channels : 0;
         const Rows x_rows(x_), grad_rows(grad_y);
-        const Tensor wide = floats(weight_), grad_x = want_x ? empty(x_.sizes(), x_.scalar_type()) : Tensor();
+        const Tensor wide = floats(weight_), grad_x = want_x ? like(x_) : Tensor();
         const Tensor grad_weight = empty({channels}), grad_bias = empty({channels});
         double *tally = into.defined() ? sums_of(2 * channels + 2) : nullptr;
         int status;
@@ -415,9 +462,9 @@ struct PowerNormBackward : torch::autograd::Node {
             WithoutGil others(rows * channels >= GRAIN);
             status = sweep_backward(
                 type_number(x_), rows, channels, spec.groups, at::get_num_threads(), x_rows.data(), x_rows.inner,
-                x_rows.outer_stride, x_rows.inner_stride, grad_rows.data(), grad_rows.inner, grad_rows.outer_stride,
-                grad_rows.inner_stride, at_or_null<float>(r_), spec.skip_padding ? at_or_null<uint8_t>(valid_) : nullptr,
-                at_or_null<float>(wide), at_or_null<float>(saved_), at_or_null<float>(nu), spec.gradient_scale * spec.nu_scale,
+                x_rows.outer_stride, x_rows.inner_stride, x_rows.channel_stride, grad_rows.data(), grad_rows.inner,
+                grad_rows.outer_stride, grad_rows.inner_stride, grad_rows.channel_stride, at_or_null<float>(r_),
+                spec.skip_padding ? at_or_null<uint8_t>(valid_) : nullptr, at_or_null<float>(wide), at_or_null<float>(saved_), at_or_null<float>(nu), spec.gradient_scale * spec.nu_scale,
                 spec.gradient_scale, written<void>(grad_x), written<float>(grad_weight), written<float>(grad_bias), tally,
                 own ? written<float>(nu) : nullptr, step.nu_scale, step.nu_lowest);
         }
@@ -498,15 +545,15 @@ using NodePointer = std::decay_t<decltype(torch::autograd::Edge::function)>;
 
 /*
  * train(x, weight, bias, valid, psi2, nu, iters, spec, step, forward_into, backward_into, switches, python_backward, collect,
- * guard): a forward pass of training. step: StepSpec where the statistics take their step here; else None. forward_into,
+ * guard, channels_second): a forward pass of training over rows x; with channels_second the output is B x C x ... step: StepSpec where the statistics take their step here; else None. forward_into,
  * backward_into: vectors of a stage, or None. python_backward(collect, guard, spec, grad_y, x, r, weight, saved, valid, nu, want_x)
  * computes the gradients that are not computed here. Returns None, with nothing done, where the pass is left to Python.
  */
 PyObject *train(PyObject *, PyObject *const *arguments, Py_ssize_t count)
 {
     HANDLE_TH_ERRORS
-    if (count != 15) {
-        PyErr_SetString(PyExc_TypeError, "train() takes 15 arguments");
+    if (count != 16) {
+        PyErr_SetString(PyExc_TypeError, "train() takes 16 arguments");
         return nullptr;
     }
     auto spec = Spec();
@@ -540,7 +587,7 @@ PyObject *train(PyObject *, PyObject *const *arguments, Py_ssize_t count)
 
     const Rows x_rows(x);
     const Tensor wide_weight = floats(weight), wide_bias = floats(bias);
-    Tensor y = empty(x.sizes(), x.scalar_type());
+    Tensor y = like(x);
     const Tensor saved = empty({3, channels});
     const Tensor r = spec.groups > 0 ? empty({rows, spec.groups}) : Tensor();
     double *tally = forward_into.defined() ? sums_of(channels + 2) : nullptr;
@@ -549,7 +596,7 @@ PyObject *train(PyObject *, PyObject *const *arguments, Py_ssize_t count)
         WithoutGil others(rows * channels >= GRAIN);
         status = sweep_forward(
             type_number(x), rows, channels, spec.groups, at::get_num_threads(), x_rows.data(), x_rows.inner, x_rows.outer_stride,
-            x_rows.inner_stride, at_or_null<uint8_t>(valid), at_or_null<float>(wide_weight), at_or_null<float>(wide_bias),
+            x_rows.inner_stride, x_rows.channel_stride, at_or_null<uint8_t>(valid), at_or_null<float>(wide_weight), at_or_null<float>(wide_bias),
             at_or_null<float>(psi2), nullptr, spec.eps, spec.jump, spec.flags, y.mutable_data_ptr(), written<float>(r),
             written<float>(saved), tally, own ? written<float>(psi2) : nullptr, own ? written<float>(iters) : nullptr, step.alpha,
             step.warmup, step.trusted_after, step.jump);
@@ -561,6 +608,14 @@ PyObject *train(PyObject *, PyObject *const *arguments, Py_ssize_t count)
     }
     if (forward_into.defined())
         add_to(forward_into, tally);
+    const bool channels_second = arguments[15] == Py_True;
+    if (channels_second) { // contiguous, unless channels are adjacent in x (memory.channels_second of Python)
+        y = moved(y, -1, 1);
+        if (x.stride(-1) != 1) {
+            at::AutoDispatchBelowADInplaceOrView below;
+            y = y.contiguous();
+        }
+    }
     if (torch::autograd::compute_requires_grad(x, weight, bias)) {
         auto *node = new PowerNormBackward();
         const NodePointer owner = Nodes<NodePointer>::own(node);
@@ -573,6 +628,7 @@ PyObject *train(PyObject *, PyObject *const *arguments, Py_ssize_t count)
         node->nu = nu;
         node->into = backward_into;
         node->own = own;
+        node->channels_second = channels_second;
         node->spec = spec;
         node->step = step;
         node->constants.keep(arguments[7]);
@@ -614,14 +670,14 @@ PyObject *evaluate(PyObject *, PyObject *const *arguments, Py_ssize_t count)
         Py_RETURN_NONE;
     const Rows x_rows(x);
     const Tensor wide_weight = floats(weight), wide_bias = floats(bias), wide_psi2 = floats(psi2);
-    const Tensor y = empty(x.sizes(), x.scalar_type());
+    const Tensor y = like(x);
     int status;
     {
         WithoutGil others(rows * channels >= GRAIN);
         status = sweep_evaluate(
             type_number(x), rows, channels, groups, at::get_num_threads(), x_rows.data(), x_rows.inner, x_rows.outer_stride,
-            x_rows.inner_stride, at_or_null<float>(wide_weight), at_or_null<float>(wide_bias), at_or_null<float>(wide_psi2), eps,
-            y.mutable_data_ptr());
+            x_rows.inner_stride, x_rows.channel_stride, at_or_null<float>(wide_weight), at_or_null<float>(wide_bias),
+            at_or_null<float>(wide_psi2), eps, y.mutable_data_ptr());
     }
     check(status);
     return THPVariable_Wrap(y);

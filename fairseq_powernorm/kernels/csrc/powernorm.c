@@ -2,7 +2,7 @@
  * Power Normalization on a CPU: forward and backward pass as one sweep over the rows each. Plain C ABI, no dependence on
  * torch or Python: kernels/c.py calls it through ctypes. The arithmetic is that of kernels/eager.py.
  *
- * Rows are worked on in blocks of BLOCK: within one, per-channel sums are float32, the blocks' totals are added up in
+ * Channels of a row need not be adjacent: see tiles.h. Rows are worked on in blocks of BLOCK: within one, per-channel sums are float32, the blocks' totals are added up in
  * float64. The blocks are shared out to the threads in fixed, contiguous parts, and the parts' totals are added up in
  * order, so that results do not depend on which thread is faster; the last bit of a float64 total may depend on their number.
  *
@@ -40,10 +40,13 @@ enum { FLOAT32 = 0, BFLOAT16 = 1 };
 enum { OK = 0, NO_MEMORY = 1, NOT_FINITE = 2 };
 enum { FORWARD_BATCH = 1, BACKWARD_BATCH = 2, SKIP_PADDING = 4 };
 
-/* Row n lies at data + (n / inner) * outer_stride + (n % inner) * inner_stride elements; its channels are contiguous. */
+/*
+ * Row n lies at data + (n / inner) * outer_stride + (n % inner) * inner_stride elements, its channels channel_stride apart: 1,
+ * or rows are adjacent instead (inner_stride 1), as in B x C x inner.
+ */
 struct input {
     const void *data;
-    int64_t inner, outer_stride, inner_stride;
+    int64_t inner, outer_stride, inner_stride, channel_stride;
 };
 
 INLINE int64_t offset(const struct input *in, int64_t row)
@@ -58,7 +61,8 @@ struct forward {
     int64_t channels, blocks, width; /* blocks: channel groups of the layer scale, 1 if it is off; width: channels of each */
     int scaled, stream;
     const float *scale, *shift;
-    void *y;  /* may be NULL */
+    void *y; /* may be NULL */
+    int64_t y_stride; /* elements from one row of y to the next */
     float *r; /* may be NULL */
 };
 
@@ -68,6 +72,7 @@ struct backward {
     int stream;
     const float *r, *a, *b; /* r is NULL without layer scale */
     void *dx;               /* may be NULL */
+    int64_t dx_stride;
 };
 
 /* The sources that this was built from: build.py looks for it in the file. */
@@ -215,6 +220,10 @@ static const struct instructions *instructions(void)
     return &sets[chosen];
 }
 
+/* ---------------------------------------------------------------- tiles */
+
+#include "tiles.h"
+
 /* ---------------------------------------------------------------- threads */
 
 typedef void task_function(void *);
@@ -246,6 +255,7 @@ struct work {
     const uint8_t *valid; /* of the rows; NULL: all are */
     int sum_others;       /* forward: are sums over the rows that are not valid wanted? */
     int sums;             /* forward: are any? */
+    int tiled;            /* are there rows whose channels are not adjacent? */
     int64_t rows, channels, groups, n_parts; /* groups: of the layer scale, 1 if it is off */
     size_t element_size;
     struct part *parts;
@@ -260,22 +270,85 @@ static void flush(double *total, float *acc, int64_t n)
     }
 }
 
+/* Rows by their numbers: list[0] those that count, n[0] of them; list[1] the others. */
+static void work_on_rows(
+    const struct work *work, const struct forward *forward, const struct backward *backward, int64_t list[2][BLOCK],
+    const int64_t n[2], float *const acc[2], float *scratch)
+{
+    if (forward) {
+        work->forward_list(forward, list[0], n[0], acc[0], scratch);
+        if (n[1])
+            work->forward_list(forward, list[1], n[1], acc[1], scratch);
+        return;
+    }
+    work->backward_list(backward, list[0], n[0], acc[0], acc[1], scratch);
+    if (backward->dx)
+        for (int64_t i = 0; i < n[1]; i++)
+            memset((char *)backward->dx + (size_t)(list[1][i] * backward->dx_stride) * work->element_size, 0,
+                   (size_t)work->channels * work->element_size);
+}
+
+/* The same for `count` rows from `first` on, from which `list` numbers them, through tiles: their channels are not adjacent. */
+static void work_on_tile(
+    const struct work *work, int64_t first, int64_t count, int64_t list[2][BLOCK], const int64_t n[2], float *const acc[2],
+    float *scratch, char *tiles)
+{
+    const int64_t C = work->channels, stride = tile_stride(C, work->element_size);
+    const struct input tile = {tiles, 1, stride, 0, 1};
+    char *second = tiles + (size_t)(tile_rows(C, work->element_size) * stride) * work->element_size;
+    if (work->forward) {
+        struct forward job = *work->forward;
+        take(&job.x, first, count, C, tiles, stride, work->element_size);
+        void *out = job.y;
+        job.y = out ? tiles : NULL; /* in place */
+        job.r = job.r ? job.r + first * job.blocks : NULL;
+        job.y_stride = stride;
+        job.stream = 0;
+        const int64_t inner = job.x.inner;
+        job.x = tile;
+        work_on_rows(work, &job, NULL, list, n, acc, scratch);
+        if (out)
+            bring(tiles, stride, out, inner, first, count, C, work->element_size, work->forward->stream);
+        return;
+    }
+    struct backward job = *work->backward;
+    take(&job.x, first, count, C, tiles, stride, work->element_size);
+    take(&job.dy, first, count, C, second, stride, work->element_size);
+    char *out = job.dx;
+    const int rows_adjacent = job.x.channel_stride == 1; /* only dy is otherwise: dx is as x */
+    if (out)
+        job.dx = rows_adjacent ? out + (size_t)(first * C) * work->element_size : second;
+    job.dx_stride = rows_adjacent ? C : stride;
+    job.r = job.r ? job.r + first * job.blocks : NULL;
+    job.stream = 0;
+    const int64_t inner = job.x.inner;
+    job.x = job.dy = tile;
+    job.dy.data = second;
+    work_on_rows(work, NULL, &job, list, n, acc, scratch);
+    if (out && !rows_adjacent)
+        bring(second, stride, out, inner, first, count, C, work->element_size, work->backward->stream);
+}
+
 static void work_on(struct work *work, int64_t number)
 {
     const int64_t C = work->channels, blocks = (work->rows + BLOCK - 1) / BLOCK;
     const int64_t first = blocks * number / work->n_parts * BLOCK;
     int64_t last = blocks * (number + 1) / work->n_parts * BLOCK;
     const int wanted = work->backward ? 2 : work->sums ? 1 + work->sum_others : 0;
+    const int64_t step = work->tiled ? tile_rows(C, work->element_size) : BLOCK;
+    const size_t tile = work->tiled ? (size_t)(step * tile_stride(C, work->element_size)) * work->element_size : 0;
+    char *tiles = NULL;
     struct part *part = &work->parts[number];
     float *acc[2] = {NULL, NULL};
     if (last > work->rows)
         last = work->rows;
     double *memory = calloc((size_t)(C * wanted + 2 * work->groups), sizeof(double) + sizeof(float));
-    if (!memory) {
+    part->memory = memory;
+    if (!memory || (tile && !(tiles = malloc(tile * (work->backward ? 2 : 1) + LINE)))) {
         __atomic_store_n(&work->failed, 1, __ATOMIC_RELAXED);
         return;
     }
-    part->memory = memory;
+    char *const aligned = tiles + (LINE - (uintptr_t)tiles % LINE) % LINE;
     float *scratch = (float *)(memory + C * wanted);
     for (int i = 0; i < wanted; i++) {
         part->sums[i] = memory + i * C;
@@ -283,26 +356,23 @@ static void work_on(struct work *work, int64_t number)
     }
     for (int64_t begin = first; begin < last; begin += BLOCK) {
         const int64_t end = begin + BLOCK < last ? begin + BLOCK : last;
-        int64_t rows[2][BLOCK], n[2] = {0, 0};
-        for (int64_t row = begin; row < end; row++) {
-            int kind = work->valid && !work->valid[row];
-            rows[kind][n[kind]++] = row;
-        }
-        part->counted += n[0];
-        if (work->forward) {
-            work->forward_list(work->forward, rows[0], n[0], acc[0], scratch);
-            if (n[1])
-                work->forward_list(work->forward, rows[1], n[1], acc[1], scratch);
-        } else {
-            work->backward_list(work->backward, rows[0], n[0], acc[0], acc[1], scratch);
-            if (work->backward->dx)
-                for (int64_t i = 0; i < n[1]; i++)
-                    memset((char *)work->backward->dx + (size_t)(rows[1][i] * C) * work->element_size, 0,
-                           (size_t)C * work->element_size);
+        for (int64_t from = begin; from < end; from += step) {
+            const int64_t to = from + step < end ? from + step : end, base = work->tiled ? from : 0;
+            int64_t list[2][BLOCK], n[2] = {0, 0};
+            for (int64_t row = from; row < to; row++) {
+                int kind = work->valid && !work->valid[row];
+                list[kind][n[kind]++] = row - base;
+            }
+            part->counted += n[0];
+            if (work->tiled)
+                work_on_tile(work, from, to - from, list, n, acc, scratch, aligned);
+            else
+                work_on_rows(work, work->forward, work->backward, list, n, acc, scratch);
         }
         for (int i = 0; i < wanted; i++)
             flush(part->sums[i], acc[i], C);
     }
+    free(tiles);
 #if X86
     _mm_sfence();
 #endif
@@ -477,11 +547,12 @@ static int sweep(
     const int64_t blocks = groups > 0 ? groups : 1, width = channels / blocks;
     const struct forward job = {
         .x = *x, .channels = channels, .blocks = blocks, .width = width, .scaled = groups > 0,
-        .stream = streams(dtype, rows, channels, width, y), .scale = scale, .shift = shift, .y = y, .r = r,
+        .stream = streams(dtype, rows, channels, x->channel_stride == 1 ? width : 0, y), .scale = scale, .shift = shift, .y = y,
+        .y_stride = channels, .r = r,
     };
     struct work work = {
         .forward = &job, .forward_list = instructions()->forward[dtype], .valid = valid, .sums = totals[0] != NULL,
-        .sum_others = totals[1] != NULL, .rows = rows, .channels = channels, .groups = blocks,
+        .sum_others = totals[1] != NULL, .tiled = x->channel_stride != 1, .rows = rows, .channels = channels, .groups = blocks,
         .element_size = element_size(dtype),
     };
     return run(&work, threads, totals, counted);
@@ -491,15 +562,15 @@ static int sweep(
 
 /*
  * Evaluation: y = u * scale + bias, scale = weight / sqrt(psi2 + eps). weight, bias, psi2: C or NULL (without psi2:
- * scale = weight). y: rows x C, contiguous.
+ * scale = weight). y: rows x C, contiguous; or B x C x inner as x, where the channels of x are not adjacent.
  */
 EXPORT int pn_evaluate(
     int dtype, int64_t rows, int64_t channels, int64_t groups, int threads, const void *x, int64_t inner,
-    int64_t outer_stride, int64_t inner_stride, const float *weight, const float *bias, const float *psi2, double eps,
-    void *y)
+    int64_t outer_stride, int64_t inner_stride, int64_t channel_stride, const float *weight, const float *bias,
+    const float *psi2, double eps, void *y)
 {
     const int64_t C = channels;
-    const struct input in = {x, inner, outer_stride, inner_stride};
+    const struct input in = {x, inner, outer_stride, inner_stride, channel_stride};
     double *const totals[2] = {NULL, NULL};
     int64_t counted;
     const struct order order = order_of(dtype, C, groups > 0 ? C / groups : C);
@@ -588,7 +659,7 @@ static void advance_nu(
  * Forward pass of training.
  *
  * valid: rows bytes, 0 at padding, or NULL. psi2: C. batch: C, the batch's second moment if it is known already, or NULL: that
- * of these rows. jump: see PowerNormSpec. y: rows x C, or NULL (sums only). r: rows x groups, or NULL. saved: 3 x C, for the
+ * of these rows. jump: see PowerNormSpec. y: as in pn_evaluate, or NULL (sums only). r: rows x groups, or NULL. saved: 3 x C, for the
  * backward pass: 1 / sqrt(psi^2 + eps) of the output, that of the gradient, sum of z^2. tally: C + 2: sums of u^2 over valid
  * rows, their number, 1; or NULL. step_psi2 (C), step_iters (1): statistics that take their step here, see pn_advance_forward; or
  * NULL.
@@ -597,12 +668,13 @@ static void advance_nu(
  */
 EXPORT int pn_forward(
     int dtype, int64_t rows, int64_t channels, int64_t groups, int threads, const void *x, int64_t inner,
-    int64_t outer_stride, int64_t inner_stride, const uint8_t *valid, const float *weight, const float *bias,
-    const float *psi2, const float *batch, double eps, double jump, int flags, void *y, float *r, float *saved,
-    double *tally, float *step_psi2, float *step_iters, double alpha, double warmup, double trusted_after, double step_jump)
+    int64_t outer_stride, int64_t inner_stride, int64_t channel_stride, const uint8_t *valid, const float *weight,
+    const float *bias, const float *psi2, const float *batch, double eps, double jump, int flags, void *y, float *r,
+    float *saved, double *tally, float *step_psi2, float *step_iters, double alpha, double warmup, double trusted_after,
+    double step_jump)
 {
     const int64_t C = channels;
-    const struct input in = {x, inner, outer_stride, inner_stride};
+    const struct input in = {x, inner, outer_stride, inner_stride, channel_stride};
     float *inv_forward = saved, *inv_backward = saved + C, *z_square = saved + 2 * C;
     const struct order order = order_of(dtype, C, groups > 0 ? C / groups : C);
     double *sums = calloc((size_t)C * 5 + 1, sizeof(double));
@@ -652,7 +724,7 @@ EXPORT int pn_forward(
  * Backward pass. x, r, weight, saved as in the forward pass.
  *
  * valid: rows bytes, 0 at rows that do not count and receive no gradient, or NULL. nu: C, nu_factor: its factor in the
- * gradient. dx: rows x C or NULL. grad_weight, grad_bias: C. tally: 2 C + 2: sums of weight * dy * z / gradient_scale and of
+ * gradient. dx: as y, or NULL. grad_weight, grad_bias: C. tally: 2 C + 2: sums of weight * dy * z / gradient_scale and of
  * z^2, number of rows, 1; or NULL.
  *
  * step_nu (C): the statistic that takes its step here, see pn_advance_backward, or NULL.
@@ -662,10 +734,10 @@ EXPORT int pn_forward(
  */
 EXPORT int pn_backward(
     int dtype, int64_t rows, int64_t channels, int64_t groups, int threads, const void *x, int64_t inner,
-    int64_t outer_stride, int64_t inner_stride, const void *dy, int64_t dy_inner, int64_t dy_outer_stride,
-    int64_t dy_inner_stride, const float *r, const uint8_t *valid, const float *weight, const float *saved,
-    const float *nu, double nu_factor, double gradient_scale, void *dx, float *grad_weight, float *grad_bias, double *tally,
-    float *step_nu, double step_scale, double lowest)
+    int64_t outer_stride, int64_t inner_stride, int64_t channel_stride, const void *dy, int64_t dy_inner,
+    int64_t dy_outer_stride, int64_t dy_inner_stride, int64_t dy_channel_stride, const float *r, const uint8_t *valid,
+    const float *weight, const float *saved, const float *nu, double nu_factor, double gradient_scale, void *dx,
+    float *grad_weight, float *grad_bias, double *tally, float *step_nu, double step_scale, double lowest)
 {
     const int64_t C = channels, blocks = groups > 0 ? groups : 1, width = C / blocks;
     const float *inv_forward = saved, *inv_backward = saved + C, *z_square = saved + 2 * C;
@@ -682,13 +754,16 @@ EXPORT int pn_backward(
         b[c] = channel_value((float)(nu[c] * nu_factor) * inv_forward[c] * inv_backward[c]);
     to_sweeps(&order, b, (float *)spare);
     const struct backward job = {
-        .x = {x, inner, outer_stride, inner_stride}, .dy = {dy, dy_inner, dy_outer_stride, dy_inner_stride},
-        .channels = C, .blocks = blocks, .width = width, .stream = streams(dtype, rows, C, width, dx),
-        .r = groups > 0 ? r : NULL, .a = a, .b = b, .dx = dx,
+        .x = {x, inner, outer_stride, inner_stride, channel_stride},
+        .dy = {dy, dy_inner, dy_outer_stride, dy_inner_stride, dy_channel_stride},
+        .channels = C, .blocks = blocks, .width = width,
+        .stream = streams(dtype, rows, C, channel_stride == 1 ? width : 0, dx),
+        .r = groups > 0 ? r : NULL, .a = a, .b = b, .dx = dx, .dx_stride = C,
     };
     struct work work = {
-        .backward = &job, .backward_list = instructions()->backward[dtype], .valid = valid, .rows = rows, .channels = C,
-        .groups = blocks, .element_size = element_size(dtype),
+        .backward = &job, .backward_list = instructions()->backward[dtype], .valid = valid,
+        .tiled = channel_stride != 1 || dy_channel_stride != 1, .rows = rows, .channels = C, .groups = blocks,
+        .element_size = element_size(dtype),
     };
     int status = run(&work, threads, totals, &counted);
     from_sweeps(&order, sums, spare);

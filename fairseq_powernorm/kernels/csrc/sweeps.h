@@ -207,7 +207,7 @@ INLINE void NAME(forward_rows)(
     for (int k = 0; k < R; k++) {
         x[k] = (const element *)job->x.data + offset(&job->x, rows[k]);
         next[k] = (const element *)job->x.data + offset(&job->x, rows[k + ahead]);
-        y[k] = write ? (element *)job->y + rows[k] * job->channels : 0;
+        y[k] = write ? (element *)job->y + rows[k] * job->y_stride : 0;
     }
     if (job->scaled)
         for (int k = 0; k < R; k++)
@@ -278,7 +278,7 @@ INLINE void NAME(backward_rows)(
         dy[k] = (const element *)job->dy.data + offset(&job->dy, rows[k]);
         next_x[k] = (const element *)job->x.data + offset(&job->x, rows[k + ahead]);
         next_dy[k] = (const element *)job->dy.data + offset(&job->dy, rows[k + ahead]);
-        dx[k] = write ? (element *)job->dx + rows[k] * job->channels : 0;
+        dx[k] = write ? (element *)job->dx + rows[k] * job->dx_stride : 0;
     }
     const int products = job->r && write;
     if (products)

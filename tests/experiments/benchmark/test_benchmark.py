@@ -34,6 +34,7 @@ def test_the_authors_way_computes_the_same(groups):
     torch.testing.assert_close(theirs.eval()(x), ours.eval()(x), rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_command_measures_every_level():
     """--quick goes through all levels and contenders, one from outside among them, and prints a row for each."""
     done = toy.command(
@@ -179,13 +180,14 @@ def test_targets_of_a_gpu_are_checked():
 
 def test_the_sanitizers_script_needs_a_compiler(tmp_path):
     """One line and exit status 2 where the compiler is none."""
-    done = toy.command("bash", "tests/checks/sanitizers.sh", check=False, CC="no-such-compiler")
+    done = toy.command("bash", "tests/checks/sanitizers.sh", check=False, cold=True, CC="no-such-compiler")
     assert done.returncode == 2 and done.stderr == (
         "tests/checks/sanitizers.sh: error: no C compiler: no-such-compiler is not in PATH\n"
     )
-    assert toy.command("bash", "tests/checks/sanitizers.sh", "--help").stdout.startswith("Builds the C kernel")
+    assert toy.command("bash", "tests/checks/sanitizers.sh", "--help", cold=True).stdout.startswith("Builds the C kernel")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 def test_the_stand_alone_check_passes(tmp_path):
     """The program that the sanitizers run, built without them: every entry point equals plain loops, with threads and

@@ -51,6 +51,7 @@ def with_slurm(scripts, tmp_path):
 # ---- submit.sh -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_submit_refuses(scripts, with_slurm, tmp_path, monkeypatch):
     """Wrong use is one clear error, and nothing is queued or written."""
     for name, value in {**scripts.environment, **with_slurm}.items():
@@ -108,6 +109,7 @@ def test_norms_and_overrides_of_submit():
     assert options.overrides == ["common.seed=2", "~optimizer.adam_betas", "a.b='c:d'"]
 
 
+@pytest.mark.slow
 def test_submit_refuses_runs_in_use(scripts, with_slurm, tmp_path):
     """A run directory that exists, in which a process works, or that a queued job will use, is refused."""
     import fcntl
@@ -128,6 +130,7 @@ def test_submit_refuses_runs_in_use(scripts, with_slurm, tmp_path):
     assert not (tmp_path / "calls").exists()
 
 
+@pytest.mark.slow
 def test_submit_queues_all_jobs_or_none(scripts, with_slurm, tmp_path):
     """One array over norms x seeds, held until evaluations and table are queued behind it; all of them or none."""
     words = ("demo", "power", "layer", "--array-seeds", "4,5", "--gpus", "4", "--nodes", "2", *SMALL,
@@ -162,6 +165,7 @@ def test_submit_queues_all_jobs_or_none(scripts, with_slurm, tmp_path):
     assert not list((tmp_path / "runs" / "demo").glob(".rms*")), "no claim is left"
 
 
+@pytest.mark.slow
 def test_dry_run(scripts, tmp_path):
     """--dry-run prints the batch scripts, all files and the commands; it needs no SLURM and writes nothing."""
     before = sorted(scripts.home.rglob("*"))
@@ -341,6 +345,7 @@ def test_job_that_lost_a_node(job):
 # ---- status.sh -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_status(scripts, tmp_path):
     """Each state is told from the files of a run: updates of how many, validation loss, time left, checkpoint, restarts."""
     import fcntl

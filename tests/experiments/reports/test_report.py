@@ -489,6 +489,7 @@ def test_what_others_published_stands_beside_ours():
     assert not paper_section("iwslt14", "transformer_pn_iwslt_de_en", records).has_elsewhere
 
 
+@pytest.mark.slow
 def test_pictures_of_every_norm():
     """Figures 5 and 6 from what records say, figure 4 for more norms than fit beside each other, each row its own colour."""
     names = list(settings.NORMS)

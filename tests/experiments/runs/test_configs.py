@@ -1,8 +1,9 @@
-"""Every YAML file in configs/ builds with every norm, and says all of what the scripts read from it."""
+"""Every YAML file in configs/ builds, and with every norm, and says all of what the scripts read from it."""
 
 import re
 
 import pytest
+import torch
 from toy import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -31,13 +32,19 @@ def data(tmp_path_factory):
     return directory
 
 
+def built(benchmark, overrides):
+    """(configuration, task, model, criterion), the model without memory for its parameters."""
+    with torch.device("meta"):
+        return compose.build(compose.compose(benchmark, overrides))
+
+
 def benchmarks(lm):
     return [path.stem for path in CONFIGS if settings.is_lm(settings.load(path.stem)) == lm]
 
 
-@pytest.mark.parametrize("norm", settings.NORMS)
-@pytest.mark.parametrize("benchmark, arch", [
-    (name, arch) for name in benchmarks(lm=True) for arch in settings.architectures(name)])
+@pytest.mark.parametrize("benchmark, arch, norm", [
+    *(("ptb", settings.architectures("ptb")[0], norm) for norm in settings.NORMS if norm != "power"),
+    *((name, arch, "power") for name in benchmarks(lm=True) for arch in settings.architectures(name))])
 def test_language_models_build(benchmark, arch, norm, data, tmp_path):
     """configs/BENCH.yaml + configs/BENCH/ARCH.yaml + train.sh's overrides = that architecture, NORM everywhere."""
     overrides = [f"common.user_dir={PLUGIN}", f"task.data={data}", f"checkpoint.save_dir={tmp_path}",
@@ -47,7 +54,7 @@ def test_language_models_build(benchmark, arch, norm, data, tmp_path):
     if "wiki103" in arch:
         overrides += [f"+model.adaptive_{part}_cutoff='20,40'" for part in ("softmax", "input")]
         overrides += ["+model.decoder_layers=1", "+model.decoder_ffn_embed_dim=64"]
-    config, task, model, criterion = compose.build(compose.compose(benchmark, overrides))
+    config, task, model, criterion = built(benchmark, overrides)
     assert (config.model._name, type(task).__name__) == (arch, "LanguageModelingPNTask")
     assert compose.norms_of(config.model) == (norm, "all")
     layer = model.decoder.layers[0]
@@ -105,9 +112,10 @@ def test_wrong_data_settings(change, message):
     assert recipe.checked("demo", {**settings.data_settings("demo"), "clean_ratio": 2})["clean_ratio"] == 2.0
 
 
-@pytest.mark.parametrize("placement", settings.PLACEMENTS)
-@pytest.mark.parametrize("norm", settings.NORMS)
-@pytest.mark.parametrize("benchmark", benchmarks(lm=False))
+@pytest.mark.parametrize("benchmark, norm, placement", [
+    *(("demo", norm, "all") for norm in settings.NORMS if norm != "power"), ("demo", "layer", "encoder"),
+    ("iwslt14", "prepbn", "encoder"),
+    *((name, "power", placement) for name in benchmarks(lm=False) for placement in settings.PLACEMENTS)])
 def test_builds(benchmark, norm, placement, data, tmp_path):
     """configs/BENCH.yaml + train.sh's overrides = task, model and criterion, with NORM where the placement says."""
     overrides = [f"common.user_dir={PLUGIN}", f"task.data={data}", f"checkpoint.save_dir={tmp_path}",
@@ -116,7 +124,7 @@ def test_builds(benchmark, norm, placement, data, tmp_path):
         overrides += ["+model.encoder_layers=1", "+model.decoder_layers=1"]
     if norm == "prepbn" and not settings.load(benchmark).optimization.max_update:
         overrides.append("+model.norm_total_updates=100000")
-    config, task, model, criterion = compose.build(compose.compose(benchmark, overrides))
+    config, task, model, criterion = built(benchmark, overrides)
     assert compose.norms_of(config.model) == (norm, "encoder" if norm == "layer" else placement)
     assert (type(task).__name__, type(criterion).__name__) == (
         "TranslationPNTask", "LabelSmoothedCrossEntropyCriterion")
@@ -136,7 +144,7 @@ def test_differences_are_all_of_a_configuration(benchmark, arch, overrides, data
     from omegaconf import OmegaConf
 
     paths = [f"common.user_dir={PLUGIN}", f"task.data={data}", f"checkpoint.save_dir={tmp_path}"]
-    config, *_ = compose.build(compose.compose(benchmark, [*paths, *compose.arch_overrides(benchmark, arch), *overrides]))
+    config, *_ = built(benchmark, [*paths, *compose.arch_overrides(benchmark, arch), *overrides])
     kept = compose.differences(config)
     defaults = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(FairseqConfig), enum_to_str=True))
     defaults.merge_with({group: {"_name": value["_name"]} for group, value in kept.items() if "_name" in value})

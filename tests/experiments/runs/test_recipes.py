@@ -4,6 +4,7 @@ import math
 import re
 
 import pytest
+import torch
 
 pytest.importorskip("fairseq")
 
@@ -81,7 +82,8 @@ def built(tmp_path_factory):
             if "wiki103" in config.model._name:
                 overrides += ["+model.decoder_layers=1", "+model.decoder_ffn_embed_dim=64",
                               *(f"+model.adaptive_{part}_cutoff='20,40'" for part in ("softmax", "input"))]
-            config, _, model, _ = compose.build(compose.compose(benchmark, overrides))
+            with torch.device("meta"):  # no memory for parameters
+                config, _, model, _ = compose.build(compose.compose(benchmark, overrides))
             found[benchmark, arch] = config, model
         return found[benchmark, arch]
 

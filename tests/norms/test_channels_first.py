@@ -1,0 +1,145 @@
+"""channels_first without copies: PN reads and writes B x C x ... where it lies."""
+import contextlib
+import json
+
+import pytest
+import torch
+from norm_cases import CASES, assert_all_close, make
+from torch import nn
+
+from fairseq_powernorm import kernels
+from fairseq_powernorm.kernels import eager, native
+from fairseq_powernorm.norms import PowerNorm
+
+C = 24  # no whole number of vectors
+
+
+def steps(norm, xs, *, moved, mask, convert=lambda tensor: tensor):
+    """Outputs and gradients of some training steps, the evaluation, parameters' gradients and statistics, as rows."""
+    found = []
+    for x, dy in xs:
+        leaf = (x.movedim(-1, 1).contiguous() if moved else x.clone()).requires_grad_()
+        y = norm(convert(leaf) if moved else leaf, mask)
+        assert y.is_contiguous() and y.shape == leaf.shape
+        y.backward(convert(dy.movedim(-1, 1).contiguous()) if moved else dy)
+        found += [y.detach(), leaf.grad]
+    norm.eval()
+    with torch.no_grad():
+        found.append(norm(leaf, mask))
+    found = [each.movedim(1, -1) if moved else each for each in found]
+    return [*found, *(each.grad for each in norm.parameters()), *norm.buffers()]
+
+
+def cases(shape, dtype):
+    draw = torch.Generator().manual_seed(0)
+    xs = [torch.randn(2, *shape, C, generator=draw).to(dtype).unbind() for _ in range(2)]
+    return xs, torch.rand(shape, generator=draw) < 0.3
+
+
+def pair(groups, variant):
+    """The same norm with either layout; its second step is past the warm-up."""
+    options = dict(groups=groups, variant=variant, warmup_updates=1)
+    return PowerNorm(C, batch_first=True, **options), PowerNorm(C, layout="channels_first", **options)
+
+
+@pytest.fixture(params=["C++", "Python"])
+def c_kernel(request):
+    """The C kernel, by either autograd function."""
+    if kernels.KERNELS["c"].unavailable():
+        pytest.skip(kernels.KERNELS["c"].unavailable())
+    with kernels.only("c"), native.in_python() if request.param == "Python" else contextlib.nullcontext():
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 128), (3, 5, 7), (40, 3)], ids=str)
+@pytest.mark.parametrize(
+    "groups, variant, masked", [(2, "reference", True), (0, "reference", False), (1, "algorithm2", True)]
+)
+def test_the_same_bits(c_kernel, groups, variant, masked, shape, dtype):
+    """By the C kernel, channels_first on B x C x ... has the bits of batch_first: tiles hold the rows in the same order."""
+    xs, mask = cases(shape, dtype)
+    rows, first = pair(groups, variant)
+    mask = mask if masked else None
+    expected, found = steps(rows, xs, moved=False, mask=mask), steps(first, xs, moved=True, mask=mask)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected))
+
+
+PARTS = {
+    "channels": lambda tensor: torch.cat([tensor, tensor], 1).chunk(2, 1)[1],
+    "positions": lambda tensor: torch.cat([tensor, tensor], 2)[:, :, tensor.size(2) :],
+    "examples": lambda tensor: tensor.repeat_interleave(2, 0)[::2],
+    "turned": lambda tensor: tensor.transpose(0, 2).contiguous().transpose(0, 2),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_parts_of_a_tensor(part, dtype):
+    """Inputs and gradients that are parts of larger tensors, or lie otherwise: the same numbers, contiguous output."""
+    xs, mask = cases((3, 20), dtype)
+    rows, first = pair(2, "reference")
+    expected = steps(rows, xs, moved=False, mask=mask)
+    found = steps(first, xs, moved=True, mask=mask, convert=PARTS[part])
+    assert_all_close(found, expected, 1e-6 if dtype is torch.float32 else 2e-3)
+
+
+@pytest.mark.parametrize("block", [1, 13 * C, 50 * C, 1 << 19], ids=["one row", "within", "examples", "all"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_eager_blocks(monkeypatch, block, dtype):
+    """Plain torch takes blocks of positions of an example, or of whole examples: the same numbers whatever their size."""
+    xs, mask = cases((5, 20), dtype)
+    for groups, variant in ((2, "reference"), (0, "algorithm2")):
+        rows, first = pair(groups, variant)
+        expected = steps(rows, xs, moved=False, mask=mask)
+        with monkeypatch.context() as patch:
+            patch.setattr(eager, "BLOCK", block)
+            found = steps(first, xs, moved=True, mask=mask)
+        assert_all_close(found, expected, 1e-12 if dtype is torch.float64 else 2e-3)
+
+
+def allocations(call, size, path):
+    """What ``call`` returns, and how often it allocates ``size`` bytes or more."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        found = call()
+    profile.export_chrome_trace(str(path))
+    events = json.loads(path.read_text())["traceEvents"]
+    return found, sum(each["name"] == "[memory]" and each["args"]["Bytes"] >= size for each in events)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_memory(monkeypatch, tmp_path, dtype, train):
+    """A pass allocates its result, and nothing else of the input's size: by the C kernel, and in training by plain torch."""
+    if dtype is torch.float64:
+        if not train:
+            pytest.skip("evaluation by plain torch is ordinary operations")
+        monkeypatch.setattr(eager, "BLOCK", 1 << 10)
+    elif kernels.KERNELS["c"].unavailable():
+        pytest.skip(kernels.KERNELS["c"].unavailable())
+    norm = PowerNorm(C, layout="channels_first", warmup_updates=0).train(train)
+    x, dy = torch.randn(2, 4, C, 16, 16, dtype=dtype).unbind()
+    x.requires_grad_(train)
+    norm(x).sum().backward() if train else norm(x)  # what is allocated once
+    with contextlib.nullcontext() if train else torch.no_grad():
+        y, count = allocations(lambda: norm(x), x.nbytes, tmp_path / "trace")
+    assert count == 1 and y.is_contiguous()
+    if train:
+        found, count = allocations(lambda: torch.autograd.grad(y, x, dy), x.nbytes, tmp_path / "trace")
+        assert count == 1 and found[0].is_contiguous()
+
+
+@pytest.mark.parametrize("name, variant", CASES)
+@pytest.mark.parametrize("train", [True, False])
+def test_changed_in_place(name, variant, train):
+    """The output may be changed in place, as nn.ReLU(inplace=True) does; PN's is no view, whose gradient would be copied."""
+    x, dy = torch.randn(2, 3, 16, 5).unbind()
+    found = []
+    for inplace in (False, True):
+        norm = make(name, variant, layout="channels_first").train(train)
+        leaf = x.clone().requires_grad_()
+        y = norm(leaf)
+        assert not (norm.OWN_LAYOUT and y._is_view())
+        nn.ReLU(inplace=inplace)(y).backward(dy)
+        found.append(leaf.grad)
+    assert torch.equal(*found)
