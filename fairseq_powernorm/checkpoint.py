@@ -8,12 +8,13 @@ import os
 import sys
 import zipfile
 from contextlib import contextmanager
-from typing import Any, Container, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set
+from typing import Any, Container, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
 from torch import Tensor, nn
 
-from . import command_options, compat
+from . import command_line, command_options, compat
+from .command_options import check_output
 from .norms import NORMS, norms_with
 
 State = Dict[str, Any]
@@ -52,7 +53,27 @@ def load(path: str) -> State:
         raise ValueError(f"checkpoint {path!r}: damaged, or not a checkpoint ({error})") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise ValueError(f"checkpoint {path!r}: holds no model; must be one written by fairseq-train")
+    for name, tensor in state["model"].items():
+        if not (isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout is torch.strided):
+            raise ValueError(f"checkpoint {path!r}: {name!r} of its model is no plain tensor")
     return state
+
+
+def read_by_fairseq(path: str, overrides: Dict[str, Any]) -> Tuple[List[nn.Module], Any]:
+    """(models, task) of a checkpoint that :func:`load` reads; overrides: of its settings.
+
+    Raises:
+        ValueError: it is damaged, not finite, or holds less than fairseq's checkpoints do
+    """
+    from fairseq import checkpoint_utils
+
+    check_finite(load(path)["model"], path)
+    try:
+        models, _, task = checkpoint_utils.load_model_ensemble_and_task([path], overrides)
+    except (KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"checkpoint {path!r}: not one of fairseq's, or of another version ({reason})") from error
+    return models, task
 
 
 def check_intact(path: str) -> None:
@@ -83,14 +104,6 @@ def check_finite(model: Mapping[str, Tensor], path: str) -> None:
     for name, tensor in model.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"checkpoint {path!r}: {name} has values that are not finite: training has diverged")
-
-
-def check_output(path: str, overwrite: bool) -> None:
-    """Raise ValueError if ``path`` exists and must not be overwritten, or its directory does not exist."""
-    if os.path.exists(path) and not overwrite:
-        raise ValueError(f"output {path!r}: exists; choose another name or give --force")
-    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-        raise ValueError(f"output {path!r}: its directory does not exist")
 
 
 @contextmanager
@@ -299,4 +312,4 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

@@ -5,6 +5,7 @@ is by default there, or what it comes to. ``tests/experiments/test_options.py`` 
 """
 
 import argparse
+import os
 from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 #: ranks, machines, GPUs of a run
@@ -82,3 +83,15 @@ def add(parser: argparse.ArgumentParser, name: str, more: str = "", **keywords: 
     else:
         keywords["metavar"] = option.metavar
     parser.add_argument(name, *option.names, help=meaning(name, more).replace("%", "%%"), **keywords)
+
+
+def check_output(path: str, overwrite: bool) -> None:
+    """Raise ValueError if ``path`` exists and must not be overwritten, is no file that could be, or its directory does not
+    exist.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):  # as root, a device would be replaced as well
+        raise ValueError(f"output {path!r}: is not a file, which it would have to be to be replaced; choose another name")
+    if os.path.exists(path) and not overwrite:
+        raise ValueError(f"output {path!r}: exists; choose another name or give --force")
+    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise ValueError(f"output {path!r}: its directory does not exist")

@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, command_options
+from . import checkpoint, command_line, command_options
 from .fold import fold_norms
 
 #: largest difference between log-probabilities of file and model, relative to the largest of them (at least 1)
@@ -208,14 +208,11 @@ def export(model: Model, format: str, path: str, overwrite: bool = False) -> flo
 
 def _load(path: str, data: Optional[str]) -> nn.Module:
     """The model of a checkpoint; raises ValueError."""
-    from fairseq import checkpoint_utils
-
     from . import register  # noqa: F401
 
-    checkpoint.check_finite(checkpoint.load(path)["model"], path)
     overrides = {} if data is None else {"data": data}
     try:
-        models, _, _ = checkpoint_utils.load_model_ensemble_and_task([path], overrides)
+        models, _ = checkpoint.read_by_fairseq(path, overrides)
     except ValueError as error:
         if data is None and str(error).startswith("data "):
             raise ValueError(f"{error}; the checkpoint names it, --data names another") from error
@@ -251,4 +248,4 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

@@ -11,20 +11,19 @@ from typing import List, Optional
 
 import torch
 
-from . import checkpoint, command_options
+from . import checkpoint, command_line, command_options
 from .statistics import recalibrate, running_norms
 
 
 def _load(options):
     """Model, task and a shuffled list of batches for a checkpoint; raises ValueError."""
-    from fairseq import checkpoint_utils, utils
+    from fairseq import utils
 
     from . import register  # noqa: F401
 
-    checkpoint.check_finite(checkpoint.load(options.path)["model"], options.path)
     if not os.path.isdir(options.data):
         raise ValueError(f"data {options.data!r}: not a directory; must be one written by fairseq-preprocess")
-    models, _, task = checkpoint_utils.load_model_ensemble_and_task([options.path], {"data": options.data})
+    models, task = checkpoint.read_by_fairseq(options.path, {"data": options.data})
     try:
         task.load_dataset(options.subset)
     except FileNotFoundError as error:
@@ -95,4 +94,4 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

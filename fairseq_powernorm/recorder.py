@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Any, Dict, List, Mapping, Optional
 
-from . import command_options
+from . import command_line, command_options
 
 Row = Dict[str, Any]
 
@@ -105,7 +105,7 @@ def read(path: str) -> List[Row]:
         try:
             row = json.loads(line)
             row["update"], row["norm"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             if number == len(lines) and not line.endswith("\n"):
                 break
             raise ValueError(f"record {path!r}: line {number} is no entry of a record") from None
@@ -121,8 +121,11 @@ def plot(records: Mapping[str, List[Row]], output: str) -> None:
         output: file to write, of any format that matplotlib knows
 
     Raises:
-        ValueError: there is nothing to draw
+        ValueError: there is nothing to draw, or the file cannot be written
     """
+    command_options.check_output(output, overwrite=True)
+    if not os.path.splitext(output)[1]:
+        raise ValueError(f"output {output!r}: its name must end in what kind of picture it is, such as .png")
     panels = [name for name in PANELS if any(name in row for rows in records.values() for row in rows)]
     if not panels:
         raise ValueError("the records hold no entry that can be drawn")
@@ -155,8 +158,17 @@ def plot(records: Mapping[str, List[Row]], output: str) -> None:
         axis.legend()
     for axis in list(axes.flat)[len(panels) :]:
         axis.remove()
-    figure.savefig(output, dpi=150)
-    pyplot.close(figure)
+    kind = os.path.splitext(output)[1].lstrip(".")
+    temporary = f"{output}.{os.getpid()}.tmp"
+    try:
+        figure.savefig(temporary, dpi=150, format=kind)
+        os.replace(temporary, output)
+    except OSError as error:
+        raise ValueError(f"output {output!r}: cannot be written: {error.strerror or error}") from error
+    finally:
+        pyplot.close(figure)
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -185,4 +197,4 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

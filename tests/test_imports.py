@@ -8,7 +8,7 @@ import pytest
 PACKAGE = "fairseq_powernorm"
 #: the floors of the house, by the beginning of a module's name: each imports its own floor and those below
 FLOORS = {
-    "version": 0, "norm_names": 0, "command_options": 0, "kernels": 0,
+    "version": 0, "norm_names": 0, "command_options": 0, "command_line": 0, "kernels": 0,
     "functional": 1, "operators": 1, "norms": 1,
     "statistics": 2, "masks": 2, "convert": 2, "recognition": 2, "readers": 2, "fold": 2, "recorder": 2, "probe": 2,
     "integrations": 2,

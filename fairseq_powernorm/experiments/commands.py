@@ -6,115 +6,31 @@ the standard library.
 """
 
 import argparse
-import contextlib
 import difflib
-import errno
 import inspect
-import io
 import os
 import re
 import shutil
-import signal
 import sys
 import textwrap
 from typing import Any, Callable, Dict, List, Mapping, NoReturn, Optional, Sequence, Tuple
 
-from .. import command_options
+from .. import command_line, command_options
+from ..command_line import SCRIPT, called_as
 from . import overrides
 from .errors import UserError, choose, listed, number, seeds
 from .settings import CONFIGS, NORMS, benchmarks, norm_name
 
 #: makes a value of an option's text, given (option, text); what is not valid is a UserError that names the option
 Reader = Callable[[str, str], Any]
-#: what a disk says that is full, read-only or broken, and a path that leads nowhere
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENOTDIR)
-#: the variable by which a script says how it was called
-SCRIPT = "PN_SCRIPT"
 
 
 def main(command: Callable[[List[str]], Optional[int]], arguments: Optional[Sequence[str]] = None) -> NoReturn:
     """Carries out a command, by default with the words of the command line, and ends with its exit status.
 
-    A refusal, the disk's too, is one line on stderr and exit status 2. SIGINT and SIGTERM end a command as
-    KeyboardInterrupt does, with one line and exit status 130 or 143; while it ends, further ones change nothing.
+    A refusal is one line on stderr and exit status 2; else see :func:`.command_line.run`.
     """
-    _open_streams()
-    stopped = _stoppable()
-    try:
-        status = command(list(sys.argv[1:] if arguments is None else arguments))
-        if stopped:  # and something has swallowed it
-            raise KeyboardInterrupt
-        sys.stdout.flush()
-        sys.exit(status)
-    except UserError as error:
-        _refuse(error, 128 + stopped[0] if stopped else 2)
-    except BrokenPipeError:  # "| head" has seen enough
-        _drop_output()
-        sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:
-        if error.errno not in DISK:
-            raise
-        _refuse(f"{error.filename or 'cannot write'}: {error.strerror}")
-    except KeyboardInterrupt as error:
-        _refuse("; ".join(["interrupted", *map(str, error.args)]), 128 + (stopped or [signal.SIGINT])[0])
-
-
-def _open_streams() -> None:
-    """Lets standard streams that the caller has closed lead nowhere: a file would take their places, and their output."""
-    for place, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        try:
-            os.fstat(place)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, this one
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(place, mode, closefd=False))
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal need not know every character
-
-
-def _stoppable() -> List[int]:
-    """Lets the first SIGINT or SIGTERM raise KeyboardInterrupt, and a third one end at once; gives the list of them."""
-    stopped: List[int] = []
-
-    def stop(received: int, _frame: object) -> None:
-        stopped.append(received)
-        if len(stopped) == 1:
-            raise KeyboardInterrupt
-        if len(stopped) > 2:
-            os._exit(128 + received)
-
-    for each in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(each) != signal.SIG_IGN:  # as nohup and "&" leave it
-            signal.signal(each, stop)
-    return stopped
-
-
-def _drop_output() -> None:
-    """What is still to be printed is not, and does no harm where Python ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _refuse(reason: object, status: int = 2) -> NoReturn:
-    try:
-        sys.stdout.flush()
-    except OSError:  # the disk that is full
-        _drop_output()
-    with contextlib.suppress(OSError):
-        print(f"{called_as()}: error: {reason}", file=sys.stderr, flush=True)
-    sys.exit(status)
-
-
-def called_as() -> str:
-    """What the user called: a script, or a module with ``python -m``."""
-    script = os.environ.get(SCRIPT)
-    if script:
-        return script
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is not None:
-        name: str = spec.name
-        return "python -m " + (name[: -len(".__main__")] if name.endswith(".__main__") else name)
-    return os.path.basename(sys.argv[0])
+    command_line.run(command, arguments, refusals=(UserError,))
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------

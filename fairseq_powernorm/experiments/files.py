@@ -1,5 +1,6 @@
 """Files that are written whole, JSON for people to read, checksums."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,10 +22,17 @@ def sha256(path: AnyPath) -> str:
 
 
 def write_text(path: AnyPath, text: str) -> None:
-    """Writes a file so that a reader sees the old one or the new one, never a part."""
+    """Writes a file so that a reader sees the old one or the new one, never a part; refuses where it cannot."""
     partial = Path(f"{path}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    if os.path.exists(path) and not os.path.isfile(path):  # as root, a device would be replaced as well
+        raise UserError(f"cannot write {path}: it is there, and not a file")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def write_json(path: AnyPath, content: Any) -> None:
@@ -36,7 +44,7 @@ def read_json(path: AnyPath) -> Any:
     """The content of a JSON file; refuses one that is not there or not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
 
 

@@ -3,7 +3,8 @@
 import sys
 from typing import List
 
-from .commands import Parser, called_as, main
+from ..command_line import called_as
+from .commands import Parser, main
 from .errors import UserError
 from .files import write_text
 from .paths import ROOT

@@ -14,6 +14,7 @@ CONFIGS = ROOT / "configs"
 NORMS = tuple(NORM_CLASSES)
 #: The authors' BN, of which the paper's values are; plain "batch" has true statistics of the tokens that are not padding.
 BATCH_REFERENCE = "batch:variant=reference"
+LM_TASK = "language_modeling_pn"
 BPE_TYPES = ("subword_nmt", "sentencepiece")
 # The four options that carry a norm's name, and the placements: placement -> does NORM stand there (else LayerNorm)? A
 # language model has the decoder's two options and one placement.
@@ -33,7 +34,7 @@ def norm_in_names(norm: str) -> str:
 
 def is_lm(config: Any) -> bool:
     """Is this the configuration of a language model (else: of translation)?"""
-    return bool(config.task._name == "language_modeling_pn")
+    return bool(config.task._name == LM_TASK)
 
 
 def placements(model: Any) -> Tuple[str, ...]:

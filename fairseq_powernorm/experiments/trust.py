@@ -159,6 +159,16 @@ def check_config(config: Any, where: str) -> None:
                 raise UserError(f"{where}: {key} {value!r}: {problem}")
 
 
+def check_yaml(path: Path) -> None:
+    """Refuses a YAML file in which a part stands for others: training writes none, and a few lines could be gigabytes."""
+    import yaml
+
+    with open(path, encoding="utf-8") as stream:
+        for event in yaml.parse(stream, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            if isinstance(event, yaml.AliasEvent):
+                raise UserError(f"{path} has an alias {event.anchor!r}, which stands for another part of the file")
+
+
 def check_files(directory: Path, names: Iterable[str]) -> None:
     """Refuses files of a directory that are links to elsewhere, through which writing would change other files."""
     linked: List[str] = [name for name in names if (directory / name).is_symlink()]

@@ -5,6 +5,7 @@ from typing import Optional, Sequence
 
 import torch
 
+from .. import command_line
 from . import KERNELS, VARIABLE, build, c, explain
 
 
@@ -44,4 +45,4 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

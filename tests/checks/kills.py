@@ -6,20 +6,26 @@ disturbed: parameters, statistics, curve and scores, to the last bit.
 """
 
 import argparse
+import datetime
 import json
 import os
+import platform
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Callable, List, Sequence
 
 import torch
 
 from fairseq_powernorm.checkpoint import load
+from fairseq_powernorm.experiments.evaluation.evaluate import commit
+from fairseq_powernorm.experiments.tools import TOOLS, cpus, versions
 from fairseq_powernorm.resume import num_updates
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,33 +43,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="how many (default: 20)")
     parser.add_argument("--seed", type=int, default=1, help="of the moments and the signals")
+    parser.add_argument("--record", metavar="FILE", help="write what was done and seen to FILE")
     options = parser.parse_args()
-    draw = random.Random(options.seed)
+    begin = time.monotonic()
     with tempfile.TemporaryDirectory() as home:
-        check = Check(Path(home), draw)
-        check.script("prepare.sh", "demo")
-        whole, disturbed = check.home / "whole", check.home / "runs" / "disturbed"
-        begin = time.monotonic()
-        check.script("train.sh", "demo", "power", "--run-dir", whole, *SETTINGS)
-        training = time.monotonic() - begin
-        check.script("evaluate.sh", "demo", whole)
-        evaluation = time.monotonic() - begin - training
-        train = ["train.sh", "demo", "power", "--run-dir", disturbed, "--resume", *SETTINGS]
-        third = options.kills // 3
-        check.disturb(train, training, options.kills - 2 * third)
-        check.disturb(["evaluate.sh", "demo", disturbed], evaluation, third)
-        compare_weights(whole, disturbed)
-        compare_records(*(run / "evaluation" / "record.json" for run in (whole, disturbed)))
-        table = ["reproduce_table1.sh", "--benchmark", "demo", "--rows", "layer,power", "--seeds", "1", "--updates", "40",
-                 *SETTINGS[1:]]
-        check.script(*table, "--results", check.home / "results-whole", PN_RUNS_ROOT=str(check.home / "runs-whole"))
-        check.disturb([*table, "--results", check.home / "results"], 2 * (training + evaluation), third)
-        records = sorted((check.home / "results-whole" / "demo").glob("*.json"))
-        assert len(records) == 2, records
-        for record in records:
-            compare_records(record, check.home / "results" / "demo" / record.name)
-            compare_weights(*(check.home / runs / "demo" / record.stem for runs in ("runs-whole", "runs")))
-    print(f"{options.kills} kills, and the same results to the last bit")
+        check = Check(Path(home), random.Random(options.seed))
+        check.all(options.kills)
+    check.say(f"{options.kills} kills, and the same results to the last bit")
+    if options.record:
+        head = (f"# tests/checks/kills.sh --kills {options.kills} --seed {options.seed}\n\n{datetime.date.today()}, Python "
+                f"{platform.python_version()}, {', '.join(f'{name} {number}' for name, number in versions(TOOLS).items())}, "
+                f"{cpus()} processors; commit {commit()}; {time.monotonic() - begin:.0f} s\n\n")
+        Path(options.record).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.record).write_text(head + "".join(f"- {line}\n" for line in check.said), encoding="utf-8")
     return 0
 
 
@@ -72,8 +64,46 @@ class Check:
 
     def __init__(self, home: Path, draw: random.Random):
         self.home, self.draw = home, draw
+        self.said: List[str] = []
         self.environment = {**os.environ, "PN_DATA_ROOT": str(home / "data"), "PN_RUNS_ROOT": str(home / "runs"),
                             "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+
+    def say(self, line: str) -> None:
+        print(line, flush=True)
+        self.said.append(line)
+
+    def all(self, kills: int) -> None:
+        """Kills training, evaluation and a reproduction so often, in all."""
+        third = kills // 3
+        self.script("prepare.sh", "demo")
+        whole, disturbed = self.home / "whole", self.home / "runs" / "disturbed"
+        begin = time.monotonic()
+        self.script("train.sh", "demo", "power", "--run-dir", whole, *SETTINGS)
+        training = time.monotonic() - begin
+        self.script("evaluate.sh", "demo", whole)
+        evaluation = time.monotonic() - begin - training
+        train = ["train.sh", "demo", "power", "--run-dir", disturbed, "--resume", *SETTINGS]
+        self.disturb(train, training, kills - 2 * third, lambda: compare_weights(whole, disturbed), [disturbed])
+
+        def scored() -> None:
+            compare_records(*(run / "evaluation" / "record.json" for run in (whole, disturbed)))
+
+        self.disturb(["evaluate.sh", "demo", disturbed], evaluation, third, scored, [disturbed / "evaluation"])
+        table = ["reproduce_table1.sh", "--benchmark", "demo", "--rows", "layer,power", "--seeds", "1", "--updates", "40",
+                 *SETTINGS[1:]]
+        results, of_whole = self.home / "results", self.home / "results-whole"
+        begin = time.monotonic()
+        self.script(*table, "--results", of_whole, PN_RUNS_ROOT=str(self.home / "runs-whole"))
+        reproduction = time.monotonic() - begin
+
+        def reproduced() -> None:
+            records = sorted((of_whole / "demo").glob("*.json"))
+            assert len(records) == 2, records
+            for record in records:
+                compare_records(record, results / "demo" / record.name)
+                compare_weights(*(self.home / runs / "demo" / record.stem for runs in ("runs-whole", "runs")))
+
+        self.disturb([*table, "--results", results], reproduction, third, reproduced, [results, self.home / "runs" / "demo"])
 
     def start(self, script: str, *words: object, **environment: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(["bash", str(ROOT / "scripts" / script), *map(str, words)], text=True,
@@ -86,25 +116,43 @@ class Check:
         assert process.returncode == 0, output
         return output
 
-    def disturb(self, words, seconds: float, kills: int) -> None:
-        """Kills a script so many times within what it takes, starting it again each time, and lets it end."""
-        for _ in range(kills):
-            sent = self.draw.choice(list(SIGNALS))
+    def disturb(self, words, seconds: float, kills: int, check: Callable[[], None], made: Sequence[Path]) -> None:
+        """Kills a script so many times while it is at work, starting it again each time, and lets it end.
+
+        Args:
+            seconds: what it takes undisturbed
+            check: holds its result to that of what nothing disturbed
+            made: what it leaves; where it has ended before it was killed, its result is checked, and it begins anew
+        """
+        signals = [each for _ in range(kills) for each in SIGNALS][:kills]
+        self.draw.shuffle(signals)
+        sessions = 1
+        while signals:
             moment = self.draw.uniform(0.5, seconds)
             process = self.start(*words)
             try:
                 output, _ = process.communicate(timeout=moment)
-                assert process.returncode == 0, output
-                print(f"{words[0]}: had ended before {moment:.1f} s", flush=True)
-                continue
             except subprocess.TimeoutExpired:
+                sent = signals.pop()
                 process.send_signal(sent)
-            output, _ = process.communicate(timeout=120)  # that is, until nothing of it holds the pipe
-            print(f"{words[0]}: {sent.name} after {moment:.1f} s, exit status {process.returncode}", flush=True)
-            assert process.returncode in (SIGNALS[sent], -sent, 0), output
-            assert "Traceback" not in output, output
-            self.check_status()
+                output, _ = process.communicate(timeout=120)  # that is, until nothing of it holds the pipe
+                last = (output.strip().splitlines() or ["nothing yet"])[-1].replace(str(self.home), "")
+                self.say(f"{words[0]}: {sent.name} after {moment:.1f} s, exit status {process.returncode}; the last line: "
+                         f"{last}")
+                assert process.returncode in (SIGNALS[sent], -sent, 0), output
+                assert "Traceback" not in output, output
+                self.check_status()
+                sessions += 1
+            else:
+                assert process.returncode == 0, output
+                check()
+                self.say(f"{words[0]}: ended well, in {sessions} sessions; the same result; once more from the beginning")
+                sessions = 1
+                for path in made:
+                    shutil.rmtree(path)
         self.script(*words)
+        check()
+        self.say(f"{words[0]}: ended well, in {sessions} sessions; the same result")
 
     def check_status(self) -> None:
         """status.sh says no less than the checkpoints hold, and calls finished only what has the last one."""

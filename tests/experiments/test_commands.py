@@ -8,6 +8,7 @@ import sys
 import pytest
 from toy import ROOT
 
+from fairseq_powernorm import command_line
 from fairseq_powernorm.experiments import commands
 from fairseq_powernorm.experiments.commands import Parser, number_from, one_of
 from fairseq_powernorm.experiments.errors import UserError
@@ -189,7 +190,7 @@ def test_overrides_stand_anywhere():
 def test_exit_status(function, status, said, capsys, monkeypatch):
     """A refusal and a disk that refuses are one line with the name of the script that was called, and status 2."""
     monkeypatch.setenv(commands.SCRIPT, "scripts/any.sh")
-    monkeypatch.setattr(commands, "DISK", (*commands.DISK, 2))  # ENOENT, which any machine has
+    monkeypatch.setattr(command_line, "DISK", (*command_line.DISK, 2))  # ENOENT, which any machine has
     with pytest.raises(SystemExit) as end:
         commands.main(function, [])
     assert end.value.code == status

@@ -234,6 +234,7 @@ CASES = [
 def work(rank, folder, port):
     """One of the two ranks, in which trainers find themselves as ``torchrun`` leaves them."""
     sys.path.insert(0, os.path.dirname(__file__))
+    forget()
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1",
@@ -271,7 +272,9 @@ def found(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(work, (folder, port), RANKS)
+    # a fork has everything loaded already, but CUDA does not survive it
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    multiprocessing.start_processes(work, (folder, port), RANKS, start_method=method)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

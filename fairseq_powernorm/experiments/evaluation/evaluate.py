@@ -149,14 +149,18 @@ def load_config(run: Path) -> Any:
     """The run's resolved configuration. Its plugin is this one, whatever the file says: a foreign run executes no code."""
     from omegaconf import OmegaConf
 
+    path = run / "config.yaml"
     try:
-        config = OmegaConf.load(run / "config.yaml")
-        trust.check_config(OmegaConf.to_container(config), str(run / "config.yaml"))
-        config.common.user_dir = str(PLUGIN)
+        trust.check_yaml(path)
+        config = OmegaConf.load(path)
+        content: Any = OmegaConf.to_container(config)
     except UserError:
         raise
     except Exception as error:  # the errors of YAML share no base class with those of files
-        raise UserError(f"cannot read {run / 'config.yaml'}: {error}") from None
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    trust.check_config(content, str(path))
+    records.check_settings(content, path)
+    config.common.user_dir = str(PLUGIN)
     return config
 
 

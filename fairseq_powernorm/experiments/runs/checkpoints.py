@@ -11,6 +11,8 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Pattern, Tup
 from ..errors import UserError
 
 EPOCH = re.compile(r"checkpoint(\d+)\.pt")
+#: more than any training has
+MOST_UPDATES = 2**53
 UPDATE = re.compile(r"checkpoint_\d+_(\d+)\.pt")
 
 
@@ -99,8 +101,11 @@ def account(path: Path) -> Optional[Account]:
             with archive.open(name) as stream:
                 state = _Reader(stream).load()
         extra = state.get("extra_state") or {}
+        updates = int(state["optimizer_history"][-1]["num_updates"])
+        if not 0 <= updates <= MOST_UPDATES:
+            return None
         epoch, loss = (extra.get("train_iterator") or {}).get("epoch"), extra.get("val_loss")
-        return Account(path, int(state["optimizer_history"][-1]["num_updates"]), epoch if isinstance(epoch, int) else None,
+        return Account(path, updates, epoch if isinstance(epoch, int) else None,
                        float(loss) if isinstance(loss, (int, float)) else None)
     return None
 

@@ -1,13 +1,13 @@
 """What a run's directory says of itself: run.json, finished.json. It may be somebody else's, and is checked."""
 
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
 from .. import trust
 from ..errors import UserError
 from ..files import read_json
 from ..reports.schema import NUMBER, OrNull, problems
-from ..settings import benchmarks
+from ..settings import LM_TASK, benchmarks
 
 SCHEMA = 1
 #: files that training writes, in a run's directory
@@ -22,6 +22,23 @@ RUN = {
     "overrides": [str], "sessions": [SESSION], "parameters?": int, "wandb?": str,
 }
 FINISHED = {"updates": int, "overrides": [str]}
+
+#: what an evaluation reads of config.yaml, beside texts and numbers that fairseq's commands check themselves
+SETTINGS: Dict[str, Dict[str, Any]] = {
+    "common": {"seed": int}, "model": {"_name": str, "decoder_norm_self": str}, "task": {"_name": str},
+    "checkpoint": {"keep_last_epochs": int, "keep_interval_updates": int, "no_epoch_checkpoints": bool,
+                   "best_checkpoint_metric": str},
+}
+#: the same of translation, and of language models
+OF_TRANSLATION: Dict[str, Dict[str, Any]] = {
+    "task": {"source_lang": str, "target_lang": str}, "dataset": {"max_tokens": OrNull(int)},
+    "generation": {"beam": int, "lenpen": NUMBER, "max_len_a": NUMBER, "max_len_b": int},
+}
+OF_LM: Dict[str, Dict[str, Any]] = {
+    "task": {"tokens_per_sample": int, "add_bos_token": bool},
+    "eval_lm": {"context_window": int, "softmax_batch": int},
+    "dataset": {"batch_size_valid": OrNull(int), "max_tokens_valid": OrNull(int)},
+}
 
 Facts = Dict[str, Any]
 
@@ -52,6 +69,24 @@ def read_finished(run: Path) -> Optional[Facts]:
         return None
     finished = _checked(path, FINISHED)
     return {**finished, "overrides": trust.of_training(finished["overrides"])}
+
+
+def check_settings(content: Any, path: Path) -> None:
+    """Refuses the content of a config.yaml that lacks what an evaluation reads, or has something else there."""
+    found = _problems_of_part(content, SETTINGS)
+    if not found:
+        found = _problems_of_part(content, OF_LM if content["task"]["_name"] == LM_TASK else OF_TRANSLATION)
+    if found:
+        raise UserError(f"{path} was not written by scripts/train.sh: {found[0]}")
+
+
+def _problems_of_part(content: Any, kinds: Dict[str, Dict[str, Any]]) -> List[str]:
+    """What is wrong with those settings of a configuration that are named."""
+    if not isinstance(content, dict):
+        return problems(content, kinds)
+    part = {group: {key: value for key, value in content[group].items() if key in kinds[group]}
+            if isinstance(content[group], dict) else content[group] for group in kinds if group in content}
+    return problems(part, kinds)
 
 
 def diverged(facts: Facts) -> Optional[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Deque, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, TextIO, Tuple
 
-from ..commands import called_as
+from ...command_line import called_as
 from ..errors import UserError
 from ..evaluation import perplexity
 from ..files import write_json, write_text

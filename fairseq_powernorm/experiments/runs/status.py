@@ -35,7 +35,8 @@ def status(directories: Sequence[str]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows)]
     print(f"in {base}:")
     for cells in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
+        line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip()
+        print("".join(each if each.isprintable() else "?" for each in line))  # names may be somebody else's
 
 
 def found(place: Path) -> Iterator[Path]:
@@ -53,7 +54,7 @@ def found(place: Path) -> Iterator[Path]:
 def row(run: Path, name: str, queue: Optional[slurm.Queue]) -> Tuple[str, ...]:
     try:
         return cells(run, name, queue)
-    except (UserError, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (UserError, OSError, KeyError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
         return (name, f"unreadable: {error}", *[""] * (len(COLUMNS) - 2))
 
 

@@ -18,7 +18,7 @@ def parse_line(line: str) -> Optional[Dict[str, Any]]:
         return None
     try:
         found = json.loads(line[start:])
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
@@ -52,9 +52,11 @@ def curve(path: AnyPath, validations: Sequence[Dict[str, Any]] = ()) -> Dict[str
 
 def _entry(found: Dict[str, Any], subset: str) -> Optional[Entry]:
     """A line's account of a subset, if it has one."""
-    if f"{subset}_num_updates" not in found:
+    try:
+        updates, epoch = int(found[f"{subset}_num_updates"]), found.get("epoch")
+    except (KeyError, ValueError, TypeError, OverflowError):
         return None
-    entry = {"updates": int(found[f"{subset}_num_updates"]), "epoch": found.get("epoch")}
+    entry: Entry = {"updates": updates, "epoch": epoch if isinstance(epoch, int) else None}
     for key in ("loss", "nll_loss", "ppl"):
         if f"{subset}_{key}" in found:
             entry[key] = as_number(found[f"{subset}_{key}"])

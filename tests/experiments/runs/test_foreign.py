@@ -1,0 +1,154 @@
+"""A run's directory may be somebody else's: whatever it holds is read or refused in one line, and never executed."""
+import json
+import os
+import pickle
+import zipfile
+
+import pytest
+
+from fairseq_powernorm.experiments.errors import UserError
+from fairseq_powernorm.experiments.evaluation import evaluate
+from fairseq_powernorm.experiments.runs import checkpoints, records, status, trainlog
+
+FACTS = {"schema": 1, "benchmark": "demo", "arch": "transformer_pn_tiny", "norm": "power", "placement": "encoder",
+         "prepared_sha256": "0", "overrides": [], "parameters": 3,
+         "sessions": [{"command": ["x"], "threads": 1, "wall_s": 1.0, "cpu_s": 1.0, "exit_status": 0}]}
+CONFIG = """\
+common: {seed: 1, user_dir: x}
+task: {_name: translation_pn, source_lang: de, target_lang: en}
+model: {_name: transformer_pn_tiny, encoder_norm_self: power, decoder_norm_self: layer}
+checkpoint: {keep_last_epochs: 0, keep_interval_updates: 5, no_epoch_checkpoints: true, best_checkpoint_metric: loss}
+generation: {beam: 2, lenpen: 1, max_len_a: 0, max_len_b: 20}
+dataset: {max_tokens: 400}
+optimization:
+  max_update: 3
+"""
+LM = """\
+common: {seed: 1, user_dir: x}
+task: {_name: language_modeling_pn, tokens_per_sample: 8, add_bos_token: false}
+model: {_name: x, decoder_norm_self: layer}
+checkpoint: {keep_last_epochs: 0, keep_interval_updates: 5, no_epoch_checkpoints: true, best_checkpoint_metric: loss}
+eval_lm: {context_window: 0, softmax_batch: 9}
+dataset: {batch_size_valid: 3, max_tokens_valid: null}
+"""
+DEEP = "[" * 50000
+
+
+def write(run, **files):
+    """A run's directory."""
+    (run / "checkpoints").mkdir(parents=True)
+    whole = {"run.json": json.dumps(FACTS), "config.yaml": CONFIG, "train.log": "",
+             "finished.json": '{"updates": 3, "overrides": []}'}
+    for name, text in {**whole, **files}.items():
+        (run / name).write_text(text, errors="surrogateescape")
+    return run
+
+
+def one_line(capsys, run):
+    """What status.sh says of it: one line of printable characters."""
+    status.status([str(run)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[2].isprintable()
+    return lines[2]
+
+
+@pytest.mark.parametrize("name, text", [
+    *(("run.json", text) for text in (DEEP, "[]", "NaN", "", "\udcff", json.dumps({**FACTS, "norm": 3}),
+                                      json.dumps({**FACTS, "benchmark": "../demo"}), json.dumps({**FACTS, "wandb": []}))),
+    *(("finished.json", text) for text in (DEEP, "[]", "x", '{"updates": 1, "overrides": [1]}')),
+])
+def test_records(name, text, tmp_path, capsys):
+    """JSON that is none, is too deep, or holds something else."""
+    run = write(tmp_path / "run", **{name: text})
+    with pytest.raises(UserError) as caught:
+        evaluate.started(run, "demo", unfinished=False)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+    one_line(capsys, run)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "common is missing"), ("[1]", "not an object"), ("x", ""), ("common: {seed: 1}", "model is missing"),
+    ("a: \0", ""), ("a: " + "[" * 3000, ""), ("a: [", ""), ("!!python/object/apply:os.system ['true']", "python/object"),
+    ("a: &a [x]\nb: [*a, *a]\n", "has an alias 'a'"),
+    (CONFIG.replace("task:", "tusk:"), "task is missing"), (CONFIG.replace("model:", "modell:"), "model is missing"),
+    (CONFIG.replace("seed: 1", "seed: [1]"), "common.seed is [1], not int"),
+    (CONFIG.replace("seed: 1", "seed: '${oc.env:HOME}'"), "has an interpolation"),
+    (CONFIG.replace("updates: 5", "updates: x"), "checkpoint.keep_interval_updates is 'x', not int"),
+    (CONFIG.replace("task: {", "task: null #"), "task is NoneType, not an object"),
+    (CONFIG.replace("beam: 2", "beam: --eval"), "begins like an option"),
+    (CONFIG.replace("beam: 2", "beam: x"), "generation.beam is 'x', not int"),
+    (CONFIG.replace("decoder_norm_self", "decoder_norm"), "model.decoder_norm_self is missing"),
+    (LM.replace("context_window: 0", "context_window: .inf"), "eval_lm.context_window is inf"),
+])
+def test_settings(text, message, tmp_path, capsys):
+    """A config.yaml that is none, would execute something, grows without end, or lacks what is asked of it."""
+    run = write(tmp_path / "run", **{"config.yaml": text})
+    with pytest.raises(UserError) as caught:
+        evaluate.load_config(run)
+    assert message in str(caught.value) and "config.yaml" in str(caught.value) and "\n" not in str(caught.value)
+    one_line(capsys, run)
+
+
+@pytest.mark.parametrize("text", [CONFIG, LM, CONFIG.replace("max_tokens: 400", "max_tokens: null")])
+def test_sound_settings(text, tmp_path):
+    """What training writes is taken; code comes from this package whatever the file says."""
+    config = evaluate.load_config(write(tmp_path / "run", **{"config.yaml": text}))
+    assert config.common.user_dir.endswith("fairseq_powernorm")
+
+
+@pytest.mark.parametrize("line", [
+    '{"train_num_updates": "x"}', '{"valid_num_updates": Infinity}', '{"valid_num_updates": 1e999, "epoch": []}',
+    '{"train_num_updates": []}', '{"valid_num_updates": null}', '{"num_updates": "x", "loss": 1}',
+    '{"num_updates": "2", "loss": 1, "ups": "x"}', '{"num_updates": ' + "9" * 5000 + "}", '{"a":' * 50000, "\udcff{\"",
+    '{"valid_num_updates": 1, "valid_loss": [1], "epoch": {}}',
+])
+def test_log(line, tmp_path, capsys):
+    """Lines of a log that say nothing are passed over; those around them count."""
+    sound = '{"epoch": 1, "valid_loss": "4.5", "valid_num_updates": "3"}'
+    run = write(tmp_path / "run", **{"train.log": f"{line}\n{sound}\n"})
+    curve = trainlog.curve(run / "train.log")
+    assert curve["valid"][-1] == {"updates": 3, "epoch": 1, "loss": 4.5} and trainlog.updates(curve) == 3
+    one_line(capsys, run)
+
+
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, (os.environ["PWNED"],)
+
+
+SOUND = {"optimizer_history": [{"num_updates": 3}], "extra_state": {"val_loss": 1.0, "train_iterator": {"epoch": 1}}}
+
+
+@pytest.mark.parametrize("state, updates", [
+    (SOUND, 3), ({**SOUND, "model": Evil}, 3), (Evil, None), ([], None), (b"\x80\x04junk", None),
+    ({**SOUND, "optimizer_history": [{"num_updates": 10**5000}]}, None),
+    ({**SOUND, "optimizer_history": [{"num_updates": -3}]}, None),
+    ({**SOUND, "optimizer_history": [{"num_updates": float("inf")}]}, None),
+    ({**SOUND, "extra_state": [1]}, None), ({**SOUND, "extra_state": {"val_loss": 10**400}}, None),
+])
+def test_checkpoints(state, updates, tmp_path, capsys, monkeypatch):
+    """A checkpoint that says what no training could is none; none of them executes anything."""
+    monkeypatch.setenv("PWNED", str(tmp_path / "pwned"))
+    if state is Evil or isinstance(state, dict) and state.get("model") is Evil:
+        state = Evil() if state is Evil else {**state, "model": Evil()}
+    run = write(tmp_path / "run")
+    with zipfile.ZipFile(run / "checkpoints" / "checkpoint_1_3.pt", "w") as archive:
+        archive.writestr("a/data.pkl", state if isinstance(state, bytes) else pickle.dumps(state, 2))
+    found = checkpoints.accounts(run / "checkpoints")
+    assert [each.updates for each in found] == ([] if updates is None else [updates])
+    one_line(capsys, run)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_names(tmp_path, capsys):
+    """Names that would move a terminal's cursor are shown without that."""
+    write(tmp_path / "a\x1b[2Jb\nc")
+    assert "a?[2Jb?c" in one_line(capsys, tmp_path)
+
+
+def test_identity_of_wandb_is_no_setting(tmp_path):
+    """A run.json with what wandb calls the run is valid; it is checked where it is used (test_watch.py)."""
+    run = write(tmp_path / "run", **{"run.json": json.dumps({**FACTS, "wandb": "../x"})})
+    assert records.read_run(run)["wandb"] == "../x"
