@@ -247,7 +247,7 @@ def described_keys(kind):
     own = dict(zip(sections[1::2], sections[2::2]))[kind]
     tables = sections[0] + own if kind in ("Translation", "Language models") else own
     rows = (line for line in tables.splitlines() if line.startswith("| `"))
-    return {key.split(".")[0] for row in rows for key in re.findall(r"`([\w.]+)`", row.split("|")[1])}
+    return {key.split(".")[0] for row in rows for key in re.findall(r"`([\w.]+\??)`", row.split("|")[1])}
 
 
 @pytest.mark.parametrize("kind, keys", [
