@@ -64,6 +64,7 @@ SCRIPTS: Dict[str, Optional[Callable[[str], List[str]]]] = {
     "normalize": lambda language: ["normalize-punctuation.perl", language],
     "printable": lambda language: ["remove-non-printing-char.perl"],
     "apostrophes": None,
+    "words": None,
     "tokenize": lambda language: ["tokenizer.perl", "-threads", str(cpus()), "-l", language],
     "tokenize_dashes": lambda language: ["tokenizer.perl", "-threads", str(cpus()), "-a", "-l", language],
 }
