@@ -40,6 +40,7 @@ def pytest_report_header():
 
 
 def pytest_configure(config):
+    gc.disable()  # until the tests begin nothing is garbage
     try:
         build.compiler()
     except build.BuildError:
@@ -59,11 +60,13 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish():
     """What is loaded by now stays: collections of garbage, which some libraries ask for again and again, pass over it."""
     gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure():
     """At the end of the process it is taken apart as ever."""
     gc.unfreeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
