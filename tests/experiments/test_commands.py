@@ -1,6 +1,7 @@
 """The commands: their help, what they refuse and how, and that scripts/README.md says what they read."""
 import ast
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -196,6 +197,22 @@ def test_exit_status(function, status, said, capsys, monkeypatch):
     assert end.value.code == status
     err = capsys.readouterr().err
     assert err.startswith(said) and err.count("\n") == bool(said)
+
+
+@pytest.mark.parametrize("name", ["none/out", "directory", "pipe", "x" * 300, "\udcff/out"])
+@pytest.mark.parametrize("command", ["table", "plot_curves"])
+def test_where_nothing_can_be_written(command, name, tmp_path, monkeypatch):
+    """--output that leads nowhere, or to what is no file: refused in one line, and nothing is there that was not before."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    ending = ".png" if command == "plot_curves" else ""
+    (tmp_path / f"directory{ending}").mkdir()
+    os.mkfifo(tmp_path / f"pipe{ending}")
+    record = ROOT / "results" / "multi30k" / "power-seed1.json"
+    with pytest.raises(UserError, match="cannot write ") as caught:
+        module(command).command([str(record), "--output", name + ending])
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"directory{ending}", f"pipe{ending}"]
 
 
 def test_who_was_called():
