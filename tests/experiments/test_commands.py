@@ -3,6 +3,7 @@ import ast
 import importlib
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -93,6 +94,21 @@ def test_help_of_a_script(script):
     done = plain(script, "--help")
     assert done.returncode == 0 and done.stdout.startswith(f"usage: {script.relative_to(ROOT)}"), done.stdout
     assert not (ROOT / ".venv.unfinished").exists()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_python(sent, tmp_path):
+    """A script that is still looking after its environment ends with one line, and what it has started does, too."""
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\ncase "$*" in *build.py*) echo "at work" >&2; exec sleep 600 ;; esac\n')
+    fake.chmod(0o755)
+    start = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
+    words = [sys.executable, "-c", start, "bash", str(ROOT / "scripts" / "status.sh")]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={"PATH": "/usr/bin:/bin", "PYTHON": str(fake)})
+    assert process.stderr.readline() == "at work\n"
+    process.send_signal(sent)
+    _, errors = process.communicate(timeout=60)  # as long as anybody holds the pipe
+    assert (process.returncode, errors) == (128 + sent, "scripts/status.sh: error: interrupted\n")
 
 
 def test_help_of_a_check():
