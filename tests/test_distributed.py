@@ -10,6 +10,7 @@ import pytest
 import torch
 import toy
 
+from fairseq_powernorm import recorder
 from fairseq_powernorm.tasks import MAX_SKIPPED_UPDATES
 
 pytestmark = pytest.mark.slow
@@ -124,8 +125,8 @@ def even_data(tmp_path_factory):
     for language in ("de", "en"):
         lines = (" ".join(f"{language}{draw.randrange(20)}" for _ in range(6)) + "\n" for _ in range(200))
         (folder / f"train.{language}").write_text("".join(lines))
-    toy.command(
-        "fairseq-preprocess", "--source-lang", "de", "--target-lang", "en", "--joined-dictionary", "--destdir",
+    toy.preprocess(
+        "--source-lang", "de", "--target-lang", "en", "--joined-dictionary", "--destdir",
         folder / "bin", "--trainpref", folder / "train",
     )
     return folder / "bin"
@@ -186,9 +187,7 @@ def test_language_model_on_two_ranks(run, tmp_path):
     draw = random.Random(3)
     lines = (" ".join(f"w{draw.randrange(20)}" for _ in range(draw.randrange(3, 12))) + "\n" for _ in range(150))
     (tmp_path / "train.txt").write_text("".join(lines))
-    toy.command(
-        "fairseq-preprocess", "--only-source", "--destdir", tmp_path / "bin", "--trainpref", tmp_path / "train.txt"
-    )
+    toy.preprocess("--only-source", "--destdir", tmp_path / "bin", "--trainpref", tmp_path / "train.txt")
     arguments = (tmp_path / "bin", "--decoder-norm-self", "power", "--norm-variant", "algorithm2", "--max-update", 16)
     whole, ranks = together(
         lambda: run(*arguments, *WHOLE, model=LANGUAGE_MODEL),
@@ -575,11 +574,11 @@ def test_record_of_another_run(run, even_data, mixed, tmp_path, begin):
     assert re.search(r"ValueError: --norm-record '.*/record': holds the record of another run", done.output)
 
 
-def test_figure(mixed, tmp_path):
+def test_figure(mixed, tmp_path, capsys):
     """The module's command draws records as a PNG, and names a file that is missing."""
-    words = ("python", "-m", "fairseq_powernorm.recorder", mixed["records"] / "whole", mixed["records"] / "exact")
-    toy.command(*words, "--output", tmp_path / "x.png")
+    words = [str(mixed["records"] / name) for name in ("whole", "exact")]
+    toy.command("python", "-m", "fairseq_powernorm.recorder", *words, "--output", tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    done = toy.command(*words, tmp_path / "nothing", "--output", tmp_path / "y.png", check=False)
-    assert done.returncode == 1 and f"record '{tmp_path / 'nothing'}': no such file" in done.stderr
+    assert recorder.main([*words, str(tmp_path / "nothing"), "--output", str(tmp_path / "y.png")]) == 1
+    assert f"record '{tmp_path / 'nothing'}': no such file" in capsys.readouterr().err
     assert files(tmp_path) == ["x.png"]

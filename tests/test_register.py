@@ -1,5 +1,6 @@
 """When the package loads fairseq, when it registers with it, and what works without it."""
 import json
+import multiprocessing
 import os
 import pathlib
 import pickle
@@ -10,6 +11,8 @@ from importlib import metadata, util
 
 import pytest
 import toy
+from fairseq import options as fairseq_options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 from fairseq_powernorm import options, tasks
 from fairseq_powernorm.models import tensorized_lm_pn, transformer_lm_pn, transformer_pn
@@ -289,34 +292,35 @@ print(repr(config))
 
 
 WORKER = """
-def work(rank, cfg):
+def work(cfg):
     from fairseq.distributed import utils
     from fairseq_cli.train import main
-    cfg.distributed_training.distributed_rank = None
-    utils.distributed_main(rank, main, cfg, {})
-"""
-MAIN = """
-import torch.multiprocessing
-if __name__ == "__main__":
-    from fairseq import options
-    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-    from worker import work
-    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser()))
-    torch.multiprocessing.spawn(work, (cfg,), nprocs=2)
+    utils.distributed_main(0, main, cfg, {})
 """
 
 
 @pytest.mark.slow
-def test_spawned_processes(toy_data, tmp_path):
-    """Processes that are spawned, not forked, as fairseq does for the GPUs of a machine, train a model together."""
+def test_spawned_processes(toy_data, tmp_path, monkeypatch):
+    """A process that is spawned, not forked, as fairseq does for the GPUs of a machine, and has imported nothing but its
+    configuration, trains a model together with another one."""
     (tmp_path / "worker.py").write_text(WORKER)
-    (tmp_path / "main.py").write_text(MAIN)
-    toy.command(
-        "python", "main.py", toy_data, "--user-dir", toy.ROOT / "fairseq_powernorm", "--task", "translation_pn", "--arch",
+    monkeypatch.syspath_prepend(tmp_path)
+    import worker
+
+    words = [str(word) for word in (
+        toy_data, "--user-dir", toy.ROOT / "fairseq_powernorm", "--task", "translation_pn", "--arch",
         "transformer_pn_tiny", *TINY, "--save-dir", tmp_path / "run", "--distributed-world-size", 2,
         "--distributed-init-method", f"file://{tmp_path}/store", "--distributed-backend", "gloo", "--ddp-backend",
-        "legacy_ddp", cwd=tmp_path, PYTHONPATH=f"{toy.ROOT}{os.pathsep}{tmp_path}",
+        "legacy_ddp", "--distributed-no-spawn", "--distributed-rank",
+    )]  # fmt: skip
+    cfg = convert_namespace_to_omegaconf(
+        fairseq_options.parse_args_and_arch(fairseq_options.get_training_parser(), [*words, "0"])
     )
+    spawned = multiprocessing.get_context("spawn").Process(target=worker.work, args=(cfg,), daemon=True)
+    spawned.start()
+    toy.command("fairseq-train", *words, 1)
+    spawned.join(60)
+    assert spawned.exitcode == 0
     assert (tmp_path / "run" / "checkpoint_last.pt").is_file()
 
 

@@ -8,8 +8,8 @@ gradients are then those of the whole batch.
 Gradients are returned in the precision of the computation; autograd casts them to the dtypes of the parameters.
 """
 from ..kernels.eager import layer_scale
-from ..kernels.interface import PowerNormSpec
-from .batch import BatchSpec, batch_norm, batch_norm_formula
+from ..kernels.interface import BatchSpec, BatchStep, PowerNormSpec
+from .batch import batch_norm, batch_norm_formula, native_batch_norm
 from .common import Collect, Reduce, in_transform, saved_tensors_are_hooked, unwrapped
 from .evaluation import running_norm
 from .moments import Moments, batch_moments, output_like, root, standing_in, sum_rows
@@ -19,6 +19,7 @@ from .window import WindowSpec, WindowState, gradient_moment, put, slots, window
 __all__ = [
     "NO_STAGE",
     "BatchSpec",
+    "BatchStep",
     "Collect",
     "Moments",
     "PowerNormSpec",
@@ -33,6 +34,7 @@ __all__ = [
     "in_transform",
     "layer_scale",
     "output_like",
+    "native_batch_norm",
     "native_power_norm",
     "power_norm",
     "put",

@@ -1,11 +1,11 @@
 """Normalization by statistics of the batch, with its exact gradient: PN-V and batch normalization."""
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
-from ..kernels import choose, choose_for_gradient, eager
-from ..kernels.interface import PowerNormSpec, plain
+from ..kernels import autograd_for, batch_backend, choose, choose_for_gradient, eager
+from ..kernels.interface import Backend, BatchSpec, BatchStep, plain, require_memory, writable
 from .common import (
     Collect,
     Function,
@@ -16,22 +16,7 @@ from .common import (
     reduced,
     transformed_gradient,
 )
-
-
-class BatchSpec(NamedTuple):
-    """The constants of :func:`batch_norm`.
-
-    Attributes:
-        groups: channel groups of the layer scale, 0 for none
-        eps: added to the second moment or variance
-        centre: subtract the mean: batch normalization; else PN-V
-        fill: padding takes the place of the mean and counts in the variance: the authors' batch normalization
-    """
-
-    groups: int
-    eps: float
-    centre: bool
-    fill: bool = False
+from .power import NO_STAGE, StageSums
 
 
 class _BatchCall(NamedTuple):
@@ -43,6 +28,7 @@ class _BatchCall(NamedTuple):
     spec: BatchSpec
     collect: Collect
     reduce: Optional[Reduce]
+    step: Optional[BatchStep] = None
 
 
 def _batch_tally(spec: BatchSpec, mean: Optional[Tensor], second: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
@@ -67,7 +53,7 @@ def _batch_tally(spec: BatchSpec, mean: Optional[Tensor], second: Tensor, rows: 
 class _BatchNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], call: _BatchCall) -> Tensor:
-        valid, running_mean, running_moment, spec, collect, reduce = call
+        valid, running_mean, running_moment, spec, collect, reduce, _ = call
         rows, dtype = x.reshape(-1, x.size(-1)), eager.compute_dtype(x)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         out = y.view(rows.shape) if dtype is x.dtype else torch.empty(rows.shape, dtype=dtype, device=x.device)
@@ -120,41 +106,67 @@ class _BatchNorm(Function):
         if grad_y is None:
             return None, None, None, None
         x, r, weight, bias, valid, mean, inv, own_count, count, denominator = ctx.saved_tensors
-        _, _, _, spec, collect, reduce = ctx.call
         if torch.is_grad_enabled() or transformed_gradient(grad_y):
-            return _formula_backward(ctx, grad_y, x, weight, bias)
+            return *_formula_backward(ctx.call, ctx.needs_input_grad, grad_y, x, weight, bias), None
+        require_memory(grad_y, x, r, weight, valid, mean, inv)
         if not plain(grad_y):
             grad_y = in_memory(grad_y)
-        dtype, shape = eager.compute_dtype(x), x.shape
-        rows, grad = x.reshape(-1, x.size(-1)), grad_y.reshape(-1, x.size(-1)).to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            u = eager.scale_rows(rows.to(dtype), r)
-            if valid is not None and x.device.type != "cpu":
-                u, grad, r = _finite_padding(valid, u, grad, r)
+        counts = _Counts(own_count, count, denominator)
+        wanted = ctx.needs_input_grad
+        return *_eager_backward(ctx.call, wanted, grad_y, x, r, weight, valid, mean, inv, counts), None
+
+
+class _Counts(NamedTuple):
+    """Scalars: the rows of this process that count, those of all processes, and the number that a variance is divided by."""
+
+    own: Tensor
+    all: Tensor
+    denominator: Tensor
+
+
+def _eager_backward(
+    call: _BatchCall,
+    wanted: Sequence[bool],
+    grad_y: Tensor,
+    x: Tensor,
+    r: Optional[Tensor],
+    weight: Optional[Tensor],
+    valid: Optional[Tensor],
+    mean: Optional[Tensor],
+    inv: Tensor,
+    counts: _Counts,
+) -> Gradients:
+    """Gradients of x, weight and bias, as far as they are wanted, in plain torch."""
+    spec, reduce = call.spec, call.reduce
+    dtype, shape = eager.compute_dtype(x), x.shape
+    rows, grad = x.reshape(-1, x.size(-1)), grad_y.reshape(-1, x.size(-1)).to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        u = eager.scale_rows(rows.to(dtype), r)
+        if valid is not None and x.device.type != "cpu":
+            u, grad, r = _finite_padding(valid, u, grad, r)
+        grad_sum, grad_c_sum, centred, grad_stat = _batch_grad_sums(u, grad, mean, valid, spec)
+        if valid is not None and x.device.type == "cpu" and not bool(torch.isfinite(grad_sum + grad_c_sum).all()):
+            u, grad, r = _finite_padding(valid, u, grad, r)
             grad_sum, grad_c_sum, centred, grad_stat = _batch_grad_sums(u, grad, mean, valid, spec)
-            if valid is not None and x.device.type == "cpu" and not bool(torch.isfinite(grad_sum + grad_c_sum).all()):
-                u, grad, r = _finite_padding(valid, u, grad, r)
-                grad_sum, grad_c_sum, centred, grad_stat = _batch_grad_sums(u, grad, mean, valid, spec)
-            scale = inv if weight is None else inv * weight.to(dtype)
-            tally = [scale * grad_c_sum] if mean is None else [scale / inv * grad_stat, scale * grad_c_sum]
-            collect("backward", eager.tally(*tally, rows=own_count))
-            grad_x = None
-            if ctx.needs_input_grad[0]:
-                stat, c_sum = reduced(reduce, grad_stat, grad_c_sum)
-                # mean and second moment depend on the rows that count, every row on them
-                through = centred * (-scale * c_sum * inv.square() / denominator.clamp(min=1))
-                if mean is not None:
-                    through -= scale * stat / count.clamp(min=1)
-                eager.mask_rows_(through, valid)
-                if spec.fill:
-                    grad = grad if valid is None else eager.mask_rows_(grad.clone(), valid)
-                grad_u = through.addcmul_(grad, scale)
-                grad_x = eager.scale_rows_backward(grad_u, u, r)
-                if spec.fill:  # of zero, but for a layer scale that is not finite
-                    grad_x = eager.mask_rows_(grad_x, valid)
-                grad_x = grad_x.to(x.dtype).view(shape)
-        grad_weight = None if weight is None else grad_c_sum * inv
-        return grad_x, grad_weight, grad_sum if ctx.needs_input_grad[2] else None, None
+        scale = inv if weight is None else inv * weight.to(dtype)
+        tally = [scale * grad_c_sum] if mean is None else [scale / inv * grad_stat, scale * grad_c_sum]
+        call.collect("backward", eager.tally(*tally, rows=counts.own))
+        grad_x = None
+        if wanted[0]:
+            stat, c_sum = reduced(reduce, grad_stat, grad_c_sum)
+            # mean and second moment depend on the rows that count, every row on them
+            through = centred * (-scale * c_sum * inv.square() / counts.denominator.clamp(min=1))
+            if mean is not None:
+                through -= scale * stat / counts.all.clamp(min=1)
+            eager.mask_rows_(through, valid)
+            if spec.fill:
+                grad = grad if valid is None else eager.mask_rows_(grad.clone(), valid)
+            grad_u = through.addcmul_(grad, scale)
+            grad_x = eager.scale_rows_backward(grad_u, u, r)
+            if spec.fill:  # of zero, but for a layer scale that is not finite
+                grad_x = eager.mask_rows_(grad_x, valid)
+            grad_x = grad_x.to(x.dtype).view(shape)
+    return grad_x, None if weight is None else grad_c_sum * inv, grad_sum if wanted[2] else None
 
 
 def _finite_padding(
@@ -169,42 +181,36 @@ def _finite_padding(
 
 
 def _formula_backward(
-    ctx: Any, grad_y: Tensor, x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor]
+    call: _BatchCall, wanted: Sequence[bool], grad_y: Tensor, x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor]
 ) -> Gradients:
     """A gradient that is itself to be differentiated or transformed: that of the formula."""
-    if ctx.call.reduce is not None:
+    if call.reduce is not None:
         raise RuntimeError(
             "second derivatives are not available where statistics are reduced in every pass (sync 'exact')"
         )
     with torch.enable_grad():
-        inputs: Any = [each for each, needed in zip((x, weight, bias), ctx.needs_input_grad) if needed]
-        y, _ = batch_norm_formula(x, weight, bias, *ctx.call[:4])
+        inputs: Any = [each for each, needed in zip((x, weight, bias), wanted) if needed]
+        y, _ = batch_norm_formula(x, weight, bias, *call[:4])
         found = iter(torch.autograd.grad(y, inputs, grad_y, create_graph=torch.is_grad_enabled()))
-    return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None
+    return tuple(next(found) if needed else None for needed in wanted[:3])
 
 
-class _SecondMomentNorm(Function):
-    """PN-V by the sweeps of PN: its output is PN's in the warm-up, its gradient PN's with another nu, that of the batch."""
+# ---------------------------------------------------------------- by the sweeps of a backend
+
+
+class _BatchSweeps(Function):
+    """The same by a backend that has sweeps for it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], call: _BatchCall) -> Tensor:
-        valid, _, moment, spec, collect, _ = call
-        y: Tensor
-        ctx.spec = PowerNormSpec(
-            groups=spec.groups,
-            eps=spec.eps,
-            nu_scale=1.0,
-            gradient_scale=1.0,
-            forward_batch=True,
-            backward_batch=True,
-            skip_padding=True,
-        )
-        ctx.kernel = choose(x, weight, bias, moment, valid=valid)
-        y, r, saved, tally = ctx.kernel.power_forward(x, weight, bias, valid, moment, ctx.spec)
-        assert tally is not None
-        rows = tally[-2].clone()
-        collect("forward", tally)
-        ctx.save_for_backward(x, r, weight, bias, saved, valid, rows)
+        valid, mean, moment, spec, collect, _, step = call
+        ctx.kernel = choose(x, weight, bias, mean, moment, valid=valid)
+        sweeps = batch_backend(ctx.kernel)
+        assert sweeps is not None
+        y, r, saved, tally = sweeps.batch_forward(x, weight, bias, valid, mean, moment, spec, step)
+        if tally is not None:
+            collect("forward", tally)
+        ctx.save_for_backward(x, r, weight, bias, saved, valid)
         ctx.call = call
         ctx.set_materialize_grads(False)
         return y
@@ -213,31 +219,92 @@ class _SecondMomentNorm(Function):
     def backward(ctx: Any, grad_y: Optional[Tensor]) -> Gradients:
         if grad_y is None:
             return None, None, None, None
-        x, r, weight, bias, saved, valid, rows = ctx.saved_tensors
-        if torch.is_grad_enabled() or transformed_gradient(grad_y):
-            return _formula_backward(ctx, grad_y, x, weight, bias)
-        if not plain(grad_y):
-            grad_y = in_memory(grad_y)
-        # all rows count in these sums, padding included: a gradient that arrives there passes through the statistics
-        spec = ctx.spec._replace(skip_padding=False)
-        zero = torch.zeros_like(saved[0])
-        backend = choose_for_gradient(ctx.kernel, grad_y, x, r, weight, saved, valid, zero)
-        sums = backend.power_backward(grad_y, x, r, weight, valid, saved, zero, spec, want_x=False)
-        weighted = sums.weight if weight is None else sums.weight * weight.to(sums.weight.dtype)
-        ctx.call.collect("backward", eager.tally(weighted, rows=rows))
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            nu = weighted / rows.clamp(min=1).to(weighted.dtype)
-            grad_x = backend.power_backward(grad_y, x, r, weight, None, saved, nu, spec).x
-            if valid is not None and grad_x is not None:  # the statistics do not depend on padding
-                padding = valid.logical_not().nonzero().squeeze(1)
-                chosen = [each.reshape(-1, each.size(-1))[padding] for each in (grad_y, x, r) if each is not None]
-                grads, rows_there, *roots = eager.finite_padding(valid[padding], *chosen)
-                root = roots[0] if roots else None
-                found = backend.power_backward(grads, rows_there, root, weight, None, saved, zero, spec).x
-                assert found is not None
-                grad_x.view(-1, grad_x.size(-1)).index_copy_(0, padding, found)
-        return grad_x, None if weight is None else sums.weight, sums.bias if ctx.needs_input_grad[2] else None, None
+        return *_backward_by(ctx.kernel, ctx.call, ctx.needs_input_grad, grad_y, *ctx.saved_tensors), None
+
+
+def _backward_by(
+    kernel: Backend,
+    call: _BatchCall,
+    wanted: Sequence[bool],
+    grad_y: Tensor,
+    x: Tensor,
+    r: Optional[Tensor],
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    saved: Tensor,
+    valid: Optional[Tensor],
+) -> Gradients:
+    """Gradients of x, weight and bias by the backend of the forward pass, or in plain torch where that must be."""
+    if torch.is_grad_enabled() or transformed_gradient(grad_y):
+        return _formula_backward(call, wanted, grad_y, x, weight, bias)
+    if not plain(grad_y):
+        grad_y = in_memory(grad_y)
+    spec = call.spec
+    sweeps = batch_backend(choose_for_gradient(kernel, grad_y, x, r, weight, saved, valid, call.moment))
+    found = None
+    if sweeps is not None:
+        found = sweeps.batch_backward(grad_y, x, r, weight, valid, saved, spec, want_x=wanted[0])
+    if found is None or found.tally is None:
+        dtype = eager.compute_dtype(x)
+        mean, inv = saved.to(dtype)
+        rows = inv.new_full((), x.numel() // x.size(-1))
+        own = rows if valid is None else valid.sum().to(dtype)
+        counts = _Counts(own, own, rows if spec.fill else own)
+        centre = mean if spec.centre else None
+        return _eager_backward(call, wanted, grad_y, x, r, weight, valid, centre, inv, counts)
+    call.collect("backward", found.tally)
+    return found.x, None if weight is None else found.weight, found.bias if wanted[2] else None
+
+
+def native_batch_norm(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    valid: Optional[Tensor],
+    mean: Optional[Tensor],
+    moment: Tensor,
+    iters: Tensor,
+    spec: BatchSpec,
+    collect: Collect,
+    alpha_fwd: Optional[float] = None,
+    stage: StageSums = NO_STAGE,
+) -> Optional[Tensor]:
+    """:func:`batch_norm` by the autograd function in C++; None, with nothing done, where that does not serve.
+
+    Args:
+        x, weight, bias, valid, mean, moment, spec: as there
+        iters: scalar, the step count
+        collect: called with the sums of a backward pass that is left to Python: the one that a stage records
+        alpha_fwd: the running statistics take their step here, with that weight of their old values; None: they do not
+        stage: where the sums of the forward pass are added, and whether a batch is in progress
+    """
+    autograd = autograd_for(x)
+    if autograd is None:
+        return None
+    y: Optional[Tensor] = autograd.train_batch(
+        x, weight, bias, valid, mean, moment, iters, spec, alpha_fwd, stage.forward, stage.switches, _native_backward,
+        collect,
+    )  # fmt: skip
+    return y
+
+
+def _native_backward(
+    collect: Collect,
+    spec: BatchSpec,
+    grad_y: Tensor,
+    x: Tensor,
+    r: Optional[Tensor],
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    saved: Tensor,
+    valid: Optional[Tensor],
+    mean: Optional[Tensor],
+    moment: Tensor,
+    *wanted: bool,
+) -> Gradients:
+    """The backward pass that C++ leaves to Python: gradients of x, weight and bias."""
+    call = _BatchCall(valid, mean, moment, spec, collect, None)
+    return _backward_by(choose(x, weight, valid=valid), call, wanted, grad_y, x, r, weight, bias, saved, valid)
 
 
 def _batch_grad_sums(
@@ -261,6 +328,7 @@ def batch_norm(
     spec: BatchSpec,
     collect: Collect,
     reduce: Optional[Reduce] = None,
+    step: Optional[BatchStep] = None,
 ) -> Tensor:
     """Layer scale and normalization by statistics of the batch, with its exact gradient: PN-V and batch normalization.
 
@@ -277,14 +345,21 @@ def batch_norm(
             (and, with filling, with the number of all rows, C times), and in the backward pass with those of
             ``weight * dy`` (with centring) and ``weight * dy * z`` (gradient scale not taken out)
         reduce: makes statistics and their gradient those of the batch of all processes
+        step: the step of the running statistics that a backend may take in place of ``collect``
 
     Returns:
         shape and dtype of ``x``
     """
-    call = _BatchCall(valid, mean, moment, spec, collect, reduce)
-    by_sweeps = not spec.centre and reduce is None and x.is_cpu and choose(x, weight, bias, moment, valid=valid) is not eager
-    y: Tensor = (_SecondMomentNorm if by_sweeps else _BatchNorm).apply(x, weight, bias, call)
-    return y
+    backend = choose(x, weight, bias, mean, moment, valid=valid)
+    if reduce is not None or batch_backend(backend) is None:
+        y: Tensor = _BatchNorm.apply(x, weight, bias, _BatchCall(valid, mean, moment, spec, collect, reduce))
+        return y
+    if step is not None and not all(
+        each is None or (plain(each) and writable(each)) for each in (step.mean, step.moment, step.iters)
+    ):
+        step = None
+    swept: Tensor = _BatchSweeps.apply(x, weight, bias, _BatchCall(valid, mean, moment, spec, collect, None, step))
+    return swept
 
 
 def batch_norm_formula(

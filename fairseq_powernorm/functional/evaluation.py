@@ -86,13 +86,10 @@ def running_norm(
     Returns:
         tensor of ``x``'s shape (but for ``channels_second``) and dtype
     """
-    if mean is not None:
-        u = eager.layer_scale(x.to(eager.compute_dtype(x)), groups) - mean.to(eager.compute_dtype(x))
-        y = eager.affine(u, eager.inverse_root(psi2.to(u.dtype), eps), weight, bias).to(x.dtype)
-    elif not wants_gradient(x, weight, bias):
-        y = evaluate(x, weight, bias, psi2, groups, eps)
-    elif (backend := choose(x, weight, bias, psi2)) is eager:
-        y = eager.evaluate(x, weight, bias, psi2, groups, eps)
+    if not wants_gradient(x, weight, bias):
+        y = evaluate(x, weight, bias, psi2, groups, eps, mean)
+    elif (backend := choose(x, weight, bias, psi2, mean)) is eager or mean is not None:
+        y = eager.evaluate(x, weight, bias, psi2, groups, eps, mean)
     else:
         found: Tensor = _Evaluation.apply(x, weight, bias, psi2, groups, eps, backend, channels_second)
         return found

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from . import c, eager, triton
-from .interface import Backend, plain, readable, transformed, writable
+from .interface import Backend, BatchBackend, plain, readable, require_memory, transformed, writable
 
 __all__ = [
     "KERNELS",
     "autograd_for",
+    "batch_backend",
     "choose",
     "choose_for_gradient",
     "choose_for_step",
@@ -164,6 +165,11 @@ def choose(x: Tensor, *vectors: Optional[Tensor], valid: Optional[Tensor] = None
     return backend
 
 
+def batch_backend(backend: Backend) -> Optional[BatchBackend]:
+    """The backend as one that normalizes by statistics of the batch; None if it does not."""
+    return c if backend is c else None
+
+
 def choose_for_gradient(
     backend: Backend,
     grad_y: Tensor,
@@ -180,7 +186,11 @@ def choose_for_gradient(
 
     Args:
         hooked: saved tensors come back from wherever hooks have put them; else they are those of the forward pass
+
+    Raises:
+        RuntimeError: the memory of one of them has been given back since the forward pass
     """
+    require_memory(grad_y, x, r, weight, saved, valid)
     if backend is eager:
         return eager
     device = x.get_device()
@@ -222,8 +232,9 @@ def evaluate(
     psi2: Optional[Tensor] = None,
     groups: int = 1,
     eps: float = 1e-5,
+    mean: Optional[Tensor] = None,
 ) -> Tensor:
-    """PN in evaluation by the fastest backend: layer scale, then ``u * weight / sqrt(psi2 + eps) + bias``.
+    """Evaluation by the fastest backend: layer scale, then ``(u - mean) * weight / sqrt(psi2 + eps) + bias``.
 
     Where a gradient is wanted or the call is traced, it is computed by ``eager``, with ordinary autograd.
 
@@ -233,16 +244,22 @@ def evaluate(
         psi2: ``C``, the running second moment; None if ``weight`` has it in it already
         groups: channel groups of the layer scale, 0 for none
         eps: added to ``psi2``
+        mean: ``C``; None: nothing is subtracted
 
     Returns:
         tensor of ``x``'s shape and dtype
     """
     autograd = autograd_for(x)
-    if autograd is not None and (y := autograd.evaluate(x, weight, bias, psi2, groups, eps)) is not None:
+    if autograd is not None and (y := autograd.evaluate(x, weight, bias, psi2, groups, eps, mean)) is not None:
         found: Tensor = y
         return found
-    backend = eager if wants_gradient(x, weight, bias) else choose(x, weight, bias, psi2)
-    return backend.evaluate(x, weight, bias, psi2, groups, eps)
+    backend = eager if wants_gradient(x, weight, bias) else choose(x, weight, bias, psi2, mean)
+    if mean is None or psi2 is None:
+        return backend.evaluate(x, weight, bias, psi2, groups, eps)
+    sweeps = batch_backend(backend)
+    if sweeps is None:
+        return eager.evaluate(x, weight, bias, psi2, groups, eps, mean)
+    return sweeps.batch_evaluate(x, weight, bias, mean, psi2, groups, eps)
 
 
 def wants_gradient(*tensors: Optional[Tensor]) -> bool:

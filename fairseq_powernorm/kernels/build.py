@@ -24,12 +24,12 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 HERE = Path(__file__).resolve().parent
-SOURCES = tuple(HERE / "csrc" / name for name in ("powernorm.c", "sweeps.h", "tiles.h"))
+SOURCES = tuple(HERE / "csrc" / name for name in ("powernorm.c", "sweeps.h", "tiles.h", "batch_sweeps.h", "batch.h"))
 NAME = "libpowernorm.so"
 #: no flag ties the library to the processor of this machine: the code chooses its instructions when it runs
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-psabi")
-#: the autograd function: source, module, and what its file is called besides
-AUTOGRAD_SOURCE = HERE / "csrc" / "autograd.cpp"
+#: the autograd function: sources, the first of which is compiled, module, and what its file is called besides
+AUTOGRAD_SOURCES = (HERE / "csrc" / "autograd.cpp", HERE / "csrc" / "batch_autograd.h")
 AUTOGRAD = "powernorm_autograd"
 AUTOGRAD_FLAGS = ("-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
 #: what people build both with, whatever stands there
@@ -146,7 +146,7 @@ def autograd_name() -> str:
         BuildError: torch is not installed
     """
     version = _torch() / "version.py"
-    marks = [AUTOGRAD_SOURCE.read_bytes(), version.read_bytes(), " ".join(AUTOGRAD_FLAGS).encode()]
+    marks = [*(path.read_bytes() for path in AUTOGRAD_SOURCES), version.read_bytes(), " ".join(AUTOGRAD_FLAGS).encode()]
     marks.append(str(sysconfig.get_config_var("SOABI")).encode())
     return f"{AUTOGRAD}-{hashlib.sha256(b'|'.join(marks)).hexdigest()[:16]}.so"
 
@@ -241,7 +241,7 @@ def build_autograd() -> Path:
                 [
                     *command, f"-std=c++{facts['standard']}", *AUTOGRAD_FLAGS,
                     f"-D_GLIBCXX_USE_CXX11_ABI={facts['abi']}", *(f"-I{each}" for each in include),
-                    f"-I{sysconfig.get_paths()['include']}", str(AUTOGRAD_SOURCE), f"-L{root / 'lib'}",
+                    f"-I{sysconfig.get_paths()['include']}", str(AUTOGRAD_SOURCES[0]), f"-L{root / 'lib'}",
                     "-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10",
                 ],
                 folder / name,

@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import build, eager, memory, native
-from .interface import Backward, Forward, OwnStep, PowerNormSpec, StepSpec
+from .interface import Backward, BatchSpec, BatchStep, Forward, OwnStep, PowerNormSpec, StepSpec
 
 #: number of an element type in the C code
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _CPU = torch.device("cpu")
 _NO_FORWARD_STEP: Tuple[Any, ...] = None, None, 0.0, 0.0, 0.0, 0.0
 _NO_BACKWARD_STEP: Tuple[Any, ...] = None, 0.0, 0.0
+_NO_BATCH_STEP: Tuple[Any, ...] = None, None, None, 0.0
 #: what the functions of the C code return
 _NO_MEMORY, _NOT_FINITE = 1, 2
 _FORWARD_BATCH, _BACKWARD_BATCH, _SKIP_PADDING = 1, 2, 4
@@ -45,6 +46,10 @@ def _load(library: Path) -> ctypes.CDLL:
         *shape, *rows, *[pointer] * 5, real, real, number, *[pointer] * 6, real, real, real, real
     ]
     loaded.pn_backward.argtypes = [*shape, *rows, *rows, *[pointer] * 5, real, real, *[pointer] * 5, real, real]
+    adjacent = rows[:-1]
+    loaded.pn_batch_forward.argtypes = [*shape, *adjacent, *[pointer] * 5, real, number, *[pointer] * 7, real]
+    loaded.pn_batch_backward.argtypes = [*shape, *adjacent, *adjacent, *[pointer] * 4, number, number, *[pointer] * 4]
+    loaded.pn_batch_evaluate.argtypes = [*shape, *adjacent, *[pointer] * 4, real, pointer]
     loaded.pn_advance_forward.argtypes = [size, size, *[pointer] * 3, *[real] * 5]
     loaded.pn_advance_backward.argtypes = [size, size, pointer, pointer, real, real]
     loaded.pn_use_instructions.argtypes, loaded.pn_use_instructions.restype = [number], ctypes.c_char_p
@@ -287,5 +292,96 @@ def evaluate(
     x, *strides = _rows(x)
     _check(_library.pn_evaluate(
         *shape, x.data_ptr(), *strides, _at(weight), _at(bias), _at(psi2), eps, y.data_ptr()
+    ))
+    return y
+
+
+# ---------------------------------------------------------------- statistics of the batch
+
+
+def _adjacent(x: Tensor) -> Tuple[Tensor, int, int, int]:
+    """As :func:`_rows`, with adjacent channels."""
+    rows, inner, outer_stride, inner_stride, _ = _rows(x if x.stride(-1) == 1 else x.contiguous())
+    return rows, inner, outer_stride, inner_stride
+
+
+def batch_forward(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    valid: Optional[Tensor],
+    mean: Optional[Tensor],
+    moment: Tensor,
+    spec: BatchSpec,
+    step: Optional[BatchStep] = None,
+) -> Forward:
+    """See :class:`.interface.BatchBackend`."""
+    shape = _shape(x, spec.groups)
+    _, rows, channels, _, _ = shape
+    weight, bias, moment, mean = _floats(weight), _floats(bias), _floats(moment), _floats(mean) if spec.centre else None
+    y, saved = torch.empty_like(x, memory_format=torch.contiguous_format), _empty(2, channels)
+    r = _empty(rows, spec.groups) if spec.groups else None
+    if step is None:
+        parts = 1 + spec.centre + (spec.centre and spec.fill)
+        tally, stepping = _empty(parts * channels + 2, dtype=torch.float64), _NO_BATCH_STEP
+    else:
+        tally = None
+        stepping = _at(step.mean), step.moment.data_ptr(), step.iters.data_ptr(), step.alpha_fwd
+    x, *strides = _adjacent(x)
+    _check(_library.pn_batch_forward(
+        *shape, x.data_ptr(), *strides, _at(valid), _at(weight), _at(bias), _at(mean), moment.data_ptr(), spec.eps,
+        spec.fill, y.data_ptr(), _at(r), saved.data_ptr(), _at(tally), *stepping,
+    ))
+    if step is not None:
+        for each in (step.mean, step.moment, step.iters):
+            if each is not None:
+                increment_version(each)
+    return Forward(y, r, saved, tally)
+
+
+def batch_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    r: Optional[Tensor],
+    weight: Optional[Tensor],
+    valid: Optional[Tensor],
+    saved: Tensor,
+    spec: BatchSpec,
+    *,
+    want_x: bool = True,
+) -> Optional[Backward]:
+    """See :class:`.interface.BatchBackend`."""
+    shape = _shape(x, spec.groups)
+    channels = shape[2]
+    weight, grad_x = _floats(weight), torch.empty_like(x, memory_format=torch.contiguous_format) if want_x else None
+    grad_weight, grad_bias = _empty(channels), _empty(channels)
+    tally = _empty((1 + spec.centre) * channels + 2, dtype=torch.float64)
+    rows, *strides = _adjacent(x)
+    grads, *grad_strides = _adjacent(grad_y)
+    status = _library.pn_batch_backward(
+        *shape, rows.data_ptr(), *strides, grads.data_ptr(), *grad_strides, _at(r), _at(valid), _at(weight),
+        saved.data_ptr(), spec.centre, spec.fill, _at(grad_x), grad_weight.data_ptr(), grad_bias.data_ptr(),
+        tally.data_ptr(),
+    )
+    _check(status)
+    return None if status == _NOT_FINITE else Backward(grad_x, grad_weight, grad_bias, tally)
+
+
+def batch_evaluate(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    mean: Tensor,
+    moment: Tensor,
+    groups: int,
+    eps: float,
+) -> Tensor:
+    """See :class:`.interface.BatchBackend`."""
+    shape = _shape(x, groups)
+    weight, bias, mean, moment = _floats(weight), _floats(bias), _floats(mean), _floats(moment)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    x, *strides = _adjacent(x)
+    _check(_library.pn_batch_evaluate(
+        *shape, x.data_ptr(), *strides, _at(weight), _at(bias), mean.data_ptr(), moment.data_ptr(), eps, y.data_ptr()
     ))
     return y

@@ -394,9 +394,15 @@ def _rows_backward(
 
 
 def evaluate(
-    x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], psi2: Optional[Tensor], groups: int, eps: float
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    psi2: Optional[Tensor],
+    groups: int,
+    eps: float,
+    mean: Optional[Tensor] = None,
 ) -> Tensor:
-    """PN in evaluation, ``u * weight / sqrt(psi2 + eps) + bias``: ordinary autograd.
+    """Evaluation, ``(u - mean) * weight / sqrt(psi2 + eps) + bias``: ordinary autograd.
 
     Args:
         x: ``... x C``
@@ -404,11 +410,14 @@ def evaluate(
         psi2: ``C``, or None: not divided
         groups: channel groups of the layer scale, 0 for none
         eps: added to ``psi2``
+        mean: ``C``, or None: nothing is subtracted
 
     Returns:
         tensor of ``x``'s shape and dtype
     """
     u = layer_scale(x.to(compute_dtype(x)), groups)
+    if mean is not None:
+        u = u - mean.to(u.dtype)
     inv = u.new_ones(u.size(-1)) if psi2 is None else inverse_root(psi2.to(u.dtype), eps)
     return affine(u, inv, weight, bias).to(x.dtype)
 

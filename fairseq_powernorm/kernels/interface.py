@@ -84,6 +84,36 @@ class OwnStep(NamedTuple):
     spec: StepSpec
 
 
+class BatchSpec(NamedTuple):
+    """The constants of normalization by statistics of the batch.
+
+    Attributes:
+        groups: channel groups of the layer scale, 0 for none
+        eps: added to the second moment or variance
+        centre: subtract the mean: batch normalization; else PN-V
+        fill: padding takes the place of the mean and counts in the variance: the authors' batch normalization
+    """
+
+    groups: int
+    eps: float
+    centre: bool
+    fill: bool = False
+
+
+class BatchStep(NamedTuple):
+    """Running statistics that take their step within a pass: that of ``MaskedBatchNorm.advance``, or of PN-V's.
+
+    Attributes:
+        mean: ``C``, None without centring; moment: ``C``, variance or second moment; iters: scalar
+        alpha_fwd: weight of their old values
+    """
+
+    mean: Optional[Tensor]
+    moment: Tensor
+    iters: Tensor
+    alpha_fwd: float
+
+
 class Forward(NamedTuple):
     """What a forward pass gives.
 
@@ -184,6 +214,52 @@ class Backend(Protocol):
         """PN in evaluation, without gradient."""
 
 
+class BatchBackend(Protocol):
+    """What a backend may offer besides: normalization by statistics of the batch, PN-V's and batch normalization's.
+
+    The tensors have passed the same gate. :func:`fairseq_powernorm.functional.batch_norm` explains the arguments.
+    """
+
+    def batch_forward(
+        self,
+        x: Tensor,
+        weight: Optional[Tensor],
+        bias: Optional[Tensor],
+        valid: Optional[Tensor],
+        mean: Optional[Tensor],
+        moment: Tensor,
+        spec: BatchSpec,
+        step: Optional[BatchStep] = None,
+    ) -> Forward:
+        """Forward pass of training. ``saved`` is ``2 x C``: mean (0 without) and ``1 / sqrt(moment + eps)``."""
+
+    def batch_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        r: Optional[Tensor],
+        weight: Optional[Tensor],
+        valid: Optional[Tensor],
+        saved: Tensor,
+        spec: BatchSpec,
+        *,
+        want_x: bool = True,
+    ) -> Optional[Backward]:
+        """Backward pass; None where a sum is not finite and there is padding, which may have made it so."""
+
+    def batch_evaluate(
+        self,
+        x: Tensor,
+        weight: Optional[Tensor],
+        bias: Optional[Tensor],
+        mean: Tensor,
+        moment: Tensor,
+        groups: int,
+        eps: float,
+    ) -> Tensor:
+        """Evaluation, without gradient."""
+
+
 # ---------------------------------------------------------------- the gate
 
 
@@ -236,6 +312,22 @@ def _whole(tensor: Tensor) -> bool:
         return True
     last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride()))
     return (last + 1) * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def require_memory(*tensors: Optional[Tensor]) -> None:
+    """Refuse tensors of a backward pass whose memory has been given back since the forward pass.
+
+    Raises:
+        RuntimeError: a storage no longer holds all elements
+    """
+    for each in tensors:
+        if each is None or type(each) not in PLAIN or not _has_storage(each) or each.is_nested or each.is_meta:
+            continue
+        if not (each._is_zerotensor() or _whole(each)):
+            raise RuntimeError(
+                f"backward pass: the memory of a saved tensor of shape {tuple(each.shape)} has been given back (its storage "
+                "was resized) since the forward pass"
+            )
 
 
 def readable(tensor: Tensor, device: int) -> bool:

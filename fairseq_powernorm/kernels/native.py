@@ -21,6 +21,9 @@ CHOICES = {
     "python": "in Python",
 }
 
+#: the functions of the C kernel that it is given, in the order in which it takes them
+_ENTRIES = ("forward", "backward", "evaluate", "batch_forward", "batch_backward", "batch_evaluate")
+
 _loaded = False
 _extension: Any = None
 _reason = ""
@@ -39,7 +42,7 @@ def requested() -> str:
 
 
 def extension(library: ctypes.CDLL) -> Any:
-    """The module with ``train`` and ``evaluate`` of ``csrc/autograd.cpp``; None where Python must do.
+    """The module with ``train``, ``train_batch`` and ``evaluate`` of ``csrc/autograd.cpp``; None where Python must do.
 
     Args:
         library: of the C kernel, whose sweeps it runs
@@ -74,7 +77,7 @@ def _import(path: Path, library: ctypes.CDLL) -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    entries = (getattr(library, name) for name in ("pn_forward", "pn_backward", "pn_evaluate"))
+    entries = (getattr(library, f"pn_{name}") for name in _ENTRIES)
     module.bind(*(ctypes.cast(entry, ctypes.c_void_p).value for entry in entries))
     return module
 

@@ -62,6 +62,10 @@ class PowerNormV(ExactNorm, SecondMomentNorm):
     def _batch_arguments(self) -> Tuple[Optional[Tensor], Tensor, functional.BatchSpec]:
         return None, self.running_phi, functional.BatchSpec(self.groups, self.eps, centre=False)
 
+    def _takes_known_step(self) -> bool:
+        rule = type(self)
+        return rule.advance is PowerNormV.advance and rule.step_ is PowerNormV.step_
+
     def step_(self, part: str, tally: Tensor, buffers: State) -> None:
         if type(self).advance is not PowerNormV.advance:  # a derived class with a rule of its own
             super().step_(part, tally, buffers)

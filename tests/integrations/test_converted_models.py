@@ -117,6 +117,44 @@ def test_padding_changes_no_statistic(name, checkpointing):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_layers_with_the_time_first():
+    """XLNet computes on T x B x C: its norms get that layout, and padding under an attached mask changes no statistic."""
+    found = []
+    for noise in (0, 5):
+        torch.manual_seed(0)
+        sizes = dict(vocab_size=50, d_model=32, n_layer=2, n_head=4, d_inner=64, dropout=0.0)
+        model = transformers.XLNetLMHeadModel(transformers.XLNetConfig(**sizes))
+        replace_norms(model, "power:variant=algorithm2")
+        norms = [module for module in model.modules() if isinstance(module, RunningNorm)]
+        assert len(norms) == 4 and {norm.layout for norm in norms} == {"time_first"}
+        attach_mask(model.train())
+        inputs = batch(model, noise=noise)
+        model(**inputs).logits[inputs["attention_mask"] == 1].square().mean().backward()
+        found.append([buffer for norm in norms for buffer in norm.buffers()])
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    sizes = dict(d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4)
+    config = transformers.FSMTConfig(langs=["en", "de"], src_vocab_size=50, tgt_vocab_size=50, **sizes)
+    model, report = replace_norms(transformers.FSMTModel(config), "power")
+    assert len(report.replaced) == 5
+    assert all(module.layout == "time_first" for module in model.modules() if isinstance(module, RunningNorm))
+
+
+def test_a_norm_of_each_token_and_layer():
+    """Gemma 3n normalizes B x T x layers x C in one place, which is left alone, with the reason; masks fit the others."""
+    sizes = dict(SIZES, num_hidden_layers=2, num_key_value_heads=2, head_dim=8, hidden_size_per_layer_input=8, laurel_rank=4)
+    config = transformers.Gemma3nTextConfig(
+        **sizes, vocab_size_per_layer_input=50, num_kv_shared_layers=0, activation_sparsity_pattern=[0.0, 0.0],
+        altup_num_inputs=2, layer_types=["full_attention"] * 2, **NONE,
+    )  # fmt: skip
+    model, report = replace_norms(transformers.Gemma3nForCausalLM(config), "power")
+    left = {each.name.rpartition(".")[2]: each.reason for each in report.left}
+    assert "a vector for each token and layer" in left["per_layer_projection_norm"]
+    attach_mask(model.train())
+    model(**batch(model)).logits.mean().backward()
+    assert all(float(module.iters) > 0 for module in model.modules() if isinstance(module, RunningNorm))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_folded(name):
     """replace_norms, then fold_norms: the same logits to 1e-5; known pre-norm layers hold no scale any more."""

@@ -175,6 +175,23 @@ bool readable(const Tensor &tensor, int64_t channels)
         && (has_type_of_sweeps(tensor) || tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kDouble);
 }
 
+// Memory of so many values of that type, one behind the other.
+bool is_memory(const Tensor &tensor, int64_t count, at::ScalarType type)
+{
+    return plain(tensor) && tensor.scalar_type() == type && tensor.numel() == count && tensor.is_contiguous();
+}
+
+bool is_mask(const Tensor &tensor, int64_t rows)
+{
+    return tensor.defined() && tensor.scalar_type() == at::kBool && tensor.numel() == rows && tensor.is_contiguous();
+}
+
+// A gradient of x that may be read.
+bool is_like(const Tensor &grad, const Tensor &x)
+{
+    return plain(grad) && grad.scalar_type() == x.scalar_type() && grad.sizes() == x.sizes();
+}
+
 // Numbers of that type that may be written: they are nobody else's.
 bool writable(const Tensor &tensor, int64_t count, at::ScalarType type)
 {
@@ -425,13 +442,10 @@ struct PowerNormBackward : torch::autograd::Node {
         if (transformed() || !plain(x_) || !has_type_of_sweeps(x_) || x_.dim() < 1)
             return false;
         const int64_t channels = x_.size(-1), rows = channels ? x_.numel() / channels : 0;
-        const auto matches = [](const Tensor &tensor, int64_t count, at::ScalarType type) {
-            return plain(tensor) && tensor.scalar_type() == type && tensor.numel() == count && tensor.is_contiguous();
-        };
-        return plain(grad_y) && grad_y.scalar_type() == x_.scalar_type() && grad_y.sizes() == x_.sizes()
-            && r_.defined() == (spec.groups > 0) && (!r_.defined() || matches(r_, rows * spec.groups, at::kFloat))
+        return is_like(grad_y, x_) && r_.defined() == (spec.groups > 0)
+            && (!r_.defined() || is_memory(r_, rows * spec.groups, at::kFloat))
             && (!weight_.defined() || (plain(weight_) && readable(weight_, channels)))
-            && matches(saved_, 3 * channels, at::kFloat) && (!valid_.defined() || matches(valid_, rows, at::kBool))
+            && is_memory(saved_, 3 * channels, at::kFloat) && (!valid_.defined() || is_memory(valid_, rows, at::kBool))
             && plain(nu) && writable(nu, channels, at::kFloat)
             && (!into.defined() || (plain(into) && writable(into, 2 * channels + 2, at::kDouble)));
     }
@@ -579,7 +593,7 @@ PyObject *train(PyObject *, PyObject *const *arguments, Py_ssize_t count)
         return is_none || (tensor.defined() && writable(tensor, size, at::kDouble));
     };
     if (!vector(weight, none[0]) || !vector(bias, none[1]) || channels == 0
-        || !(none[2] || (valid.defined() && valid.scalar_type() == at::kBool && valid.numel() == rows && valid.is_contiguous()))
+        || !(none[2] || is_mask(valid, rows))
         || !writable(psi2, channels, at::kFloat) || !writable(nu, channels, at::kFloat) || !writable(iters, 1, at::kFloat)
         || !place(forward_into, none[3], channels + 2) || !place(backward_into, none[4], 2 * channels + 2)
         || (spec.groups > 0 && channels % spec.groups != 0))
@@ -642,58 +656,68 @@ PyObject *train(PyObject *, PyObject *const *arguments, Py_ssize_t count)
     END_HANDLE_TH_ERRORS
 }
 
-// evaluate(x, weight, bias, psi2, groups, eps): as kernels.evaluate, where no gradient is wanted; else None.
+#include "batch_autograd.h"
+
+// evaluate(x, weight, bias, psi2, groups, eps, mean): as kernels.evaluate, where no gradient is wanted; else None.
 PyObject *evaluate(PyObject *, PyObject *const *arguments, Py_ssize_t count)
 {
     HANDLE_TH_ERRORS
-    if (count != 6) {
-        PyErr_SetString(PyExc_TypeError, "evaluate() takes 6 arguments");
+    if (count != 7) {
+        PyErr_SetString(PyExc_TypeError, "evaluate() takes 7 arguments");
         return nullptr;
     }
-    bool none[3] = {false, false, false};
+    bool none[4] = {false, false, false, false};
     if (transformed())
         Py_RETURN_NONE;
     const Tensor x = unpack(arguments[0]), weight = unpack(arguments[1], &none[0]), bias = unpack(arguments[2], &none[1]);
-    const Tensor psi2 = unpack(arguments[3], &none[2]);
+    const Tensor psi2 = unpack(arguments[3], &none[2]), mean = unpack(arguments[6], &none[3]);
     const int64_t groups = PyLong_AsLongLong(arguments[4]);
     const double eps = PyFloat_AsDouble(arguments[5]);
     if (PyErr_Occurred())
         return nullptr;
-    if (!x.defined() || !has_type_of_sweeps(x) || x.dim() < 1 || torch::autograd::compute_requires_grad(x, weight, bias, psi2))
+    if (!x.defined() || !has_type_of_sweeps(x) || x.dim() < 1 || torch::autograd::compute_requires_grad(x, weight, bias, psi2)
+        || (!none[3] && !psi2.defined()))
         Py_RETURN_NONE;
     const int64_t channels = x.size(-1), rows = channels ? x.numel() / channels : 0;
     const auto vector = [&](const Tensor &tensor, bool is_none) {
         return is_none || (tensor.defined() && readable(tensor, channels));
     };
-    if (!vector(weight, none[0]) || !vector(bias, none[1]) || !vector(psi2, none[2]) || channels == 0
-        || (groups > 0 && channels % groups != 0))
+    if (!vector(weight, none[0]) || !vector(bias, none[1]) || !vector(psi2, none[2]) || !vector(mean, none[3])
+        || channels == 0 || (groups > 0 && channels % groups != 0))
         Py_RETURN_NONE;
-    const Rows x_rows(x);
-    const Tensor wide_weight = floats(weight), wide_bias = floats(bias), wide_psi2 = floats(psi2);
-    const Tensor y = like(x);
+    const Rows x_rows(mean.defined() ? adjacent(x) : x);
+    const Tensor wide_weight = floats(weight), wide_bias = floats(bias), wide_psi2 = floats(psi2), wide_mean = floats(mean);
+    const Tensor y = mean.defined() ? empty(x.sizes(), x.scalar_type()) : like(x);
     int status;
     {
         WithoutGil others(rows * channels >= GRAIN);
-        status = sweep_evaluate(
-            type_number(x), rows, channels, groups, at::get_num_threads(), x_rows.data(), x_rows.inner, x_rows.outer_stride,
-            x_rows.inner_stride, x_rows.channel_stride, at_or_null<float>(wide_weight), at_or_null<float>(wide_bias),
-            at_or_null<float>(wide_psi2), eps, y.mutable_data_ptr());
+        if (mean.defined())
+            status = sweep_batch_evaluate(
+                type_number(x), rows, channels, groups, at::get_num_threads(), x_rows.data(), x_rows.inner, x_rows.outer_stride,
+                x_rows.inner_stride, at_or_null<float>(wide_weight), at_or_null<float>(wide_bias), at_or_null<float>(wide_mean),
+                at_or_null<float>(wide_psi2), eps, y.mutable_data_ptr());
+        else
+            status = sweep_evaluate(
+                type_number(x), rows, channels, groups, at::get_num_threads(), x_rows.data(), x_rows.inner, x_rows.outer_stride,
+                x_rows.inner_stride, x_rows.channel_stride, at_or_null<float>(wide_weight), at_or_null<float>(wide_bias),
+                at_or_null<float>(wide_psi2), eps, y.mutable_data_ptr());
     }
     check(status);
     return THPVariable_Wrap(y);
     END_HANDLE_TH_ERRORS
 }
 
-// bind(pn_forward, pn_backward, pn_evaluate): the addresses of the entry points.
+// bind(...): the addresses of the entry points, in the order of kernels/native.py.
 PyObject *bind(PyObject *, PyObject *const *arguments, Py_ssize_t count)
 {
     HANDLE_TH_ERRORS
-    if (count != 3) {
-        PyErr_SetString(PyExc_TypeError, "bind() takes 3 arguments");
+    constexpr int ENTRIES = 6;
+    if (count != ENTRIES) {
+        PyErr_SetString(PyExc_TypeError, "bind() takes 6 arguments");
         return nullptr;
     }
-    void *addresses[3];
-    for (int i = 0; i < 3; i++) {
+    void *addresses[ENTRIES];
+    for (int i = 0; i < ENTRIES; i++) {
         addresses[i] = PyLong_AsVoidPtr(arguments[i]);
         if (PyErr_Occurred())
             return nullptr;
@@ -701,12 +725,16 @@ PyObject *bind(PyObject *, PyObject *const *arguments, Py_ssize_t count)
     sweep_forward = reinterpret_cast<ForwardFunction *>(addresses[0]);
     sweep_backward = reinterpret_cast<BackwardFunction *>(addresses[1]);
     sweep_evaluate = reinterpret_cast<EvaluateFunction *>(addresses[2]);
+    sweep_batch_forward = reinterpret_cast<BatchForwardFunction *>(addresses[3]);
+    sweep_batch_backward = reinterpret_cast<BatchBackwardFunction *>(addresses[4]);
+    sweep_batch_evaluate = reinterpret_cast<BatchEvaluateFunction *>(addresses[5]);
     Py_RETURN_NONE;
     END_HANDLE_TH_ERRORS
 }
 
 PyMethodDef methods[] = {
     {"train", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(train)), METH_FASTCALL, nullptr},
+    {"train_batch", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(train_batch)), METH_FASTCALL, nullptr},
     {"evaluate", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(evaluate)), METH_FASTCALL, nullptr},
     {"bind", reinterpret_cast<PyCFunction>(reinterpret_cast<void *>(bind)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
@@ -722,6 +750,7 @@ PyMODINIT_FUNC PyInit_powernorm_autograd()
     name_open = PyUnicode_InternFromString("open");
     name_acquire = PyUnicode_InternFromString("acquire");
     name_release = PyUnicode_InternFromString("release");
+    name_recording = PyUnicode_InternFromString("recording");
     // what a tensor of a CPU has, and what is on in a thread that does nothing special
     c10::InferenceMode off(false);
     plain_keys = empty({1}).key_set().raw_repr();

@@ -31,7 +31,7 @@
 #define SHUFFLE(v, type, ...) __builtin_shuffle(v, (type){__VA_ARGS__})
 #endif
 
-enum { BLOCK = 64, SPAN = 4096 };
+enum { BLOCK = 64, SPAN = 4096, AHEAD = 4 };
 /* elements for which it pays to wake another thread */
 enum { GRAIN = 16384 };
 static const double LAYER_SCALE_EPS = 1e-5;
@@ -73,6 +73,18 @@ struct backward {
     const float *r, *a, *b; /* r is NULL without layer scale */
     void *dx;               /* may be NULL */
     int64_t dx_stride;
+};
+
+/* Of normalization by statistics of the batch: one description for all its sweeps, see batch_sweeps.h. */
+struct batch {
+    struct input x, dy;
+    int64_t channels, blocks, width;
+    int scaled, known, stream; /* known: r is there already */
+    const float *centre;       /* subtracted from u; NULL: nothing, where that is allowed */
+    const float *scale, *shift, *b;
+    const uint8_t *valid; /* NULL: all rows count in the statistics */
+    float *r;  /* may be NULL */
+    void *out; /* rows x channels */
 };
 
 /* The sources that this was built from: build.py looks for it in the file. */
@@ -170,16 +182,20 @@ EXPORT const char pn_source[] = "powernorm sources " PN_SOURCE;
 typedef void forward_function(const struct forward *, const int64_t *, int64_t, float *, float *);
 typedef void backward_function(const struct backward *, const int64_t *, int64_t, float *, float *, float *);
 
+typedef void batch_function(const struct batch *, const int64_t *, int64_t, float *const *, float *);
+
 struct instructions {
     const char *name;
     int lanes, can_stream;
     forward_function *forward[2]; /* by element type */
     backward_function *backward[2];
+    batch_function *scales[2], *moments[2], *outputs[2], *fills[2], *gradient_sums[2], *gradients[2], *zeros[2];
 };
 
+#define BOTH(function, name) {function##_f32_##name, function##_bf16_##name}
 #define SET(name, label, lanes, can_stream) \
-    {label, lanes, can_stream, {forward_list_f32_##name, forward_list_bf16_##name}, \
-     {backward_list_f32_##name, backward_list_bf16_##name}}
+    {label, lanes, can_stream, BOTH(forward_list, name), BOTH(backward_list, name), BOTH(scales, name), BOTH(moments, name), \
+     BOTH(outputs, name), BOTH(fills, name), BOTH(gradient_sums, name), BOTH(gradients, name), BOTH(zeros, name)}
 
 static const struct instructions sets[] = {
 #if X86
@@ -270,28 +286,50 @@ static void flush(double *total, float *acc, int64_t n)
     }
 }
 
-/* Rows by their numbers: list[0] those that count, n[0] of them; list[1] the others. */
-static void work_on_rows(
-    const struct work *work, const struct forward *forward, const struct backward *backward, int64_t list[2][BLOCK],
-    const int64_t n[2], float *const acc[2], float *scratch)
+/*
+ * Rows from begin to last by their numbers from `base` on, those that count first. Behind them stand rows that come later, before
+ * `all`, whose memory may be asked for. n: how many of each kind.
+ */
+struct list {
+    int64_t rows[BLOCK + AHEAD], n[2];
+};
+
+static struct list list_of(const uint8_t *valid, int64_t begin, int64_t last, int64_t base, int64_t all)
 {
+    struct list list = {{0}, {0, 0}};
+    for (int64_t row = begin; row < last; row++)
+        if (!valid || valid[row])
+            list.rows[list.n[0]++] = row - base;
+    for (int64_t row = begin; valid && row < last; row++)
+        if (!valid[row])
+            list.rows[list.n[0] + list.n[1]++] = row - base;
+    for (int64_t i = 0; i < AHEAD; i++)
+        list.rows[last - begin + i] = (last + i < all ? last + i : all - 1) - base;
+    return list;
+}
+
+static void work_on_rows(
+    const struct work *work, const struct forward *forward, const struct backward *backward, const struct list *list,
+    float *const acc[2], float *scratch)
+{
+    const int64_t *others = list->rows + list->n[0];
     if (forward) {
-        work->forward_list(forward, list[0], n[0], acc[0], scratch);
-        if (n[1])
-            work->forward_list(forward, list[1], n[1], acc[1], scratch);
+        work->forward_list(forward, list->rows, list->n[0], acc[0], scratch);
+        if (list->n[1])
+            work->forward_list(forward, others, list->n[1], acc[1], scratch);
         return;
     }
-    work->backward_list(backward, list[0], n[0], acc[0], acc[1], scratch);
+    work->backward_list(backward, list->rows, list->n[0], acc[0], acc[1], scratch);
     if (backward->dx)
-        for (int64_t i = 0; i < n[1]; i++)
-            memset((char *)backward->dx + (size_t)(list[1][i] * backward->dx_stride) * work->element_size, 0,
+        for (int64_t i = 0; i < list->n[1]; i++)
+            memset((char *)backward->dx + (size_t)(others[i] * backward->dx_stride) * work->element_size, 0,
                    (size_t)work->channels * work->element_size);
 }
 
 /* The same for `count` rows from `first` on, from which `list` numbers them, through tiles: their channels are not adjacent. */
 static void work_on_tile(
-    const struct work *work, int64_t first, int64_t count, int64_t list[2][BLOCK], const int64_t n[2], float *const acc[2],
-    float *scratch, char *tiles)
+    const struct work *work, int64_t first, int64_t count, const struct list *list, float *const acc[2], float *scratch,
+    char *tiles)
 {
     const int64_t C = work->channels, stride = tile_stride(C, work->element_size);
     const struct input tile = {tiles, 1, stride, 0, 1};
@@ -306,7 +344,7 @@ static void work_on_tile(
         job.stream = 0;
         const int64_t inner = job.x.inner;
         job.x = tile;
-        work_on_rows(work, &job, NULL, list, n, acc, scratch);
+        work_on_rows(work, &job, NULL, list, acc, scratch);
         if (out)
             bring(tiles, stride, out, inner, first, count, C, work->element_size, work->forward->stream);
         return;
@@ -324,7 +362,7 @@ static void work_on_tile(
     const int64_t inner = job.x.inner;
     job.x = job.dy = tile;
     job.dy.data = second;
-    work_on_rows(work, NULL, &job, list, n, acc, scratch);
+    work_on_rows(work, NULL, &job, list, acc, scratch);
     if (out && !rows_adjacent)
         bring(second, stride, out, inner, first, count, C, work->element_size, work->backward->stream);
 }
@@ -357,17 +395,14 @@ static void work_on(struct work *work, int64_t number)
     for (int64_t begin = first; begin < last; begin += BLOCK) {
         const int64_t end = begin + BLOCK < last ? begin + BLOCK : last;
         for (int64_t from = begin; from < end; from += step) {
-            const int64_t to = from + step < end ? from + step : end, base = work->tiled ? from : 0;
-            int64_t list[2][BLOCK], n[2] = {0, 0};
-            for (int64_t row = from; row < to; row++) {
-                int kind = work->valid && !work->valid[row];
-                list[kind][n[kind]++] = row - base;
-            }
-            part->counted += n[0];
+            const int64_t to = from + step < end ? from + step : end;
+            const struct list list =
+                list_of(work->valid, from, to, work->tiled ? from : 0, work->tiled ? to : work->rows);
+            part->counted += list.n[0];
             if (work->tiled)
-                work_on_tile(work, from, to - from, list, n, acc, scratch, aligned);
+                work_on_tile(work, from, to - from, &list, acc, scratch, aligned);
             else
-                work_on_rows(work, work->forward, work->backward, list, n, acc, scratch);
+                work_on_rows(work, work->forward, work->backward, &list, acc, scratch);
         }
         for (int i = 0; i < wanted; i++)
             flush(part->sums[i], acc[i], C);
@@ -386,17 +421,22 @@ static void task(void *argument)
         work_on(work, number);
 }
 
-/* Do the work in parts; add up the parts' sums into totals (each C, may be NULL). */
-static int run(struct work *work, int threads, double *const totals[2], int64_t *counted)
+/* Into how many parts work on so many rows is divided. */
+static int64_t parts_of(int64_t rows, int64_t channels, int threads)
 {
-    const int64_t C = work->channels, blocks = (work->rows + BLOCK - 1) / BLOCK;
-    int64_t n_parts = 1 + work->rows * C / GRAIN;
+    const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
+    int64_t n_parts = 1 + rows * channels / GRAIN;
     if (n_parts > blocks)
         n_parts = blocks;
     if (n_parts > threads || !parallel)
         n_parts = parallel ? threads : 1;
-    if (n_parts < 1)
-        n_parts = 1;
+    return n_parts < 1 ? 1 : n_parts;
+}
+
+/* Do the work in parts; add up the parts' sums into totals (each C, may be NULL). */
+static int run(struct work *work, int threads, double *const totals[2], int64_t *counted)
+{
+    const int64_t C = work->channels, n_parts = parts_of(work->rows, C, threads);
     struct part one = {{NULL, NULL}, NULL, 0};
     work->n_parts = n_parts;
     work->parts = n_parts == 1 ? &one : calloc((size_t)n_parts, sizeof(struct part));
@@ -496,6 +536,21 @@ static void to_sweeps(const struct order *order, float *values, float *spare)
             for (int64_t i = 0; i < lanes; i++) {
                 values[c + i] = spare[c + 2 * i];
                 values[c + i + lanes] = spare[c + 2 * i + 1];
+            }
+}
+
+/* n values in the channels' own order again. */
+static void from_sweeps_floats(const struct order *order, float *values, float *spare)
+{
+    const int64_t lanes = order->lanes;
+    if (!lanes)
+        return;
+    memcpy(spare, values, (size_t)order->channels * sizeof(float));
+    for (int64_t group = 0; group < order->channels; group += order->width)
+        for (int64_t c = group; c + 2 * lanes <= group + order->width; c += 2 * lanes)
+            for (int64_t i = 0; i < lanes; i++) {
+                values[c + 2 * i] = spare[c + i];
+                values[c + 2 * i + 1] = spare[c + i + lanes];
             }
 }
 
@@ -818,3 +873,5 @@ EXPORT void pn_advance_backward(
         if (tally[2 * C + 1] > 0.0)
             advance_nu(C, tally, tally + C, tally[2 * C], nu + n * C, scale, lowest);
 }
+
+#include "batch.h"

@@ -343,18 +343,17 @@ INLINE void NAME(backward_rows)(
     }
 }
 
-/* n rows of one kind, four at a time. */
+/* n rows of one kind, four at a time; AHEAD more stand behind them. */
 static void NAME(forward_list)(const struct forward *job, const int64_t *rows, int64_t n, float *acc, float *scratch)
 {
     int64_t i = 0;
     for (; i + 4 <= n; i += 4) {
-        const int64_t ahead = i + 8 <= n ? 4 : 0;
         if (!job->y)
-            NAME(forward_rows)(4, 0, 0, job, rows + i, ahead, acc, scratch);
+            NAME(forward_rows)(4, 0, 0, job, rows + i, AHEAD, acc, scratch);
         else if (job->stream)
-            NAME(forward_rows)(4, 1, 1, job, rows + i, ahead, acc, scratch);
+            NAME(forward_rows)(4, 1, 1, job, rows + i, AHEAD, acc, scratch);
         else
-            NAME(forward_rows)(4, 1, 0, job, rows + i, ahead, acc, scratch);
+            NAME(forward_rows)(4, 1, 0, job, rows + i, AHEAD, acc, scratch);
     }
     for (; i < n; i++) {
         if (job->y)
@@ -369,13 +368,12 @@ static void NAME(backward_list)(
 {
     int64_t i = 0;
     for (; i + 4 <= n; i += 4) {
-        const int64_t ahead = i + 8 <= n ? 4 : 0;
         if (!job->dx)
-            NAME(backward_rows)(4, 0, 0, job, rows + i, ahead, acc_g, acc_gu, scratch);
+            NAME(backward_rows)(4, 0, 0, job, rows + i, AHEAD, acc_g, acc_gu, scratch);
         else if (job->stream)
-            NAME(backward_rows)(4, 1, 1, job, rows + i, ahead, acc_g, acc_gu, scratch);
+            NAME(backward_rows)(4, 1, 1, job, rows + i, AHEAD, acc_g, acc_gu, scratch);
         else
-            NAME(backward_rows)(4, 1, 0, job, rows + i, ahead, acc_g, acc_gu, scratch);
+            NAME(backward_rows)(4, 1, 0, job, rows + i, AHEAD, acc_g, acc_gu, scratch);
     }
     for (; i < n; i++) {
         if (job->dx)
@@ -384,6 +382,8 @@ static void NAME(backward_list)(
             NAME(backward_rows)(1, 0, 0, job, rows + i, 0, acc_g, acc_gu, scratch);
     }
 }
+
+#include "batch_sweeps.h"
 
 #undef vec
 #undef bits

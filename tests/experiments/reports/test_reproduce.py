@@ -13,7 +13,7 @@ import signal
 
 import pytest
 import torch
-from pipelines import Scripts, contents, program, write_text
+from pipelines import contents, demo, program
 from toy import ROOT
 
 README = (ROOT / "scripts" / "README.md").read_text(encoding="utf-8") + (ROOT / "README.md").read_text(encoding="utf-8")
@@ -420,18 +420,15 @@ def test_slurm_refuses(reproduced, cluster, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def reproduced(tmp_path_factory):
     """Two rows on the demo: killed without warning while the first trains, then gone on with."""
-    home = tmp_path_factory.mktemp("reproduce")
-    scripts = Scripts(home)
-    scripts.results = home / "results"
-    scripts.ok("prepare", "demo", "--text-dir", write_text(home / "text"))
+    scripts = demo(tmp_path_factory, "reproduce")
+    scripts.results = scripts.data.parent / "results"
     scripts.arguments = [*DEMO, "--results", str(scripts.results), *SMALL]
     first = scripts.start("reproduce_table1", *scripts.arguments)
     for line in first.stdout:
         if "after 4 updates" in line:
             break
     os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
-    first.stdout.close()
+    first.communicate(timeout=60)  # returns when no child holds the pipe any more
     status, scripts.output, errors = again(scripts)
     assert status == 0, scripts.output + errors
     return scripts

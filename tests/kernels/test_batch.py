@@ -1,0 +1,198 @@
+"""Normalization by statistics of the batch, PN-V and batch normalization, by the sweeps of the C kernel."""
+import contextlib
+
+import pytest
+import torch
+
+from fairseq_powernorm import kernels
+from fairseq_powernorm.kernels import c, native
+from fairseq_powernorm.kernels.interface import TOLERANCE
+from fairseq_powernorm.norms import MaskedBatchNorm, PowerNormV, build_norm
+from fairseq_powernorm.statistics import RunningStatistics
+
+pytestmark = pytest.mark.skipif(c.unavailable() is not None, reason=str(c.unavailable()))
+
+KINDS = ("batch", "batch:variant=reference", "power-v")
+#: rows x sentences x channels -> groups of the layer scale; the numbers of channels are no multiples of a vector, too
+SHAPES = {(5, 1, 16): (1,), (7, 3, 16): (0, 1), (33, 5, 40): (4,), (50, 3, 257): (0, 1)}
+
+
+def inputs(shape, dtype=torch.float32, mean=0.3):
+    """x, dy, weight, bias; x has another mean and deviation in each channel."""
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(shape, generator=generator) for _ in range(2))
+    weight, bias = (torch.randn(shape[-1], generator=generator) for _ in range(2))
+    x = x * (0.5 + torch.rand(shape[-1], generator=generator)) + mean * (1 + weight)
+    return [each.to(dtype) for each in (x, dy, weight, bias)]
+
+
+def padding(shape):
+    """About a third of the rows, among them the first and the last of a sentence: True."""
+    mask = torch.rand(shape[1], shape[0], generator=torch.Generator().manual_seed(1)) < 0.3
+    mask[:, 0] = mask.size(0) > 1
+    mask[0, -1] = False
+    return mask
+
+
+def steps(kind, groups, x, dy, weight, bias, mask, *, staged=False, dtype=None):
+    """Outputs and gradients of two training steps, parameters' gradients, statistics, and the passes' names."""
+    norm, found, names = build_norm(kind, x.size(-1), groups=groups).to(dtype or x.dtype), [], set()
+    with torch.no_grad():
+        norm.weight.copy_(weight)
+        norm.bias.copy_(bias)
+    statistics = RunningStatistics(norm) if staged else None
+    for number in range(2):
+        leaf = (x * (1 + 0.25 * number)).to(dtype or x.dtype).requires_grad_()
+        with statistics.batch() if staged else contextlib.nullcontext():
+            y = norm(leaf, mask)
+            names.add(y.grad_fn.name())
+            y.backward(dy.to(y.dtype))
+        if staged:
+            statistics.commit()
+        found += [y.detach(), leaf.grad]
+    with torch.no_grad():
+        found.append(norm.eval()(leaf.detach()))
+    return found, [each.grad for each in norm.parameters()], list(norm.buffers()), names
+
+
+def assert_near(got, want, tolerance):
+    assert (got.double() - want.double()).abs().max() <= tolerance * want.abs().max().clamp(min=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_and_evaluation(kind, dtype):
+    """Two steps and an evaluation, with and without a mask, alone and staged, are those of float64, in C++ with the bits of
+    Python.
+    """
+    rows, sums = TOLERANCE[dtype]
+    rounded = 2.0**-8 if dtype is torch.bfloat16 else 2e-6  # parameters and their gradients are of that dtype, too
+    in_cpp = kernels.autograd_for(torch.zeros(1, 1)) is not None
+    for shape, some in SHAPES.items():
+        tensors = inputs(shape, dtype)
+        for groups in some:
+            for mask in (None, padding(shape)):
+                want = steps(kind, groups, *tensors, mask, dtype=torch.float64)
+                assert want[3] == {"_BatchNormBackward"}
+                results = []
+                for context in (contextlib.nullcontext(), native.in_python()):
+                    with context:
+                        results.append(steps(kind, groups, *tensors, mask, staged=groups == 0))
+                assert results[1][3] == {"_BatchSweepsBackward"}
+                if in_cpp:
+                    name = "PowerNormVBackward" if kind == "power-v" else "MaskedBatchNormBackward"
+                    assert results[0][3] == {name}
+                for part, tolerance in enumerate((max(8 * rows, 3 * rounded), 4 * rounded, 4 * sums)):
+                    for got, same, wanted in zip(results[0][part], results[1][part], want[part]):
+                        assert got.dtype is same.dtype and torch.equal(got, same)
+                        assert_near(got, wanted, tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_set_of_instructions(kind):
+    """The same with the plainer instructions of this processor, and with several threads."""
+    shape = (200, 1, 72)
+    x, dy, weight, bias = inputs(shape)
+    mask = padding(shape)
+    want = steps(kind, 4, x, dy, weight, bias, mask, dtype=torch.float64)
+    threads = torch.get_num_threads()
+    try:
+        for number in (0, 1, -1):
+            c.use_instructions(number)
+            torch.set_num_threads(2)
+            got = steps(kind, 4, x, dy, weight, bias, mask)
+            for part in range(3):
+                for one, other in zip(got[part], want[part]):
+                    assert_near(one, other, 8e-6)
+    finally:
+        c.use_instructions(-1)
+        torch.set_num_threads(threads)
+
+
+def test_a_large_mean_takes_nothing_from_the_variance():
+    """Rows about 3000 with deviation 1 are normalized as in float64 computed from the same numbers; one row far off, too."""
+    x, dy, weight, bias = inputs((300, 1, 8))
+    x = x + 3000.0
+    for far in (False, True):
+        if far:
+            x[17] = 0.0
+        y = steps("batch", 0, x, dy, weight, bias, None)
+        want = steps("batch", 0, x, dy, weight, bias, None, dtype=torch.float64)
+        assert_near(y[0][0], want[0][0], 1e-3)  # the numbers themselves have 24 bits
+        assert_near(y[2][2], want[2][2], 1e-4)  # running_var
+
+
+@pytest.mark.parametrize("in_python", [False, True], ids=["C++", "Python"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_do_not_count(kind, in_python):
+    """Without a row that counts the running statistics serve; padding that is not finite reaches nothing else."""
+    x, dy, *_ = inputs((6, 1, 16))
+    with native.in_python() if in_python else contextlib.nullcontext():
+        for broken in (False, True):
+            mask = torch.tensor([[False] * 4 + [True] * 2]) if broken else torch.ones(1, 6, dtype=torch.bool)
+            if broken:
+                x[4], dy[4] = float("nan"), float("inf")
+            results = []
+            for kernel in ("c", "eager"):
+                with kernels.only(kernel):
+                    norm, leaf = build_norm(kind, 16, groups=4), x.clone().requires_grad_()
+                    norm(leaf, mask).backward(dy)
+                    others = [0, 1, 2, 3, 5]  # than the row that is not finite, whose own gradient has no meaning
+                    results.append([leaf.grad[others], norm.weight.grad, norm.bias.grad, *norm.buffers()])
+            for got, want in zip(*results):
+                assert torch.isfinite(got).all()
+                assert_near(got, want, 4e-6)
+
+
+class Slow(MaskedBatchNorm):
+    """A rule of its own for the running mean."""
+
+    def advance(self, part, state, sums, alpha_fwd):
+        return {**super().advance(part, state, sums, alpha_fwd), "running_mean": state["running_mean"] - 1.0}
+
+
+def test_what_is_left_to_python():
+    """A derived class's rule, second derivatives, a record of backward sums: the results of plain torch."""
+    x, dy, *_ = inputs((5, 2, 8))
+    norm = Slow(8)
+    norm(x)
+    assert torch.equal(norm.running_mean, -torch.ones(8)) and norm.iters == 1
+    results = []
+    for kernel in ("c", "eager"):
+        with kernels.only(kernel):
+            leaf, norm = x.clone().requires_grad_(), PowerNormV(8)
+            (first,) = torch.autograd.grad(norm(leaf).pow(3).sum(), leaf, create_graph=True)
+            first.pow(2).sum().backward()
+            statistics, recorded = RunningStatistics(MaskedBatchNorm(8)), []
+            statistics.switches.recording = True
+            (kept,) = statistics.norms().values()
+            with statistics.batch(gradient_scale=4.0):
+                kept(x.clone().requires_grad_()).backward(dy)
+            statistics.reduce()
+            recorded = [torch.tensor(list(statistics.describe()[""].values()))]
+            results.append([first, leaf.grad, *recorded])
+    for got, want in zip(*results):
+        assert_near(got, want, 1e-5)
+
+
+def test_a_backward_pass_outside_of_its_batch():
+    """A stage that has been closed refuses it."""
+    norm, (x, dy, *_) = MaskedBatchNorm(8), inputs((5, 2, 8))
+    statistics = RunningStatistics(norm)
+    with statistics.batch():
+        y = norm(x.requires_grad_())
+    with pytest.raises(RuntimeError, match="a backward pass in training outside"):
+        y.backward(dy)
+
+
+@pytest.mark.parametrize("in_python", [False, True], ids=["C++", "Python"])
+@pytest.mark.parametrize("kind", ["power", *KINDS])
+def test_memory_that_was_given_back(kind, in_python):
+    """Between forward and backward pass the memory of the input or of the mask is freed, or becomes too small: an error."""
+    with native.in_python() if in_python else contextlib.nullcontext():
+        for size in (0, 16):
+            x, dy, *_ = inputs((40, 2, 8))
+            y = build_norm(kind, 8)(x.requires_grad_())
+            x.data.untyped_storage().resize_(size)
+            with pytest.raises(RuntimeError, match="has been given back"):
+                y.backward(dy)
