@@ -262,8 +262,8 @@ def test_quickstart(monkeypatch, tmp_path, capsys):
     assert quickstart.command([]) == 0
     assert steps == [
         "prepare.sh demo",
-        "train.sh demo power --run-dir RUNS/quickstart/power --resume", "evaluate.sh demo RUNS/quickstart/power",
-        "train.sh demo layer --run-dir RUNS/quickstart/layer --resume", "evaluate.sh demo RUNS/quickstart/layer",
+        "train.sh demo power --run-dir RUNS/quickstart/power --resume", "evaluate.sh RUNS/quickstart/power",
+        "train.sh demo layer --run-dir RUNS/quickstart/layer --resume", "evaluate.sh RUNS/quickstart/layer",
     ]  # fmt: skip
     output = capsys.readouterr().out
     assert "| multi30k | power | " in output and "| multi30k | layer | " in output
@@ -284,7 +284,7 @@ INTERNAL = re.compile(
     r"|TORCH_FORCE_WEIGHTS_ONLY_LOAD$|TQDM_DISABLE$"  # which are set, not read
 )
 #: words in capitals that are no variables, in modules that read some
-WORDS = {"BENCH", "DIR", "FILE", "HEAD", "KERNELS", "MB", "NAME", "NORM", "RUN_DIR", "SOABI", "TYPE",
+WORDS = {"LANG", "BENCH", "DIR", "FILE", "HEAD", "KERNELS", "MB", "NAME", "NORM", "RUN_DIR", "SOABI", "TYPE",
          "PROCID", "STEP_NUM_TASKS", "LOCALID", "STEP_NUM_NODES"}  # the last four of SLURM's, without their beginning
 
 

@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..evaluation import perplexity
 from ..files import write_json, write_text
 from ..progress import Progress
-from ..settings import is_lm
+from ..recipes import is_lm
 from ..tools import cpus, processor_settings, tied
 from . import checkpoints, ending, trainlog
 from .launchers import Launcher
