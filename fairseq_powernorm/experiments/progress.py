@@ -69,7 +69,7 @@ class Progress:
                 if now - self.drawn >= DRAWN_S or done == self.total:
                     self.drawn = now
                     self._draw()
-            elif self.seconds is not None and now - self.told >= self.seconds:
+            elif done and self.seconds is not None and now - self.told >= self.seconds:
                 self.told = now
                 print(f"  {self.what}: {self.counted()}", file=self.stream, flush=True)
 
