@@ -167,6 +167,17 @@ def test_folded(name):
     assert bare == {"gpt2": 4, "llama": 4, "qwen3": 4}.get(name, 0)
 
 
+def test_models_that_read_the_weight_of_a_norm():
+    """Mamba asks for ``norm.weight.dtype``: trained with PN, and folded, as with its own norms."""
+    config = transformers.MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, state_size=4, **NONE)
+    model, _ = replace_norms(transformers.MambaForCausalLM(config), "power")
+    tokens = dict(input_ids=torch.tensor([[1, 2, 3, 4]]))
+    model.train()(**tokens).logits.mean().backward()
+    expected = logits(model, **tokens)
+    torch.testing.assert_close(logits(fold_norms(model), **tokens), expected, rtol=1e-5, atol=1e-5)
+    assert fold_norms(PowerNorm(8).to(torch.bfloat16)).weight.dtype is torch.bfloat16
+
+
 @pytest.mark.parametrize("norm", ["power", "batch:variant=reference"])
 def test_generation_with_a_cache(norm):
     """Step by step with a cache of keys and values, an attention mask attached: the tokens of generation without a cache."""
