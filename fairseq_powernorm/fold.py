@@ -51,6 +51,7 @@ class FoldedNorm(Norm):
         - input and output: as ``layout`` says. A padding mask is accepted and not needed.
     """
 
+    OWN_LAYOUT = True
     if TYPE_CHECKING:  # torch.jit.script would read annotations that are there
         scale: Optional[Tensor]
         shift: Optional[Tensor]
@@ -78,6 +79,13 @@ class FoldedNorm(Norm):
         return ", ".join(part for part in (own, super().extra_repr()) if part)
 
     def _normalize(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
+        y = self._evaluate(x)
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript passes over what is not for it only as an if of its own)
+            if self._channels_second(x):
+                return kernels.memory.view_channels_second(y, x)
+        return y
+
+    def _evaluate(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             unchanged = self.groups == 0 and self.scale is None
             if not torch.jit.is_tracing() and x.device.type == "cpu" and not unchanged:
