@@ -82,7 +82,7 @@ def measured(options: Namespace, kept: Path, threads: int) -> List[Cell]:
                 share = max(0.0, end - time.monotonic()) * job.weight / max(left, 1e-9)
                 found.append(rounded({**job.cell, "contenders": job.measure(0.0 if options.fast else max(share, LEAST))}))
                 left -= job.weight
-                if options.output:
+                if options.name:
                     kept.parent.mkdir(parents=True, exist_ok=True)
                     write_json(kept, found)
     return found
@@ -91,12 +91,12 @@ def measured(options: Namespace, kept: Path, threads: int) -> List[Cell]:
 def benchmark(arguments: Sequence[str]) -> int:
     """Measure what the arguments say, print it, write the record if it has a name; gives the exit status."""
     options = parse(arguments)
-    target = ROOT / "results" / "benchmark" / (options.output or "")
-    if options.output:
-        if Path(options.output).name != options.output:
-            raise UserError(f"--output {options.output!r}: must be a name without a directory")
+    target = ROOT / "results" / "benchmark" / (options.name or "")
+    if options.name:
+        if Path(options.name).name != options.name:
+            raise UserError(f"--name {options.name!r}: must be a name without a directory")
         if target.exists():
-            raise UserError(f"--output {options.output!r}: {target} exists; choose another name or remove it")
+            raise UserError(f"--name {options.name!r}: {target} exists; choose another name or remove it")
 
     # not before wrong options have been refused: these take seconds
     import torch
@@ -116,8 +116,8 @@ def benchmark(arguments: Sequence[str]) -> int:
     print(f"kernel: {kernels.KERNELS[name].describe()} {' '.join(reasons)}".rstrip())
 
     words = hashlib.sha256(json.dumps(list(arguments)).encode()).hexdigest()
-    kept = target.with_name(f".{options.output}.{words[:12]}.json")
-    with locked(target) if options.output else nullcontext():
+    kept = target.with_name(f".{options.name}.{words[:12]}.json")
+    with locked(target) if options.name else nullcontext():
         cells = measured(options, kept, torch.get_num_threads())
         record = {
             "schema": 1, "kind": "benchmark", "device": options.device, "processor": processor(options.device),
@@ -127,7 +127,7 @@ def benchmark(arguments: Sequence[str]) -> int:
             "versions": {"python": platform.python_version(), **versions(TOOLS)},
         }
         print(show(record), end="")
-        if options.output:
+        if options.name:
             from ..evaluation.evaluate import commit
 
             record["git_commit"] = commit()

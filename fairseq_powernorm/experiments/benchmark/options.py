@@ -58,7 +58,7 @@ def parser() -> Parser:
 
           python scripts/benchmark.py                      # the CPU, about eight minutes; prints tables
           python scripts/benchmark.py --device cuda        # the GPU
-          python scripts/benchmark.py --output NAME        # ... and writes results/benchmark/NAME/
+          python scripts/benchmark.py --name NAME          # ... and writes results/benchmark/NAME/
           python scripts/benchmark.py --check              # ... and exits with status 1 if a target is missed
           python scripts/benchmark.py --levels layer --shapes 4096x512 --extra mypackage.norms:FastNorm
 
@@ -84,7 +84,7 @@ def parser() -> Parser:
         it, which is given beside it; whole models are timed by the clock. Timings mean something on a machine that does
         nothing else.
 
-        --seconds is shared out among the cells; each takes a few rounds at least. With --output, cells are kept as they are
+        --seconds is shared out among the cells; each takes a few rounds at least. With --name, cells are kept as they are
         measured: interrupted, the same command goes on where it was.
         """)
     made.add("--device", read=one_of(*DEVICES), default="cpu", help=f"what to measure: {', '.join(DEVICES)}")
@@ -106,7 +106,7 @@ def parser() -> Parser:
     made.add("--seconds", metavar="S", read=duration, default="420", help="time for all cells together")
     made.add("--fast", flag=True, help="tiny sizes and one round: shows that it runs, times mean nothing")
     made.add("--check", flag=True, help="exit with status 1 if a target is missed")
-    made.add("--output", metavar="NAME",
+    made.add("--name", former="--output", metavar="NAME",
              help="write results/benchmark/NAME (record.json, table.md, training.png, evaluation.png), which must not exist")
     return made
 
