@@ -34,7 +34,8 @@ class Option(NamedTuple):
 
 OPTIONS: Dict[str, Option] = {
     "--arch": Option("another architecture than that of configs/BENCH.yaml, with the settings of configs/BENCH/ARCH.yaml: "
-                     "ptb has transformer_lm_pn_ptb, wikitext103 has transformer_lm_pn_wiki103", "ARCH"),
+                     "ptb has transformer_lm_pn_ptb, wikitext103 has transformer_lm_pn_wiki103; text of your own for "
+                     "translation has transformer_pn_tiny and transformer_pn_wmt_en_de", "ARCH"),
     "--available": Option("where something is missing, go on with what is there", kind="flag"),
     "--check": Option("end with exit status 1 if something is not as it ought to be", kind="flag"),
     "--dry-run": Option("print what would be done, and do nothing", kind="flag"),

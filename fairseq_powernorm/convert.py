@@ -20,6 +20,7 @@ from .masks import CallMasks
 from .norms import NORMS, Norm, RunningNorm, build_norm, default_groups, norm_options, parse_norm
 from .norms.layouts import CHANNELS_FIRST, layout_of
 from .recognition import HOOKS, Function, Unknown, function_of
+from .references import bound, swap
 
 __all__ = ["KINDS", "Left", "Replaced", "Report", "replace_norms"]
 
@@ -33,6 +34,13 @@ _KNOWN = (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "heads", "encoder_attention_heads")
 #: norms of queries and keys, as they are called
 _OF_HEADS = re.compile(r"(^|[._])((q|k|qk|query|key)_?(layer_?)?(norm|ln)s?|norm_(q|k|query|key))(\.|$)", re.IGNORECASE)
+#: the norm of Gemma's vectors for each token and layer, as it is called
+_OF_LAYERS = re.compile(r"(^|\.)per_layer_projection_norm$")
+#: modules whose hidden states are T x B x C though nothing of torch's says so: file, classes
+_TIME_FIRST = {
+    "modeling_xlnet": ("XLNetRelativeAttention", "XLNetFeedForward"),
+    "modeling_fsmt": ("EncoderLayer", "DecoderLayer"),
+}
 
 
 class Replaced(NamedTuple):
@@ -109,7 +117,10 @@ def _heads(place: _Place, dim: int) -> int:
 
 
 def _layout(place: _Place) -> str:
-    """Layout of the sequences around a norm: torch's modules say so, others have the batch first."""
+    """Layout of the sequences around a norm: torch's modules say so, some are known, others have the batch first."""
+    for kind in type(place.around[0]).__mro__ if place.around else ():
+        if kind.__name__ in _TIME_FIRST.get(kind.__module__.rpartition(".")[2], ()):
+            return "time_first"
     for around in place.around:
         for source in (around, *(each for each in around.modules() if isinstance(each, nn.MultiheadAttention))):
             if isinstance(getattr(source, "batch_first", None), bool):
@@ -270,14 +281,15 @@ def replace_norms(
 ) -> Tuple[nn.Module, Report]:
     """Replace norms of a model, in place, by norms of this package.
 
-    A module that stands in several places is replaced once and stays shared. Parameters are taken over as they are, so that
-    tied ones stay tied and an optimizer keeps them; where a package stores ``weight - 1``, as Gemma's RMSNorm, a new one
-    holds the weight. Device, dtype, training mode, hooks of forward and backward passes stay. Nothing is changed if an error
-    is raised.
+    A module that stands in several places is replaced once and stays shared, also in lists, dictionaries and attributes that
+    are no part of the tree of modules. Parameters are taken over as they are, so that tied ones stay tied and an optimizer
+    keeps them; where a package stores ``weight - 1``, as Gemma's RMSNorm, a new one holds the weight. Device, dtype, mode,
+    hooks of forward and backward passes stay. Nothing is changed if an error is raised.
 
     Norms of queries and keys (``q_norm``, ``k_norm``) stay as they are unless ``where`` names them: statistics over
-    positions and heads alike are none of the paper's. The fused evaluation of ``nn.TransformerEncoderLayer``, which computes
-    LayerNorm whatever stands there, is turned off in the layers concerned.
+    positions and heads alike are none of the paper's. So does Gemma's ``per_layer_projection_norm``, which sees a vector for
+    each token and layer. The fused evaluation of ``nn.TransformerEncoderLayer``, which computes LayerNorm whatever stands
+    there, is turned off in the layers concerned.
 
     Args:
         model: any module, not yet wrapped for data parallelism, sharded or compiled
@@ -289,7 +301,8 @@ def replace_norms(
             modules around it or their ``config`` state, if it divides the channels, else for one head
         copy_affine: take over ``weight`` and ``bias``; if not they begin at 1 and 0
         layout: of the norms over the last dimension, see :class:`~.norms.layouts.Norm`. None takes that of torch's attention
-            beside the norm, if there is one, else ``batch_first``. It matters for padding masks only: which rows are padding
+            beside the norm, if there is one, ``time_first`` in layers of XLNet and FSMT, else ``batch_first``. It matters
+            for padding masks only: which rows are padding
         options: of the norm, as ``eps``, ``warmup_updates``, ``variant``. ``eps`` stays that of the model only where a norm
             is replaced by one that computes the same
 
@@ -298,7 +311,8 @@ def replace_norms(
 
     Raises:
         ValueError: the norm, an option or a kind is unknown; a pattern matches nothing; no norm is chosen; or a norm that is
-            chosen cannot be replaced (over several dimensions, not initialized, sharded), with its name
+            chosen cannot be replaced (over several dimensions, not initialized, sharded, or the model holds a method of it),
+            with its name
     """
     for name in ("device", "dtype"):
         if name in options:
@@ -332,10 +346,15 @@ def replace_norms(
             left.append(Left(name, old, "not chosen by where"))
         elif where is None and _of_heads(place, function.dim):
             left.append(Left(name, old, "normalizes queries or keys"))
+        elif where is None and any(_OF_LAYERS.search(each) for each in place.names):
+            left.append(Left(name, old, "normalizes a vector for each token and layer, which masks of tokens do not fit"))
         else:
             _check(name, module, function)
             candidates.append((place, function))
     _check_where(where, names, chosen_kinds, bool(candidates))
+    held = bound(model, {id(place.module): place.names[0] or "the model itself" for place, _ in candidates})
+    if held is not None:
+        raise ValueError(f"replace_norms: {held}, which would go on with the old norm; or leave that out with where=")
     tied: Dict[int, nn.Parameter] = {}
     made = [
         _new_norm(
@@ -351,12 +370,11 @@ def replace_norms(
         if not isinstance(new, nn.LayerNorm) and _no_fused_path(place):
             notes.append("the fused evaluation of its layer, which computes LayerNorm, is off")
         replaced.append(Replaced(tuple(place.names), _text(place.module), _text(new), tuple(notes)))
-        for name in place.names:
-            if not name:
-                model = new
-            else:
-                owner, _, attribute = name.rpartition(".")
-                model.get_submodule(owner)._modules[attribute] = new
+    new_of = {id(place.module): new for (place, _), (new, _) in zip(candidates, made)}
+    if id(model) in new_of:
+        model = new_of[id(model)]
+    else:
+        swap(model, new_of)
     return model, Report(norm, tuple(replaced), tuple(left))
 
 

@@ -25,8 +25,9 @@ from fairseq_powernorm.kernels import build, c
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 #: files that take long, in this order before the others: the last process to end should not end alone
-FIRST = ("test_slurm", "test_lm_pipeline", "test_reproduce", "test_distributed", "test_pipeline", "test_honest",
-         "test_packaging", "test_launch", "test_cli", "test_two_ranks", "test_resume")
+FIRST = ("test_slurm", "test_lm_pipeline", "test_pipeline", "test_distributed", "test_reproduce", "test_honest",
+         "test_launch", "test_register", "test_triton", "test_fold", "test_cli", "test_resume", "test_packaging",
+         "test_two_ranks")
 
 
 # a shell starts what it leaves in the background deaf to ^C, which the scripts' tests send
@@ -39,6 +40,7 @@ def pytest_report_header():
 
 
 def pytest_configure(config):
+    gc.disable()  # until the tests begin nothing is garbage
     try:
         build.compiler()
     except build.BuildError:
@@ -58,11 +60,13 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish():
     """What is loaded by now stays: collections of garbage, which some libraries ask for again and again, pass over it."""
     gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure():
     """At the end of the process it is taken apart as ever."""
     gc.unfreeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

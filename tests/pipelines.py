@@ -1,10 +1,17 @@
 """What the tests of the scripts share: the scripts with directories of their own, and a corpus of a few sentences."""
 
+import contextlib
+import fcntl
 import hashlib
+import importlib
+import io
 import os
 import pathlib
+import shutil
+import signal
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import warm
@@ -21,9 +28,24 @@ SMALL = ["dataset.max_tokens=400", "optimization.max_update=30", "checkpoint.sav
          "+model.encoder_layers=1", "+model.decoder_layers=1"]
 
 
-def experiment(name):
-    """The beginning of a command line that calls a command of the experiments."""
-    return [sys.executable, "-m", f"fairseq_powernorm.experiments.{name}"]
+def here(name, *arguments, environment=os.environ):
+    """A command of the experiments in this process, where all is loaded: (exit status, stdout, stderr). What it starts
+    is warm."""
+    from fairseq_powernorm.experiments.commands import main
+
+    command = importlib.import_module(f"fairseq_powernorm.experiments.{name}").command
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    started = mock.patch.object(sys, "executable", warm.program("python"))
+    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as errors, \
+            mock.patch.dict(os.environ, dict(environment), clear=True), started:
+        try:
+            main(command, [str(word) for word in arguments])
+        except SystemExit as end:
+            status = end.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return status, output.getvalue(), errors.getvalue()
 
 
 NOUNS = [("Hund", "dog"), ("Mann", "man"), ("Baum", "tree"), ("Ball", "ball"), ("Tisch", "table")]
@@ -56,17 +78,15 @@ class Scripts:
                             "PYTHON": warm.program("python"), "OMP_NUM_THREADS": "1"}
         self.environment.pop("DATA_ARCHIVES", None)
 
-    def start(self, script, *arguments, **environment):
-        """A script in a process group of its own, for signals; its processes are cold, see warm.py."""
-        return self._start(script, arguments, {"PYTHON": sys.executable, **environment})
-
-    def _start(self, script, arguments, environment):
+    def start(self, script, *arguments, cold=False, **environment):
+        """A script in a process group of its own, for signals. cold: so are the processes that it starts, see warm.py."""
+        environment = {"PYTHON": sys.executable, **environment} if cold else environment
         return subprocess.Popen(["bash", str(ROOT / "scripts" / f"{script}.sh"), *map(str, arguments)], text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
                                 env={**self.environment, **environment})
 
     def __call__(self, script, *arguments, **environment):
-        process = self._start(script, arguments, environment)
+        process = self.start(script, *arguments, **environment)
         output, _ = process.communicate(timeout=300)
         return process.returncode, output
 
@@ -75,12 +95,48 @@ class Scripts:
         assert status == 0, output
         return output
 
-    def refuses(self, script, *arguments, **environment):
-        """The message of a refusal: one line after "error:", exit status 2, no traceback."""
-        status, output = self(script, *arguments, **environment)
-        assert status == 2, output
-        assert "Traceback" not in output and output.count("error: ") == 1, output
-        return output.split("error: ")[1]
+    def here(self, command, *arguments, **environment):
+        """What a command prints that ends well; in this process, for one that has little to do."""
+        status, output, errors = here(command, *arguments, environment={**self.environment, **environment})
+        assert status == 0, output + errors
+        return output
+
+    def refuses(self, command, *arguments, **environment):
+        """The message of a refusal: one line after "error:", exit status 2; in this process. test_commands.py has it that a
+        script is its command."""
+        status, output, errors = here(command, *arguments, environment={**self.environment, **environment})
+        assert status == 2, output + errors
+        assert errors.count("error: ") == 1 and "error: " not in output, output + errors
+        return errors.split("error: ")[1]
+
+
+def shared(tmp_path_factory, name, make):
+    """A directory that is made once, by make(directory), for all processes that take part in the tests; to be read only."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}"
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            making = folder.with_suffix(".making")
+            shutil.rmtree(making, ignore_errors=True)
+            making.mkdir()
+            make(making)
+            making.rename(folder)
+    return folder
+
+
+def demo(tmp_path_factory, name):
+    """Scripts of a test file with the demo prepared from a few sentences, the directory ``text``."""
+
+    def make(home):
+        write_text(home / "text")
+        Scripts(home).ok("prepare", "demo", "--text-dir", home / "text")
+
+    prepared = shared(tmp_path_factory, "demo", make)
+    scripts = Scripts(tmp_path_factory.mktemp(name))
+    scripts.text = prepared / "text"
+    shutil.copytree(prepared / "data", scripts.data)
+    return scripts
 
 
 #: see fake_wandb()

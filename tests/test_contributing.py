@@ -9,7 +9,7 @@ import toy
 from fairseq import models
 
 from fairseq_powernorm import kernels, norm_names
-from fairseq_powernorm.experiments import settings
+from fairseq_powernorm.experiments import recipes, settings
 from fairseq_powernorm.experiments.data.prepare import prepare
 from fairseq_powernorm.models import transformer_pn
 from fairseq_powernorm.norms import registry
@@ -102,9 +102,9 @@ def test_a_benchmark(monkeypatch, tmp_path):
     """The two YAML files make a benchmark, whose text is prepared from a folder."""
     (commands,) = re.findall(r"```bash\n(.*?)```", TEXT, re.S)
     (tmp_path / "configs" / "data").mkdir(parents=True)
-    (tmp_path / "configs" / "demo.yaml").write_bytes((settings.CONFIGS / "demo.yaml").read_bytes())
+    (tmp_path / "configs" / "demo.yaml").write_bytes((recipes.CONFIGS / "demo.yaml").read_bytes())
     subprocess.run(["bash", "-euc", commands], cwd=tmp_path, check=True)
-    monkeypatch.setattr(settings, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(recipes, "CONFIGS", tmp_path / "configs")
     monkeypatch.setenv("PN_DATA_ROOT", str(tmp_path / "data"))
     text = tmp_path / "text"
     text.mkdir()
@@ -114,5 +114,5 @@ def test_a_benchmark(monkeypatch, tmp_path):
     config = settings.load("talks")
     assert (config.task.source_lang, config.model._name) == ("nl", "transformer_pn_iwslt_de_en")
     prepare("talks", text_dir=str(text))
-    directory, facts = settings.prepared("talks")
+    directory, facts = recipes.prepared("talks")
     assert (directory / "data-bin" / "train.nl-en.nl.bin").is_file() and facts["settings"]["bpe_size"] == 100

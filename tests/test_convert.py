@@ -1,6 +1,8 @@
 """Norms of this package in place of those of a model: ``replace_norms``, and folding of what comes out."""
 import copy
+import functools
 import pickle
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -339,6 +341,54 @@ def test_layout():
     for options, layout in ((dict(layout="time_first"), "time_first"), (dict(batch_first=True), "batch_first")):
         model, _ = replace_norms(nn.Sequential(Block(), LayerNorm2d(C)), **options)
         assert model[0].norm1.layout == layout and model[1].layout == "channels_first"
+
+
+class Pair(NamedTuple):
+    first: nn.Module
+    second: nn.Module
+
+
+class Holder(nn.Module):
+    """Norms in its tree, and beside it wherever Python can hold them."""
+
+    def __init__(self, extra=lambda one, other: None):
+        super().__init__()
+        self.one, self.other, self.linear = nn.LayerNorm(C), nn.LayerNorm(C), nn.Linear(C, C)
+        self.listed, self.named = [self.one, [self.other]], {"one": self.one, 3: (self.other, "text")}
+        self.pair, self.several = Pair(self.one, self.other), frozenset([self.one, self.linear])
+        self.__dict__["hidden"] = self.one
+        self.helpers = [nn.Sequential(self.other)]  # a module beside the tree
+        self.listed.append(self.listed)  # which holds itself
+        self.__dict__["extra"] = extra(self.one, self.other)
+
+
+def test_norms_beside_the_tree():
+    """Norms that a model also holds in lists, dictionaries, tuples, sets and attributes are the new ones there, too."""
+    model = Holder()
+    untouched = model.named[3][1], model.linear
+    replace_norms(model, "power", where="one")
+    replace_norms(model, "rms", where="other")
+    assert isinstance(model.one, PowerNorm) and isinstance(model.other, RMSNorm)
+    assert model.listed[0] is model.one and model.listed[1] == [model.other] and model.listed[2] is model.listed
+    assert model.named["one"] is model.one and model.named[3] == (model.other, untouched[0])
+    assert model.pair == Pair(model.one, model.other) and model.several == {model.one, untouched[1]}
+    assert model.hidden is model.one and model.helpers[0][0] is model.other
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        lambda one, other: [other.forward], lambda one, other: functools.partial(one),
+        lambda one, other: {0: other.extra_repr},
+    ],
+    ids=["list", "partial", "dict"],
+)
+def test_methods_of_norms_beside_the_tree(extra):
+    """A method of a norm that the model has put aside would go on with the old norm: refused, with nothing changed."""
+    model = Holder(extra)
+    with pytest.raises(ValueError, match=r"replace_norms: Holder.extra holds a (method of other|functools.partial)"):
+        replace_norms(model)
+    assert type(model.one) is type(model.other) is type(model.listed[0]) is nn.LayerNorm
 
 
 def test_the_model_itself():

@@ -2,7 +2,8 @@
 
 Loading them takes a command longer than what a test asks of it. A server loads them once, and everything else that is not
 this package, and forks for each command. The command still has a process of its own, with its own arguments, directory,
-environment, streams, signals and exit status, and imports this package anew; nothing of it is left for the next one.
+environment, streams, signals, limits of files and processors, and exit status, and imports this package anew; nothing of it
+is left for the next one.
 
 ``program("fairseq-train")`` is the path of an executable that asks the server; a process that it starts by
 ``sys.executable``, or as a program beside that, is warm as well. What a library reads from the environment as it is loaded
@@ -14,6 +15,7 @@ import contextlib
 import importlib
 import json
 import os
+import resource
 import runpy
 import shutil
 import signal
@@ -81,10 +83,14 @@ def ask(real, asked, *arguments):
     command = [os.path.join(real, name), *arguments]
     if name == "python" and not (arguments[:1] == ("-m",) and arguments[1].startswith(MODULES)):
         os.execv(command[0], command)
+    closed = closed_streams()
+    for _ in closed:
+        os.open(os.devnull, os.O_RDWR)  # takes its number, which nothing else has then
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(os.path.join(folder, ".socket"))
         socket.send_fds(connection, [b"."], [0, 1, 2])
-        request = dict(command=command, folder=folder, cwd=os.getcwd(), environment=dict(os.environ))
+        request = dict(command=command, folder=folder, cwd=os.getcwd(), environment=dict(os.environ), closed=closed,
+                       cpus=list(os.sched_getaffinity(0)), file_size=resource.getrlimit(resource.RLIMIT_FSIZE))
         with connection.makefile("rw") as stream:
             stream.write(json.dumps(request) + "\n")
             stream.flush()
@@ -100,6 +106,17 @@ def ask(real, asked, *arguments):
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     sys.exit(status)
+
+
+def closed_streams():
+    """The numbers of those standard streams that whoever started this process has closed."""
+    closed = []
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            closed.append(number)
+    return closed
 
 
 # ---- the server ------------------------------------------------------------------------------------------------------
@@ -180,7 +197,12 @@ def become(streams, request):
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
+    for number in request["closed"]:
+        os.close(number)
+        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
     os.chdir(request["cwd"])
+    os.sched_setaffinity(0, request["cpus"])
+    resource.setrlimit(resource.RLIMIT_FSIZE, request["file_size"])
     os.environ.clear()
     os.environ.update(request["environment"])
     with contextlib.suppress(ImportError):
@@ -188,7 +210,7 @@ def become(streams, request):
 
         numpy.random.seed()  # Python's own generator is seeded at a fork
     encoding, _, errors = os.environ.get("PYTHONIOENCODING", "").partition(":")
-    for stream in (sys.stdin, sys.stdout, sys.stderr) if encoding or errors else ():
+    for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr) if encoding or errors else ()):
         stream.reconfigure(encoding=encoding or None, errors=errors or None)
     path, *arguments = request["command"]
     sys.executable = os.path.join(request["folder"], "python")
@@ -201,6 +223,8 @@ def become(streams, request):
         path, *arguments = arguments[1:]
     here = [] if os.environ.get("PYTHONSAFEPATH") else [os.getcwd() if is_module else os.path.dirname(path)]
     sys.path[:] = [*here, *python_path(), *PATH]
+    with contextlib.suppress(ImportError):  # fairseq looked for it when it was loaded
+        sys.modules["fairseq.logging.progress_bar"].wandb = importlib.import_module("wandb")
     sys.argv = [path, *arguments]
     return is_module, path
 
@@ -236,7 +260,7 @@ def end(status):
     threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.flush()
     os._exit(status & 0xFF)
 

@@ -19,7 +19,9 @@ from .. import command_line, command_options
 from ..command_line import SCRIPT, called_as
 from . import overrides
 from .errors import UserError, choose, listed, number, seeds
-from .settings import CONFIGS, NORMS, benchmarks, norm_name
+from .own import subject
+from .recipes import CONFIGS
+from .settings import NORMS, configuration, norm_name
 
 #: makes a value of an option's text, given (option, text); what is not valid is a UserError that names the option
 Reader = Callable[[str, str], Any]
@@ -262,7 +264,7 @@ class Parser(argparse.ArgumentParser):
         names = [name for name in self._options if name.startswith("--")]
         near = [name for name in names if name.startswith(option)] or difflib.get_close_matches(option, names, 1, 0.85)
         if not near and self._own is not None:
-            found = overrides.of_flag(option, value, arguments, self._own)
+            found = overrides.of_flag(option, value, *configuration(arguments), self._own)
             if found:
                 return f"unknown option {option}; {found}"
         near = near or difflib.get_close_matches(option, names, 1, 0.6)
@@ -292,11 +294,12 @@ def _is_override(word: str) -> bool:
 # ---- options that several commands have ------------------------------------------------------------------------------
 
 
-def add_benchmark(parser: Parser, help: str = "the benchmark") -> None:
-    """BENCH, the name of a file in configs/."""
+def add_benchmark(parser: Parser, help: str = "what is trained") -> None:
+    """BENCH: a benchmark, prepared text of the user's own, or a YAML file of theirs; see :func:`.settings.recipe`."""
     names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-    parser.add("benchmark", metavar="BENCH", help=f"{help}, a name of a file in configs/: {names}",
-               read=lambda option, text: choose(option, text, benchmarks()))
+    parser.add("benchmark", metavar="BENCH", read=subject,
+               help=f"{help}: a benchmark, {names}; or the name of text of your own; or a YAML file with settings of your "
+                    "own (configs/README.md)")
 
 
 def add_norm(parser: Parser, nargs: Optional[str] = None) -> None:

@@ -2,10 +2,12 @@
 evaluates a trained model and writes its record.
 """
 
+from argparse import Namespace
 from pathlib import Path
-from typing import List
+from typing import Sequence
 
-from .commands import Parser, add_benchmark, main, number_from, one_of
+from .commands import Parser, main, number_from, one_of
+from .errors import UserError
 
 
 def parser() -> Parser:
@@ -26,9 +28,11 @@ def parser() -> Parser:
         is refused.
         """,
     )
-    add_benchmark(made, "the benchmark of the run")
-    made.add("run_dir", metavar="RUN_DIR", help="a run directory made by scripts/train.sh")
-    made.add("--subset", read=one_of("test", "valid"), default="test", help="test (default) or valid here")
+    made.add("run_dir", metavar="RUN_DIR", nargs="+",
+             help="a run directory made by scripts/train.sh, which knows what it is a run of; the name of that may stand "
+             "before it, and is then compared")
+    made.add("--subset", read=one_of("test", "valid"),
+             help="test (default) or valid, the default for text of your own without test")
     made.add("--average", metavar="N", read=number_from(1),
              help="checkpoints to average; default: as many as checkpoint.keep_last_epochs (or "
              "checkpoint.keep_interval_updates) keeps; of a language model, the best one by validation loss")
@@ -39,14 +43,26 @@ def parser() -> Parser:
     return made
 
 
-def command(arguments: List[str]) -> None:
-    """Evaluates the run that a command line asks for."""
+def parse(arguments: Sequence[str]) -> Namespace:
+    """The options of a command line: `run_dir`, and `benchmark`, None where only that is given."""
     options = parser().parse(arguments)
+    *name, run = options.run_dir
+    if len(name) > 1:
+        raise UserError(f"{run!r} is one argument too many; one run is evaluated at a time: scripts/evaluate.sh RUN_DIR")
+    if name and Path(name[0]).is_dir() and not Path(run).is_dir():
+        raise UserError(f"{run!r} stands behind the run directory; write: scripts/evaluate.sh {name[0]}")
+    options.run_dir, options.benchmark = run, name[0] if name else None
+    return options
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Evaluates the run that a command line asks for."""
+    options = parse(arguments)
     from .evaluation.evaluate import evaluate
 
     evaluate(
-        options.benchmark,
         Path(options.run_dir),
+        benchmark=options.benchmark,
         subset=options.subset,
         average=options.average,
         available=options.available,

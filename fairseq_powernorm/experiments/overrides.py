@@ -12,10 +12,9 @@ import logging
 import re
 import shlex
 import warnings
-from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from .errors import UserError
-from .settings import CONFIGS, architectures, benchmarks, load
 
 #: the group of fairseq's configuration that a flag chooses an implementation of, where it is not called like the group
 CHOICES = {"arch": "model"}
@@ -168,17 +167,19 @@ def implementations(group: str) -> Dict[str, Any]:
     return found
 
 
-def of_flag(flag: str, value: Optional[str], words: Sequence[str], own: Mapping[str, Optional[str]]) -> Optional[str]:
+def of_flag(
+    flag: str, value: Optional[str], config: Any, overrides: Sequence[str], own: Mapping[str, Optional[str]]
+) -> Optional[str]:
     """What to use instead of a flag of fairseq's command line, in words; None where it has none like it.
 
     Args:
         flag: such as ``--lr``
         value: the word behind it, if any
-        words: of the command line, among them those that choose a benchmark and an architecture
+        config, overrides: of the command line, see :func:`.settings.configuration`
         own: keys that the command sets itself -> what to use instead, if anything
     """
     try:
-        settings = Settings(*_configuration(words))
+        settings = Settings(config, overrides)
     except ImportError:
         return None
     flag = re.sub("(?<=.)_", "-", flag)
@@ -216,26 +217,18 @@ def _instead(settings: Settings, setting: Setting, value: Optional[str], own: Ma
     return f"fairseq's settings are overrides: {words}"
 
 
-def _configuration(words: Sequence[str]) -> Tuple[Any, List[str]]:
-    """The configuration that the words of a command line choose, None for none, and its overrides."""
-    parts = [part for word in words for part in word.partition("=")[2 * word.startswith("--")].split(",")]
-    config = None
-    with contextlib.suppress(UserError, ImportError):
-        benchmark = next((part for part in parts if part in benchmarks()), None)
-        if benchmark is not None:
-            arch = next((part for part in parts if part in architectures(benchmark)), None)
-            config = load(benchmark, arch)
-    return config, [word for word in words if re.match(r"[+~\w.]+=", word)]
+def check(overrides: Sequence[str], config: Any, where: str, folders: Iterable[str]) -> None:
+    """Refuses an override of a setting that there is not, and says which one is most like it.
 
-
-def check(overrides: Sequence[str], benchmark: str) -> None:
-    """Refuses an override of a setting that there is not, and says which one is most like it."""
-    given = by_key(overrides)
-    arch = given[benchmark].partition("=")[2] if benchmark in given else None
-    settings = Settings(load(benchmark, arch), overrides)
+    Args:
+        config: the settings that they change
+        where: the file of these
+        folders: the groups that its folder has beside those of fairseq's configuration
+    """
+    settings = Settings(config, overrides)
     groups = {key.partition(".")[0] for key in settings.known} | set(settings.chosen)
-    choices = groups | {path.name for path in CONFIGS.iterdir() if path.is_dir()}
-    for key, override in given.items():
+    choices = groups | set(folders)
+    for key, override in by_key(overrides).items():
         group, _, name = key.partition(".")
         name = name.partition(".")[0]
         if re.match("hydra[./]", key) or "/" in key or "@" in key or (not name and group in choices):
@@ -251,7 +244,7 @@ def check(overrides: Sequence[str], benchmark: str) -> None:
         sign, value = re.match(r"[+~]*", override), override.partition("=")[2]
         assert sign is not None
         if sign[0] == "" and settings.plus(short) and key == short and name != "_name":
-            raise UserError(f"override {override}: configs/{benchmark}.yaml has no {key}; to add it: +{override}")
+            raise UserError(f"override {override}: {where} has no {key}; to add it: +{override}")
         if sign[0] == "+" and not settings.plus(short) and key == short:
             raise UserError(f"override {override}: {key} is there without being added; to change it: {override[1:]}")
         if short in settings.known and settings.known[short].is_list and value and not re.match(r"\[|null|\$|'|\"", value):

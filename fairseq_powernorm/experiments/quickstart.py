@@ -28,7 +28,7 @@ def command(arguments: Sequence[str]) -> int:
     steps = [("data", ["prepare.sh", "demo"])]
     for norm in NORMS:
         steps.append((f"training: {norm}", ["train.sh", "demo", norm, "--run-dir", str(runs / norm), "--resume"]))
-        steps.append((f"evaluation: {norm}", ["evaluate.sh", "demo", str(runs / norm)]))
+        steps.append((f"evaluation: {norm}", ["evaluate.sh", str(runs / norm)]))
     for title, (script, *words) in steps:
         print(f"== {title}", flush=True)
         status = carry_out(["bash", str(ROOT / "scripts" / script), *words])

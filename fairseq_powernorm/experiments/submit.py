@@ -23,7 +23,7 @@ def parser() -> Parser:
         the runs that failed. Runs lie where scripts/train.sh puts them. scripts/status.sh shows how they are doing;
         scancel ends them.
         """)
-    add_benchmark(made, "the benchmark, prepared by scripts/prepare.sh")
+    add_benchmark(made, "what is trained, prepared by scripts/prepare.sh")
     add_norm(made, "+")
     made.add("--seeds", help="default: common.seed of configs/BENCH.yaml")
     made.add("--resume")

@@ -26,7 +26,7 @@ def add_training(parser: Parser, ranks: str = "") -> None:
 
 def add_run(parser: Parser, ranks: str = "") -> None:
     """All that train.sh takes, which launch.sh takes, too; ranks: as :func:`add_training` has it"""
-    add_benchmark(parser, "the benchmark, prepared by scripts/prepare.sh")
+    add_benchmark(parser, "what is trained, prepared by scripts/prepare.sh")
     add_norm(parser)
     parser.add("--run-dir")
     parser.add("--resume")

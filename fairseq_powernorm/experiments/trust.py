@@ -73,7 +73,7 @@ def _problem(override: str, own: Mapping[str, Optional[str]]) -> Optional[str]:
     if override.startswith("~") and "=" not in override:
         return None
     try:
-        value = _parsed(override)
+        value = value_of(override)
     except UserError as error:
         return str(error)
     for where, text in _texts(value):
@@ -94,8 +94,8 @@ def _problem(override: str, own: Mapping[str, Optional[str]]) -> Optional[str]:
     return None
 
 
-def _parsed(override: str) -> Any:
-    """The value that hydra makes of an override."""
+def value_of(override: str) -> Any:
+    """The value that hydra makes of an override; raises UserError if it cannot be read, or is several."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     try:

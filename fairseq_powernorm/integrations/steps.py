@@ -163,7 +163,14 @@ class OptimizerStatistics:
     # ------------------------------------------------------------------ steps
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """The optimizer has taken a step, or left it out by itself as fused ones do at an overflow."""
+        """The optimizer has taken a step, or left it out by itself as fused ones do at an overflow.
+
+        None is the step without a batch and with learning rates of zero by which an optimizer makes its state for torch's
+        checkpoints of sharded models.
+        """
+        nothing = self._batch is None and not self.statistics.batches
+        if nothing and not any(group.get("lr", 1.0) for group in optimizer.param_groups):
+            return
         found_inf = getattr(optimizer, "found_inf", None)  # left there by the loss scaler for the time of the step
         if found_inf is None or not bool(found_inf):
             self.end_batch()

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from fairseq_powernorm.experiments import overrides
 from fairseq_powernorm.experiments.errors import UserError
 from fairseq_powernorm.experiments.runs import compose
+from fairseq_powernorm.experiments.settings import load
 from fairseq_powernorm.experiments.train import parser
 
 PATHS = ["common.user_dir=fairseq_powernorm", "task.data=data", "checkpoint.save_dir=save"]
@@ -96,7 +97,7 @@ def sample(setting):
 def test_each_flag_and_its_override_do_the_same():
     """For every flag of fairseq's general settings that takes a number or none: the configuration that the advised
     override composes has the value that fairseq's own parser gives the flag."""
-    settings = overrides.Settings(overrides.load("demo"))
+    settings = overrides.Settings(load("demo"))
     chosen, wanted, unlike = [], {}, {"distributed_training.distributed_world_size", "common.user_dir"}
     from fairseq.dataclass.configs import FairseqConfig
 
@@ -107,7 +108,7 @@ def test_each_flag_and_its_override_do_the_same():
             value = None if setting.is_flag else sample(setting)
             if not key.startswith(f"{group}.") or key in unlike or setting.link or not (setting.is_flag or value):
                 continue
-            told = overrides.of_flag(setting.flags[0], value, ["demo"], {})
+            told = overrides.of_flag(setting.flags[0], value, load("demo"), [], {})
             chosen += shlex.split(told.rpartition(": ")[2])
             parsed = command_line.parse_args([setting.flags[0], *([] if value is None else [value])])
             wanted[key] = getattr(parsed, key.partition(".")[2])

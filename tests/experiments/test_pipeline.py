@@ -11,15 +11,16 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import zipfile
 
 import pytest
 import torch
+import warm
 from omegaconf import OmegaConf
-from pipelines import BIN, SMALL, Scripts, contents, experiment, write_text
+from pipelines import BIN, SMALL, Scripts, contents, demo, here, write_text
 from toy import ROOT
 
+from fairseq_powernorm.experiments.data import sources
 from fairseq_powernorm.experiments.reports import schema
 from fairseq_powernorm.experiments.runs import session, trainlog
 from fairseq_powernorm.resume import num_updates
@@ -30,11 +31,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory):
     """Scripts with the demo prepared from a few sentences of our own."""
-    home = tmp_path_factory.mktemp("pipeline")
-    scripts = Scripts(home)
-    scripts.text = write_text(home / "text")
-    scripts.ok("prepare", "demo", "--text-dir", scripts.text)
-    return scripts
+    return demo(tmp_path_factory, "pipeline")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +53,7 @@ def trained(scripts):
 def test_prepare_again_is_a_no_op(scripts):
     """prepare; prepare = prepare: the second says so and changes no byte."""
     before = contents(scripts.data)
-    assert "nothing to do" in scripts.ok("prepare", "demo", "--text-dir", scripts.text)
+    assert "nothing to do" in scripts.here("prepare", "demo", "--text-dir", scripts.text)
     assert contents(scripts.data) == before
 
 
@@ -77,9 +74,8 @@ def test_prepare_other_settings(scripts, tmp_path):
     other = write_text(tmp_path / "other", train=90)
     assert "other source text" in scripts.refuses("prepare", "demo", "--text-dir", other)
     mine = Scripts(tmp_path)
-    mine.ok("prepare", "demo", "--text-dir", scripts.text)
-    assert contents(mine.data) == contents(scripts.data), "the place does not matter"
-    mine.ok("prepare", "demo", "--text-dir", other, "--force")
+    shutil.copytree(scripts.data, mine.data)
+    mine.here("prepare", "demo", "--text-dir", other, "--force")
     assert json.loads((mine.data / "demo" / "prepared.json").read_text())["sentences"]["train"] == 90
     assert [path.name for path in mine.data.iterdir() if path.is_dir()] == ["demo"]
 
@@ -136,7 +132,7 @@ def test_prepare_anywhere(scripts, tmp_path):
     """prepare in a directory with blanks and commas = the same bytes; one with a colon, which fairseq reads as a border
     between paths, is refused before anything is made."""
     mine = Scripts(tmp_path / "a, b")
-    mine.ok("prepare", "demo", "--text-dir", scripts.text)
+    mine.here("prepare", "demo", "--text-dir", scripts.text)
     assert contents(mine.data) == contents(scripts.data)
     colon = str(tmp_path / "a:b")
     assert "fairseq reads ':' as the border" in mine.refuses("prepare", "demo", PN_DATA_ROOT=colon)
@@ -160,10 +156,9 @@ def test_prepare_killed(scripts, tmp_path):
         if line.startswith("[6/6]"):
             break
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    process.communicate(timeout=60)  # returns when no child holds the pipe any more
     assert not (mine.data / "demo").exists() and (mine.data / ".demo.partial" / "bpe" / "codes").exists()
-    again = mine.ok("prepare", "demo", "--text-dir", scripts.text)
+    again = mine.here("prepare", "demo", "--text-dir", scripts.text)
     assert again.count("done already") == 5 and "[6/6] binarization\n" in again
     assert contents(mine.data) == contents(scripts.data)
 
@@ -171,7 +166,7 @@ def test_prepare_killed(scripts, tmp_path):
 def test_prepare_interrupted(scripts, tmp_path):
     """^C is one line that says how to go on, and exit status 130; prepare again = prepare."""
     mine = Scripts(tmp_path)
-    process = mine.start("prepare", "demo", "--text-dir", scripts.text)
+    process = mine.start("prepare", "demo", "--text-dir", scripts.text, cold=True)  # a terminal signals all its processes
     for line in process.stdout:
         if line.startswith("[3/6]"):
             break
@@ -180,28 +175,16 @@ def test_prepare_interrupted(scripts, tmp_path):
     assert process.returncode == 130 and "Traceback" not in output, output
     assert output.splitlines()[-1] == (
         "scripts/prepare.sh: error: interrupted; stages that are whole are kept, and the next run goes on after them")
-    assert "[1/6] text: done already" in mine.ok("prepare", "demo", "--text-dir", scripts.text)
+    assert "[1/6] text: done already" in mine.here("prepare", "demo", "--text-dir", scripts.text)
     assert contents(mine.data) == contents(scripts.data)
 
 
 def test_sentencepiece(scripts, tmp_path):
     """--bpe sentencepiece: pieces in the data, and pieces joined again give the tokenized text back."""
     mine = Scripts(tmp_path)
-    # The few sentences hold less than the demo's number of pieces; a copy of the repository's scripts asks for fewer.
-    copy = tmp_path / "copy"
-    for name in ("scripts", "configs", "fairseq_powernorm"):
-        shutil.copytree(ROOT / name, copy / name)
-    config = copy / "configs" / "data" / "demo.yaml"
-    config.write_text(re.sub(r"bpe_size: \d+", "bpe_size: 60", config.read_text()))
-    assert "cannot learn bpe_size" in mine.refuses("prepare", "demo", "--text-dir", scripts.text, "--bpe", "sentencepiece")
-    done = subprocess.run(
-        ["bash", str(copy / "scripts" / "prepare.sh"), "demo", "--text-dir", str(scripts.text), "--bpe", "sentencepiece"],
-        env=mine.environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert done.returncode == 0, done.stdout
+    words = ["prepare", "demo", "--text-dir", scripts.text, "--bpe", "sentencepiece"]
+    assert "cannot learn bpe_size" in mine.refuses(*words), "the few sentences hold fewer pieces than the demo asks for"
+    mine.here(*words, "--bpe-size", "60")
     pieces = (mine.data / "demo" / "bpe" / "test.en").read_text(encoding="utf-8")
     assert "\u2581" in pieces
     joined = [line.replace(" ", "").replace("\u2581", " ").strip() for line in pieces.splitlines()]
@@ -209,13 +192,23 @@ def test_sentencepiece(scripts, tmp_path):
 
 
 def test_multi30k_real(corpora, tmp_path):
-    """The real files pass their hashes; lower-cased, normalized, tokenized text comes out, line for line."""
-    mine = Scripts(tmp_path)
-    mine.ok("prepare", "multi30k", DATA_ARCHIVES=str(corpora))
-    stamp = json.loads((mine.data / "multi30k" / "prepared.json").read_text())
-    assert stamp["sentences"] == {"train": 29000, "valid": 1014, "test": 1000}
+    """The real files pass their hashes and have the published numbers of sentences; of their beginning, lower-cased,
+    normalized, tokenized text comes out, line for line."""
+    mine, whole, beginning = Scripts(tmp_path), tmp_path / "whole", tmp_path / "beginning"
+    languages = ["de", "en"]
+    source = sources.source("multi30k", {"languages": languages}, text_dir=None, archive_dir=str(corpora), archive=None,
+                            download_dir=tmp_path, allow_unverified=False)
+    for folder in (whole, beginning):
+        folder.mkdir()
+    source.write(whole)
+    for split, number in (("train", 29000), ("valid", 1014), ("test", 1000)):
+        for language in languages:
+            lines = (whole / f"{split}.{language}").read_text(encoding="utf-8").split("\n")
+            assert len(lines) == number + 1
+            (beginning / f"{split}.{language}").write_text("".join(f"{line}\n" for line in lines[:300]), encoding="utf-8")
+    mine.here("prepare", "multi30k", "--text-dir", beginning, "--bpe-size", "300")
     text = (mine.data / "multi30k" / "tok" / "test.de").read_text(encoding="utf-8")
-    assert text == text.lower() and text.count("\n") == 1000 and " .\n" in text
+    assert text == text.lower() and text.count("\n") == 300 and " .\n" in text
 
 
 # ---- train ---------------------------------------------------------------------------------------------------------------
@@ -272,7 +265,7 @@ def test_train_finished(trained):
     """A finished run is refused without --resume, and --resume does nothing but say so."""
     assert "exists already; --resume" in trained.refuses("train", "demo", "power", "common.seed=3")
     before = contents(trained.run)
-    assert "has finished (30 updates)" in trained.ok("train", "demo", "power", "common.seed=3", "--resume")
+    assert "has finished (30 updates)" in trained.here("train", "demo", "power", "common.seed=3", "--resume")
     assert contents(trained.run) == before
 
 
@@ -294,9 +287,7 @@ def test_train_lock_and_interruption(trained, tmp_path):
     for line in process.stdout:
         if "after 10 updates" in line:
             break
-    os.killpg(process.pid, signal.SIGSTOP)
     assert "another process is at work" in trained.refuses(*arguments)
-    os.killpg(process.pid, signal.SIGCONT)
     process.terminate()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 143 and "--resume goes on with it" in output, output
@@ -316,8 +307,7 @@ def test_train_on_a_full_disk(scripts, tmp_path):
     arguments = ["demo", "power", "--run-dir", tmp_path / "run", "--resume", *SMALL, "optimization.max_update=2"]
     limited = "ulimit -f 12; exec bash \"$@\""  # kilobytes a file
     command = ["bash", "-c", limited, "bash", ROOT / "scripts" / "train.sh", *arguments]
-    environment = {**scripts.environment, "PYTHON": sys.executable}
-    done = subprocess.run(command, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(command, text=True, env=scripts.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 2 and "Traceback" not in done.stdout and done.stdout.count("error: ") == 1, done.stdout
     assert "error: File too large: progress can no longer be shown and logged in " in done.stdout
     assert "finished" in scripts.ok("train", *arguments), "no process holds the run any more"
@@ -330,7 +320,8 @@ def test_train_on_a_full_disk(scripts, tmp_path):
 def test_output_that_nobody_takes(command, status, message):
     """A pipe that is closed, and a full disk, end a script without a traceback."""
     done = subprocess.run(["bash", "-c", f"bash scripts/{command}; exit ${{PIPESTATUS[0]}}"], cwd=ROOT, text=True,
-                          env={**os.environ, "PYTHON": sys.executable}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                          env={**os.environ, "PYTHON": warm.program("python")}, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
     expected = f"scripts/reproduce_table1.sh: error: {message}\n" if message else ""
     assert (done.returncode, done.stdout) == (status, expected)
 
@@ -383,12 +374,12 @@ def test_scores_are_those_of_the_tools(record, trained):
     def output(*command):
         return subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, check=True, text=True).stdout
 
-    score = output(BIN / "fairseq-score", "--sys", folder / "hyp.tok", "--ref", folder / "ref.tok")
+    score = output(warm.program("fairseq-score"), "--sys", folder / "hyp.tok", "--ref", folder / "ref.tok")
     assert record["bleu_tokenized"]["text"] in score
     assert f"BLEU4 = {record['bleu_tokenized']['score']:2.2f}," in score
     for name, metric in (("sacrebleu", "bleu"), ("chrf", "chrf")):
         theirs = json.loads(
-            output(BIN / "sacrebleu", folder / "ref.detok", "-i", folder / "hyp.detok", "-m", metric, "-w", 9)
+            output(warm.program("sacrebleu"), folder / "ref.detok", "-i", folder / "hyp.detok", "-m", metric, "-w", 9)
         )
         assert theirs["score"] == pytest.approx(record[name]["score"], abs=1e-9)
         for part in theirs["signature"].split("|"):
@@ -408,12 +399,12 @@ def test_evaluate_again(trained, record, tmp_path):
     """evaluate; evaluate = evaluate; --record copies the record and does not overwrite another; --force evaluates anew."""
     before = contents(trained.run)
     copy = tmp_path / "results" / "power.json"
-    assert "nothing to do" in trained.ok("evaluate", "demo", trained.run, "--record", copy)
+    assert "nothing to do" in trained.here("evaluate", "demo", trained.run, "--record", copy)
     assert contents(trained.run) == before and json.loads(copy.read_text()) == record
-    trained.ok("evaluate", "demo", trained.run, "--record", copy)
+    trained.here("evaluate", "demo", trained.run, "--record", copy)
     copy.write_text("another record")
     assert "exists already; --force overwrites it" in trained.refuses("evaluate", "demo", trained.run, "--record", copy)
-    trained.ok("evaluate", "demo", trained.run, "--record", copy, "--force")
+    trained.here("evaluate", "demo", trained.run, "--record", copy, "--force")
     again = json.loads(copy.read_text())
     for key in ("tokens_per_s", "git_commit"):
         again.pop(key), record.pop(key)
@@ -422,7 +413,7 @@ def test_evaluate_again(trained, record, tmp_path):
 
 def test_evaluate_valid_and_average(trained):
     """--subset valid has its own directory; --average N averages the last N."""
-    trained.ok("evaluate", "demo", trained.run, "--subset", "valid", "--average", "1")
+    trained.here("evaluate", "demo", trained.run, "--subset", "valid", "--average", "1")
     record = json.loads((trained.run / "evaluation-valid" / "record.json").read_text())
     assert (record["subset"], record["averaged"], record["sentences"]) == ("valid", 1, 15)
     assert "other checkpoints; --force" in trained.refuses("evaluate", "demo", trained.run, "--subset", "valid")
@@ -512,13 +503,12 @@ def test_table_and_curves(trained, record, tmp_path):
     other = tmp_path / "other.json"
     record["config"]["optimization"]["lr"] = [0.1]
     other.write_text(json.dumps(record))
-    command = [*experiment("table"), path]
-    table = subprocess.run([*command, str(other)], stdout=subprocess.PIPE, text=True, check=True)
-    lines = table.stdout.splitlines()
-    assert len(lines) == 4 and lines[2].startswith("| demo | power | encoder | yes | reference | 30 | 3 |")
+    status, output, _ = here("table", path, other)
+    lines = output.splitlines()
+    assert status == 0 and len(lines) == 4 and lines[2].startswith("| demo | power | encoder | yes | reference | 30 | 3 |")
     other.write_text(pathlib.Path(path).read_text())
-    double = subprocess.run([*command, str(other)], stderr=subprocess.PIPE, text=True)
-    assert double.returncode == 2 and "records of equal runs" in double.stderr
+    status, _, errors = here("table", path, other)
+    assert status == 2 and "records of equal runs" in errors
     picture = tmp_path / "curves.png"
-    subprocess.run([*experiment("plot_curves"), path, "--output", str(picture)], check=True)
+    assert here("plot_curves", path, "--output", picture)[0] == 0
     assert picture.read_bytes().startswith(b"\x89PNG")

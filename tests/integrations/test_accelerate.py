@@ -109,6 +109,23 @@ def test_a_step_that_the_loop_leaves_out():
     assert_same(watch[3][0], state(build("bert")))
 
 
+def test_checkpoints_of_optimizers_that_have_no_state_yet():
+    """torch's distributed checkpoints have an optimizer without state take a step with a learning rate of zero: the
+    statistics take none, and no batch is missed.
+    """
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    accelerator = Accelerator(cpu=True)
+    for kind in (torch.optim.AdamW, torch.optim.SGD):
+        model = build("gpt")
+        before = state(model)
+        model, optimizer = accelerator.prepare(model, kind(model.parameters(), 0.1))
+        statistics = AcceleratedStatistics(accelerator, model, optimizer)
+        get_optimizer_state_dict(model, optimizer)
+        assert_same(state(model), before)
+        statistics.release()
+
+
 def test_wrong_use():
     """An optimizer that is not prepared, a second taker, a model without norms, an unknown sync, a step without a batch."""
     accelerator = Accelerator(cpu=True)

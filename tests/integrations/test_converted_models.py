@@ -117,6 +117,44 @@ def test_padding_changes_no_statistic(name, checkpointing):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_layers_with_the_time_first():
+    """XLNet computes on T x B x C: its norms get that layout, and padding under an attached mask changes no statistic."""
+    found = []
+    for noise in (0, 5):
+        torch.manual_seed(0)
+        sizes = dict(vocab_size=50, d_model=32, n_layer=2, n_head=4, d_inner=64, dropout=0.0)
+        model = transformers.XLNetLMHeadModel(transformers.XLNetConfig(**sizes))
+        replace_norms(model, "power:variant=algorithm2")
+        norms = [module for module in model.modules() if isinstance(module, RunningNorm)]
+        assert len(norms) == 4 and {norm.layout for norm in norms} == {"time_first"}
+        attach_mask(model.train())
+        inputs = batch(model, noise=noise)
+        model(**inputs).logits[inputs["attention_mask"] == 1].square().mean().backward()
+        found.append([buffer for norm in norms for buffer in norm.buffers()])
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    sizes = dict(d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4)
+    config = transformers.FSMTConfig(langs=["en", "de"], src_vocab_size=50, tgt_vocab_size=50, **sizes)
+    model, report = replace_norms(transformers.FSMTModel(config), "power")
+    assert len(report.replaced) == 5
+    assert all(module.layout == "time_first" for module in model.modules() if isinstance(module, RunningNorm))
+
+
+def test_a_norm_of_each_token_and_layer():
+    """Gemma 3n normalizes B x T x layers x C in one place, which is left alone, with the reason; masks fit the others."""
+    sizes = dict(SIZES, num_hidden_layers=2, num_key_value_heads=2, head_dim=8, hidden_size_per_layer_input=8, laurel_rank=4)
+    config = transformers.Gemma3nTextConfig(
+        **sizes, vocab_size_per_layer_input=50, num_kv_shared_layers=0, activation_sparsity_pattern=[0.0, 0.0],
+        altup_num_inputs=2, layer_types=["full_attention"] * 2, **NONE,
+    )  # fmt: skip
+    model, report = replace_norms(transformers.Gemma3nForCausalLM(config), "power")
+    left = {each.name.rpartition(".")[2]: each.reason for each in report.left}
+    assert "a vector for each token and layer" in left["per_layer_projection_norm"]
+    attach_mask(model.train())
+    model(**batch(model)).logits.mean().backward()
+    assert all(float(module.iters) > 0 for module in model.modules() if isinstance(module, RunningNorm))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_folded(name):
     """replace_norms, then fold_norms: the same logits to 1e-5; known pre-norm layers hold no scale any more."""
@@ -127,6 +165,30 @@ def test_folded(name):
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
     bare = sum(module.scale is None for module in model.modules() if isinstance(module, FoldedNorm))
     assert bare == {"gpt2": 4, "llama": 4, "qwen3": 4}.get(name, 0)
+
+
+def test_an_encoder_and_a_decoder_have_a_mask_each():
+    """The encoder's mask is refused for the decoder, whose sentences may have the same length; each part takes its own."""
+    model, _ = replace_norms(build("t5"), "power")
+    for argument, other in (("attention_mask", "decoder"), ("decoder_attention_mask", "encoder")):
+        with pytest.raises(ValueError, match=f"argument='{argument}' of T5.* is no mask of its {other}, which has {other}"):
+            attach_mask(model, argument)
+    attach_mask(model.encoder), attach_mask(model.decoder)
+    inputs = batch(model.train())
+    model(**inputs, decoder_attention_mask=torch.ones_like(inputs["decoder_input_ids"])).logits.mean().backward()
+    only, _ = replace_norms(build("t5"), "power", where="encoder.*")
+    attach_mask(only)
+
+
+def test_models_that_read_the_weight_of_a_norm():
+    """Mamba asks for ``norm.weight.dtype``: trained with PN, and folded, as with its own norms."""
+    config = transformers.MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, state_size=4, **NONE)
+    model, _ = replace_norms(transformers.MambaForCausalLM(config), "power")
+    tokens = dict(input_ids=torch.tensor([[1, 2, 3, 4]]))
+    model.train()(**tokens).logits.mean().backward()
+    expected = logits(model, **tokens)
+    torch.testing.assert_close(logits(fold_norms(model), **tokens), expected, rtol=1e-5, atol=1e-5)
+    assert fold_norms(PowerNorm(8).to(torch.bfloat16)).weight.dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("norm", ["power", "batch:variant=reference"])

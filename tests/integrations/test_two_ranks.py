@@ -23,6 +23,7 @@ from torch import multiprocessing
 pytestmark = pytest.mark.slow
 RANKS = 2
 STEPS = 20
+HALF = STEPS // 2
 RATE = 0.3
 
 
@@ -35,6 +36,27 @@ def batches_of(ranks):
     """This rank's share of all micro-batches."""
     loader = torch.utils.data.DataLoader(equally_long(STEPS * 8), batch_size=2)
     return list(loader)[dist.get_rank() if ranks > 1 else 0 :: ranks]
+
+
+class Stream:
+    """Micro-batches that a checkpoint can stop in the middle of, as torchdata's loaders are."""
+
+    def __init__(self, batches):
+        self.batches, self.at = batches, 0
+
+    def __iter__(self):
+        while self.at < len(self.batches):
+            self.at += 1
+            yield self.batches[self.at - 1]
+
+    def __len__(self):
+        return len(self.batches)
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
 
 
 def blocks(model):
@@ -64,9 +86,11 @@ def whole(model):
 
 
 # ---------------------------------------------------------------- the trainers: 4 micro-batches of 2 sentences a step
+#
+# Each keeps a checkpoint in its folder after HALF of the steps, or begins with that one to resume.
 
 
-def hugging_face(folder, kind, *, ranks, fsdp=False, sync="step"):
+def hugging_face(folder, kind, *, ranks, fsdp=False, sync="step", resume=False):
     from transformers import Trainer, TrainingArguments
 
     from fairseq_powernorm.integrations.hugging_face import RunningStatisticsCallback
@@ -80,20 +104,22 @@ def hugging_face(folder, kind, *, ranks, fsdp=False, sync="step"):
 
     arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=4 // ranks, max_steps=STEPS,
-        optim="sgd", learning_rate=RATE, lr_scheduler_type="constant", save_strategy="no", report_to=[], use_cpu=True,
+        optim="sgd", learning_rate=RATE, lr_scheduler_type="constant", report_to=[], use_cpu=True,
         disable_tqdm=True, max_grad_norm=0.0, logging_strategy="no",
+        save_strategy="no" if ranks == 1 or resume else "steps", save_steps=HALF,
     )
     model = build(kind, tied=False)
     trainer = Made(
         model, arguments, train_dataset=sentences(), compute_loss_func=None if kind == "gpt" else mean_over_tokens,
         callbacks=[RunningStatisticsCallback(sync=sync)],
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{HALF}") if resume else None)
     return whole(model)
 
 
-def in_lightning(folder, kind, *, ranks, fsdp=False):
+def in_lightning(folder, kind, *, ranks, fsdp=False, resume=False):
     import lightning
+    from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.strategies import ModelParallelStrategy
     from torch.distributed.fsdp import fully_shard
 
@@ -117,18 +143,20 @@ def in_lightning(folder, kind, *, ranks, fsdp=False):
             return torch.optim.SGD(self.parameters(), RATE)
 
     strategy = ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1) if fsdp else "ddp"
+    saves = ranks > 1 and not resume
+    keep = [ModelCheckpoint(folder, filename="half", every_n_train_steps=HALF, save_top_k=1, monitor=None)] if saves else []
     trainer = lightning.Trainer(
-        max_steps=STEPS, accumulate_grad_batches=4 // ranks, logger=False, enable_checkpointing=False, accelerator="cpu",
+        max_steps=STEPS, accumulate_grad_batches=4 // ranks, logger=False, enable_checkpointing=saves, accelerator="cpu",
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, devices=ranks,
-        strategy=strategy if ranks > 1 else "auto", callbacks=[RunningStatisticsCallback()],
+        strategy=strategy if ranks > 1 else "auto", callbacks=[RunningStatisticsCallback(), *keep],
         use_distributed_sampler=False,
     )
     module = Module()
-    trainer.fit(module, torch.utils.data.DataLoader(batches_of(ranks), batch_size=None))
+    trainer.fit(module, Stream(batches_of(ranks)), ckpt_path=str(folder / "half.ckpt") if resume else None)
     return whole(module.model)
 
 
-def with_accelerate(folder, kind, *, ranks, fsdp=False, uneven=False):
+def with_accelerate(folder, kind, *, ranks, fsdp=False, uneven=False, resume=False):
     """``uneven``: the second rank runs out of batches after 9 of 20."""
     from accelerate import Accelerator
     from torch.distributed.algorithms.join import Join
@@ -144,8 +172,14 @@ def with_accelerate(folder, kind, *, ranks, fsdp=False, uneven=False):
     batches = batches_of(ranks)
     if uneven:
         batches = batches[: (20, 9)[dist.get_rank()]]
+    half = len(batches) // 2
+    if resume:
+        accelerator.load_state(str(folder / "half"))
+        batches = batches[half:]
     with Join([model, statistics]) if uneven else contextlib.nullcontext():
-        for batch in batches:
+        for index, batch in enumerate(batches):
+            if ranks > 1 and index == half and not (uneven or resume):
+                accelerator.save_state(str(folder / "half"))
             with accelerator.accumulate(model), statistics.batch():
                 output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
                 accelerator.backward(mean_over_tokens(output, batch["labels"]))
@@ -209,7 +243,10 @@ def work(rank, folder, port):
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
     found = {}
     for name, kind, fsdp in CASES:
-        found[name, kind, fsdp] = TRAINERS[name](folder, kind, ranks=RANKS, fsdp=fsdp)
+        place = folder / f"{name} {kind} {fsdp}"
+        found[name, kind, fsdp] = TRAINERS[name](place, kind, ranks=RANKS, fsdp=fsdp)
+        forget()
+        found[name, kind, fsdp, "resumed"] = TRAINERS[name](place, kind, ranks=RANKS, fsdp=fsdp, resume=True)
         forget()
     found["uneven"] = with_accelerate(folder, "gpt", ranks=RANKS, uneven=True)
     forget()
@@ -257,6 +294,13 @@ def test_two_ranks_equal_one(name, kind, fsdp, found, alone):
     assert_same(one, other)
     assert_same(one, alone[name, kind], rtol=1e-5, atol=1e-7)
     assert {int(value) for key, value in one.items() if key.endswith("iters")} == {STEPS}
+
+
+@pytest.mark.parametrize("name, kind, fsdp", CASES)
+def test_resuming(name, kind, fsdp, found):
+    """A checkpoint of two ranks in the middle of an epoch, DDP or FSDP2, and the other half of the steps: the same bits."""
+    for each in found:
+        assert_same(each[name, kind, fsdp, "resumed"], each[name, kind, fsdp])
 
 
 def test_ranks_with_unequal_numbers_of_batches(found):

@@ -16,8 +16,9 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tupl
 from ..directories import check_writable, in_use
 from ..errors import UserError
 from ..paths import ROOT, data_root, for_fairseq, runs_root
+from ..recipes import prepared
 from ..runs import batch, claims, launchers, train
-from ..settings import prepared
+from ..settings import recipe
 from ..train import parse
 from . import slurm
 from .site import SCRIPTS, Site
@@ -37,8 +38,8 @@ def check_options(options: Namespace) -> None:
 class Run:
     """One run of a submission.
 
-    words: arguments of train.sh, --resume among them; evaluation: those of evaluate.sh, by default the benchmark and the
-    run's directory; record: the file to which evaluate.sh copies the record, or None
+    words: arguments of train.sh, --resume among them; evaluation: those of evaluate.sh, by default the run's directory;
+    record: the file to which evaluate.sh copies the record, or None
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Run:
         self.directory = train.run_directory(self.options, self.config)
         self.record = record
         self.arguments = [*words, *([] if self.options.run_dir else ["--run-dir", str(self.directory)])]
-        self.evaluation = evaluation or [self.benchmark, str(self.directory)]
+        self.evaluation = evaluation or [str(self.directory)]
         launchers.Launcher().check_overrides(self.options.overrides)
 
 
@@ -82,7 +83,7 @@ class Submission:
         twice = sorted(str(name) for name in set(directories) if directories.count(name) > 1)
         if twice:
             raise UserError(f"two runs of this submission have the directory {twice[0]}; each norm and each seed only once")
-        data = {benchmark: prepared(benchmark)[0] for benchmark in sorted({run.benchmark for run in self.runs})}
+        data = {name: prepared(recipe(name).data)[0] for name in sorted({run.benchmark for run in self.runs})}
         for run in self.runs:
             for_fairseq("run directory", run.directory)
         for what, path in (("submission's directory (PN_RUNS_ROOT)", self.directory), ("log directory", self.logs)):
@@ -133,9 +134,9 @@ class Submission:
                 continue
             told.add((benchmark, arch))
             if config.checkpoint.save_interval_updates <= 0:
-                print(f"note: {benchmark} saves at the end of an epoch only; a job that is stopped repeats what it has done "
-                      "of one (checkpoint.save_interval_updates=N checkpoint.keep_interval_updates=K saves, and "
-                      "validates, within)")
+                name = recipe(benchmark).name
+                print(f"note: {name} saves at the end of an epoch only; a job that is stopped repeats what it did of one "
+                      "(checkpoint.save_interval_updates=N checkpoint.keep_interval_updates=K saves, and validates, within)")
             print(f"each run of {arch}: {self.options.nodes} node(s) x {ranks} rank(s); "
                   f"{batch.described(config, self.options.gpus)}")
 

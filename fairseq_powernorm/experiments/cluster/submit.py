@@ -7,6 +7,7 @@ from typing import List, Sequence
 
 from ..errors import UserError
 from ..runs import watch
+from ..settings import recipe
 from . import submission
 
 
@@ -28,8 +29,8 @@ def submit(options: Namespace) -> None:
                     raise UserError(f"--records {options.records}: {run.record.name} is there already")
             runs.append(run)
     records = [str(run.directory / "evaluation" / "record.json") for run in runs]
-    queued = submission.Submission(options.benchmark, options, runs, lambda directory: table(directory, records),
-                                   options.resume)
+    label = recipe(options.benchmark).name
+    queued = submission.Submission(label, options, runs, lambda directory: table(directory, records), options.resume)
     queued.check(options.dry_run)
     if options.dry_run:
         queued.show()

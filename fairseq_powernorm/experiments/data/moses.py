@@ -21,12 +21,13 @@ from . import moses_python
 def steps(settings: Mapping[str, Any], split: str) -> List[str]:
     """The names of the steps that the text of a split takes, in order."""
     test, chosen = split == "test", settings.get
+    plain = chosen("tokenizer") == "none"
     return [step for step, wanted in (
         ("apostrophes", chosen("map_apostrophes") and test),
         ("lowercase", chosen("lowercase") and not chosen("lowercase_last")),
         ("normalize", chosen("normalize_punctuation") or chosen("normalize_train") and not test),
         ("printable", chosen("normalize_train") and not test),
-        ("tokenize_dashes" if chosen("split_dashes") else "tokenize", True),
+        ("words" if plain else "tokenize_dashes" if chosen("split_dashes") else "tokenize", True),
         ("lowercase", chosen("lowercase") and chosen("lowercase_last")),
     ) if wanted]
 
@@ -40,6 +41,7 @@ PYTHON: Dict[str, Callable[[str, str], str]] = {
     "normalize": moses_python.normalize_punctuation,
     "printable": lambda line, language: moses_python.replace_unprintable(line),
     "apostrophes": lambda line, language: line.replace("\u2019", "'"),
+    "words": lambda line, language: " ".join(line.split()),  # of text that is tokenized already
     "tokenize": moses_python.tokenize,
     "tokenize_dashes": functools.partial(moses_python.tokenize, split_dashes=True),
 }

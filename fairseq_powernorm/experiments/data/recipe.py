@@ -1,11 +1,13 @@
 """How the text of a benchmark is prepared: the settings of configs/data/BENCH.yaml, and the options that replace them."""
 
-from typing import Any, Dict, Optional, Type
+from typing import Any, Dict, Optional, Tuple, Type
 
 from omegaconf import DictConfig
 
 from ..errors import UserError, choose
-from ..settings import BPE_TYPES, data_settings, is_lm
+from ..own import LM, TRANSLATION, is_language
+from ..recipes import is_lm
+from ..settings import BPE_TYPES, data_settings
 from .corpora import NEWS_COMMENTARY
 
 Settings = Dict[str, Any]
@@ -76,6 +78,58 @@ def of_benchmark(
     if "cleaning" in settings:
         settings.update(CLEANING[choose("--cleaning", settings["cleaning"], CLEANING)])
     return settings
+
+
+#: settings of text of one's own for translation -> their defaults, beside "languages"; the options of scripts/prepare.sh
+OWN: Settings = {
+    "bpe": "subword_nmt",
+    "bpe_size": 10000,
+    "lowercase": False,
+    "normalize_punctuation": False,
+    "tokenizer": "moses",
+    "joined_dictionary": True,
+}
+TOKENIZERS = ("moses", "none")
+#: training pairs that --clean leaves: the limits that are usual for translation
+OWN_CLEANING: Settings = {"clean_max": 250, "clean_ratio": 9.0}
+
+
+def of_own(
+    *,
+    source: Optional[str],
+    target: Optional[str],
+    lm: bool,
+    clean: bool = False,
+    uncased: bool = False,
+    separate_dictionaries: bool = False,
+    **options: Any,
+) -> Tuple[str, Settings]:
+    """(what text of the user's own is for, how it is prepared); the arguments are options of scripts/prepare.sh.
+
+    Raises:
+        UserError: they do not say what the text is, or not what can be
+    """
+    given = {name: value for name, value in options.items() if value not in (None, False)}
+    if lm:
+        others = {"source": source, "target": target, "clean": clean, "uncased": uncased,
+                  "separate_dictionaries": separate_dictionaries}
+        for name, value in {**others, **given}.items():
+            if value:
+                option = "--" + name.replace("_", "-") + ("" if value is True else f" {value!r}")
+                raise UserError(f"{option}: the text of a language model (--lm) is used word by word, as it is")
+        return LM, {}
+    for option, language in (("--source", source), ("--target", target)):
+        if language is None:
+            raise UserError(f"{option} is missing: text of your own needs --source LANG and --target LANG, for translation, "
+                            f"or --lm, for a language model")
+        if not is_language(language) or language == "txt":
+            raise UserError(f"{option} {language!r} is no language; valid: a code such as de or zh-CN, of letters, digits, "
+                            f"'-' and '_', 16 at most, a letter first")
+    if source == target:
+        raise UserError(f"--source and --target are both {source!r}; give two languages")
+    settings: Settings = {"languages": [source, target], **OWN, **given}
+    settings.update(lowercase=uncased, joined_dictionary=not separate_dictionaries)
+    return TRANSLATION, {**settings, **(OWN_CLEANING if clean else {})}
 
 
 def checked(benchmark: str, settings: Settings) -> Settings:

@@ -15,6 +15,11 @@ from .recipe import Settings
 from .sources import Source
 from .workers import Process, Workers, transform
 
+#: of a sentence: models take 1,024 with the end of the sentence, and fairseq refuses longer ones when it validates
+LONGEST_PIECES = 1022
+#: of a language model with an ordinary softmax
+MANY_TYPES = 100_000
+
 
 class Stage(NamedTuple):
     """A step of the preparation."""
@@ -91,7 +96,7 @@ class Translation(Preparation):
         self.languages: List[str] = settings["languages"]
 
     def stages(self) -> List[Stage]:
-        tokenizer = "Moses, Perl" if self.perl else "Moses"
+        tokenizer = "Moses, Perl" if self.perl else "none" if self.settings.get("tokenizer") == "none" else "Moses"
         return [
             Stage("text", ["corpus"], self.text),
             Stage(f"tokenization ({tokenizer})", ["tokens"], self.tokenize),
@@ -146,6 +151,8 @@ class Translation(Preparation):
         pieces = self.workers.map(functools.partial(bpe.APPLY[self.settings["bpe"]], codes))
         for name in self.names(tok):
             transform(tok / name, folder / name, pieces)
+            if "tokenizer" in self.settings and not name.startswith("train."):  # of training text, fairseq leaves such out
+                texts.check_length(folder / name, LONGEST_PIECES)
         if self.settings.get("clean_pieces"):
             whole = [folder / f"all.{language}" for language in self.languages]
             for path, language in zip(whole, self.languages):
@@ -156,13 +163,19 @@ class Translation(Preparation):
 
     def binarize(self, data_bin: Path) -> None:
         source, target = self.languages
-        command = [tool("fairseq-preprocess"), "--source-lang", source, "--target-lang", target, "--joined-dictionary"]
+        command = [tool("fairseq-preprocess"), "--source-lang", source, "--target-lang", target]
+        command += ["--joined-dictionary"] if self.settings.get("joined_dictionary", True) else []
         command += ["--workers", str(cpus())]
-        binarize(self.directory, data_bin, command, {split: Path("bpe", split) for split in corpora.SPLITS}, self.lock)
+        binarize(self.directory, data_bin, command, {split: Path("bpe", split) for split in self.splits}, self.lock)
+
+    @property
+    def splits(self) -> List[str]:
+        """Those that there are; the user's own text need not have `test`."""
+        return [split for split in corpora.SPLITS if (self.directory / "bpe" / f"{split}.{self.languages[0]}").exists()]
 
     def facts(self) -> Tuple[Dict[str, Any], Dict[str, int]]:
         counts = {}
-        for split in corpora.SPLITS:
+        for split in self.splits:
             with open(self.directory / "bpe" / f"{split}.{self.languages[0]}", "rb") as lines:
                 counts[split] = sum(1 for _ in lines)
         differing = corpora.differing_sentences(self.benchmark, counts)
@@ -189,7 +202,7 @@ class LanguageModel(Preparation):
 
     def text(self, raw: Path) -> None:
         self.source.write(raw)
-        texts.check_parallel(raw, [f"{split}.txt" for split in corpora.SPLITS])
+        texts.check_parallel(raw, [f"{split}.txt" for split in texts.splits_of(raw)])
         self._counts = self.count(raw)
 
     @property
@@ -209,6 +222,9 @@ class LanguageModel(Preparation):
                 flush=True,
             )
         print(f"  {counts.types:,} types, <unk> and the line end among them", flush=True)
+        if counts.types > MANY_TYPES and self.benchmark not in corpora.CORPORA:
+            print("  NOTE: so many make a large and slow model; a BPE of the text has fewer, or build your settings on "
+                  "wikitext103, whose softmax is adaptive", flush=True)
         differing = self.differing(counts)
         if differing:
             print(
@@ -223,9 +239,7 @@ class LanguageModel(Preparation):
     def binarize(self, data_bin: Path) -> None:
         ours = self.counts.tokens
         command = [tool("fairseq-preprocess"), "--only-source", "--workers", str(cpus())]
-        binarize(
-            self.directory, data_bin, command, {split: Path("raw", f"{split}.txt") for split in corpora.SPLITS}, self.lock
-        )
+        binarize(self.directory, data_bin, command, {split: Path("raw", f"{split}.txt") for split in ours}, self.lock)
         log = (data_bin / "preprocess.log").read_text(encoding="utf-8")
         theirs = {split: int(found) for split, found in re.findall(r"raw/(\w+)\.txt: \d+ sents, (\d+) tokens", log)}
         if theirs != ours:

@@ -4,7 +4,7 @@ import collections
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator
+from typing import Any, BinaryIO, Callable, Dict, Iterable, Iterator, List
 
 from ..errors import UserError
 from .corpora import SPLITS
@@ -74,6 +74,21 @@ def check_equal(counts: Dict[Any, int]) -> None:
         raise UserError("unequal line counts: " + ", ".join(f"{text} has {count}" for text, count in counts.items()))
 
 
+def check_length(path: Path, longest: int) -> None:
+    """Raises UserError if a line of a text in pieces has more than `longest` of them."""
+    with open(path, encoding="utf-8", newline="\n") as lines:
+        for number, line in enumerate(lines, 1):
+            pieces = len(line.split())
+            if pieces > longest:
+                raise UserError(f"{path.name}, line {number}: {pieces:,} pieces of BPE, of which models take {longest:,} at "
+                                f"most; break the sentence up, or leave it out of both languages")
+
+
+def splits_of(directory: Path) -> List[str]:
+    """The splits of a language model's text: all, or all but `test`, which the user's own need not have."""
+    return [split for split in SPLITS if split != "test" or (directory / "test.txt").exists()]
+
+
 @dataclass
 class Counts:
     """What the text of a language model holds."""
@@ -94,7 +109,7 @@ def count_words(directory: Path) -> Counts:
         UserError: a word is fairseq's padding symbol, which would not be counted
     """
     known, splits = {"<unk>"}, {}
-    for split in SPLITS:
+    for split in splits_of(directory):
         found: Dict[str, int] = collections.Counter()
         with open(directory / f"{split}.txt", encoding="utf-8", newline="\n") as lines:
             for number, line in enumerate(lines, 1):

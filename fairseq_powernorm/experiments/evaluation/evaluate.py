@@ -15,8 +15,8 @@ from ..errors import UserError
 from ..files import read_json, sha256, write_json
 from ..overrides import quiet
 from ..paths import PLUGIN, ROOT, data_root, for_fairseq
+from ..recipes import is_lm, prepared
 from ..runs import checkpoints, compose, records, trainlog
-from ..settings import is_lm, prepared
 from ..tools import TOOLS, versions
 from . import perplexity, translation
 from .job import Job
@@ -32,10 +32,10 @@ Record = Dict[str, Any]
 
 
 def evaluate(
-    benchmark: str,
     run: Path,
     *,
-    subset: str = SUBSETS[0],
+    benchmark: Optional[str] = None,
+    subset: Optional[str] = None,
     average: Optional[int] = None,
     available: bool = False,
     unfinished: bool = False,
@@ -43,6 +43,8 @@ def evaluate(
     force: bool = False,
 ) -> Record:
     """The record of a run, which is evaluated first if it has none; the arguments are the options of scripts/evaluate.sh.
+
+    benchmark: what the run must be one of, if somebody says so
 
     Whatever the evaluation needs is checked before anything is computed or written.
 
@@ -52,7 +54,7 @@ def evaluate(
     """
     run, copy = Path(os.path.abspath(run)), record
     facts = started(run, benchmark, unfinished=unfinished)
-    data, stamp = prepared(benchmark)
+    data, stamp = prepared(records.data_of(facts))
     for_fairseq("run directory", run)
     for_fairseq("data directory (PN_DATA_ROOT)", data)
     if facts["prepared_sha256"] != sha256(data / "prepared.json"):
@@ -60,7 +62,8 @@ def evaluate(
             f"{run} was trained on other data than {data} holds now: settings or text differ; "
             f"prepare the data as it was, or train again"
         )
-    target = run / ("evaluation" if subset == SUBSETS[0] else f"evaluation-{subset}")
+    subset = available_subset(data, subset)
+    target = run / ("evaluation" if subset == available_subset(data, None) else f"evaluation-{subset}")
     if copy:
         check_copy(copy, target / "record.json", force=force)
     config = load_config(run)
@@ -113,23 +116,33 @@ def carry_out(job: Job, run: Path, target: Path, record: Record, commands: Seque
 # ---- what is checked first -------------------------------------------------------------------------------------------
 
 
-def started(run: Path, benchmark: str, *, unfinished: bool) -> Dict[str, Any]:
-    """run.json of a run of this benchmark that has finished (or need not have)."""
+def available_subset(data: Path, subset: Optional[str]) -> str:
+    """A subset of prepared data; by default that of the first name, which one's own text need not have."""
+    there = [name for name in SUBSETS if any((data / "data-bin").glob(f"{name}.*"))] or list(SUBSETS)
+    if subset not in (None, *there):
+        raise UserError(f"--subset {subset!r}: {data} was prepared without that text; valid: {', '.join(there)}")
+    return subset or there[0]
+
+
+def started(run: Path, benchmark: Optional[str], *, unfinished: bool) -> Dict[str, Any]:
+    """run.json of a run, of this benchmark if one is given, that has finished (or need not have)."""
     for name in FILES:
         if not (run / name).is_file():
             raise UserError(f"run directory {str(run)!r} was not made by scripts/train.sh: it has no {name}")
     facts = records.read_run(run)
     if not facts["sessions"]:
         raise UserError(f"{run / 'run.json'} was not written by scripts/train.sh: it has no sessions")
-    if facts["benchmark"] != benchmark:
-        raise UserError(f"{run} is a run of benchmark {facts['benchmark']!r}, not {benchmark!r}")
+    if benchmark not in (None, facts["benchmark"]):
+        raise UserError(
+            f"{run} is a run of benchmark {facts['benchmark']!r}, not {benchmark!r}; evaluate.sh RUN_DIR needs no name"
+        )
     if records.read_finished(run) is None and not unfinished:
         reason = records.diverged(facts)
         if reason:
             raise UserError(f"{run}: training diverged: {reason}; --unfinished evaluates what was saved before")
         raise UserError(
-            f"{run} has not finished training; go on with it (scripts/train.sh {benchmark} {facts['norm']} --resume ...) "
-            f"or evaluate what is there with --unfinished"
+            f"{run} has not finished training; go on with it (scripts/train.sh {facts['benchmark']} {facts['norm']} "
+            f"--resume ...) or evaluate what is there with --unfinished"
         )
     return facts
 
@@ -219,6 +232,7 @@ def about(run: Path, facts: Dict[str, Any], config: Any) -> Record:
         },
         "curve": curve,
         "overrides": facts["overrides"],
+        **({"recipe": facts["recipe"]} if "recipe" in facts else {}),
         "config": compose.differences(config),
     }
 

@@ -155,7 +155,7 @@ def describe(record: Dict[str, Any]) -> str:
     if record["perplexity_context"]:
         window = record["perplexity_context"]["context_window"]
         scores += f"; with a context of {window} tokens, perplexity {record['perplexity_context']['score']:.2f}{label}"
-    corpus = "" if tokens["published_corpus"] else "; NOT the published corpus"
+    corpus = "" if tokens["published_corpus"] or "recipe" in record else "; NOT the published corpus"
     return (f"{record['benchmark']} {record['norm']} ({record['arch']}), {record['subset']}: {scores}\n"
             f"{tokens['scored']:,} tokens in blocks of {record['tokens_per_sample']}: {tokens['words']:,} words "
             f"({tokens['unknown']:,} unknown) and {tokens['line_ends']:,} line ends, which count{corpus}")

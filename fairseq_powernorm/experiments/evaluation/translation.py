@@ -89,7 +89,8 @@ def _scored(job: Job, texts: Dict[str, List[str]]) -> Dict[str, Any]:
     language: str = settings["languages"][1]
     split_compounds = data_settings(job.stamp["benchmark"]).get("split_compounds", False)
     compounds: Optional[str] = language if split_compounds else None
-    texts["hyp.detok"] = [detokenize(line, language) for line in texts["hyp.tok"]]
+    plain = settings.get("tokenizer") == "none"
+    texts["hyp.detok"] = [line if plain else detokenize(line, language) for line in texts["hyp.tok"]]
     return {
         "bleu_tokenized": tokenized_bleu(texts["hyp.tok"], texts["ref.tok"], compounds),
         **sacrebleu_scores(texts["hyp.detok"], texts["ref.detok"], lowercase=settings["lowercase"]),

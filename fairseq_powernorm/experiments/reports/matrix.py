@@ -9,8 +9,18 @@ from .. import trust
 from ..errors import UserError
 from ..overrides import by_key
 from ..paths import ROOT, runs_root
+from ..recipes import is_lm
 from ..runs import batch
-from ..settings import BATCH_REFERENCE, NORMS as NAMES, architectures, is_lm, load, norm_in_names, norm_name, placements
+from ..settings import (
+    BATCH_REFERENCE,
+    NORMS as NAMES,
+    architectures,
+    load,
+    norm_in_names,
+    norm_name,
+    placements,
+    recipe,
+)
 
 #: what is reproduced -> (the paper's benchmarks, which are the default; others of the same kind; default seeds)
 SUBJECTS = {
@@ -63,7 +73,8 @@ ELSEWHERE_LM = "Validation loss of GPT-2, published by Chen et al. (2025): LN 2.
 #: GPU: UPDATE_S for everything that does not grow with the batch, and 6 operations per parameter and token at
 #: OPERATIONS_PER_S, about what fairseq reaches with fp16 on an A100. Translation of the test set is not counted.
 PARAMETERS = {
-    "transformer_pn_tiny": 2.6e6, "transformer_pn_iwslt_de_en": 37e6, "transformer_pn_wmt_en_de_big": 210e6,
+    "transformer_pn_tiny": 2.6e6, "transformer_pn_iwslt_de_en": 37e6, "transformer_pn_wmt_en_de": 60e6,
+    "transformer_pn_wmt_en_de_big": 210e6,
     "tensorized_lm_pn_ptb": 6.7e6, "transformer_lm_pn_ptb": 5.7e6,
     "tensorized_lm_pn_wiki103": 85e6, "transformer_lm_pn_wiki103": 247e6,
 }
@@ -133,7 +144,8 @@ def rows(model: Any) -> List[Row]:
 class Run:
     """One training of the matrix."""
 
-    benchmark: str
+    benchmark: str  # its name, or that of the user's text or file: of directories and records
+    subject: str  # what the commands are given as BENCH
     arch: str
     row: Row
     row_name: str
@@ -146,7 +158,7 @@ class Run:
     @property
     def name(self) -> str:
         """ROW[-ARCH]-UPDATES-seedS, ARCH where the benchmark has several: of the run directory and of the record."""
-        arch = [self.arch] if len(architectures(self.benchmark)) > 1 else []
+        arch = [self.arch] if len(architectures(self.subject)) > 1 else []
         return "-".join([self.row_name, *arch, str(self.updates or EARLY_STOP), f"seed{self.seed}"])
 
     @property
@@ -165,21 +177,23 @@ class Run:
     def train_command(self, overrides: Optional[Sequence[str]] = None) -> List[str]:
         """The command that trains it, with its overrides or others."""
         placement = ["--placement", self.row.placement] if self.row.placement else []
-        arch = ["--arch", self.arch] if self.arch != architectures(self.benchmark)[0] else []
-        return ["bash", "scripts/train.sh", self.benchmark, self.row.norm, *arch, *placement, "--run-dir",
+        arch = ["--arch", self.arch] if self.arch != architectures(self.subject)[0] else []
+        return ["bash", "scripts/train.sh", self.subject, self.row.norm, *arch, *placement, "--run-dir",
                 relative(self.directory), "--resume", *(self.overrides if overrides is None else overrides)]
 
     def evaluate_command(self, results: Path) -> List[str]:
         """The command that evaluates it and copies its record to a directory of records."""
         average = [] if self.average is None else ["--average", str(self.average), "--available"]
-        return ["bash", "scripts/evaluate.sh", self.benchmark, relative(self.directory), *average, "--record",
-                relative(self.record(results))]
+        record = relative(self.record(results))
+        return ["bash", "scripts/evaluate.sh", relative(self.directory), *average, "--record", record]
 
     @property
-    def gpu_hours(self) -> float:
-        """The estimate for its training; see PARAMETERS."""
+    def gpu_hours(self) -> Optional[float]:
+        """The estimate for its training; see PARAMETERS. None for an architecture that is not there."""
+        if self.arch not in PARAMETERS:
+            return None
         seconds = UPDATE_S + 6 * PARAMETERS[self.arch] * self.tokens / OPERATIONS_PER_S
-        return (self.updates or TYPICAL_UPDATES[self.benchmark]) * seconds / 3600
+        return (self.updates or TYPICAL_UPDATES[recipe(self.subject).base]) * seconds / 3600
 
     @property
     def is_pictured(self) -> bool:
@@ -198,25 +212,25 @@ def relative(path: Path) -> str:
     return str(path.relative_to(ROOT)) if ROOT in path.parents else str(path)
 
 
-def whole(benchmark: str, config: Any) -> int:
+def whole(subject: str, config: Any) -> int:
     """The updates of a whole training: optimization.max_update or, where only early stopping ends it, what is typical."""
     from omegaconf import OmegaConf
 
-    found = OmegaConf.select(config, "optimization.max_update") or TYPICAL_UPDATES.get(benchmark)
+    found = OmegaConf.select(config, "optimization.max_update") or TYPICAL_UPDATES.get(recipe(subject).base)
     if not found:
-        raise UserError(f"configs/{benchmark}.yaml has no optimization.max_update, by which runs are named and which "
+        raise UserError(f"{recipe(subject).where} has no optimization.max_update, by which runs are named and which "
                         f"--updates replaces")
     return int(found)
 
 
-def length(benchmark: str, config: Any, updates: Optional[int]) -> Tuple[Optional[int], List[str]]:
+def length(subject: str, config: Any, updates: Optional[int]) -> Tuple[Optional[int], List[str]]:
     """(updates of a run, the overrides that make it so): every setting in updates is scaled in proportion.
 
     None as the number of updates: until early stopping ends training
     """
     from omegaconf import OmegaConf
 
-    full, limit = whole(benchmark, config), OmegaConf.select(config, "optimization.max_update") or None
+    full, limit = whole(subject, config), OmegaConf.select(config, "optimization.max_update") or None
     if updates in (None, limit):
         return limit, []
     overrides = [f"optimization.max_update={updates}"]
@@ -227,7 +241,7 @@ def length(benchmark: str, config: Any, updates: Optional[int]) -> Tuple[Optiona
     return updates, overrides
 
 
-def average(benchmark: str, config: Any, updates: Optional[int]) -> Optional[int]:
+def average(subject: str, config: Any, updates: Optional[int]) -> Optional[int]:
     """The number of checkpoints to average of a run of so many updates; None: what its YAML file, or an LM, has.
 
     Epochs do not get shorter, so fewer of them are averaged, in proportion. Checkpoints that are saved after a number of
@@ -237,17 +251,17 @@ def average(benchmark: str, config: Any, updates: Optional[int]) -> Optional[int
         return None
     epochs = int(config.checkpoint.get("keep_last_epochs", 0))
     if epochs > 0:
-        return max(1, min(epochs, epochs * updates // whole(benchmark, config)))
+        return max(1, min(epochs, epochs * updates // whole(subject, config)))
     return int(config.checkpoint.keep_interval_updates)
 
 
 def runs(
-    benchmark: str, arch: str, seeds: Sequence[int], updates: Optional[int], overrides: Sequence[str]
+    subject: str, arch: str, seeds: Sequence[int], updates: Optional[int], overrides: Sequence[str]
 ) -> Iterator[Run]:
     """Every run of a benchmark's architecture: all rows with the first seed, then all with the second, and so on."""
-    config = load(benchmark, arch)
-    number, scaled = length(benchmark, config, updates)
-    interval = max(1, (number or whole(benchmark, config)) // 100)
+    config, name = load(subject, arch), recipe(subject).name
+    number, scaled = length(subject, config, updates)
+    interval = max(1, (number or whole(subject, config)) // 100)
     tokens = tokens_of(config, by_key(overrides))  # what is a row's own changes no batch
     for seed in seeds:
         for row in rows(config.model):
@@ -255,12 +269,12 @@ def runs(
             own += ["+model.norm_groups=0"] if row.layer_scale is False else []
             own += [f"+model.norm_variant={row.variant}"] if row.variant not in (None, VARIANTS[0]) else []
             if number is None and takes(row.norm, "total_updates"):  # where the configuration knows no end
-                own += [f"+model.norm_total_updates={whole(benchmark, config)}"]
+                own += [f"+model.norm_total_updates={whole(subject, config)}"]
             if has_statistics(row.norm):
                 own += [f"+task.norm_record={NORM_RECORD}", f"+task.norm_record_interval={interval}"]
             merged = {**by_key(own), **by_key(overrides)}
-            yield Run(benchmark, arch, row, row.name(placements(config.model)[0]), seed, number,
-                      tokens, average(benchmark, config, updates), tuple(merged.values()))
+            yield Run(name, subject, arch, row, row.name(placements(config.model)[0]), seed, number,
+                      tokens, average(subject, config, updates), tuple(merged.values()))
 
 
 def has_statistics(norm: str) -> bool:
@@ -295,7 +309,8 @@ def identity(overrides: Sequence[str], run: Run) -> Dict[str, str]:
 
 def plan_line(run: Run, results: Path, watch: Sequence[str] = ()) -> str:
     """The commands of a run, to be pasted into a shell, with its estimated cost."""
-    return (f"{shlex.join([*run.train_command(), *watch])}    # about {hours(run.gpu_hours)} GPU hours\n"
+    cost = "no estimate" if run.gpu_hours is None else f"about {hours(run.gpu_hours)} GPU hours"
+    return (f"{shlex.join([*run.train_command(), *watch])}    # {cost}\n"
             f"{shlex.join(run.evaluate_command(results))}")
 
 

@@ -3,26 +3,33 @@
 import argparse
 import collections
 import contextlib
+import itertools
 import os
 import sys
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
-from .. import trust
+from .. import own, trust
 from ..cluster import slurm, submission
 from ..directories import in_use
 from ..errors import UserError, choose, listed
+from ..overrides import by_key
 from ..paths import ROOT, data_root, for_fairseq, runs_root
+from ..recipes import benchmarks, is_lm
 from ..runs import batch, claims, compose, watch
-from ..settings import architectures, benchmarks, load
+from ..settings import architectures, load, recipe
 from . import matrix, report, workers
+
+#: settings by which the rows of a table are made
+VARIED = ("model.norm_groups", "model.norm_variant", "task.norm_record", "task.norm_record_interval")
 
 
 def check(options: argparse.Namespace) -> None:
     """Refuses options that do not fit each other; fills in what they are by default."""
     paper, others, seeds = matrix.SUBJECTS[options.subject]
-    options.benchmarks = listed("--benchmark", options.benchmark, (*paper, *others), paper)
-    for benchmark in options.benchmarks:
-        choose("--benchmark", benchmark, benchmarks())  # those that have a YAML file
+    options.benchmarks = [named(options.subject, word) for word in listed("--benchmark", options.benchmark, None, paper)]
+    names = [recipe(benchmark).name for benchmark in options.benchmarks]
+    if len(set(names)) < len(names):
+        raise UserError(f"--benchmark {options.benchmark!r}: two of them have the name of their results in common")
     options.seeds = options.seeds or list(seeds)
     trust.check_overrides(options.overrides, trust.OURS)
     watch.check(options)
@@ -38,24 +45,44 @@ def check(options: argparse.Namespace) -> None:
                 raise UserError(f"--{name} goes with --slurm only{which}")
 
 
+def named(subject: str, word: str) -> str:
+    """A word of --benchmark as BENCH; refuses what the table is not about."""
+    paper, others, _ = matrix.SUBJECTS[subject]
+    if word in (*paper, *others):
+        return choose("--benchmark", word, benchmarks())  # those that have a YAML file
+    if word in benchmarks() or not (own.is_path(word) or word in own.names()):
+        more = ("text of your own, " + ", ".join(own.names()) if own.names() else "the name of text of your own",)
+        choose("--benchmark", word, (*paper, *others, *more, "a YAML file"))
+    found = own.subject("--benchmark", word)
+    if subject != "figures" and is_lm(load(found)) != (subject == "table2"):
+        kind, other = ("a language model", "table2") if subject == "table1" else ("translation", "table1")
+        raise UserError(f"--benchmark {word!r}: {recipe(found).name} is {kind}; its table is scripts/reproduce_{other}.sh")
+    for key in VARIED:
+        if key in by_key(recipe(found).overrides):
+            raise UserError(f"--benchmark {word!r}: {recipe(found).where} sets {key}, which tells rows of a table apart; "
+                            f"leave it out, --rows chooses it")
+    return found
+
+
 def chosen(options: argparse.Namespace) -> List[matrix.Run]:
     """The runs that are asked for."""
-    valid = {arch: benchmark for benchmark in options.benchmarks for arch in architectures(benchmark)}
-    archs = listed("--archs", options.archs, valid, [architectures(benchmark)[0] for benchmark in options.benchmarks])
-    missing = [benchmark for benchmark in options.benchmarks if benchmark not in map(valid.get, archs)]
+    valid = {benchmark: architectures(benchmark) for benchmark in options.benchmarks}
+    pairs = [(benchmark, archs[0]) for benchmark, archs in valid.items()]
+    if options.archs is not None:
+        archs = listed("--archs", options.archs, list(itertools.chain(*valid.values())), ())
+        pairs = [(benchmark, arch) for arch in archs for benchmark in valid if arch in valid[benchmark]]
+    missing = [benchmark for benchmark in valid if benchmark not in dict(pairs)]
     if missing:
         raise UserError(
-            f"--archs {options.archs!r} names no architecture of {missing[0]}; valid: {', '.join(architectures(missing[0]))}"
+            f"--archs {options.archs!r} names no architecture of {missing[0]}; valid: {', '.join(valid[missing[0]])}"
         )
-    found = [
-        run for arch in archs for run in matrix.runs(valid[arch], arch, options.seeds, options.updates, options.overrides)
-    ]
+    found = [run for pair in pairs for run in matrix.runs(*pair, options.seeds, options.updates, options.overrides)]
     names = dict.fromkeys(run.row_name for run in found)
     norms = listed("--norms", options.norms, matrix.NORMS, list(matrix.NORMS))
-    own = [run for run in found if run.row.norm in (norms if options.norms else matrix.PAPER_NORMS)]
+    usual = [run for run in found if run.row.norm in (norms if options.norms else matrix.PAPER_NORMS)]
     if options.subject == "figures":
-        own = [run for run in own if run.is_pictured]
-    default = dict.fromkeys(run.row_name for run in own)
+        usual = [run for run in usual if run.is_pictured]
+    default = dict.fromkeys(run.row_name for run in usual)
     rows = list(names) if options.rows == "all" else listed("--rows", options.rows, names, list(default))
     found = [run for run in found if run.row_name in rows and run.row.norm in norms]
     if not found:
@@ -90,11 +117,11 @@ def reproduce(options: argparse.Namespace) -> Optional[int]:
 
 def check_run(options: argparse.Namespace, run: matrix.Run) -> None:
     """Says what an update of a run takes; refuses overrides that its configuration does not take."""
-    model = load(run.benchmark).model
+    model = load(run.subject).model
     config = compose.compose(
-        run.benchmark,
+        run.subject,
         [
-            *compose.arch_overrides(run.benchmark, run.arch),
+            *compose.arch_overrides(run.subject, run.arch),
             *compose.norm_overrides(model, run.row.norm, run.row.placement or "all"),
             *run.overrides,
         ],
@@ -117,7 +144,8 @@ def dry_run(options: argparse.Namespace, runs: Sequence[matrix.Run]) -> None:
 
 def unprepared(options: argparse.Namespace) -> List[str]:
     """The benchmarks whose data is not there."""
-    return [benchmark for benchmark in options.benchmarks if not (data_root() / benchmark / "prepared.json").is_file()]
+    data = dict.fromkeys(recipe(benchmark).data for benchmark in options.benchmarks)
+    return [name for name in data if not (data_root() / name / "prepared.json").is_file()]
 
 
 def print_cost(runs: Sequence[matrix.Run]) -> None:
@@ -125,10 +153,15 @@ def print_cost(runs: Sequence[matrix.Run]) -> None:
     total: Dict[str, float] = collections.defaultdict(float)
     assumed: Dict[str, str] = {}
     for run in runs:
+        if run.gpu_hours is None:
+            continue
         total[run.benchmark] += run.gpu_hours
         if run.updates is None:
-            typical = matrix.TYPICAL_UPDATES[run.benchmark]
+            typical = matrix.TYPICAL_UPDATES[recipe(run.subject).base]
             assumed[run.benchmark] = f"{typical:,} updates of {run.benchmark} until it stops early, "
+    if not total:
+        print(f"# {len(runs)} runs, of an architecture without an estimate")
+        return
     each = ", ".join(f"{benchmark} {matrix.hours(hours)}" for benchmark, hours in total.items())
     print(
         f"# {len(runs)} runs, about {matrix.hours(sum(total.values()))} GPU hours for training ({each}), an estimate: "
@@ -213,7 +246,8 @@ def report_command(options: argparse.Namespace) -> List[str]:
 
 def stem(options: argparse.Namespace) -> Any:
     """What the files of the report are called, without their ends."""
-    return report.stem(options.subject, options.benchmarks, options.updates, options.results)
+    names = [recipe(benchmark).name for benchmark in options.benchmarks]
+    return report.stem(options.subject, names, options.updates, options.results)
 
 
 def finish(options: argparse.Namespace, runs: Sequence[matrix.Run], failed: Mapping[str, str]) -> int:

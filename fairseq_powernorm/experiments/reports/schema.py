@@ -44,13 +44,16 @@ SCORE = {"score": NUMBER, "signature": str}
 PERPLEXITY = {"score": NUMBER, "nll": NUMBER, "context_window": int}
 SERIES = [OrNull(NUMBER)]
 
+#: what was trained, where it was not a benchmark: the settings that it builds on, the data, what the user's file changes
+RECIPE = {"base": str, "data": str, "overrides": [str]}
+
 RUN = {
     "schema": {2}, "benchmark": str, "norm": Named({*NORMS, "custom"}), "placement": {"encoder", "all", "custom"},
     "variant": OrNull({"reference", "algorithm2"}), "seed": int, "parameters": int, "updates": int, "finished": bool,
     "training": {"wall_s": OrNull(NUMBER), "cpu_s": OrNull(NUMBER), "sessions": int, "threads": int},
-    "curve": {"train": [POINT], "valid": [POINT]}, "overrides": [str], "config": dict, "subset": {"test", "valid"},
-    "checkpoints": ObjectOf(SHA256), "averaged": int, "versions": ObjectOf(str), "git_commit": OrNull(str),
-    "commands": [str],
+    "curve": {"train": [POINT], "valid": [POINT]}, "overrides": [str], "recipe?": RECIPE, "config": dict,
+    "subset": {"test", "valid"}, "checkpoints": ObjectOf(SHA256), "averaged": int, "versions": ObjectOf(str),
+    "git_commit": OrNull(str), "commands": [str],
 }
 TRANSLATION = {
     **RUN, "beam": int, "lenpen": NUMBER, "sentences": int, "tokens_per_s": OrNull(NUMBER),

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Deque, Dict, Iterator, List, Mapping, Optional, Sequence, Set, TextIO, cast
 
+from .. import own
 from ..cluster import slurm
 from ..directories import lock_path, locked
 from ..errors import UserError
@@ -23,6 +24,7 @@ from ..paths import data_root
 from ..progress import Progress
 from ..runs import claims
 from ..runs.records import read_run
+from ..settings import recipe
 from ..tools import cpus, tied
 from . import matrix, schema
 
@@ -82,7 +84,7 @@ def carry_out_all(
     state = State(collections.deque(runs), len(runs), results, watch)
     state.progress.total = len(runs)
     with interruptible(state), state.progress:
-        prepare(state, {run.benchmark for run in runs})
+        prepare(state, {recipe(run.subject).data for run in runs})
         workers = [
             threading.Thread(target=work, args=(state, slot), kwargs={"several": len(slots) > 1}, daemon=True)
             for slot in slots
@@ -123,7 +125,7 @@ def prepare(state: State, wanted: Set[str]) -> None:
         state.progress.say(f"== data: {benchmark}")
         problem = call(state, ["bash", "scripts/prepare.sh", benchmark], dict(os.environ))
         if problem:
-            for run in [run for run in state.waiting if run.benchmark == benchmark]:
+            for run in [run for run in state.waiting if recipe(run.subject).data == benchmark]:
                 state.waiting.remove(run)
                 state.failed[run.key] = problem
 
@@ -216,7 +218,7 @@ def training(run: matrix.Run, watch: Sequence[str] = ()) -> List[str]:
     begun = run.directory / "run.json"
     if not begun.is_file():
         return [*run.train_command(), *watch]
-    refuse_others(read_run(run.directory)["overrides"], run, matrix.relative(run.directory))
+    refuse_others(read_run(run.directory), run, matrix.relative(run.directory))
     return [*run.train_command([]), *watch]
 
 
@@ -225,14 +227,18 @@ def done(run: matrix.Run, record: Path) -> bool:
     if not record.is_file():
         return False
     content = schema.read_record(record)
-    refuse_others(content["overrides"], run, matrix.relative(record))
+    refuse_others(content, run, matrix.relative(record))
     evaluated = run.directory / "evaluation" / "record.json"
     return not run.directory.exists() or evaluated.is_file() and read_json(evaluated) == content
 
 
-def refuse_others(overrides: Sequence[str], run: matrix.Run, what: str) -> None:
-    """Refuses to take a run or a record for one with other settings."""
-    there: Mapping[str, Any] = matrix.identity(overrides, run)
+def refuse_others(content: Mapping[str, Any], run: matrix.Run, what: str) -> None:
+    """Refuses to take a run or a record, given what it says of itself, for one with other settings."""
+    changed = own.differing(content.get("recipe"), own.told(recipe(run.subject)))
+    if changed:
+        raise UserError(f"{what} was made with other settings ({changed}); PN_RUNS_ROOT=DIR and --results DIR keep them "
+                        f"apart")
+    there: Mapping[str, Any] = matrix.identity(content["overrides"], run)
     wanted: Mapping[str, Any] = matrix.identity(run.overrides, run)
     differing = [key for key in {**there, **wanted} if there.get(key) != wanted.get(key)]
     if differing:

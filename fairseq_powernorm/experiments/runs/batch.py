@@ -8,7 +8,7 @@ import math
 from typing import Any, List, Sequence, Tuple
 
 from ..errors import UserError
-from ..settings import is_lm
+from ..recipes import is_lm
 
 SIZES = ("dataset.max_tokens", "dataset.batch_size")
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
 from ..errors import UserError
-from ..overrides import Settings, check, quiet, quote
+from ..overrides import Settings, by_key, check, quiet, quote
 from ..paths import PLUGIN
-from ..settings import CONFIGS, NORM_OPTIONS, PLACEMENTS, architectures, placements
+from ..settings import NORM_OPTIONS, PLACEMENTS, architectures, placements, recipe
 from . import limits
 
 
@@ -21,9 +21,9 @@ def norm_overrides(model: Any, norm: str, placement: str) -> List[str]:
     return [f"model.{option}={quote(norm) if chosen else 'layer'}" for option, chosen in places(model, placement).items()]
 
 
-def arch_overrides(benchmark: str, arch: str) -> List[str]:
+def arch_overrides(subject: str, arch: str) -> List[str]:
     """The hydra override that lays configs/BENCH/ARCH.yaml over configs/BENCH.yaml; none for the default."""
-    return [] if arch == architectures(benchmark)[0] else [f"+{benchmark}={arch}"]
+    return [] if arch == architectures(subject)[0] else [f"+{recipe(subject).base}={arch}"]
 
 
 def norms_of(model: Any) -> Tuple[str, str]:
@@ -36,9 +36,12 @@ def norms_of(model: Any) -> Tuple[str, str]:
     return "custom", "custom"
 
 
-def compose(benchmark: str, overrides: Sequence[str]) -> Any:
+def compose(subject: str, overrides: Sequence[str]) -> Any:
     """The composed configuration; fairseq must be importable (about 3 s). Refuses settings that there are not."""
-    check(overrides, benchmark)
+    found, given = recipe(subject), by_key(overrides)
+    arch = given[found.base].partition("=")[2] if found.base in given else None
+    check(overrides, found.load(arch), found.where, [path.name for path in found.folder.iterdir() if path.is_dir()])
+    overrides = [*found.groups, *found.overrides, *overrides]
     with quiet():
         from fairseq.dataclass.initialize import hydra_init
 
@@ -49,14 +52,14 @@ def compose(benchmark: str, overrides: Sequence[str]) -> Any:
     if not hasattr(hydra, "initialize_config_dir"):  # hydra 1.0
         import hydra.experimental as old
     api: Any = old or hydra
-    hydra_init(benchmark)
+    hydra_init(found.base)
     GlobalHydra.instance().clear()
     try:
-        with quiet(), api.initialize_config_dir(config_dir=str(CONFIGS)):
-            return api.compose(config_name=benchmark, overrides=list(overrides))
+        with quiet(), api.initialize_config_dir(config_dir=str(found.folder)):
+            return api.compose(config_name=found.base, overrides=overrides)
     except Exception as error:  # hydra's errors share no base class
         reason = " ".join(f"{error}: {error.__cause__}".split() if error.__cause__ else str(error).split())
-        raise UserError(f"configs/{benchmark}.yaml does not take these overrides: {' '.join(overrides)}: {reason}") from None
+        raise UserError(f"{found.where} does not take these overrides: {' '.join(overrides)}: {reason}") from None
 
 
 def build(config: Any) -> Tuple[Any, Any, Any, Any]:
@@ -129,17 +132,20 @@ def differences(config: Any) -> Dict[str, Any]:
 
 
 def resolved(
-    benchmark: str, overrides: Sequence[str], data: Path, save_dir: Path
+    subject: str, overrides: Sequence[str], data: Path, save_dir: Path
 ) -> Tuple[List[str], Any, int]:
-    """compose + build with the paths that train.sh gives; returns (overrides with paths, configuration, parameters)."""
+    """compose + build with the paths that train.sh gives; returns (all overrides, configuration, parameters)."""
+    found = recipe(subject)
     complete = [f"common.user_dir={quote(PLUGIN)}", f"task.data={quote(data)}", f"checkpoint.save_dir={quote(save_dir)}",
                 *overrides]
-    composition = compose(benchmark, complete)
+    composition = compose(subject, complete)
+    complete = [*found.groups, *found.overrides, *complete]
     for group, key, path in (("task", "data", data), ("checkpoint", "save_dir", save_dir)):
         read = composition[group][key]
         if read != str(path):
             raise UserError(f"{group}.{key} {str(path)!r}: hydra reads it as {read!r}; move it, or give the path of a "
                             f"link to it")
     limits.check(composition, Settings(composition))
+    limits.check_references(composition, data, save_dir)
     config, _, model, _ = build(composition)
     return complete, config, sum(parameter.numel() for parameter in model.parameters())

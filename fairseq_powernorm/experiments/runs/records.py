@@ -6,8 +6,9 @@ from typing import Any, Dict, List, Mapping, Optional
 from .. import trust
 from ..errors import UserError
 from ..files import read_json
-from ..reports.schema import NUMBER, OrNull, problems
-from ..settings import LM_TASK, benchmarks
+from ..own import is_name
+from ..recipes import LM_TASK, benchmarks
+from ..reports.schema import NUMBER, RECIPE, OrNull, problems
 
 SCHEMA = 1
 #: files that training writes, in a run's directory
@@ -19,7 +20,7 @@ SESSION = {
 }
 RUN = {
     "schema": {SCHEMA}, "benchmark": str, "arch?": str, "norm": str, "placement": str, "prepared_sha256": str,
-    "overrides": [str], "sessions": [SESSION], "parameters?": int, "wandb?": str,
+    "overrides": [str], "recipe?": RECIPE, "sessions": [SESSION], "parameters?": int, "wandb?": str,
 }
 FINISHED = {"updates": int, "overrides": [str]}
 
@@ -56,10 +57,20 @@ def read_run(run: Path, own: Optional[Mapping[str, Optional[str]]] = None) -> Fa
     if not path.is_file():
         raise UserError(f"run directory {str(run)!r} was not made by scripts/train.sh: it has no run.json")
     facts: Facts = _checked(path, RUN)
-    if facts["benchmark"] not in benchmarks():
+    own = trust.OURS if own is None else own
+    if "recipe" not in facts and facts["benchmark"] not in benchmarks():
         raise UserError(f"{path}: benchmark {facts['benchmark']!r} is unknown; valid: {', '.join(benchmarks())}")
-    facts["overrides"] = trust.check_stored(facts["overrides"], trust.OURS if own is None else own, str(path))
+    for name in (facts["benchmark"], data_of(facts)):
+        if not is_name(name):
+            raise UserError(f"{path}: {name!r} is no name of data or of a run")
+    trust.check_overrides(facts.get("recipe", {}).get("overrides", []), own, str(path))
+    facts["overrides"] = trust.check_stored(facts["overrides"], own, str(path))
     return facts
+
+
+def data_of(facts: Facts) -> str:
+    """The name of the data that a run is trained on."""
+    return str(facts["recipe"]["data"] if "recipe" in facts else facts["benchmark"])
 
 
 def read_finished(run: Path) -> Optional[Facts]:

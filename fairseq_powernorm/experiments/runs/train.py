@@ -6,14 +6,15 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
-from .. import trust
+from .. import own, trust
 from ..directories import locked
 from ..errors import UserError, choose
 from ..evaluation import perplexity
 from ..files import sha256
 from ..overrides import by_key, quote
 from ..paths import for_fairseq, runs_root
-from ..settings import CONFIGS, architectures, is_lm, load, norm_in_names, placements, prepared
+from ..recipes import is_lm, prepared
+from ..settings import architectures, load, norm_in_names, placements, recipe
 from ..tools import tool
 from . import batch, checkpoints, compose, records, watch
 from .launchers import PLACES, WORLD_SIZE, Launcher
@@ -27,8 +28,8 @@ def checked(options: Namespace) -> Any:
     config = load(options.benchmark)
     valid = placements(config.model)
     if is_lm(config) and options.placement == "encoder":
-        raise UserError(f"--placement 'encoder': {options.benchmark} trains a language model, which has no encoder; "
-                        f"valid: {', '.join(valid)}")
+        raise UserError(f"--placement 'encoder': {recipe(options.benchmark).name} trains a language model, which has no "
+                        f"encoder; valid: {', '.join(valid)}")
     options.placement = choose("--placement", options.placement or valid[0], valid)
     watch.check(options)
     trust.check_overrides(options.overrides, trust.OURS)
@@ -44,7 +45,8 @@ def train(options: Namespace, config: Any, launcher: Optional[Launcher] = None) 
         refuse_several_processes()
     else:
         launcher.check_overrides(options.overrides)
-    data, _ = prepared(options.benchmark)
+    found = recipe(options.benchmark)
+    data, _ = prepared(found.data)
     run = for_fairseq("run directory", run_directory(options, config))
     for_fairseq("data directory (PN_DATA_ROOT)", data)
     leads = launcher is None or launcher.leads
@@ -65,10 +67,10 @@ def train(options: Namespace, config: Any, launcher: Optional[Launcher] = None) 
         complete += batch.overrides(resolved, world)
         if is_lm(resolved):
             perplexity.check(resolved)
-        command = [tool("fairseq-hydra-train"), "--config-dir", str(CONFIGS), "--config-name", options.benchmark,
+        command = [tool("fairseq-hydra-train"), "--config-dir", str(found.folder), "--config-name", found.base,
                    f"hydra.run.dir={quote(run)}", "hydra.output_subdir=hydra", "hydra/job_logging=stdout", *complete]
         if leads:
-            print(f"{options.benchmark}: {batch.described(resolved, world)}", flush=True)
+            print(f"{found.name}: {batch.described(resolved, world)}", flush=True)
         watched = Watched(watch.overrides(options, run), watch.environment(options, run, facts) if leads else {})
         return session(run, facts, command, resolved, lock, launcher, watched)
 
@@ -82,7 +84,7 @@ def run_directory(options: Namespace, config: Any) -> Path:
     for value, default in ((options.placement, placements(config.model)[0]),
                            (options.arch, architectures(options.benchmark)[0])):
         chosen += [value] if value != default else []
-    return runs_root() / options.benchmark / f"{'-'.join(chosen)}-seed{seed}"
+    return runs_root() / recipe(options.benchmark).name / f"{'-'.join(chosen)}-seed{seed}"
 
 
 def begun(run: Path) -> bool:
@@ -105,26 +107,32 @@ def is_finished(run: Path, overrides: List[str]) -> bool:
 
 def started(options: Namespace, data: Path, run: Path, launcher: Optional[Launcher] = None) -> Dict[str, Any]:
     """run.json of a run that begins, or of that to go on with."""
-    facts = {"schema": records.SCHEMA, "benchmark": options.benchmark, "arch": options.arch, "norm": options.norm,
+    found = recipe(options.benchmark)
+    told = own.told(found)
+    facts = {"schema": records.SCHEMA, "benchmark": found.name, "arch": options.arch, "norm": options.norm,
              "placement": options.placement, "prepared_sha256": sha256(data / "prepared.json"),
-             "overrides": list(by_key(options.overrides).values()), "sessions": []}
-    own = {**trust.OURS, **(dict.fromkeys(PLACES, "--ranks, --nodes, --node-rank and --master") if launcher else {})}
-    return resumed(run, facts, own) if begun(run) else facts
+             "overrides": list(by_key(options.overrides).values()), **({"recipe": told} if told else {}), "sessions": []}
+    keys = {**trust.OURS, **(dict.fromkeys(PLACES, "--ranks, --nodes, --node-rank and --master") if launcher else {})}
+    return resumed(run, facts, keys, found.architectures()[0]) if begun(run) else facts
 
 
-def resumed(run: Path, wanted: Dict[str, Any], own: Mapping[str, Optional[str]]) -> Dict[str, Any]:
+def resumed(run: Path, wanted: Dict[str, Any], keys: Mapping[str, Optional[str]], arch: str) -> Dict[str, Any]:
     """run.json of the run to go on with, new overrides added; refuses if it was started as something else.
 
-    own: keys that overrides, stored ones too, cannot have
+    keys: those that overrides, stored ones too, cannot have; arch: that of an older run, which does not say so
     """
     if not (run / "run.json").is_file():
         raise UserError(f"cannot go on with {run}: it was not made by scripts/train.sh (it has no run.json)")
     trust.check_files(run, records.WRITTEN)
-    facts = records.read_run(run, own)
-    facts.setdefault("arch", architectures(wanted["benchmark"])[0])  # older runs have the default
+    facts = records.read_run(run, keys)
+    facts.setdefault("arch", arch)
     for key in ("schema", "benchmark", "arch", "norm", "placement"):
         if facts.get(key) != wanted[key]:
             raise UserError(f"cannot go on with {run}: it was started with {key} {facts.get(key)!r}, not {wanted[key]!r}")
+    changed = own.differing(facts.get("recipe"), wanted.get("recipe"))
+    if changed:
+        raise UserError(f"cannot go on with {run}: it was started with {changed}; overrides of the command line may change "
+                        f"settings, the file may not")
     if facts["prepared_sha256"] != wanted["prepared_sha256"]:
         raise UserError(f"cannot go on with {run}: the prepared data has changed since it was started")
     merged = {**by_key(facts["overrides"]), **by_key(wanted["overrides"])}

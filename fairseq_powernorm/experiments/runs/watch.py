@@ -16,6 +16,7 @@ from ..directories import check_writable
 from ..errors import UserError
 from ..overrides import quote
 from ..paths import for_fairseq
+from ..settings import recipe
 
 #: option -> (packages, one of which it needs; what to install)
 NEEDED: Dict[str, Tuple[Tuple[str, ...], str]] = {
@@ -61,7 +62,7 @@ def overrides(options: Namespace, run: Path) -> List[str]:
     """What fairseq is told of it."""
     found = []
     if options.tensorboard is not None:  # a relative path is one in the run's directory, where hydra goes
-        place = Path(options.tensorboard, options.benchmark, run.name) if options.tensorboard else "tensorboard"
+        place = Path(options.tensorboard, recipe(options.benchmark).name, run.name) if options.tensorboard else "tensorboard"
         found.append(f"common.tensorboard_logdir={quote(place)}")
     if options.wandb is not None:
         found.append(f"common.wandb_project={quote(options.wandb)}")
@@ -78,7 +79,7 @@ def environment(options: Namespace, run: Path, facts: Dict[str, Any]) -> Dict[st
         return {}
     if not ID.fullmatch(facts.get("wandb", "")):
         facts["wandb"] = secrets.token_hex(8)
-    group = f"{options.benchmark}/{re.sub('-seed[0-9]+$', '', run.name)}"
+    group = f"{recipe(options.benchmark).name}/{re.sub('-seed[0-9]+$', '', run.name)}"
     own = {"WANDB_NAME": run.name, "WANDB_RUN_GROUP": group, "WANDB_RUN_ID": facts["wandb"], "WANDB_RESUME": "allow",
            "WANDB_DIR": str(run)}
     return {name: os.environ.get(name) or value for name, value in own.items()}

@@ -13,7 +13,7 @@ import pytest
 import torch
 import toy
 from checks import slurm_cluster
-from pipelines import SMALL, Scripts, program, write_text
+from pipelines import SMALL, demo, program
 
 from fairseq_powernorm.experiments import submit
 from fairseq_powernorm.experiments.errors import UserError
@@ -26,16 +26,14 @@ CLIENTS = {"sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo", "sacct", 
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory):
     """Scripts with the demo prepared, on a machine that has all programs but SLURM's."""
-    home = tmp_path_factory.mktemp("submit")
-    scripts = Scripts(home)
-    scripts.home, scripts.programs = home, home / "bin"
+    scripts = demo(tmp_path_factory, "submit")
+    scripts.home, scripts.programs = scripts.data.parent, scripts.data.parent / "bin"
     scripts.programs.mkdir()
     for folder in os.environ["PATH"].split(os.pathsep):
         for entry in os.scandir(folder) if os.path.isdir(folder) else ():
             if entry.name not in CLIENTS and not (scripts.programs / entry.name).is_symlink():
                 (scripts.programs / entry.name).symlink_to(entry.path)
     scripts.environment.update(PATH=str(scripts.programs), PN_SLURM_SITE=str(SLURM / "site.example.sh"))
-    scripts.ok("prepare", "demo", "--text-dir", write_text(home / "text"))
     return scripts
 
 
@@ -62,42 +60,43 @@ def test_submit_refuses(scripts, with_slurm, tmp_path, monkeypatch):
             submit.command(words)  # in this process, where fairseq is at hand
         return str(error.value)
 
-    demo = ("demo", "power", "layer", *SMALL)
+    words = ("demo", "power", "layer", *SMALL)
     assert "benchmark 'dmeo' is unknown; valid: demo, " in refused("dmeo", "power")
     assert "norm 'powr' is unknown; valid: layer, rms" in refused("demo", "layer", "powr")
     assert "NORM is missing; usage: " in refused("demo")
-    assert "--arch 'x' is unknown" in refused(*demo, "--arch", "x")
-    assert "--gpus 3 cannot be divided among --nodes 2" in refused(*demo, "--nodes", "2", "--gpus", "3")
-    assert "--nodes '0': must be a number" in refused(*demo, "--nodes", "0")
+    assert "--arch 'x' is unknown" in refused(*words, "--arch", "x")
+    assert "--gpus 3 cannot be divided among --nodes 2" in refused(*words, "--nodes", "2", "--gpus", "3")
+    assert "--nodes '0': must be a number" in refused(*words, "--nodes", "0")
     for seeds in ("1,a", "4294967296", "-1", "1.0"):
-        assert "must be a number, 0 to 4294967295" in refused(*demo, f"--array-seeds={seeds}")
-    assert "--seeds '1,': must be words separated by commas" in refused(*demo, "--array-seeds", "1,")
-    assert "--seeds '1,2,1' names something twice" in refused(*demo, "--array-seeds", "1,2,1")
-    assert "both choose the seed" in refused(*demo, "--array-seeds", "1", "common.seed=2")
+        assert "must be a number, 0 to 4294967295" in refused(*words, f"--array-seeds={seeds}")
+    assert "--seeds '1,': must be words separated by commas" in refused(*words, "--array-seeds", "1,")
+    assert "--seeds '1,2,1' names something twice" in refused(*words, "--array-seeds", "1,2,1")
+    assert "both choose the seed" in refused(*words, "--array-seeds", "1", "common.seed=2")
     assert "power-seed1; each norm and each seed only once" in refused("demo", "power", "power", *SMALL)
-    assert "--time '1 hour' is no time limit" in refused(*demo, "--time", "1 hour")
-    assert "--time 2: must be more than 150 s" in refused(*demo, "--time", "2")
+    assert "--time '1 hour' is no time limit" in refused(*words, "--time", "1 hour")
+    assert "--time 2: must be more than 150 s" in refused(*words, "--time", "2")
     assert "is not prepared; run: scripts/prepare.sh ptb" in refused("ptb", "power")
-    assert "optimization.max_updtae" in refused(*demo, "optimization.max_updtae=3")
-    message = refused(*demo, "distributed_training.distributed_world_size=2")
+    assert "optimization.max_updtae" in refused(*words, "optimization.max_updtae=3")
+    message = refused(*words, "distributed_training.distributed_world_size=2")
     assert "distributed_world_size is this command's own; use --nodes and --gpus" in message
-    assert "without checkpoint.keep_interval_updates fills the disk" in refused(*demo, "checkpoint.keep_interval_updates=-1")
-    assert "site file /none does not exist" in refused(*demo, "--site", "/none")
+    message = refused(*words, "checkpoint.keep_interval_updates=-1")
+    assert "without checkpoint.keep_interval_updates fills the disk" in message
+    assert "site file /none does not exist" in refused(*words, "--site", "/none")
     (tmp_path / "site.sh").write_text("PN_CPUS_PER_TASK=many\n")
-    assert "site.sh 'many': must be a number, 1 or more" in refused(*demo, "--site", str(tmp_path / "site.sh"))
+    assert "site.sh 'many': must be a number, 1 or more" in refused(*words, "--site", str(tmp_path / "site.sh"))
     (tmp_path / "site.sh").write_text("PN_TIME=soon\n")
-    assert "site.sh 'soon' is no time limit" in refused(*demo, "--site", str(tmp_path / "site.sh"))
+    assert "site.sh 'soon' is no time limit" in refused(*words, "--site", str(tmp_path / "site.sh"))
     (tmp_path / "site.sh").write_text("echo hello\nPN_ACCOUNT=$UNKNOWN\n")
-    assert "site.sh does not work: " in refused(*demo, "--site", str(tmp_path / "site.sh"))
+    assert "site.sh does not work: " in refused(*words, "--site", str(tmp_path / "site.sh"))
     (tmp_path / "file").write_text("")
     assert f"--log-dir {tmp_path}/file/logs: {tmp_path}/file is not a directory" in refused(
-        *demo, "--log-dir", f"{tmp_path}/file/logs")
-    assert "--log-dir /proc/logs cannot be written: /proc: " in refused(*demo, "--log-dir", "/proc/logs")
-    assert "2 ranks cannot share out optimization.update_freq=[1]" in refused(*demo, "--gpus", "2")
+        *words, "--log-dir", f"{tmp_path}/file/logs")
+    assert "--log-dir /proc/logs cannot be written: /proc: " in refused(*words, "--log-dir", "/proc/logs")
+    assert "2 ranks cannot share out optimization.update_freq=[1]" in refused(*words, "--gpus", "2")
     monkeypatch.setenv("PATH", scripts.environment["PATH"])
-    assert "no SLURM on this machine: sbatch is not in PATH" in refused(*demo)
-    message = scripts.refuses("slurm/submit", *demo)
-    assert message.startswith("no SLURM on this machine") and message.count("\n") == 1, "as a user sees it"
+    assert "no SLURM on this machine: sbatch is not in PATH" in refused(*words)
+    status, output = scripts("slurm/submit", *words)
+    assert status == 2 and re.fullmatch(r"scripts/slurm/submit.sh: error: no SLURM on this machine.*\n", output), output
     assert not (tmp_path / "runs").exists() and not (tmp_path / "calls").exists()
 
 
@@ -118,14 +117,14 @@ def test_submit_refuses_runs_in_use(scripts, with_slurm, tmp_path):
     words = ("demo", "power", "layer", *SMALL)
     (runs / "layer-seed1").mkdir(parents=True)
     (runs / "layer-seed1" / "run.json").write_text("{}")
-    assert "layer-seed1 exists already; --resume" in scripts.refuses("slurm/submit", *words, **with_slurm)
+    assert "layer-seed1 exists already; --resume" in scripts.refuses("submit", *words, **with_slurm)
     (runs / "layer-seed1" / "run.json").unlink()
     with open(runs / ".power-seed1.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        message = scripts.refuses("slurm/submit", *words, "--resume", **with_slurm)
+        message = scripts.refuses("submit", *words, "--resume", **with_slurm)
         assert "another process is at work in" in message and "power-seed1" in message
     (runs / ".power-seed1.job").write_text(json.dumps({"submission": "demo-x", "task": 3}))
-    message = scripts.refuses("slurm/submit", *words, "--resume", QUEUE="3|55_3|PENDING|Priority|demo-x\n", **with_slurm)
+    message = scripts.refuses("submit", *words, "--resume", QUEUE="3|55_3|PENDING|Priority|demo-x\n", **with_slurm)
     assert "power-seed1 belongs to job 55_3, which is PENDING; scancel 55_3" in message
     assert not (tmp_path / "calls").exists()
 
@@ -148,18 +147,19 @@ def test_submit_queues_all_jobs_or_none(scripts, with_slurm, tmp_path):
     assert (submission / "logs").is_dir()
     tasks, evaluations = ([shlex.split(line) for line in (submission / name).read_text().splitlines()]
                           for name in ("tasks", "evaluations"))
-    assert [words[:2] for words in evaluations] == [["demo", task[task.index("--run-dir") + 1]] for task in tasks]
+    assert [words[0] for words in evaluations] == [task[task.index("--run-dir") + 1] for task in tasks]
     assert [(task[1], task[task.index("--run-dir") + 1].rpartition("/")[2]) for task in tasks] == [
         (norm, f"{norm}-seed{seed}") for norm in ("power", "layer") for seed in (4, 5)]
     assert all("--resume" in task and "+model.encoder_layers=1" in task for task in tasks)
     assert "an update takes 4 x 100 = 400 tokens: 4 ranks x 100 x update_freq 1\n" in output
-    status = scripts.ok("status", QUEUE=f"N/A|9|RUNNING|None|a|b\n2|77_2|PENDING|Priority|{submission.name}\n", **with_slurm)
+    queue = f"N/A|9|RUNNING|None|a|b\n2|77_2|PENDING|Priority|{submission.name}\n"
+    status = scripts.here("status", QUEUE=queue, **with_slurm)
     assert re.search(r"layer-seed4 +queued \(job 77_2: Priority\)", status)
     assert re.search(r"power-seed4 +not started", status)
 
     program(tmp_path / "bin", "sbatch", '[[ $* != *afterany* ]] || { echo "no such qos" >&2; exit 1; }; echo 78')
     (tmp_path / "calls").unlink()
-    message = scripts.refuses("slurm/submit", "demo", "rms", *SMALL, **with_slurm)  # in squeue's eyes, all are gone
+    message = scripts.refuses("submit", "demo", "rms", *SMALL, **with_slurm)  # in squeue's eyes, all are gone
     assert "no such qos" in message and (tmp_path / "calls").read_text() == "scancel 78\n" * 2
     assert len(list((tmp_path / "runs" / "slurm").iterdir())) == 1
     assert not list((tmp_path / "runs" / "demo").glob(".rms*")), "no claim is left"
@@ -388,7 +388,7 @@ def test_status(scripts, tmp_path):
         for name in ("f-running", "g-evaluated"):
             lock = stack.enter_context(open(tmp_path / "some" / f".{name}.lock", "w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
-        lines = scripts.ok("status", str(tmp_path)).splitlines()
+        lines = scripts.here("status", str(tmp_path)).splitlines()
     odd = [line for line in lines if " unreadable: " in line]
     assert [line.split()[0] for line in odd] == ["h-half", "i-other", "j-older", "k-claimed"]
     lines = [line for line in lines if line not in odd]
@@ -401,7 +401,7 @@ def test_status(scripts, tmp_path):
     assert [row[-1] for row in rows.values()] == ["0", "0", "2", "1", "0", "1", "0", "0", "0"]
     assert rows["f-running"][4] == "2 min" and "checkpoint_1_20.pt (20 updates, " in rows["f-running"][5]
     assert any("checkpoint_1_10.pt (10 updates, " in cell for cell in rows["e-cut"]), "only whole checkpoints count"
-    assert "no runs in" in scripts.ok("status", str(scripts.programs))
+    assert "no runs in" in scripts.here("status", str(scripts.programs))
     assert "is not a directory" in scripts.refuses("status", str(tmp_path / "none"))
 
 

@@ -11,18 +11,18 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import tarfile
 import threading
 import zipfile
 
 import pytest
+import warm
 from pipelines import Scripts, contents
 from toy import ROOT
 
 from fairseq_powernorm.experiments.data import archives, corpora as corpora_table, moses, prepare, stages, workers
 from fairseq_powernorm.experiments.errors import UserError
-from fairseq_powernorm.experiments.tools import cpus, tool
+from fairseq_powernorm.experiments.tools import cpus
 
 pytestmark = pytest.mark.slow
 
@@ -152,22 +152,23 @@ def test_iwslt14_killed_at_every_stage(iwslt14, tmp_path):
     outer = {"2014-01/texts/en/de/en-de.tgz": b"-", "2014-01/texts/de/en/de-en.tgz": iwslt14.archive.read_bytes()}
     write(tmp_path / "archives" / "2014-01.tgz", tgz(outer))
     for stage in range(1, 7):
-        process = mine.start("prepare", "iwslt14", "--archive-dir", tmp_path / "archives")
+        # Half of the times its workers are left to find out by themselves; fairseq-preprocess would hold the lock.
+        alone = stage in (2, 5)
+        process = mine.start("prepare", "iwslt14", "--archive-dir", tmp_path / "archives", cold=alone)
         output = []
         for line in process.stdout:
             output.append(line)
             if line.startswith(f"[{stage}/6]"):
                 break
-        # Half of the times its workers are left to find out by themselves; fairseq-preprocess would hold the lock.
-        (os.kill if stage in (2, 5) else os.killpg)(process.pid, signal.SIGKILL)
+        (os.kill if alone else os.killpg)(process.pid, signal.SIGKILL)
         process.wait()
         process.stdout.close()
         assert sum("done already" in line for line in output) >= stage - 2, output
         assert not (mine.data / "iwslt14").exists()
     one = ["taskset", "-c", str(min(os.sched_getaffinity(0)))]
     done = subprocess.run([*one, "bash", str(ROOT / "scripts" / "prepare.sh"), "iwslt14", "--archive-dir",
-                           str(tmp_path / "archives")], env={**mine.environment, "PYTHON": sys.executable},
-                          text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                           str(tmp_path / "archives")], env=mine.environment, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
     assert done.returncode == 0 and done.stdout.count("done already") == 5, done.stdout
     assert without_stamp(contents(mine.data)) == without_stamp(contents(iwslt14.data))
     assert [path.name for path in mine.data.iterdir() if path.is_dir()] == ["iwslt14"]
@@ -269,8 +270,8 @@ def test_full_disk(iwslt14, tmp_path):
     mine = Scripts(tmp_path)
     for limit in (1, 2):
         command = f"ulimit -f {limit}; exec bash {ROOT / 'scripts' / 'prepare.sh'} iwslt14 --archive {iwslt14.archive}"
-        done = subprocess.run(["bash", "-c", command], env={**mine.environment, "PYTHON": sys.executable},
-                              text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run(["bash", "-c", command], env=mine.environment, text=True, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT)
         assert done.returncode == 2 and "File too large" in done.stdout, done.stdout
         assert done.stdout.count("error: ") == 1 and "Traceback" not in done.stdout and not (mine.data / "iwslt14").exists()
         assert not [path for path in mine.data.rglob(".*") if path.is_dir() and path.parent.name == ".iwslt14.partial"]
@@ -295,7 +296,7 @@ def test_options_that_do_not_fit(iwslt14, tmp_path):
     assert "lacks de-en.tgz or 2014-01.tgz; looked in" in mine.refuses("prepare", "iwslt14", "--archive-dir", tmp_path)
     assert not mine.data.exists()
     before = contents(iwslt14.data)
-    assert "nothing to do" in iwslt14.ok("prepare", "iwslt14", "--archive", iwslt14.archive)
+    assert "nothing to do" in iwslt14.here("prepare", "iwslt14", "--archive", iwslt14.archive)
     assert "bpe_size is 10000, asked for 500" in iwslt14.refuses(
         "prepare", "iwslt14", "--archive", iwslt14.archive, "--bpe-size", "500")
     assert contents(iwslt14.data) == before
@@ -382,7 +383,7 @@ def test_wmt14_text(version, bpe, cleaning, tmp_path):
     # v12 and the authors' cleaning are the default
     options = [] if version == "v12" else [
         "--news-commentary", "v9", "--bpe", bpe, "--bpe-size", "78", "--cleaning", cleaning]
-    output = mine.ok("prepare", "wmt14", *options, DATA_ARCHIVES=str(tmp_path / "archives"))
+    output = mine.here("prepare", "wmt14", *options, DATA_ARCHIVES=str(tmp_path / "archives"))
     assert "is NOT the published training-parallel-europarl-v7.tgz" in output
     data = mine.data / "wmt14"
     kept = [row for number, row in enumerate(rows) if number not in DROPPED[cleaning]]
@@ -430,7 +431,7 @@ def test_perl_scripts(iwslt14, tmp_path):
         pytest.skip("perl is not installed")
     mine = Scripts(tmp_path)
     scripts = tmp_path / "moses" / "scripts" / "tokenizer"
-    prepare = functools.partial(mine.ok, "prepare", "iwslt14", "--archive", iwslt14.archive)
+    prepare = functools.partial(mine.here, "prepare", "iwslt14", "--archive", iwslt14.archive)
     refused = functools.partial(mine.refuses, "prepare", "iwslt14", "--archive", iwslt14.archive)
     environment = {"MOSES": str(tmp_path / "moses")}
     tokenizer = write(scripts / "tokenizer.perl", b"exit 3;")
@@ -473,7 +474,7 @@ def test_real_dictionary(corpora, tmp_path):
         write(tmp_path / "bpe" / name, (text if "dict" in name else MosesDetokenizer().unescape_xml(text)).encode())
     with open(tmp_path / "lock", "w") as lock:
         stages.binarize(tmp_path, tmp_path / "data-bin", [
-            tool("fairseq-preprocess"), "--source-lang", "de", "--target-lang", "en", "--joined-dictionary",
+            warm.program("fairseq-preprocess"), "--source-lang", "de", "--target-lang", "en", "--joined-dictionary",
             "--srcdict", str(tmp_path / "bpe" / "dict.de.txt"), "--workers", "1"],
             {split: f"bpe/{split}" for split in ("valid", "test")}, lock)
     known = {line.split(" ")[0] for line in lines(tmp_path / "bpe" / "dict.de.txt")}

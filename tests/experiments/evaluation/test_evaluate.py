@@ -33,7 +33,7 @@ def test_a_directory_that_is_no_run(name, run):
     """A directory without a file that every run has is refused by the file's name."""
     (run / name).unlink()
     with pytest.raises(UserError, match=f"was not made by scripts/train.sh: it has no {name}"):
-        evaluate.evaluate("demo", run)
+        evaluate.evaluate(run)
 
 
 @pytest.mark.parametrize("content, missing", [
@@ -44,7 +44,7 @@ def test_facts_of_something_else(content, missing, run):
     """A run.json that is not one of train.sh is refused by what it lacks."""
     (run / "run.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=f"was not written by scripts/train.sh: {missing}"):
-        evaluate.evaluate("demo", run)
+        evaluate.evaluate(run)
 
 
 def test_the_commit_of_a_machine_without_git(monkeypatch, tmp_path):

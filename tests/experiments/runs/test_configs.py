@@ -67,7 +67,7 @@ def test_language_models_build(benchmark, arch, norm, data, tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted(
-    path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name not in ("launcher", "data")),
+    path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name not in ("launcher", "data", "generic")),
     ids=lambda path: path.stem)
 def test_files_of_architectures(path):
     """configs/BENCH/ARCH.yaml begins as configs/BENCH.yaml does and chooses the architecture that it is named after."""
@@ -237,13 +237,13 @@ def settings_of_file(path):
     return {f"{group}.{key}": value for group, inner in content.items() for key, value in inner.items() if value != "???"}
 
 
-@pytest.mark.parametrize("path", [*CONFIGS, *sorted(
-    path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name not in ("launcher", "data"))],
+@pytest.mark.parametrize("path", [*CONFIGS, *sorted((ROOT / "configs" / "generic").rglob("*.yaml")), *sorted(
+    path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name not in ("launcher", "data", "generic"))],
     ids=lambda path: path.stem)
 def test_every_setting_is_documented(path):
     """The tables of configs/README.md name each setting of a YAML file with its value, and no other."""
     sections, common = documented(), settings_in(documented()["Settings of all benchmarks"][0], "value")
-    if path in CONFIGS:
+    if path in CONFIGS or path.parent.name == "generic":
         wanted = settings_of_file(path)
         assert {key: wanted.pop(key) for key in common} == common
         assert settings_in(sections[path.stem][0], "ours") == wanted

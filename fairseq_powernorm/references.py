@@ -1,0 +1,79 @@
+"""Modules that a model holds outside of its tree as well: in lists, dictionaries and attributes that torch does not see."""
+import functools
+from typing import Any, Dict, List, Optional, Set
+
+from torch import Tensor, nn
+
+#: what holds no module
+_PLAIN = (str, bytes, int, float, complex, type(None), Tensor)
+
+
+def swap(model: nn.Module, new_of: Dict[int, nn.Module]) -> None:
+    """Put new modules wherever ``model`` holds old ones: in its tree, in lists, tuples, sets, dictionaries and attributes.
+
+    Args:
+        model: changed in place
+        new_of: ``id`` of an old module -> the new one
+    """
+    _swapped(model, new_of, set())
+
+
+def _swapped(value: Any, new_of: Dict[int, nn.Module], seen: Set[int]) -> Any:
+    """What is to stand in place of ``value``: itself, but with the new modules in it."""
+    if isinstance(value, _PLAIN):
+        return value
+    if id(value) in new_of:
+        return new_of[id(value)]
+    if id(value) in seen:
+        return value
+    if isinstance(value, nn.Module):
+        seen.add(id(value))
+        _swapped(vars(value), new_of, seen)
+    elif isinstance(value, dict):
+        seen.add(id(value))
+        for key, each in list(value.items()):
+            found = _swapped(each, new_of, seen)
+            if found is not each:
+                value[key] = found
+    elif isinstance(value, list):
+        seen.add(id(value))
+        for i, each in enumerate(value):
+            found = _swapped(each, new_of, seen)
+            if found is not each:
+                value[i] = found
+    elif isinstance(value, (tuple, set, frozenset)):
+        items = list(value)
+        found = [_swapped(each, new_of, seen) for each in items]
+        if any(one is not other for one, other in zip(found, items)):
+            return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)
+    return value
+
+
+def bound(model: nn.Module, modules: Dict[int, str]) -> Optional[str]:
+    """Where ``model`` holds a method of one of these modules, which would go on with the old one; None if nowhere.
+
+    Args:
+        model: any
+        modules: ``id`` of a module -> its name
+    """
+    left: List[Any] = [(type(model).__name__, model)]
+    seen: Set[int] = set()
+    while left:
+        where, value = left.pop()
+        if isinstance(value, _PLAIN) or id(value) in seen or id(value) in modules:
+            continue
+        seen.add(id(value))
+        owner = getattr(value, "__self__", None) if callable(value) and not isinstance(value, nn.Module) else None
+        if id(owner) in modules:
+            return f"{where} holds a method of {modules[id(owner)]}"
+        if isinstance(value, nn.Module):
+            left.extend((f"{type(value).__name__}.{name}", each) for name, each in vars(value).items())
+        elif isinstance(value, dict):
+            left.extend((where, each) for each in value.values())
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            left.extend((where, each) for each in value)
+        elif isinstance(value, functools.partial):
+            left.extend((where, each) for each in (value.func, *value.args, *value.keywords.values()))
+            if any(id(each) in modules for each in (value.func, *value.args, *value.keywords.values())):
+                return f"{where} holds a functools.partial of a norm"
+    return None
