@@ -45,14 +45,17 @@ class FoldedNorm(Norm):
         groups: channel groups of the layer scale, 0 for none
         scale, shift: ``C``, or None where linear maps have taken them over
         layout: see :class:`~.norms.layouts.Norm`
+        weight: of the norm. What is kept is a tensor of its dtype without elements, as models ask for ``norm.weight.dtype``
 
     Shape:
         - input and output: as ``layout`` says. A padding mask is accepted and not needed.
     """
 
+    OWN_LAYOUT = True
     if TYPE_CHECKING:  # torch.jit.script would read annotations that are there
         scale: Optional[Tensor]
         shift: Optional[Tensor]
+        weight: Optional[Tensor]
 
     def __init__(
         self,
@@ -61,12 +64,14 @@ class FoldedNorm(Norm):
         scale: Optional[Tensor] = None,
         shift: Optional[Tensor] = None,
         layout: Optional[str] = None,
+        weight: Optional[Tensor] = None,
     ):
         super().__init__(dim, layout=layout)
         self.groups = groups
         self.eps = LAYER_SCALE_EPS
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
+        self.register_buffer("weight", None if weight is None else weight.detach().new_empty(0), persistent=False)
         self.eval()
 
     def extra_repr(self) -> str:
@@ -74,6 +79,13 @@ class FoldedNorm(Norm):
         return ", ".join(part for part in (own, super().extra_repr()) if part)
 
     def _normalize(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
+        y = self._evaluate(x)
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript passes over what is not for it only as an if of its own)
+            if self._channels_second(x):
+                return kernels.memory.view_channels_second(y, x)
+        return y
+
+    def _evaluate(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             unchanged = self.groups == 0 and self.scale is None
             if not torch.jit.is_tracing() and x.device.type == "cpu" and not unchanged:
@@ -127,7 +139,7 @@ def fold_norms(model: nn.Module) -> nn.Module:
         for name, readers in norm_readers(owner).items():
             norm = owner.get_submodule(name)
             if isinstance(norm, RunningNorm) and _fold_into(readers, norm, times_used):
-                _replace(owner, name, FoldedNorm(norm.dim, norm.groups, layout=norm.layout))
+                _replace(owner, name, FoldedNorm(norm.dim, norm.groups, layout=norm.layout, weight=norm.weight))
     folded: Dict[RunningNorm, FoldedNorm] = {}
     for owner in list(model.modules()):
         for name, child in list(owner.named_children()):
@@ -166,7 +178,7 @@ def _folded(norm: RunningNorm) -> FoldedNorm:
     """What stands in for a norm whose output is read by others than linear maps."""
     dtype = torch.promote_types(norm.iters.dtype, torch.float32)
     scale, shift = (each.to(dtype) for each in norm.scale_and_shift())
-    return FoldedNorm(norm.dim, norm.groups, scale, shift, layout=norm.layout)
+    return FoldedNorm(norm.dim, norm.groups, scale, shift, layout=norm.layout, weight=norm.weight)
 
 
 def _replace(owner: nn.Module, name: str, module: nn.Module) -> None:

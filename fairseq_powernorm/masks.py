@@ -355,11 +355,12 @@ def attach_mask(model: nn.Module, argument: str = "attention_mask", valid: int =
 
     Raises:
         ValueError: ``forward`` has no such argument, ``valid`` is neither 0 nor 1, the model has no norm of this package, or
-            one of its norms has a mask attached already; and from a call, if the mask is of another kind or size
+            one of its norms has a mask attached already, or is of the decoder where the argument is the encoder's mask (or
+            the other way round); and from a call, if the mask is of another kind or size
     """
     if valid not in (0, 1):
         raise ValueError(f"attach_mask: valid={valid!r}: must be 1 (what is not zero marks tokens) or 0 (it marks padding)")
-    _norms(model, "attach_mask")
+    norms = _norms(model, "attach_mask")
     parameters = inspect.signature(model.forward).parameters
     kinds = {parameter.kind for parameter in parameters.values()}
     if argument in parameters:
@@ -372,4 +373,12 @@ def attach_mask(model: nn.Module, argument: str = "attention_mask", valid: int =
             f"attach_mask: argument={argument!r}: forward of {type(model).__name__} has none of that name, only "
             f"{', '.join(parameters) or 'none'}; attach the mask to the module whose forward has it"
         )
+    if any(name.startswith("decoder_input") for name in parameters):  # an encoder and a decoder, with a mask each
+        other = "encoder" if argument.startswith("decoder") else "decoder"
+        for name in norms:
+            if other in name.split("."):
+                raise ValueError(
+                    f"attach_mask: argument={argument!r} of {type(model).__name__} is no mask of its {other}, which has "
+                    f"{name}; attach a mask to each part, as attach_mask(model.encoder) and attach_mask(model.decoder)"
+                )
     return AttachedMask(model, argument, int(valid), position)

@@ -25,8 +25,9 @@ from fairseq_powernorm.kernels import build, c
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 #: files that take long, in this order before the others: the last process to end should not end alone
-FIRST = ("test_slurm", "test_lm_pipeline", "test_reproduce", "test_distributed", "test_pipeline", "test_honest",
-         "test_packaging", "test_launch", "test_cli", "test_two_ranks", "test_resume")
+FIRST = ("test_slurm", "test_lm_pipeline", "test_pipeline", "test_distributed", "test_reproduce", "test_honest",
+         "test_launch", "test_register", "test_triton", "test_fold", "test_cli", "test_resume", "test_packaging",
+         "test_two_ranks")
 
 
 # a shell starts what it leaves in the background deaf to ^C, which the scripts' tests send

@@ -60,11 +60,22 @@ def sdist(tmp_path_factory):
     return unpacked
 
 
-#: in place of a compiler: puts the checkout's own library, which is of these sources, where it is told to
+#: in place of a compiler, which takes seconds: puts the checkout's library, which is of these sources, where it is told to
 COPY = """#!/bin/sh
 while [ "$1" != -o ]; do shift; done
 cp "{library}" "$2"
 """
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory):
+    """The variables that say what compiles: the C kernel only, and nothing where there is no compiler at all."""
+    if not HAS_COMPILER:
+        return {}
+    program = tmp_path_factory.mktemp("compiler") / "cc"
+    program.write_text(COPY.format(library=build.HERE / build.NAME))
+    program.chmod(0o755)
+    return dict(CC=str(program), CXX="there-is-no-compiler")
 
 
 def pip(*words, cwd, **environment):
@@ -89,11 +100,11 @@ def install(archive, site, program=STEP):
 
 
 @pytest.fixture(scope="module")
-def installed(sdist, tmp_path_factory):
+def installed(sdist, compiler, tmp_path_factory):
     """A wheel of the source distribution, made where there may be a compiler; the folder in which it is installed; and what
     was printed there by a training step and a registration."""
     folder = tmp_path_factory.mktemp("installed")
-    made = wheel(sdist, folder)
+    made = wheel(sdist, folder, **compiler)
     return made, folder / "site", install(made, folder / "site", STEP + REGISTERED)
 
 
@@ -112,19 +123,14 @@ def test_the_source_distribution_holds_all_of_a_checkout(sdist):
         assert (sdist / name).is_file(), name
 
 
-def test_tests_of_the_source_distribution_pass(sdist, tmp_path):
+def test_tests_of_the_source_distribution_pass(sdist, compiler):
     """Tests run in it, as a packager runs them, and first ask for the compiled kernel if there is a compiler."""
     files = ("tests/test_imports.py::test_floors", "tests/norms/test_scale.py")
     words = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", 0, *files)
     if HAS_COMPILER:
         done = toy.command(*words, cwd=sdist, check=False)
         assert done.returncode == pytest.ExitCode.USAGE_ERROR and "--build" in done.stderr, done.stdout + done.stderr
-        compiler = tmp_path / "compiler"
-        compiler.write_text(COPY.format(library=build.HERE / build.NAME))
-        compiler.chmod(0o755)
-        # without C++, of which no test asks anything where it is not there
-        environment = dict(CC=str(compiler), CXX="there-is-no-compiler")
-        toy.command("python", "-m", "fairseq_powernorm.kernels", "--build", cwd=sdist, **environment)
+        toy.command("python", "-m", "fairseq_powernorm.kernels", "--build", cwd=sdist, **compiler)
     passed = toy.command(*words, cwd=sdist).stdout
     assert " passed" in passed and "failed" not in passed
 

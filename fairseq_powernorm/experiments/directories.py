@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import os
 import shutil
 import tempfile
 import time
@@ -66,12 +67,12 @@ def whole_directory(target: Path) -> Iterator[Path]:
     holds a lock.
     """
     partial = put_back(target)
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)
     partial.mkdir(parents=True)
     try:
         yield partial
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         raise
     replace(target, partial)
 
@@ -79,21 +80,27 @@ def whole_directory(target: Path) -> Iterator[Path]:
 def put_back(target: Path) -> Path:
     """Puts back a target that a killed process had set aside; gives the path of its temporary sibling."""
     aside = target.with_name(f".{target.name}.old")
-    if aside.exists():
-        if target.exists():
-            shutil.rmtree(aside)
-        else:
-            aside.rename(target)
+    if aside.is_dir() and not aside.is_symlink() and not target.exists():
+        aside.rename(target)
+    remove(aside)
     return target.with_name(f".{target.name}.partial")
 
 
 def replace(target: Path, partial: Path) -> None:
     """The temporary sibling takes the place of target."""
     aside = target.with_name(f".{target.name}.old")
-    if target.exists():
+    if os.path.lexists(target):
         target.rename(aside)
     partial.rename(target)
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
+
+
+def remove(path: Path) -> None:
+    """Removes whatever is there, a directory with all in it, but nothing that a link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path):
+        path.unlink()
 
 
 @contextlib.contextmanager
@@ -105,13 +112,15 @@ def resumable_directory(target: Path, request: Dict[str, Any]) -> Iterator[Path]
     """
     partial = put_back(target)
     stamp = partial / "prepared.json"
+    if partial.is_symlink() or not partial.is_dir():
+        remove(partial)
     if partial.exists():
         there = read_json(stamp) if stamp.is_file() and stamp.stat().st_size else {}
         if same({key: there.get(key) for key in request}, request) and there:
             print(f"going on with what an interrupted run left in {partial}", flush=True)
         else:
             print(f"removing {partial}, which an interrupted run with other settings left", flush=True)
-            shutil.rmtree(partial)
+            remove(partial)
     if not partial.exists():
         partial.mkdir(parents=True)
         write_json(stamp, request)
@@ -119,7 +128,7 @@ def resumable_directory(target: Path, request: Dict[str, Any]) -> Iterator[Path]
         yield partial
     except BaseException:
         if not any(path.is_dir() and not path.name.startswith(".") for path in partial.iterdir()):
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
         raise
     replace(target, partial)
 

@@ -21,18 +21,23 @@ def sha256(path: AnyPath) -> str:
     return digest.hexdigest()
 
 
-def write_text(path: AnyPath, text: str) -> None:
+def write_bytes(path: AnyPath, content: bytes) -> None:
     """Writes a file so that a reader sees the old one or the new one, never a part; refuses where it cannot."""
     partial = Path(f"{path}.partial")
     if os.path.exists(path) and not os.path.isfile(path):  # as root, a device would be replaced as well
         raise UserError(f"cannot write {path}: it is there, and not a file")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
         os.replace(partial, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def write_text(path: AnyPath, text: str) -> None:
+    """The same of a text."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: AnyPath, content: Any) -> None:

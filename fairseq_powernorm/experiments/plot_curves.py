@@ -20,6 +20,8 @@ def command(arguments: List[str]) -> None:
     options = parser().parse(arguments)
     if options.output is None:
         raise UserError("--output FILE is missing: the picture, .png")
+    if not options.output.endswith(".png"):
+        raise UserError(f"--output {options.output!r}: is a picture, and must end in .png")
     from .reports.plot_curves import plot
 
     plot(options.records, Path(options.output))

@@ -31,6 +31,7 @@ class Progress:
         total: of how many; None where nobody knows
         unit: of what is counted, such as "lines"; "B" are bytes
         stream: where it is shown; by default standard output
+        initial: what an earlier piece of work has done of it, which says nothing of how fast this one is
         seconds: between two lines, where there is no terminal; None: there are none
     """
 
@@ -40,10 +41,11 @@ class Progress:
         total: Optional[int] = None,
         unit: str = "",
         *,
+        initial: int = 0,
         stream: Optional[TextIO] = None,
         seconds: Optional[float] = TOLD_S,
     ):
-        self.what, self.total, self.unit, self.seconds = what, total, unit, seconds
+        self.what, self.total, self.unit, self.initial, self.seconds = what, total, unit, initial, seconds
         self.stream = sys.stdout if stream is None else stream
         self.is_bar = is_terminal(self.stream)
         self.begin = self.told = time.monotonic()
@@ -69,7 +71,7 @@ class Progress:
                 if now - self.drawn >= DRAWN_S or done == self.total:
                     self.drawn = now
                     self._draw()
-            elif self.seconds is not None and now - self.told >= self.seconds:
+            elif done and self.seconds is not None and now - self.told >= self.seconds:
                 self.told = now
                 print(f"  {self.what}: {self.counted()}", file=self.stream, flush=True)
 
@@ -105,7 +107,7 @@ class Progress:
             scaled = {"unit": ""}
         self.picture = tqdm.format_meter(
             self.done, self.total or None, time.monotonic() - self.begin, ncols=width, prefix=f"  {self.what}",
-            postfix=self.more or None, **scaled,
+            postfix=self.more or None, initial=min(self.initial, self.done), **scaled,
         )[:width]  # fmt: skip
         self.stream.write(BEGIN + self.picture + CLEAR)
         self.stream.flush()

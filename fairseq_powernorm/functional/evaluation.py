@@ -93,6 +93,4 @@ def running_norm(
     else:
         found: Tensor = _Evaluation.apply(x, weight, bias, psi2, groups, eps, backend, channels_second)
         return found
-    if not channels_second:
-        return y
-    return y.movedim(-1, 1) if x.stride(-1) == 1 else y.movedim(-1, 1).contiguous()
+    return memory.view_channels_second(y, x) if channels_second else y

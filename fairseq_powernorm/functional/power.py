@@ -263,8 +263,6 @@ def power_norm(
     call = _Call(valid, psi2, nu, spec, collect, reduce, guard, step, saved_tensors_are_hooked(), channels_second)
     if in_transform():
         transformed: Tensor = _TransformedPowerNorm.apply(x, weight, bias, call)[0]
-        if not channels_second:
-            return transformed
-        return transformed.movedim(-1, 1) if x.stride(-1) == 1 else transformed.movedim(-1, 1).contiguous()
+        return memory.view_channels_second(transformed, x) if channels_second else transformed
     y: Tensor = _PowerNorm.apply(x, weight, bias, call)
     return y

@@ -48,6 +48,12 @@ def channels_second(y: Tensor, x: Tensor) -> Tensor:
     return order.contiguous()
 
 
+def view_channels_second(y: Tensor, x: Tensor) -> Tensor:
+    """The same by ordinary operations, for what is differentiated or traced."""
+    order = y.movedim(-1, 1)
+    return order if x.stride(-1) == 1 else order.contiguous()
+
+
 class Rows:
     """The rows of ``... x C``, block by block, wherever they lie: no copy of all of them is made where :func:`positions` lie
     side by side.

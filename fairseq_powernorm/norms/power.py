@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import functional, operators
-from ..kernels import choose, choose_for_step, eager
+from ..kernels import choose, choose_for_step, eager, memory
 from ..kernels.interface import OwnStep, PowerNormSpec, StepSpec
 from .base import Device, RunningNorm, State
 from .checks import check_interval, check_updates
@@ -307,9 +307,7 @@ class PowerNorm(SecondMomentNorm):
             rows, self.weight, self.bias, valid, self.running_phi, self.ema_gz, self.iters, parts.get("forward"),
             parts.get("backward"), self._spec(), self._make_step_spec() if self.stage is None else None,
         )
-        if not self._channels_second(x):
-            return y
-        return y.movedim(-1, 1) if rows is x else y.movedim(-1, 1).contiguous()
+        return memory.view_channels_second(y, x) if self._channels_second(x) else y
 
     # ------------------------------------------------------------------ statistics
 

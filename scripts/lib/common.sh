@@ -11,6 +11,23 @@ pn_die() {
     exit 2
 }
 
+# A signal while the environment is being looked after: one line, and nothing is left at work. Python sees to it afterwards.
+pn_stopped() {
+    trap '' INT TERM
+    [ -z "$(jobs -p)" ] || kill $(jobs -p) 2>/dev/null
+    wait
+    printf '%s: error: interrupted\n' "$pn_script" >&2
+    exit "$1"
+}
+trap 'pn_stopped 130' INT
+trap 'pn_stopped 143' TERM
+
+# pn_wait COMMAND [ARGUMENTS]: runs a command that may take long, which a signal ends at once
+pn_wait() {
+    "$@" &
+    wait $!
+}
+
 # pn_python COMMAND [ARGUMENTS]: the module fairseq_powernorm.experiments.COMMAND in the project's environment, in place of
 # this shell. Its help needs no environment, and makes none. Python 3.11 and newer do not look for modules in the caller's
 # directory.

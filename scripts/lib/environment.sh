@@ -61,15 +61,15 @@ pn_make_venv() {
         : >"$unfinished"
         if [ ! -d "$venv" ]; then
             echo "making .venv with $base"
-            "$base" -m venv "$venv"
+            pn_wait "$base" -m venv "$venv"
         fi
         echo "installing into .venv (some minutes)"
         if [ "$minor" -lt 11 ]; then
-            "$venv/bin/python" -m pip install --quiet "pip<24.1"
+            pn_wait "$venv/bin/python" -m pip install --quiet "pip<24.1"
         fi
         read -r -a words <<<"$torch"
-        "$venv/bin/python" -m pip install --quiet "${words[@]}"
-        "$venv/bin/python" -m pip install --quiet -e "$PN_ROOT[data,integrations,plots,slurm,test]"
+        pn_wait "$venv/bin/python" -m pip install --quiet "${words[@]}"
+        pn_wait "$venv/bin/python" -m pip install --quiet -e "$PN_ROOT[data,integrations,plots,slurm,test]"
         printf '%s\n' "$stamp" >"$venv/installed"
         rm "$unfinished"
     fi
@@ -123,4 +123,4 @@ pn_environment
 pn_processor
 # The C kernel and its autograd function in C++, if their sources or torch have changed or nobody built them; without a compiler
 # the log says what serves instead.
-"$PYTHON" "$PN_ROOT/fairseq_powernorm/kernels/build.py" >/dev/null || true
+pn_wait "$PYTHON" "$PN_ROOT/fairseq_powernorm/kernels/build.py" >/dev/null || true

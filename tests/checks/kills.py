@@ -45,6 +45,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the moments and the signals")
     parser.add_argument("--record", metavar="FILE", help="write what was done and seen to FILE")
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, by what is started as well
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as home:
         check = Check(Path(home), random.Random(options.seed))

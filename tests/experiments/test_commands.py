@@ -1,7 +1,9 @@
 """The commands: their help, what they refuse and how, and that scripts/README.md says what they read."""
 import ast
 import importlib
+import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -92,6 +94,21 @@ def test_help_of_a_script(script):
     done = plain(script, "--help")
     assert done.returncode == 0 and done.stdout.startswith(f"usage: {script.relative_to(ROOT)}"), done.stdout
     assert not (ROOT / ".venv.unfinished").exists()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_python(sent, tmp_path):
+    """A script that is still looking after its environment ends with one line, and what it has started does, too."""
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\ncase "$*" in *build.py*) echo "at work" >&2; exec sleep 600 ;; esac\n')
+    fake.chmod(0o755)
+    start = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
+    words = [sys.executable, "-c", start, "bash", str(ROOT / "scripts" / "status.sh")]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={"PATH": "/usr/bin:/bin", "PYTHON": str(fake)})
+    assert process.stderr.readline() == "at work\n"
+    process.send_signal(sent)
+    _, errors = process.communicate(timeout=60)  # as long as anybody holds the pipe
+    assert (process.returncode, errors) == (128 + sent, "scripts/status.sh: error: interrupted\n")
 
 
 def test_help_of_a_check():
@@ -196,6 +213,22 @@ def test_exit_status(function, status, said, capsys, monkeypatch):
     assert end.value.code == status
     err = capsys.readouterr().err
     assert err.startswith(said) and err.count("\n") == bool(said)
+
+
+@pytest.mark.parametrize("name", ["none/out", "directory", "pipe", "x" * 300, "\udcff/out"])
+@pytest.mark.parametrize("command", ["table", "plot_curves"])
+def test_where_nothing_can_be_written(command, name, tmp_path, monkeypatch):
+    """--output that leads nowhere, or to what is no file: refused in one line, and nothing is there that was not before."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    ending = ".png" if command == "plot_curves" else ""
+    (tmp_path / f"directory{ending}").mkdir()
+    os.mkfifo(tmp_path / f"pipe{ending}")
+    record = ROOT / "results" / "multi30k" / "power-seed1.json"
+    with pytest.raises(UserError, match="cannot write ") as caught:
+        module(command).command([str(record), "--output", name + ending])
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"directory{ending}", f"pipe{ending}"]
 
 
 def test_who_was_called():

@@ -167,6 +167,30 @@ def test_folded(name):
     assert bare == {"gpt2": 4, "llama": 4, "qwen3": 4}.get(name, 0)
 
 
+def test_an_encoder_and_a_decoder_have_a_mask_each():
+    """The encoder's mask is refused for the decoder, whose sentences may have the same length; each part takes its own."""
+    model, _ = replace_norms(build("t5"), "power")
+    for argument, other in (("attention_mask", "decoder"), ("decoder_attention_mask", "encoder")):
+        with pytest.raises(ValueError, match=f"argument='{argument}' of T5.* is no mask of its {other}, which has {other}"):
+            attach_mask(model, argument)
+    attach_mask(model.encoder), attach_mask(model.decoder)
+    inputs = batch(model.train())
+    model(**inputs, decoder_attention_mask=torch.ones_like(inputs["decoder_input_ids"])).logits.mean().backward()
+    only, _ = replace_norms(build("t5"), "power", where="encoder.*")
+    attach_mask(only)
+
+
+def test_models_that_read_the_weight_of_a_norm():
+    """Mamba asks for ``norm.weight.dtype``: trained with PN, and folded, as with its own norms."""
+    config = transformers.MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, state_size=4, **NONE)
+    model, _ = replace_norms(transformers.MambaForCausalLM(config), "power")
+    tokens = dict(input_ids=torch.tensor([[1, 2, 3, 4]]))
+    model.train()(**tokens).logits.mean().backward()
+    expected = logits(model, **tokens)
+    torch.testing.assert_close(logits(fold_norms(model), **tokens), expected, rtol=1e-5, atol=1e-5)
+    assert fold_norms(PowerNorm(8).to(torch.bfloat16)).weight.dtype is torch.bfloat16
+
+
 @pytest.mark.parametrize("norm", ["power", "batch:variant=reference"])
 def test_generation_with_a_cache(norm):
     """Step by step with a cache of keys and values, an attention mask attached: the tokens of generation without a cache."""

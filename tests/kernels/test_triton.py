@@ -36,7 +36,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 ROUNDINGS = {dtype: 2 if dtype is torch.bfloat16 and not ON_GPU else 1 for dtype in TOLERANCE}
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="there is no CUDA device")
 
-SHAPES = [(1, 1), (1, 257), (5, 1), (7, 257), (5, 1000), (70, 96), (6, 11, 32), (0, 8)]
+SHAPES = [(1, 1), (1, 257), (5, 1), (7, 257), (5, 520), (70, 96), (6, 11, 32), (0, 8)]
 ALGORITHM2 = PowerNormSpec(1, 1e-5, 0.1, 4.0, forward_batch=False, backward_batch=False, skip_padding=True)
 REFERENCE = ALGORITHM2._replace(backward_batch=True, skip_padding=False)
 WARMUP = REFERENCE._replace(forward_batch=True)
@@ -80,7 +80,7 @@ def test_the_batch_of_several_processes_divides(spec):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape,groups", [((7, 257), 0), ((5, 1000), 4), ((6, 11, 32), 1), ((0, 8), 1)])
+@pytest.mark.parametrize("shape,groups", [((7, 257), 0), ((5, 520), 4), ((6, 11, 32), 1), ((0, 8), 1)])
 def test_evaluation(shape, groups, dtype):
     """Evaluation with and without weight, bias and psi^2, in any layout, is that of eager in float64."""
     x, _, weight, bias, psi2, _ = given(shape, dtype)
@@ -384,5 +384,6 @@ print("compiled")
 def test_compiles_for_gpus(tmp_path):
     """All of it compiles to machine code for A100 and H100, sweeps with 16-byte accesses and no array in local memory."""
     (tmp_path / "compile.py").write_text(COMPILE)
-    done = toy.command(sys.executable, tmp_path / "compile.py", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    environment = dict(TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    done = toy.command(sys.executable, tmp_path / "compile.py", cold=True, **environment)
     assert done.stdout.endswith("compiled\n")

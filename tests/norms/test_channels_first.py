@@ -8,6 +8,7 @@ from norm_cases import CASES, assert_all_close, make
 from torch import nn
 
 from fairseq_powernorm import kernels
+from fairseq_powernorm.fold import fold_norms
 from fairseq_powernorm.kernels import eager, native
 from fairseq_powernorm.norms import PowerNorm
 
@@ -127,6 +128,20 @@ def test_memory(monkeypatch, tmp_path, dtype, train):
     if train:
         found, count = allocations(lambda: torch.autograd.grad(y, x, dy), x.nbytes, tmp_path / "trace")
         assert count == 1 and found[0].is_contiguous()
+
+
+def test_memory_of_a_folded_norm(tmp_path):
+    """A folded norm allocates its result, and nothing else of the input's size; the numbers are those of the norm."""
+    if kernels.KERNELS["c"].unavailable():
+        pytest.skip(kernels.KERNELS["c"].unavailable())
+    norm = PowerNorm(C, layout="channels_first", groups=2)
+    x = torch.randn(4, C, 16, 16)
+    norm(x)
+    expected, folded = norm.eval()(x), fold_norms(norm)
+    with torch.no_grad():
+        y, count = allocations(lambda: folded(x), x.nbytes, tmp_path / "trace")
+    assert count == 1 and y.is_contiguous()
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name, variant", CASES)

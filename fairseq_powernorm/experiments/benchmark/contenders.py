@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_powernorm import kernels
-from fairseq_powernorm.norms import PowerNorm
+from fairseq_powernorm.norms import MaskedBatchNorm, PowerNorm, PowerNormV
 from fairseq_powernorm.statistics import RunningStatistics
 
 from ..errors import UserError
 from .authors_norm import AuthorsPowerNorm
+from .options import SLOW, SLOW_ROWS
 
 
 class Call:
@@ -55,8 +56,15 @@ def norms_for(options: Namespace, rows: int, channels: int, dtype: torch.dtype, 
                 calls[name] = Call(compiled, takes_mask=False)
         elif name == "rms":
             calls[name] = Call(nn.RMSNorm(channels), takes_mask=False)
-        elif name == "batch" and rows > 1:
+        elif name == "batch-torch" and rows > 1:
             calls[name] = Call(nn.BatchNorm1d(channels), takes_mask=False)
+        elif name == "batch":
+            calls[name] = Call(MaskedBatchNorm(channels, groups=0), takes_mask=True)
+        elif name in SLOW and rows != SLOW_ROWS and not options.fast:
+            continue
+        elif name == "power-v":
+            for g in groups:
+                calls[f"{name}-g{g}"] = Call(PowerNormV(channels, groups=g), takes_mask=True)
         elif name in ("power", "power-torch"):
             for g in groups:
                 norm = PowerNorm(channels, groups=g, warmup_updates=0)

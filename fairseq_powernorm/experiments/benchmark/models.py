@@ -1,7 +1,7 @@
 """Whole models to time: a Transformer with each norm, its sentences, its optimizers."""
 from argparse import Namespace
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from fairseq import models
@@ -68,11 +68,13 @@ def sentences(
 
 
 def model_functions(
-    options: Namespace, make: Callable[[str], Optional[Callable[[], object]]]
+    options: Namespace,
+    make: Callable[[str], Optional[Callable[[], object]]],
+    names: Sequence[str] = ("layer", "rms", "batch", "power", "power-torch", "authors"),
 ) -> Dict[str, Callable[[], object]]:
-    """name -> function for each norm that a whole model can have."""
+    """name -> function for each of these norms that is asked for, and that a whole model can have."""
     functions: Dict[str, Callable[[], object]] = {}
-    for name in ("layer", "rms", "batch", "power", "power-torch", "authors"):
+    for name in names:
         if name != "layer" and name not in options.contenders:
             continue
         if name == "authors" and options.model_dtype == "float16":  # its statistics would be float16, too
@@ -134,23 +136,32 @@ class SinglePrecision:
         self.optimizer.step()
 
 
-def update(
-    options: Namespace, model: nn.Module, running: RunningStatistics, count: int, length: int, symbols: int
-) -> Callable[[], None]:
-    """One update of a model on count sentences, as a function."""
-    model.train()
-    kind: Any = HalfPrecision if options.model_dtype == "float16" else SinglePrecision
-    optimizer = kind(model, on_gpu=options.device == "cuda")
-    source, lengths, target = sentences(options, count, length, symbols, torch.Generator().manual_seed(1))
+class Update:
+    """One update of a model on count sentences, called as a function.
 
-    def function() -> None:
-        optimizer.zero_grad()
-        with running.batch(gradient_scale=optimizer.scale):
-            logits, _ = model(source, lengths, target)
-            optimizer.backward(torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), target.flatten(), ignore_index=1, label_smoothing=0.1))
-        running.reduce()
-        optimizer.step()
-        running.commit()
+    Attributes:
+        seconds: of each call, the time that the running statistics took, beside the sums that the norms make
+    """
 
-    return function
+    def __init__(
+        self, options: Namespace, model: nn.Module, running: RunningStatistics, count: int, length: int, symbols: int
+    ):
+        self.model, self.running = model.train(), running
+        kind: Any = HalfPrecision if options.model_dtype == "float16" else SinglePrecision
+        self.optimizer = kind(model, on_gpu=options.device == "cuda")
+        self.sample = sentences(options, count, length, symbols, torch.Generator().manual_seed(1))
+        self.seconds: List[float] = []
+
+    def __call__(self) -> None:
+        source, lengths, target = self.sample
+        self.optimizer.zero_grad()
+        batch = self.running.batch(gradient_scale=self.optimizer.scale)
+        taken = clock(batch.__enter__)
+        logits, _ = self.model(source, lengths, target)
+        self.optimizer.backward(torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), target.flatten(), ignore_index=1, label_smoothing=0.1))
+        taken += clock(lambda: batch.__exit__(None, None, None))
+        taken += clock(self.running.reduce)
+        self.optimizer.step()
+        taken += clock(self.running.commit)
+        self.seconds.append(taken)

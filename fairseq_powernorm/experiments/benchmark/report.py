@@ -1,9 +1,6 @@
-"""A record as Markdown and as a figure."""
+"""A record as Markdown and as pictures."""
 import statistics
-from pathlib import Path
 from typing import Any, Dict, List, Mapping, Tuple
-
-from .options import CONTENDERS
 
 
 def named(contenders: Mapping[str, Any], name: str) -> List[Tuple[str, Any]]:
@@ -17,7 +14,7 @@ def show(record: Mapping[str, Any]) -> str:
     for cell in record["cells"]:
         for name, entry in cell["contenders"].items():
             words = [cell["level"], cell["pass"], f"{cell['rows']} x {cell['channels']}", cell["dtype"],
-                     "yes" if cell["masked"] else "no", str(cell["threads"]), name]
+                     "yes" if cell["masked"] else "no", cell.get("memory", record["memory"]), str(cell["threads"]), name]
             if cell["level"] == "accuracy":
                 row = [*words[2:5], name, *(f"{error:.1e}" for error in entry["errors"].values()), f"{entry['worst']:.2f}"]
                 accurate.append("| " + " | ".join(row) + " |")
@@ -30,9 +27,9 @@ def show(record: Mapping[str, Any]) -> str:
     lines: List[str] = []
     if timed:
         lines += [
-            "| level | pass | rows x C | dtype | mask | threads | norm | time (us) | host (us) | / LayerNorm (quartiles) "
-            "| of limit | saved / x | peak / x |",
-            "|" + " --- |" * 13,
+            "| level | pass | rows x C | dtype | mask | memory | threads | norm | time (us) | host (us) "
+            "| / LayerNorm (quartiles) | of limit | saved / x | peak / x |",
+            "|" + " --- |" * 14,
             *timed,
         ]
     if accurate:
@@ -46,47 +43,55 @@ def show(record: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(record: Mapping[str, Any], path: Path) -> None:
-    """Ratios to LayerNorm: a panel for each level, pass and dtype, in it a row for each contender, in it a mark for each
-    size, the median of its cells, with their range."""
-    from matplotlib import ticker
+#: lines of a picture: contender, dtype, what it is called, colour
+LINES = (("power", "float32", "PN", "C0"), ("power", "bfloat16", "PN, bfloat16", "C2"), ("power-v", "float32", "PN-V", "C1"),
+         ("batch", "float32", "masked BN", "C3"))
+
+
+def curve(record: Mapping[str, Any], which: str, contender: str, dtype: str) -> Dict[int, float]:
+    """Rows -> ratio to LayerNorm of a norm alone: of the median cell, with memory as in a long training."""
+    found: Dict[int, List[float]] = {}
+    for cell in record["cells"]:
+        kept = cell.get("memory", record["memory"]) == "recycled" or "recycled" not in record["memory"]
+        if (cell["level"], cell["pass"], cell["dtype"]) == ("layer", which, dtype) and kept:
+            for _, entry in named(cell["contenders"], contender):
+                found.setdefault(cell["rows"], []).append(entry["ratio"])
+    return {rows: statistics.median(values) for rows, values in sorted(found.items())}
+
+
+def figures(record: Mapping[str, Any]) -> Dict[str, bytes]:
+    """Name -> picture (PNG): time by LayerNorm's over the number of rows, one for training and one for evaluation."""
     from matplotlib.figure import Figure
 
     from ..reports.figures import png
 
-    panels: Dict[Tuple[str, str, str], Dict[str, Dict[Tuple[int, int], List[float]]]] = {}
-    for cell in record["cells"]:
-        if cell["level"] == "accuracy":
+    found: Dict[str, bytes] = {}
+    for name, which in (("training", "train"), ("evaluation", "eval")):
+        curves = {label: (curve(record, which, contender, dtype), colour) for contender, dtype, label, colour in LINES}
+        curves = {label: (points, colour) for label, (points, colour) in curves.items() if points}
+        if not curves:
             continue
-        contenders = panels.setdefault((cell["level"], cell["pass"], cell["dtype"]), {})
-        for name, entry in cell["contenders"].items():
-            contenders.setdefault(name, {}).setdefault((cell["rows"], cell["channels"]), []).append(entry["ratio"])
-    if not panels:
-        return
-    heights = [1 + 0.25 * len(contenders) for contenders in panels.values()]
-    figure = Figure(figsize=(8, sum(heights)), layout="constrained")
-    axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)
-    for axis, ((level, which, dtype), contenders) in zip(axes[:, 0], panels.items()):
-        known = [name for contender in CONTENDERS for name, _ in named(contenders, contender)]
-        names = list(dict.fromkeys([*known, *contenders]))
-        sizes = sorted({size for each in contenders.values() for size in each})
-        for number, size in enumerate(sizes):
-            here = [(row, contenders[name][size]) for row, name in enumerate(names) if size in contenders[name]]
-            offset = 0.6 * ((number + 0.5) / len(sizes) - 0.5)
-            middle = [statistics.median(values) for _, values in here]
-            error = [[m - min(values) for m, (_, values) in zip(middle, here)],
-                     [max(values) - m for m, (_, values) in zip(middle, here)]]
-            axis.errorbar(middle, [row + offset for row, _ in here], xerr=error, fmt="o", markersize=4, elinewidth=1.5,
-                          label=f"{size[0]} x {size[1]}")
-        axis.axvline(1.0, color="black", linewidth=0.8)
-        axis.set_yticks(range(len(names)), names)
-        axis.invert_yaxis()
-        if level == "layer":
-            axis.set_xscale("log")
-            axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-            axis.xaxis.set_minor_locator(ticker.NullLocator())
-        axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-        axis.grid(axis="x", alpha=0.3)
-        axis.set_title(f"{level}, {which}, {dtype}: time / LayerNorm", fontsize=9)
-        axis.legend(title="rows x C", fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    path.write_bytes(png(figure, dpi=150))
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axis = figure.subplots()
+        rows = sorted({number for points, _ in curves.values() for number in points})
+        axis.axhline(1.0, color="black", linewidth=1.2)
+        ends = {label: (list(points.values())[-1], colour) for label, (points, colour) in curves.items()}
+        ends["LayerNorm"] = 1.0, "black"
+        for label, (points, colour) in curves.items():
+            axis.plot(list(points), list(points.values()), color=colour, marker="o", markersize=4, label=label)
+        highest = max([1.0, *(value for points, _ in curves.values() for value in points.values())])
+        place = -1.0
+        for label, (value, colour) in sorted(ends.items(), key=lambda item: item[1][0]):
+            place = max(value, place + 0.055 * highest * 1.1)  # labels do not cover each other
+            axis.annotate(label, (rows[-1], place), xytext=(8, 0), textcoords="offset points", va="center", color=colour)
+        axis.set_xscale("log", base=4)
+        axis.set_xticks(rows, [f"{number:,}" for number in rows])
+        axis.minorticks_off()
+        axis.set_ylim(0.0, max(highest, place) * 1.1)
+        axis.set_xlabel("rows (tokens in a batch)")
+        axis.set_ylabel("time / LayerNorm's")
+        axis.set_title(f"{name.capitalize()}: below the line is faster than LayerNorm", fontsize=10)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+        found[name] = png(figure, dpi=150)
+    return found

@@ -11,22 +11,21 @@ from torch import Tensor
 Measure = Callable[[Callable[[], object]], float]
 
 
-def set_memory(*, fresh: bool) -> None:
-    """Tell glibc to keep freed memory (or to give large blocks back at once); elsewhere nothing is changed."""
+def keep_memory() -> None:
+    """Tell glibc to keep freed memory, from now on; elsewhere nothing is changed."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
-    mallopt(mmap_max, 65536 if fresh else 0)
-    mallopt(mmap_threshold, 128 * 1024)
-    mallopt(trim_threshold, 128 * 1024 if fresh else 2**31 - 1)
+    trim_threshold, mmap_max = -1, -4
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
 
 
 #: seconds; a longer call is not repeated untimed
 QUICK = 0.2
 #: of whole models, of which a norm is so small a part that few rounds do not show it
-ROUNDS_OF_MODELS = 15
+ROUNDS_OF_MODELS = 7
 
 
 def clock(function: Callable[[], object]) -> float:

@@ -152,8 +152,8 @@ def fetch(address: str, partial: Path, size: Optional[int], *, secure: bool = Fa
         total = size if length is None else start + int(length)
         if size is not None and total != size:
             raise Unreachable(f"it has {total:,} bytes there, expected {size:,}")
-        done = start
-        with open(partial, "ab" if start else "wb") as stream, Progress(target_of(partial), total, "B") as progress:
+        done, name = start, target_of(partial)
+        with open(partial, "ab" if start else "wb") as stream, Progress(name, total, "B", initial=start) as progress:
             while True:
                 try:
                     block = answer.read(BLOCK)

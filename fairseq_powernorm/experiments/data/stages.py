@@ -17,6 +17,8 @@ from .workers import Process, Workers, transform
 
 #: of a sentence: models take 1,024 with the end of the sentence, and fairseq refuses longer ones when it validates
 LONGEST_PIECES = 1022
+#: of a language model with an ordinary softmax
+MANY_TYPES = 100_000
 
 
 class Stage(NamedTuple):
@@ -220,6 +222,9 @@ class LanguageModel(Preparation):
                 flush=True,
             )
         print(f"  {counts.types:,} types, <unk> and the line end among them", flush=True)
+        if counts.types > MANY_TYPES and self.benchmark not in corpora.CORPORA:
+            print("  NOTE: so many make a large and slow model; a BPE of the text has fewer, or build your settings on "
+                  "wikitext103, whose softmax is adaptive", flush=True)
         differing = self.differing(counts)
         if differing:
             print(

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Sequence
 
 from ..errors import UserError
+from ..files import write_bytes
 from . import figures, schema
 
 
@@ -20,4 +21,4 @@ def plot(paths: Sequence[str], output: Path) -> None:
         figures.curve(axis, label, record, "valid", marker=".")
     title = ", ".join(sorted({record["benchmark"] for record in records}))
     figures.finish(axis, xlabel="updates", ylabel="validation loss (bits per token)", title=title)
-    output.write_bytes(figures.png(figure))
+    write_bytes(output, figures.png(figure))

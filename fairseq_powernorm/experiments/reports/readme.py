@@ -38,5 +38,5 @@ def tables_of(patterns: Sequence[str]) -> str:
         raise UserError(f"<!-- records: {' '.join(patterns)} --> names no record")
     contents = [read_json(path) for path in paths]
     if isinstance(contents[0], dict) and contents[0].get("kind") == "benchmark":
-        return "\n".join(speed.summary(schema.check(content, path)) for content, path in zip(contents, paths))
+        return "\n".join(speed.summary(schema.check(content, path), path.parent) for content, path in zip(contents, paths))
     return tables({relative(path): schema.read_record(path) for path in paths})

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from ..directories import locked
-from ..files import read_json, write_json
+from ..files import read_json, write_bytes, write_json
 from ..paths import runs_root
 from . import figures, render, schema, sections
 from .matrix import BASELINE, NORMS, Row, Run, relative
@@ -75,13 +75,6 @@ def picture_end(part: sections.Section, number: int) -> str:
 def earlier(path: str) -> Optional[Dict[str, Any]]:
     """The content of a file of an earlier report, None if there is none."""
     return schema.check(read_json(path), path) if os.path.exists(path) else None
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader sees the old one or the new one, never a part."""
-    partial = Path(f"{path}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def grouped(runs: Sequence[Run]) -> List[List[Run]]:

@@ -83,14 +83,15 @@ QUARTILES = [NUMBER]
 CONTENDER = {
     "seconds?": NUMBER, "seconds_quartiles?": QUARTILES, "ratio?": NUMBER, "ratio_quartiles?": QUARTILES, "rounds?": int,
     "bandwidth_fraction?": NUMBER, "saved?": NUMBER, "peak?": NUMBER, "host_seconds?": NUMBER,
+    "statistics?": NUMBER,
     "errors?": ObjectOf(NUMBER), "tolerances?": [NUMBER], "worst?": NUMBER,
 }
 BENCHMARK = {
     "schema": {1}, "kind": {"benchmark"}, "device": {"cpu", "cuda"}, "processor": str, "cores": int,
-    "memory": {"recycled", "fresh"}, "kernel": str, "quick": bool, "arguments": [str], "versions": ObjectOf(str),
+    "memory": str, "kernel": str, "quick": bool, "arguments": [str], "versions": ObjectOf(str),
     "git_commit": OrNull(str),
     "cells": [{"level": str, "pass": str, "rows": int, "channels": int, "dtype": str, "masked": bool,
-               "device": {"cpu", "cuda"}, "threads": int, "contenders": ObjectOf(CONTENDER)}],
+               "device": {"cpu", "cuda"}, "threads": int, "memory?": str, "contenders": ObjectOf(CONTENDER)}],
     "checks": [{"target": str, "value": NUMBER, "bound": str, "met": bool}],
 }
 

@@ -146,5 +146,6 @@ def resolved(
             raise UserError(f"{group}.{key} {str(path)!r}: hydra reads it as {read!r}; move it, or give the path of a "
                             f"link to it")
     limits.check(composition, Settings(composition))
+    limits.check_references(composition, data, save_dir)
     config, _, model, _ = build(composition)
     return complete, config, sum(parameter.numel() for parameter in model.parameters())

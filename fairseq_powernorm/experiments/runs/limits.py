@@ -1,7 +1,9 @@
 """The numbers that settings can have: what fairseq would take and then divide by, wait for, or run out of memory with."""
 
+import ast
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any, Dict, Iterator, Tuple
 
 from ..errors import LARGEST_SEED, UserError
@@ -39,6 +41,48 @@ def check(config: Any, settings: Settings) -> None:
             raise UserError(f"{key}={value} is no finite number")
         if not smallest <= value <= largest:
             raise UserError(f"{key}={value}: must be from {smallest:g} to {largest:.15g}")
+
+
+def check_references(config: Any, data: Path, save_dir: Path) -> None:
+    """Refuses settings that name what is not there, or are no value at all, which fairseq would find out in the middle.
+
+    Args:
+        config: as hydra composes it
+        data, save_dir: the binarized data, and where checkpoints go, in the run's directory
+    """
+    from omegaconf import OmegaConf
+
+    found: Any = OmegaConf.to_container(config)
+    for group, key in (("optimization", "lr"), ("optimization", "update_freq")):
+        if found[group].get(key) == []:
+            raise UserError(f"{group}.{key}=[]: must have one value at least")
+    for key, value in found["optimizer"].items() if isinstance(found.get("optimizer"), dict) else ():
+        if key.endswith("betas") and not _is_pair_of_shares(value):
+            raise UserError(f"optimizer.{key}={value}: must be two numbers from 0 to below 1, such as '(0.9, 0.98)'")
+    for key in ("train_subset", "valid_subset"):
+        text = found["dataset"].get(key)
+        for subset in text.split(",") if isinstance(text, str) and "${" not in text else ():
+            there = sorted({path.name.split(".")[0] for path in data.glob("*.bin")})
+            if subset not in there and not (key == "valid_subset" and found["dataset"].get("ignore_unused_valid_subsets")):
+                raise UserError(f"dataset.{key}={text}: there is no {subset!r} in {data}; valid: {', '.join(there)}")
+    checkpoint = found["checkpoint"]
+    for key, usual in (("restore_file", "checkpoint_last.pt"), ("finetune_from_model", None)):
+        name = checkpoint.get(key)
+        if name not in (None, usual) and not (save_dir.parent / str(name)).is_file():
+            raise UserError(f"checkpoint.{key}={name}: no such file (a relative path is one from {save_dir.parent})")
+    if checkpoint.get("checkpoint_suffix"):
+        raise UserError(f"checkpoint.checkpoint_suffix={checkpoint['checkpoint_suffix']}: a run's checkpoints have none")
+
+
+def _is_pair_of_shares(value: Any) -> bool:
+    """Is it, as fairseq reads it, a pair of numbers from 0 to below 1?"""
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return False
+    return (isinstance(value, (list, tuple)) and len(value) == 2
+            and all(isinstance(each, (int, float)) and 0 <= each < 1 for each in value))
 
 
 def limits(key: str, settings: Settings) -> Tuple[float, float]:

@@ -68,7 +68,9 @@ def session(
             "threads": int((environment or os.environ).get("OMP_NUM_THREADS") or cpus()),
             **(launcher.facts() if launcher else {}),
             "wall_s": None, "cpu_s": None, "exit_status": None}  # null to the end of a session that is killed
+    begun = 0
     if facts["sessions"]:
+        begun = max((each.updates for each in checkpoints.accounts(run / "checkpoints")), default=0)
         drop_statistics(run, config)
         trainlog.complete(run / "train.log", checkpoints.validations(run / "checkpoints", config))
     facts["sessions"].append(this)
@@ -92,7 +94,7 @@ def session(
             settings = processor_settings(environment or os.environ)
             if settings:
                 log.write(f"environment: {settings}\n")
-            tail = show(process, log, config.optimization.max_update, remark, lines)
+            tail = show(process, log, config.optimization.max_update, remark, lines, begun)
     except OSError as error:  # a disk that is full, or nobody who reads what is shown
         stop(process)
         assert process.stdout is not None
@@ -135,17 +137,18 @@ def session(
 
 
 def show(
-    process: "subprocess.Popen[str]", log: TextIO, max_update: int, remark: str, lines: List[str]
+    process: "subprocess.Popen[str]", log: TextIO, max_update: int, remark: str, lines: List[str], begun: int = 0
 ) -> Deque[str]:
     """Writes what a training says to its log, and shows progress in short; gives the last lines.
 
     Args:
         remark: what is to be said of each perplexity
         lines: takes those that say how training has ended, see :mod:`.ending`
+        begun: updates of the sessions before
     """
     tail: Deque[str] = collections.deque(maxlen=20)
     assert process.stdout is not None
-    with Progress("update", max_update or None, seconds=None) as progress, Rhythm(progress) as rhythm:
+    with Progress("training", max_update or None, "up", initial=begun, seconds=None) as progress, Rhythm(progress) as rhythm:
         for line in process.stdout:
             log.write(line)
             log.flush()

@@ -107,7 +107,7 @@ def progress_of(found: Dict[str, Any]) -> Optional[Tuple[int, str]]:
     """(updates, what else is said of them) of a line about updates; None for another."""
     if "num_updates" not in found or "loss" not in found:
         return None
-    return int(found["num_updates"]), f"loss {found['loss']}, {found.get('wps', '?')} tokens/s, lr {found.get('lr')}"
+    return int(found["num_updates"]), f"loss {found['loss']}, {found.get('wps', '?')} tokens/s"
 
 
 def brief(line: str, max_update: int, remark: str = "") -> Optional[str]:
@@ -128,6 +128,6 @@ def brief(line: str, max_update: int, remark: str = "") -> Optional[str]:
         done, more = reached
         left = (max_update - done) / float(found["ups"]) if max_update and float(found.get("ups", 0)) else None
         return (f"  update {done:,}" + (f" of {max_update:,}" if max_update else "")
-                + f": {more}"
+                + f": {more}, lr {found.get('lr')}"
                 + (f", about {left / 60:.0f} min left" if left is not None else ""))
     return None

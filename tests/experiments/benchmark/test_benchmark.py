@@ -7,11 +7,13 @@ import pytest
 import torch
 import toy
 
-from fairseq_powernorm.experiments.benchmark import cells, measure, models, timing
+from fairseq_powernorm.experiments.benchmark import cells, measure, models, report, timing
 from fairseq_powernorm.experiments.benchmark.authors_norm import AuthorsPowerNorm
 from fairseq_powernorm.experiments.benchmark.options import parse
 from fairseq_powernorm.experiments.benchmark.targets import checks
 from fairseq_powernorm.experiments.errors import UserError
+from fairseq_powernorm.experiments.files import read_json
+from fairseq_powernorm.experiments.reports import schema, speed
 from fairseq_powernorm.norms import PowerNorm
 
 
@@ -35,19 +37,63 @@ def test_the_authors_way_computes_the_same(groups):
 
 
 @pytest.mark.slow
-def test_the_command_measures_every_level():
-    """--quick goes through all levels and contenders, one from outside among them, and prints a row for each."""
-    done = toy.command(
-        "python", "scripts/benchmark.py", "--quick", "--threads", 1, "--shapes", "8x64", "--extra", "torch.nn:RMSNorm"
-    )
-    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
-    found = {(row[0].strip("| "), row[6]) for row in rows}
-    assert {("layer", name) for name in ("layer", "rms", "batch", "power-g1", "power-g4", "power-torch-g4", "authors-g1",
+def test_the_command_measures_every_level(tmp_path, monkeypatch, capsys):
+    """--fast goes through all levels and contenders, one from outside among them, and prints a row for each; interrupted,
+    the same command goes on, and writes a record, a table and two pictures.
+    """
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    monkeypatch.setattr(timing, "keep_memory", lambda: None)  # the tests' own process stays as it is
+    words = ["--fast", "--threads", "1", "--shapes", "8x64", "--extra", "torch.nn:RMSNorm", "--name", "here"]
+    kept = tmp_path / "results" / "benchmark"
+    generation = cells.generation
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cells, "generation", interrupted)
+    threads = torch.get_num_threads()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            measure.benchmark(words)
+        assert not (kept / "here").exists()
+        monkeypatch.setattr(cells, "generation", generation)
+        for level in ("accuracy", "layer"):  # known already
+            monkeypatch.setattr(cells, level, interrupted)
+        assert measure.benchmark(words) == 0
+    finally:
+        torch.set_num_threads(threads)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    found = {(row[0].strip("| "), row[7]) for row in rows if len(row) > 12}
+    assert {("layer", name) for name in ("layer", "rms", "batch", "power-g4", "power-v-g4", "power-torch-g4", "authors-g4",
                                          "torch.nn:RMSNorm")} <= found
-    assert {("8 x 64", name, norm) for name in ("float32", "bfloat16") for norm in ("power-g1", "power-g4")} <= {
+    assert {("8 x 64", name, memory) for name in ("float32", "bfloat16") for memory in ("default", "recycled")} <= {
+        (row[2], row[3], row[5]) for row in rows if len(row) > 12}
+    assert {("512 x 64", name, "power-g4") for name in ("float32", "bfloat16")} <= {
         (row[0].strip("| "), row[1], row[3]) for row in rows}  # accuracy
-    for level in ("encoder", "step", "generation"):
-        assert {(level, name) for name in ("layer", "power", "power-torch")} <= found
+    for level in ("step", "generation"):
+        assert {(level, name) for name in ("layer", "power")} <= found
+    assert sorted(each.name for each in (kept / "here").iterdir()) == [
+        "evaluation.png", "record.json", "table.md", "training.png"]
+    record = schema.check(read_json(kept / "here" / "record.json"), "record.json")
+    step = next(cell for cell in record["cells"] if cell["level"] == "step")
+    assert step["contenders"]["power"]["statistics"] > 0 and step["contenders"]["layer"]["ratio"] == 1.0
+    assert not list(kept.glob("*.json")) and not list(kept.glob(".*.json"))
+
+
+def test_a_readme_says_what_was_measured():
+    """A line for each norm, pass and dtype with medians and ranges by number of rows, and one for each whole model."""
+    some = [cell(rows=rows, layer=1.0, power_g4=ratio, memory=memory) for rows, ratio, memory in
+            ((1, 1.5, "default"), (1, 1.1, "recycled"), (4096, 0.7, "recycled"))]
+    step = cell(level="step", rows=4096, layer=1.0, power=1.005)
+    step["contenders"]["power"].update(ratio_quartiles=[1.0, 1.01], statistics=0.0042)
+    record = {"processor": "a processor", "cores": 2, "versions": {"torch": "2"}, "memory": "default,recycled",
+              "cells": [*some, step]}
+    text = speed.summary(record, speed.RESULTS / "benchmark" / "none").splitlines()
+    assert "| norm | pass, dtype | 1 row | 4,096 rows |" in text
+    assert "| power-g4 | train, float32 | 1.30 (1.10 - 1.50) | 0.70 |" in text
+    assert text[-1] == ("- A training step of 4,096 tokens takes 1.005 of LayerNorm's time with PN (quartiles 1.000 to "
+                        "1.010); the running statistics of all its norms take 0.42 % of it.")
+    assert report.curve(record, "train", "power", "float32") == {1: 1.1, 4096: 0.7}  # with memory as in a long training
 
 
 @pytest.mark.parametrize(
@@ -112,21 +158,22 @@ def test_times_of_a_gpu(monkeypatch):
 
 def test_models_in_half_precision():
     """What a GPU measures, by a CPU: a layer, an update by fairseq's own optimizer of --fp16, and a search, in float16."""
-    options = parse(["--quick", "--contenders", "rms,batch,power,power-torch,authors"])
+    options = parse(["--fast", "--contenders", "rms,batch,power,power-torch,authors"])
     options.model_dtype = "float16"
     for level in ("encoder", "step", "generation"):
-        (found,) = cells.CELLS[level](options, lambda cell: None)
-        assert found["dtype"] == "float16" and found["device"] == "cpu"
-        assert set(found["contenders"]) == {"layer", "rms", "batch", "power", "power-torch"}
+        job = next(cells.JOBS[level](options, "recycled"))
+        assert job.cell["dtype"] == "float16" and job.cell["device"] == "cpu"
+        names = {"layer", "rms", "batch", "power", "power-torch"} if level == "encoder" else {"layer", "power"}
+        assert set(job.measure(0.0)) == names
 
 
 def test_an_update_in_half_precision_trains():
     """The update that is timed changes the parameters and takes one step of the running statistics."""
-    options = parse(["--quick"])
+    options = parse(["--fast"])
     options.model_dtype = "float16"
     model, running, _ = models.translation_model("power", options, 16, 32, 1, 40)
     before = [p.detach().clone() for p in model.parameters()]
-    function = models.update(options, model, running, 4, 8, 40)
+    function = models.Update(options, model, running, 4, 8, 40)
     for _ in range(8):  # the first ones may lower the loss scale
         function()
     assert any(not torch.equal(p, q) for p, q in zip(before, model.parameters()))
@@ -134,7 +181,7 @@ def test_an_update_in_half_precision_trains():
     assert float(norm.iters) == 8 and torch.isfinite(norm.ema_gz).all() and norm.ema_gz.any()
 
 
-def cell(level="layer", which="train", rows=4096, dtype="float32", device="cpu", **ratios):
+def cell(level="layer", which="train", rows=4096, dtype="float32", device="cpu", memory="recycled", **ratios):
     """A cell of a record in which LayerNorm takes a second and a copy 0.9."""
     contenders = {
         name.replace("_", "-"): {
@@ -146,7 +193,8 @@ def cell(level="layer", which="train", rows=4096, dtype="float32", device="cpu",
         }
         for name, ratio in ratios.items()
     }
-    return {"level": level, "pass": which, "rows": rows, "dtype": dtype, "device": device, "contenders": contenders}
+    return {"level": level, "pass": which, "rows": rows, "channels": 512, "dtype": dtype, "device": device, "memory": memory,
+            "threads": 1, "contenders": contenders}
 
 
 def test_targets_are_checked():
@@ -155,10 +203,14 @@ def test_targets_are_checked():
     assert met([]) == {}
     good = cell(layer=1.0, power_g1=0.6, power_g4=0.65, authors_g1=20.0, authors_g4=20.0)
     assert set(met([good]).values()) == {True}
-    slow = cell(layer=1.0, power_g1=1.1, power_g4=0.65, authors_g1=20.0, authors_g4=20.0)
-    verdicts = met([good, good, slow])
-    assert verdicts.pop("training, float32, every cell") is False and set(verdicts.values()) == {True}
+    slow = cell(layer=1.0, power_g1=1.1, power_g4=1.1, authors_g1=40.0, authors_g4=40.0)
+    verdicts = met([good, slow, slow])
+    assert verdicts.pop("training, float32, median") is False and set(verdicts.values()) == {True}
     assert met([cell(level="step", layer=1.0, power=1.02)]) == {"whole training step": False}
+    counted = cell(level="step", layer=1.0, power=1.0)
+    counted["contenders"]["power"]["statistics"] = 0.02
+    assert met([counted])["running statistics / training step"] is False
+    assert met([cell(level="generation", which="eval", power=1.1)]) == {"generation with folded norms": False}
     assert met([cell(rows=1, layer=1.0, power_g1=1.4)]) == {"one row, float32": True}
     assert set(met([cell(level="accuracy", power_g1=1.01)]).values()) == {False}
     near = cell(layer=1.0, power_g1=0.6, authors_g1=12.0)

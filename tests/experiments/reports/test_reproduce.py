@@ -160,6 +160,8 @@ def test_parameters_of_the_estimates(here):
     data.mkdir()
     for name in ("dict.txt", "dict.de.txt", "dict.en.txt"):
         (data / name).write_text("".join(f"w{i} 1\n" for i in range(10000)))
+    for split in ("train", "valid"):
+        (data / f"{split}.bin").touch()
     for benchmark, arch in [("ptb", arch) for arch in settings.architectures("ptb")] + [
             (name, "transformer_pn_iwslt_de_en") for name in settings.benchmarks() if name == "iwslt14"]:
         with torch.device("meta"):  # no memory for them

@@ -6,6 +6,7 @@ import zipfile
 
 import pytest
 
+from fairseq_powernorm.experiments.directories import whole_directory
 from fairseq_powernorm.experiments.errors import UserError
 from fairseq_powernorm.experiments.evaluation import evaluate
 from fairseq_powernorm.experiments.runs import checkpoints, records, status, trainlog
@@ -152,3 +153,28 @@ def test_identity_of_wandb_is_no_setting(tmp_path):
     """A run.json with what wandb calls the run is valid; it is checked where it is used (test_watch.py)."""
     run = write(tmp_path / "run", **{"run.json": json.dumps({**FACTS, "wandb": "../x"})})
     assert records.read_run(run)["wandb"] == "../x"
+
+
+@pytest.mark.parametrize("name", ["evaluation", ".evaluation.partial", ".evaluation.old"])
+@pytest.mark.parametrize("kind", ["directory", "link", "link to a file", "link to nothing", "file", "pipe"])
+def test_places_of_an_evaluation(name, kind, tmp_path):
+    """Whatever stands where an evaluation is made makes way, and what a link leads to stays as it is."""
+    run, victim = tmp_path / "run", tmp_path / "victim"
+    victim.mkdir()
+    (victim / "file").write_text("theirs")
+    run.mkdir()
+    place = run / name
+    if kind == "directory":
+        place.mkdir()
+        (place / "left").touch()
+    elif kind == "file":
+        place.touch()
+    elif kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.symlink_to({"link": victim, "link to a file": victim / "file", "link to nothing": tmp_path / "none"}[kind])
+    with whole_directory(run / "evaluation") as made:
+        (made / "record.json").touch()
+    assert [path.name for path in run.iterdir()] == ["evaluation"]
+    assert not (run / "evaluation").is_symlink() and os.listdir(run / "evaluation") == ["record.json"]
+    assert [path.name for path in tmp_path.rglob("file")] == ["file"] and (victim / "file").read_text() == "theirs"
