@@ -17,4 +17,4 @@ bash "$scripts/prepare.sh" multi30k
 bash "$scripts/train.sh" multi30k power --run-dir "$run" --resume +model.norm_groups=0 'optimization.lr=[0.0015]' \
     lr_scheduler.warmup_updates=1000 optimization.max_update=3000
 "$PYTHON" "$PN_ROOT/tests/checks/training.py" "$run"
-bash "$scripts/evaluate.sh" multi30k "$run" "$@"
+bash "$scripts/evaluate.sh" "$run" "$@"
