@@ -4,7 +4,8 @@
  * tensors, memory, and autograd. Whatever the gate does not let through is left to Python: train() and evaluate() return None
  * before anything has been done, and a backward pass calls a function that train() was given.
  *
- * Compiled on the user's machine for the torch that is installed there (kernels/native.py).
+ * Compiled on the user's machine for the torch that is installed there (kernels/native.py): one file, since torch's headers
+ * take longer to compile than all that is said here, and once is enough.
  */
 #define PY_SSIZE_T_CLEAN
 #include <torch/csrc/autograd/python_variable.h>

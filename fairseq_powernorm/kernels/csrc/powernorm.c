@@ -2,9 +2,13 @@
  * Power Normalization on a CPU: forward and backward pass as one sweep over the rows each. Plain C ABI, no dependence on
  * torch or Python: kernels/c.py calls it through ctypes. The arithmetic is that of kernels/eager.py.
  *
- * Channels of a row need not be adjacent: see tiles.h. Rows are worked on in blocks of BLOCK: within one, per-channel sums are float32, the blocks' totals are added up in
- * float64. The blocks are shared out to the threads in fixed, contiguous parts, and the parts' totals are added up in
- * order, so that results do not depend on which thread is faster; the last bit of a float64 total may depend on their number.
+ * Channels of a row need not be adjacent: see tiles.h. Rows are worked on in blocks of BLOCK: within one, per-channel sums are
+ * float32, the blocks' totals are added up in float64. The blocks are shared out to the threads in fixed, contiguous parts, and
+ * the parts' totals are added up in order, so that results do not depend on which thread is faster; the last bit of a float64
+ * total may depend on their number.
+ *
+ * One long file, since it is one translation unit: the headers beside it are included here, sweeps.h once for each set of
+ * instructions and each type, so that the compiler sees callers and sweeps together and nothing but the entry points is exported.
  *
  * Threads are not made here: pn_use_threads is given the entry point of the OpenMP runtime that the process has.
  */
@@ -714,10 +718,10 @@ static void advance_nu(
  * Forward pass of training.
  *
  * valid: rows bytes, 0 at padding, or NULL. psi2: C. batch: C, the batch's second moment if it is known already, or NULL: that
- * of these rows. jump: see PowerNormSpec. y: as in pn_evaluate, or NULL (sums only). r: rows x groups, or NULL. saved: 3 x C, for the
- * backward pass: 1 / sqrt(psi^2 + eps) of the output, that of the gradient, sum of z^2. tally: C + 2: sums of u^2 over valid
- * rows, their number, 1; or NULL. step_psi2 (C), step_iters (1): statistics that take their step here, see pn_advance_forward; or
- * NULL.
+ * of these rows. jump: see PowerNormSpec. y: as in pn_evaluate, or NULL (sums only). r: rows x groups, or NULL. saved: 3 x C,
+ * for the backward pass: 1 / sqrt(psi^2 + eps) of the output, that of the gradient, sum of z^2. tally: C + 2: sums of u^2 over
+ * valid rows, their number, 1; or NULL. step_psi2 (C), step_iters (1): statistics that take their step here, see
+ * pn_advance_forward; or NULL.
  *
  * One sweep, and another one for y only where y needs the sums: FORWARD_BATCH without batch, or a channel that jumps.
  */
