@@ -284,7 +284,8 @@ def layer_scale(
     if autograd is not None and (y := autograd.evaluate(x, weight, bias, None, groups, eps, None)) is not None:
         found: Tensor = y
         return found
-    if wants_gradient(x, weight, bias) or (backend := choose(x, weight, bias)) is eager:
+    # a trace would keep what choose() looks at
+    if transformed() or wants_gradient(x, weight, bias) or (backend := choose(x, weight, bias)) is eager:
         return None
     return backend.evaluate(x, weight, bias, None, groups, eps)
 

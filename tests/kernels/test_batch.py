@@ -218,7 +218,7 @@ UNUSUAL = {
     "every second row": (slice(None, None, 2), None, None),
     "sentences first in memory": (slice(None), None, lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)),
     "channels far apart": (slice(None), None, lambda t: t.permute(2, 0, 1).contiguous().permute(1, 2, 0)),
-    "one row for all": (slice(None), None, lambda t: t[:1, :1].expand_as(t)),
+    "one sentence for all": (slice(None), None, lambda t: t[:, :1].expand_as(t)),
     "parameters with gaps": (slice(None), lambda n: change(n, weight=spread(n.weight), bias=spread(n.bias)), None),
     "parameters in double": (slice(None), lambda n: change(n, weight=spread(n.weight, torch.double)), None),
     "parameters in half": (slice(None), lambda n: change(n, weight=spread(n.weight, torch.half)), None),
@@ -265,6 +265,8 @@ def test_unusual_tensors(what, in_python):
         with native.in_python() if in_python else contextlib.nullcontext():
             for kind, groups in zip(KINDS, (0, 1, 4)):
                 for mask, want_x in ((None, True), (padding((7, 3)), False), (padding((7, 3)), True)):
+                    if "infinite" in what and "reference" in kind and mask is not None:
+                        continue  # its padding is the bias, where plain torch multiplies it by what is not finite
                     results = []
                     for kernel in ("c", "eager"):
                         with kernels.only(kernel):
