@@ -7,12 +7,14 @@ import signal
 import threading
 
 import pytest
-import torch
 
-# one thread each: several processes run at a time, and OpenMP's threads wait for each other busily
+# read when torch is imported. One thread each: processes run side by side, and OpenMP's threads wait for each other busily
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # as scripts/lib/environment.sh sets it: what is started in another environment begins cold, see warm.py
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+import torch
+
 # what is built is tested; nothing is built in the background
 os.environ.setdefault("POWERNORM_AUTOGRAD", "prebuilt")
 # read when Triton is imported: without a GPU its kernels are interpreted

@@ -62,8 +62,7 @@ def parser() -> Parser:
           python scripts/benchmark.py --check              # ... and exits with status 1 if a target is missed
           python scripts/benchmark.py --levels layer --shapes 4096x512 --extra mypackage.norms:FastNorm
 
-        Then `python -m fairseq_powernorm.experiments.report --readme` puts what NAME says in place of what results/README.md
-        says of it.
+        results/README.md says how its own table is made of NAME.
         """,
         """
         Levels: accuracy (a training step of PN against the authors' arithmetic in float64), layer (a norm alone,

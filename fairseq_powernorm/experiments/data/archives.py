@@ -133,7 +133,7 @@ def fetch(address: str, partial: Path, size: Optional[int], *, secure: bool = Fa
     try:
         request = urllib.request.Request(address, headers={
             "User-Agent": USER_AGENT, **({"Range": f"bytes={start}-"} if start else {})})
-        answer = urllib.request.urlopen(request, timeout=60)
+        answer = urllib.request.build_opener().open(request, timeout=60)  # by the proxies of now
     except urllib.error.HTTPError as error:
         # 416, nothing is left to download, and the answer says of how many bytes: "bytes */123"
         if error.code == 416 and start and (error.headers.get("Content-Range") or f"/{start}").endswith(f"/{start}"):

@@ -2,9 +2,10 @@
  * Power Normalization on a CPU: forward and backward pass as one sweep over the rows each. Plain C ABI, no dependence on
  * torch or Python: kernels/c.py calls it through ctypes. The arithmetic is that of kernels/eager.py.
  *
- * Channels of a row need not be adjacent: see tiles.h. Rows are worked on in blocks of BLOCK: within one, per-channel sums are float32, the blocks' totals are added up in
- * float64. The blocks are shared out to the threads in fixed, contiguous parts, and the parts' totals are added up in
- * order, so that results do not depend on which thread is faster; the last bit of a float64 total may depend on their number.
+ * Channels of a row need not be adjacent: see tiles.h. Rows are worked on in blocks of BLOCK: within one, per-channel sums are
+ * float32, the blocks' totals are added up in float64. The blocks are shared out to the threads in fixed, contiguous parts, and
+ * the parts' totals are added up in order, so that results do not depend on which thread is faster; the last bit of a float64
+ * total may depend on their number.
  *
  * Threads are not made here: pn_use_threads is given the entry point of the OpenMP runtime that the process has.
  */
@@ -84,7 +85,8 @@ struct batch {
     const float *scale, *shift, *b;
     const uint8_t *valid; /* NULL: all rows count in the statistics */
     float *r;  /* may be NULL */
-    void *out; /* rows x channels */
+    void *out;
+    int64_t out_stride; /* elements from one row of out to the next */
 };
 
 /* The sources that this was built from: build.py looks for it in the file. */

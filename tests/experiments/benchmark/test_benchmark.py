@@ -251,8 +251,8 @@ def test_the_sanitizers_script_needs_a_compiler(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 def test_the_stand_alone_check_passes(tmp_path):
-    """The program that the sanitizers run, built without them: PN's entry points equal plain loops, with threads and
-    without.
+    """The program that the sanitizers run, built without them: every entry point of the kernel equals plain loops, with
+    threads and without.
 
     In the code for other processors than x86; tests/kernels/test_kernels.py runs that for this one.
     """

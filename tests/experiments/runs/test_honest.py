@@ -57,16 +57,17 @@ def killed(process, line, sent):
 def test_kills(scripts, tmp_path):
     """A training that is killed without warning, twice, and its evaluation, which is killed, too: nothing of them goes on,
     status tells what the checkpoints hold, and --resume ends in the very run that was not disturbed."""
-    run = tmp_path / "run"
-    words = ["train", *TRAIN, "--run-dir", run, "--resume"]
-    for line, cold in (("update 10 of 15", True), ("after 10 updates", False)):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    train = ["train", *TRAIN, "optimization.max_update=40"]  # long enough to be killed in
+    words = [*train, "--run-dir", run, "--resume"]
+    for line, cold in (("update 10 of 40", True), ("after 20 updates", False)):
         assert killed(scripts.start(*words, cold=cold), line, signal.SIGKILL)[0] == -signal.SIGKILL
         with locked(run, patience=60.0):
             pass  # a warm child is ended by a server, which may take it a moment
         log = (run / "train.log").read_bytes()
         assert not (run / "finished.json").exists()
         (row,) = [row for row in scripts.here("status", run).splitlines() if row.startswith("run ")][-1:]
-        found = re.search(r"interrupted +(\d+) of 15 .*\((\d+) updates", row)
+        found = re.search(r"interrupted +(\d+) of 40 .*\((\d+) updates", row)
         assert found and int(found[1]) >= int(found[2]) >= 5, row
         assert "has not finished training; go on with it" in scripts.refuses("evaluate", "demo", run)
         assert (run / "train.log").read_bytes() == log, "nobody writes there any more"
@@ -74,13 +75,15 @@ def test_kills(scripts, tmp_path):
     text = (run / "train.log").read_text()
     (run / "train.log").write_text("")
     (row,) = [row for row in scripts.here("status", run).splitlines() if row.startswith("run ")][-1:]
-    assert f" {found[2]} of 15 " in row, "the checkpoints say so"
+    assert f" {found[2]} of 40 " in row, "the checkpoints say so"
     (run / "train.log").write_text(text)
     scripts.ok(*words)
     assert killed(scripts.start("evaluate", "demo", run, *AVERAGE), "translating", signal.SIGKILL)[0] == -signal.SIGKILL
     assert not (run / "evaluation").exists()
     scripts.here("evaluate", "demo", run, *AVERAGE)
-    assert result(run) == result(scripts.run)
+    scripts.ok(*train, "--run-dir", whole)
+    scripts.here("evaluate", "demo", whole, *AVERAGE)
+    assert result(run) == result(whole)
 
 
 @pytest.mark.parametrize("sent, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
