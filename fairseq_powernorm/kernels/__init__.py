@@ -264,7 +264,7 @@ def evaluate(
 
 
 def layer_scale(
-    x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], groups: int, eps: float
+    x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], groups: int, eps: Optional[float]
 ) -> Optional[Tensor]:
     """The layer scale alone, ``x * weight / sqrt(mean over the group of x^2 + eps) + bias``, by a sweep on a CPU.
 
@@ -272,13 +272,13 @@ def layer_scale(
         x: ``... x C``
         weight, bias: ``C`` or None
         groups: channel groups
-        eps: added to the mean square
+        eps: added to the mean square; None is torch's own choice
 
     Returns:
         tensor of ``x``'s shape and dtype; None, with nothing done, where torch's operations are to compute it: a gradient is
         wanted, the call is compiled, traced or transformed, no sweep serves ``x``, or ``eps`` is not that of the sweeps
     """
-    if eps != LAYER_SCALE_EPS or _is_compiling() or not x.is_cpu:
+    if eps is None or eps != LAYER_SCALE_EPS or _is_compiling() or not x.is_cpu:
         return None
     autograd = autograd_for(x)
     if autograd is not None and (y := autograd.evaluate(x, weight, bias, None, groups, eps, None)) is not None:
