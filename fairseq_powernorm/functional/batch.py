@@ -4,7 +4,7 @@ from typing import Any, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from ..kernels import autograd_for, batch_backend, choose, choose_for_gradient, eager
+from ..kernels import autograd_for, batch_backend, choose, choose_for_gradient, eager, memory
 from ..kernels.interface import Backend, BatchSpec, BatchStep, plain, require_memory, writable
 from .common import (
     Collect,
@@ -29,6 +29,7 @@ class _BatchCall(NamedTuple):
     collect: Collect
     reduce: Optional[Reduce]
     step: Optional[BatchStep] = None
+    channels_second: bool = False
 
 
 def _batch_tally(spec: BatchSpec, mean: Optional[Tensor], second: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ def _batch_tally(spec: BatchSpec, mean: Optional[Tensor], second: Tensor, rows: 
 class _BatchNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], call: _BatchCall) -> Tensor:
-        valid, running_mean, running_moment, spec, collect, reduce, _ = call
+        valid, running_mean, running_moment, spec, collect, reduce, *_ = call
         rows, dtype = x.reshape(-1, x.size(-1)), eager.compute_dtype(x)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         out = y.view(rows.shape) if dtype is x.dtype else torch.empty(rows.shape, dtype=dtype, device=x.device)
@@ -99,12 +100,14 @@ class _BatchNorm(Function):
         )
         ctx.call = call
         ctx.set_materialize_grads(False)
-        return y
+        return memory.channels_second(y, x) if call.channels_second else y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Optional[Tensor]) -> Gradients:
         if grad_y is None:
             return None, None, None, None
+        if ctx.call.channels_second:
+            grad_y = grad_y.movedim(1, -1)
         x, r, weight, bias, valid, mean, inv, own_count, count, denominator = ctx.saved_tensors
         if torch.is_grad_enabled() or transformed_gradient(grad_y):
             return *_formula_backward(ctx.call, ctx.needs_input_grad, grad_y, x, weight, bias), None
@@ -203,7 +206,7 @@ class _BatchSweeps(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], call: _BatchCall) -> Tensor:
-        valid, mean, moment, spec, collect, _, step = call
+        valid, mean, moment, spec, collect, _, step, _ = call
         ctx.kernel = choose(x, weight, bias, mean, moment, valid=valid)
         sweeps = batch_backend(ctx.kernel)
         assert sweeps is not None
@@ -213,12 +216,14 @@ class _BatchSweeps(Function):
         ctx.save_for_backward(x, r, weight, bias, saved, valid)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        return y
+        return memory.channels_second(y, x) if call.channels_second else y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Optional[Tensor]) -> Gradients:
         if grad_y is None:
             return None, None, None, None
+        if ctx.call.channels_second:
+            grad_y = grad_y.movedim(1, -1)
         return *_backward_by(ctx.kernel, ctx.call, ctx.needs_input_grad, grad_y, *ctx.saved_tensors), None
 
 
@@ -268,11 +273,13 @@ def native_batch_norm(
     collect: Collect,
     alpha_fwd: Optional[float] = None,
     stage: StageSums = NO_STAGE,
+    *,
+    channels_second: bool = False,
 ) -> Optional[Tensor]:
     """:func:`batch_norm` by the autograd function in C++; None, with nothing done, where that does not serve.
 
     Args:
-        x, weight, bias, valid, mean, moment, spec: as there
+        x, weight, bias, valid, mean, moment, spec, channels_second: as there
         iters: scalar, the step count
         collect: called with the sums of a backward pass that is left to Python: the one that a stage records
         alpha_fwd: the running statistics take their step here, with that weight of their old values; None: they do not
@@ -283,7 +290,7 @@ def native_batch_norm(
         return None
     y: Optional[Tensor] = autograd.train_batch(
         x, weight, bias, valid, mean, moment, iters, spec, alpha_fwd, stage.forward, stage.switches, _native_backward,
-        collect,
+        collect, channels_second,
     )  # fmt: skip
     return y
 
@@ -329,6 +336,8 @@ def batch_norm(
     collect: Collect,
     reduce: Optional[Reduce] = None,
     step: Optional[BatchStep] = None,
+    *,
+    channels_second: bool = False,
 ) -> Tensor:
     """Layer scale and normalization by statistics of the batch, with its exact gradient: PN-V and batch normalization.
 
@@ -346,19 +355,21 @@ def batch_norm(
             ``weight * dy`` (with centring) and ``weight * dy * z`` (gradient scale not taken out)
         reduce: makes statistics and their gradient those of the batch of all processes
         step: the step of the running statistics that a backend may take in place of ``collect``
+        channels_second: move the channels of the output, ``B x C x ...``
 
     Returns:
-        shape and dtype of ``x``
+        shape (but for ``channels_second``) and dtype of ``x``
     """
     backend = choose(x, weight, bias, mean, moment, valid=valid)
+    call = _BatchCall(valid, mean, moment, spec, collect, reduce, None, channels_second)
     if reduce is not None or batch_backend(backend) is None:
-        y: Tensor = _BatchNorm.apply(x, weight, bias, _BatchCall(valid, mean, moment, spec, collect, reduce))
+        y: Tensor = _BatchNorm.apply(x, weight, bias, call)
         return y
     if step is not None and not all(
         each is None or (plain(each) and writable(each)) for each in (step.mean, step.moment, step.iters)
     ):
         step = None
-    swept: Tensor = _BatchSweeps.apply(x, weight, bias, _BatchCall(valid, mean, moment, spec, collect, None, step))
+    swept: Tensor = _BatchSweeps.apply(x, weight, bias, call._replace(step=step))
     return swept
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import c, eager, triton
-from .interface import Backend, BatchBackend, plain, readable, require_memory, transformed, writable
+from .interface import LAYER_SCALE_EPS, Backend, BatchBackend, plain, readable, require_memory, transformed, writable
 
 __all__ = [
     "KERNELS",
@@ -25,6 +25,7 @@ __all__ = [
     "eager",
     "evaluate",
     "explain",
+    "layer_scale",
     "only",
     "requested",
 ]
@@ -260,6 +261,33 @@ def evaluate(
     if sweeps is None:
         return eager.evaluate(x, weight, bias, psi2, groups, eps, mean)
     return sweeps.batch_evaluate(x, weight, bias, mean, psi2, groups, eps)
+
+
+def layer_scale(
+    x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], groups: int, eps: Optional[float]
+) -> Optional[Tensor]:
+    """The layer scale alone, ``x * weight / sqrt(mean over the group of x^2 + eps) + bias``, by a sweep on a CPU.
+
+    Args:
+        x: ``... x C``
+        weight, bias: ``C`` or None
+        groups: channel groups
+        eps: added to the mean square; None is torch's own choice
+
+    Returns:
+        tensor of ``x``'s shape and dtype; None, with nothing done, where torch's operations are to compute it: a gradient is
+        wanted, the call is compiled, traced or transformed, no sweep serves ``x``, or ``eps`` is not that of the sweeps
+    """
+    if eps is None or eps != LAYER_SCALE_EPS or _is_compiling() or not x.is_cpu:
+        return None
+    autograd = autograd_for(x)
+    if autograd is not None and (y := autograd.evaluate(x, weight, bias, None, groups, eps, None)) is not None:
+        found: Tensor = y
+        return found
+    # a trace would keep what choose() looks at
+    if transformed() or wants_gradient(x, weight, bias) or (backend := choose(x, weight, bias)) is eager:
+        return None
+    return backend.evaluate(x, weight, bias, None, groups, eps)
 
 
 def wants_gradient(*tensors: Optional[Tensor]) -> bool:

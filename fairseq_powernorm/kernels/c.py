@@ -46,10 +46,9 @@ def _load(library: Path) -> ctypes.CDLL:
         *shape, *rows, *[pointer] * 5, real, real, number, *[pointer] * 6, real, real, real, real
     ]
     loaded.pn_backward.argtypes = [*shape, *rows, *rows, *[pointer] * 5, real, real, *[pointer] * 5, real, real]
-    adjacent = rows[:-1]
-    loaded.pn_batch_forward.argtypes = [*shape, *adjacent, *[pointer] * 5, real, number, *[pointer] * 7, real]
-    loaded.pn_batch_backward.argtypes = [*shape, *adjacent, *adjacent, *[pointer] * 4, number, number, *[pointer] * 4]
-    loaded.pn_batch_evaluate.argtypes = [*shape, *adjacent, *[pointer] * 4, real, pointer]
+    loaded.pn_batch_forward.argtypes = [*shape, *rows, *[pointer] * 5, real, number, *[pointer] * 7, real]
+    loaded.pn_batch_backward.argtypes = [*shape, *rows, *rows, *[pointer] * 4, number, number, *[pointer] * 4]
+    loaded.pn_batch_evaluate.argtypes = [*shape, *rows, *[pointer] * 4, real, pointer]
     loaded.pn_advance_forward.argtypes = [size, size, *[pointer] * 3, *[real] * 5]
     loaded.pn_advance_backward.argtypes = [size, size, pointer, pointer, real, real]
     loaded.pn_use_instructions.argtypes, loaded.pn_use_instructions.restype = [number], ctypes.c_char_p
@@ -299,12 +298,6 @@ def evaluate(
 # ---------------------------------------------------------------- statistics of the batch
 
 
-def _adjacent(x: Tensor) -> Tuple[Tensor, int, int, int]:
-    """As :func:`_rows`, with adjacent channels."""
-    rows, inner, outer_stride, inner_stride, _ = _rows(x if x.stride(-1) == 1 else x.contiguous())
-    return rows, inner, outer_stride, inner_stride
-
-
 def batch_forward(
     x: Tensor,
     weight: Optional[Tensor],
@@ -319,7 +312,7 @@ def batch_forward(
     shape = _shape(x, spec.groups)
     _, rows, channels, _, _ = shape
     weight, bias, moment, mean = _floats(weight), _floats(bias), _floats(moment), _floats(mean) if spec.centre else None
-    y, saved = torch.empty_like(x, memory_format=torch.contiguous_format), _empty(2, channels)
+    y, saved = memory.empty(x), _empty(2, channels)
     r = _empty(rows, spec.groups) if spec.groups else None
     if step is None:
         parts = 1 + spec.centre + (spec.centre and spec.fill)
@@ -327,7 +320,7 @@ def batch_forward(
     else:
         tally = None
         stepping = _at(step.mean), step.moment.data_ptr(), step.iters.data_ptr(), step.alpha_fwd
-    x, *strides = _adjacent(x)
+    x, *strides = _rows(x)
     _check(_library.pn_batch_forward(
         *shape, x.data_ptr(), *strides, _at(valid), _at(weight), _at(bias), _at(mean), moment.data_ptr(), spec.eps,
         spec.fill, y.data_ptr(), _at(r), saved.data_ptr(), _at(tally), *stepping,
@@ -353,11 +346,11 @@ def batch_backward(
     """See :class:`.interface.BatchBackend`."""
     shape = _shape(x, spec.groups)
     channels = shape[2]
-    weight, grad_x = _floats(weight), torch.empty_like(x, memory_format=torch.contiguous_format) if want_x else None
+    weight, grad_x = _floats(weight), memory.empty(x) if want_x else None
     grad_weight, grad_bias = _empty(channels), _empty(channels)
     tally = _empty((1 + spec.centre) * channels + 2, dtype=torch.float64)
-    rows, *strides = _adjacent(x)
-    grads, *grad_strides = _adjacent(grad_y)
+    rows, *strides = _rows(x)
+    grads, *grad_strides = _rows(grad_y)
     status = _library.pn_batch_backward(
         *shape, rows.data_ptr(), *strides, grads.data_ptr(), *grad_strides, _at(r), _at(valid), _at(weight),
         saved.data_ptr(), spec.centre, spec.fill, _at(grad_x), grad_weight.data_ptr(), grad_bias.data_ptr(),
@@ -379,8 +372,8 @@ def batch_evaluate(
     """See :class:`.interface.BatchBackend`."""
     shape = _shape(x, groups)
     weight, bias, mean, moment = _floats(weight), _floats(bias), _floats(mean), _floats(moment)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    x, *strides = _adjacent(x)
+    y = memory.empty(x)
+    x, *strides = _rows(x)
     _check(_library.pn_batch_evaluate(
         *shape, x.data_ptr(), *strides, _at(weight), _at(bias), mean.data_ptr(), moment.data_ptr(), eps, y.data_ptr()
     ))

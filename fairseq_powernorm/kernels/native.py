@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 from . import build
+from .interface import transformed
 
 #: environment variable that says which is used: see :data:`CHOICES`
 VARIABLE = "POWERNORM_AUTOGRAD"
@@ -44,6 +45,9 @@ def requested() -> str:
 def extension(library: ctypes.CDLL) -> Any:
     """The module with ``train``, ``train_batch`` and ``evaluate`` of ``csrc/autograd.cpp``; None where Python must do.
 
+    It is loaded where torch computes operations and does nothing else with them, as it takes the modes of torch that are on
+    meanwhile for the usual ones.
+
     Args:
         library: of the C kernel, whose sweeps it runs
 
@@ -51,6 +55,8 @@ def extension(library: ctypes.CDLL) -> Any:
         ValueError: the environment variable is wrong
     """
     if not _loaded:
+        if transformed():
+            return None
         _load(library)
     return _extension
 

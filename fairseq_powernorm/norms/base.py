@@ -110,6 +110,7 @@ class RunningNorm(Norm):
                 self.register_buffer(name, torch.empty(size, device=device, dtype=wide))
         self.windows = dict(windows)
         self._from_meta = False  # statistics may have come in place of meta tensors, with or without a value
+        self._unwritten: Tuple[str, ...] = ()  # tensors that came so, see loading.is_lacking()
         self._steps: Optional[Tuple[Tensor, int, int]] = None  # iters, its version, its value on the host
         self._lock = threading.Lock()
         self.reset_parameters()
@@ -171,13 +172,15 @@ class RunningNorm(Norm):
         if isinstance(value, Tensor) and (name in self._buffers or name in self._parameters):
             old = self._buffers.get(name, self._parameters.get(name))
             came = old is not None and old.is_meta and not value.is_meta
-            if came and loading.is_lacking(self, value):
+            if came and loading.is_lacking(self, name, old, value):
                 with torch.no_grad():
                     value.fill_(self.first_values().get(name, 0.0))
             elif name in self._buffers:
                 if came:
                     self.__dict__["_from_meta"] = True
                 value = _widened(value)
+        elif name == loading.MARK:
+            loading.begin_unwritten(self)
         elif not name.startswith("_"):
             self.__dict__["_constants"] = {}
         super().__setattr__(name, value)
@@ -190,7 +193,7 @@ class RunningNorm(Norm):
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)
-        earlier = {"_from_meta": False, "_constants": {}, "windows": {}}  # pickled by an earlier version
+        earlier = {"_from_meta": False, "_unwritten": (), "_constants": {}, "windows": {}}  # pickled by an earlier version
         for name, value in earlier.items():
             self.__dict__.setdefault(name, value)
         self._lock = threading.Lock()

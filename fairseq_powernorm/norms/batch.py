@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..kernels import eager
+from ..kernels import eager, memory
 from .base import Device, State
 from .distances import discrepancy, size_of
 from .exact import ExactNorm
@@ -102,15 +102,14 @@ class MaskedBatchNorm(ExactNorm):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _evaluate(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
-        buffers = self._buffers
+        buffers, rows, groups = self._buffers, x, self.groups
         if self.variant == "reference" and padding_mask is not None:
-            x = self._filled(x, valid_rows(padding_mask, transposed=x.dim() == 3 and self.layout == "time_first"))
+            rows = self._filled(x, valid_rows(padding_mask, transposed=x.dim() == 3 and self.layout == "time_first"))
             groups = 0
-        else:
-            groups = self.groups
-        return functional.running_norm(
-            x, *self._affine(), buffers["running_var"], groups, self.eps, buffers["running_mean"]
+        y = functional.running_norm(
+            rows, *self._affine(), buffers["running_var"], groups, self.eps, buffers["running_mean"]
         )
+        return memory.view_channels_second(y, x) if self._channels_second(x) else y
 
     def _filled(self, x: Tensor, valid: Tensor) -> Tensor:
         """``x`` after the layer scale, padding replaced by the mean of the other rows."""

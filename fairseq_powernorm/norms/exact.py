@@ -5,12 +5,15 @@ import torch
 from torch import Tensor
 
 from .. import functional
+from ..kernels import memory
 from .base import RunningNorm
 from .recomputation import inside_backward
 
 
 class ExactNorm(RunningNorm):
     """Base of the norms whose training divides by statistics of the batch and whose gradient is that of the function."""
+
+    OWN_LAYOUT = True
 
     def _train(self, x: Tensor, valid: Optional[Tensor], *, special: bool) -> Tensor:
         if special:
@@ -21,7 +24,7 @@ class ExactNorm(RunningNorm):
             elif not inside_backward():
                 with torch._C._DisableFuncTorch():
                     self._take("forward", functional.unwrapped(tally))
-            return y
+            return memory.view_channels_second(y, x) if self._channels_second(x) else y
         recomputed = inside_backward()
         with self._lock:
             if (y_ := self._train_natively(x, valid, recomputed=recomputed)) is not None:
@@ -35,7 +38,10 @@ class ExactNorm(RunningNorm):
 
             mean, moment, spec = self._batch_arguments()
             step = self._own_step() if self.stage is None and not recomputed else None
-            return functional.batch_norm(x, *self._affine(), valid, mean, moment, spec, collect, self._reduce, step)
+            return functional.batch_norm(
+                x, *self._affine(), valid, mean, moment, spec, collect, self._reduce, step,
+                channels_second=self._channels_second(x),
+            )  # fmt: skip
 
     def _train_natively(self, x: Tensor, valid: Optional[Tensor], *, recomputed: bool) -> Optional[Tensor]:
         """An ordinary pass by the autograd function in C++; None, with nothing done, where that does not serve."""
@@ -56,8 +62,9 @@ class ExactNorm(RunningNorm):
         buffers = self._buffers
         mean = None if self.MEAN is None else buffers[self.MEAN]
         return functional.native_batch_norm(
-            x, *self._affine(), valid, mean, buffers[self.MOMENT], buffers["iters"], spec, self._record, alpha, sums
-        )
+            x, *self._affine(), valid, mean, buffers[self.MOMENT], buffers["iters"], spec, self._record, alpha, sums,
+            channels_second=self._channels_second(x),
+        )  # fmt: skip
 
     def _record(self, part: str, tally: Tensor) -> None:
         """Take in the sums of a backward pass, which changes no statistics of these norms: a stage may record them."""

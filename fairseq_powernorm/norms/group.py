@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import kernels
 from ..kernels.interface import LAYER_SCALE_EPS
 from .base import Device
 from .checks import check_dim, check_number, is_count
@@ -91,6 +92,9 @@ class GroupScaleNorm(_Grouped):
             dim, eps=eps, groups=groups, smallest=1, affine=affine, batch_first=batch_first, layout=layout, device=device,
             dtype=dtype,
         )  # fmt: skip
+
+    def _sweep(self, x: Tensor) -> Optional[Tensor]:
+        return kernels.layer_scale(x, self.weight, self.bias, self.groups, self.eps)
 
     def _formula(self, u: Tensor) -> Tensor:
         grouped = self._by_group(u)

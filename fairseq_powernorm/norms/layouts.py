@@ -37,8 +37,8 @@ class Norm(nn.Module):
 
     A norm computes on rows, ``... x C``, in ``_normalize``; this base brings the input there and the output back. Where the
     channels come first and are not adjacent in memory, the output is contiguous, too; that takes a copy each way, unless the
-    norm reads and writes such memory itself, as PN does. In ``torch.channels_last`` memory (or any other with adjacent
-    channels) there is no copy, and the output keeps the format.
+    norm reads and writes such memory itself, as PN, PN-V and BN do on a CPU. In ``torch.channels_last`` memory (or any other
+    with adjacent channels) there is no copy, and the output keeps the format.
 
     Args:
         dim: number of channels C

@@ -3,7 +3,7 @@
 ``norm`` is a norm with running statistics, whose base uses these functions.
 """
 import logging
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,33 @@ from torch import Tensor, nn
 logger = logging.getLogger(__name__)
 
 
-def is_lacking(norm: Any, value: Tensor) -> bool:
+#: by which Hugging Face's ``from_pretrained`` marks tensors that a checkpoint has, and modules that are done
+MARK = "_is_hf_initialized"
+
+
+def is_lacking(norm: Any, name: str, old: Optional[Tensor], value: Tensor) -> bool:
     """Is this memory that nobody has written, in place of what a checkpoint lacks?
 
-    So Hugging Face's ``from_pretrained`` leaves it. It marks what the checkpoint has, and has put that in place before.
+    So Hugging Face's ``from_pretrained`` leaves it. Version 5 marks values that the checkpoint has, and puts them in place
+    first. Version 4 puts what is lacking in place first, then marks the tensors that the checkpoint has, on the meta device
+    still, and says of the module that it is done: :func:`begin_unwritten`.
     """
-    tensors = (value, *norm._parameters.values(), *norm._buffers.values())
-    marked = [getattr(tensor, "_is_hf_initialized", False) for tensor in tensors]
-    return any(marked) and not marked[0]
+    if getattr(old, MARK, False) or getattr(value, MARK, False):
+        return False
+    if any(getattr(tensor, MARK, False) for tensor in (*norm._parameters.values(), *norm._buffers.values())):
+        return True
+    norm.__dict__["_unwritten"] = (*norm._unwritten, name)
+    return False
+
+
+def begin_unwritten(norm: Any) -> None:
+    """Give what came in place of meta tensors its first value, but for what is marked as a checkpoint's."""
+    for name in norm._unwritten:
+        tensor = norm._buffers.get(name, norm._parameters.get(name))
+        if tensor is not None and not tensor.is_meta and not getattr(tensor, MARK, False):
+            with torch.no_grad():
+                tensor.fill_(norm.first_values().get(name, 0.0))
+    norm.__dict__["_unwritten"] = ()
 
 
 def check_values(norm: Any) -> None:
@@ -32,7 +51,7 @@ def check_values(norm: Any) -> None:
     unmarked = {
         name: buffer
         for name, buffer in norm._buffers.items()
-        if not buffer.is_meta and not getattr(buffer, "_is_hf_initialized", False)
+        if not buffer.is_meta and not getattr(buffer, MARK, False)
     }
     counted = "iters" not in unmarked or _is_value(norm, "iters", unmarked["iters"])
     for name, buffer in unmarked.items():

@@ -1,7 +1,7 @@
 /*
  * Runs every entry point of the C kernel over odd shapes, with threads of its own, for the compiler's sanitizers: see
- * sanitizers.sh. Every buffer is exactly as large as it must be. Sums, outputs and steps of the statistics are those of plain
- * loops in float64, roughly, and the number of threads changes nothing that can be seen.
+ * sanitizers.sh. Every buffer is exactly as large as it must be. Sums, outputs, gradients of statistics of the batch and steps of
+ * the statistics are those of plain loops in float64, roughly, and the number of threads changes nothing that can be seen.
  *
  * The kernel is included, not linked: a call that no longer fits its entry point does not compile.
  */
@@ -252,6 +252,8 @@ static void check_own_step(int dtype, int64_t N, int64_t C, int64_t G, int maske
         free(all[i]);
 }
 
+#include "sanitize_batch.h"
+
 enum { ORDINARY, NO_CALL, NO_ROW, NAN_SUM, INFINITE_SUM, KINDS };
 
 /* One step of several norms, the kinds of their sums in turn from the given one on, before, during and after the warm-up. */
@@ -303,8 +305,9 @@ static void check_advance(int64_t norms, int64_t C, int first_kind, float steps_
 
 int main(void)
 {
-    static const int64_t shapes[][2] = {{0, 8}, {1, 1}, {3, 1}, {1, 257}, {5, 64}, {70, 257}, {130, 96}, {140, 256}, {67, 1000}};
+    static const int64_t shapes[][2] = {{0, 8}, {1, 1}, {3, 1}, {1, 257}, {5, 64}, {70, 257}, {130, 96}, {140, 256}, {67, 1104}};
     static const int64_t channels[] = {1, 5, 257};
+    static const int others[] = {ROWS, APART, GRADIENT_CHANNELS_FIRST};
     const char *before = "";
     for (size_t c = 0; c < sizeof(channels) / sizeof(channels[0]); c++)
         for (int step = 0; step < 3; step++)
@@ -327,6 +330,10 @@ int main(void)
                                 check(dtype, shapes[s][0], shapes[s][1], groups, masked, masked == 1 ? APART : ROWS);
                                 check(dtype, shapes[s][0], shapes[s][1], groups, masked,
                                       masked == 2 ? GRADIENT_CHANNELS_FIRST : CHANNELS_FIRST);
+                                for (int kind = 0; kind < BATCH_KINDS; kind++) {
+                                    check_batch(dtype, shapes[s][0], shapes[s][1], groups, masked, CHANNELS_FIRST, kind);
+                                    check_batch(dtype, shapes[s][0], shapes[s][1], groups, masked, others[(masked + kind) % 3], kind);
+                                }
                                 for (int infinite = 0; infinite < 2; infinite++)
                                     check_own_step(dtype, shapes[s][0], shapes[s][1], groups, masked, infinite);
                             }

@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+import toy
 from torch import nn
 
 from fairseq_powernorm import kernels
@@ -467,3 +468,19 @@ def test_it_is_built_in_the_background(tmp_path, root):
     ]
     assert "autograd in Python (that in C++ is being built, for processes that begin later)" in logs[0]
     assert "autograd in C++" in logs[1], logs
+
+
+FIRST_IN_A_TRACE = """
+import torch
+from fairseq_powernorm.norms import build_norm
+x = torch.randn(3, 2, 8)
+for name in ("power", "rms"):
+    norm = build_norm(name, 8).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.trace(norm, x)(2 * x), norm(2 * x))
+"""
+
+
+def test_a_first_call_in_a_trace():
+    """A process whose first norm is traced gets a graph that depends on its input, and so do the norms after it."""
+    toy.command("python", "-c", FIRST_IN_A_TRACE)

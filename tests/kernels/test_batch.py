@@ -196,3 +196,102 @@ def test_memory_that_was_given_back(kind, in_python):
             x.data.untyped_storage().resize_(size)
             with pytest.raises(RuntimeError, match="has been given back"):
                 y.backward(dy)
+
+
+def spread(vector, dtype=None):
+    """The same values as a parameter of which every second element of memory is one."""
+    memory = torch.zeros(2 * len(vector), dtype=dtype or vector.dtype)
+    memory[::2] = vector.detach()
+    return torch.nn.Parameter(memory[::2])
+
+
+def change(norm, **parameters):
+    for name, parameter in parameters.items():
+        setattr(norm, name, parameter)
+
+
+#: what is unusual -> the rows taken of x and dy (T x B x C), what is done to the norm, and to x and dy
+UNUSUAL = {
+    "no row": (slice(0), None, None),
+    "one row": (slice(1), None, None),
+    "fewer rows than threads": (slice(2), None, None),
+    "every second row": (slice(None, None, 2), None, None),
+    "sentences first in memory": (slice(None), None, lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)),
+    "channels far apart": (slice(None), None, lambda t: t.permute(2, 0, 1).contiguous().permute(1, 2, 0)),
+    "one sentence for all": (slice(None), None, lambda t: t[:, :1].expand_as(t)),
+    "parameters with gaps": (slice(None), lambda n: change(n, weight=spread(n.weight), bias=spread(n.bias)), None),
+    "parameters in double": (slice(None), lambda n: change(n, weight=spread(n.weight, torch.double)), None),
+    "parameters in half": (slice(None), lambda n: change(n, weight=spread(n.weight, torch.half)), None),
+    "weight alone": (slice(None), lambda n: change(n, bias=None), None),
+    "no parameters": (slice(None), lambda n: change(n, weight=None, bias=None), None),
+    "weight frozen": (slice(None), lambda n: n.weight.requires_grad_(False), None),
+    "bias frozen": (slice(None), lambda n: n.bias.requires_grad_(False), None),
+    "a row that counts is infinite": (slice(None), None, lambda t: t.index_fill(0, torch.tensor([1]), float("inf"))),
+}
+
+
+def unusual_results(kind, groups, what, mask, *, want_x):
+    """Output, gradients of two backward passes over one graph, statistics; the third backward pass is refused."""
+    rows, to_norm, to_tensors = UNUSUAL[what]
+    x, dy, *_ = (each[rows] if each.dim() == 3 else each for each in inputs((7, 3, 16)))
+    mask = None if mask is None else mask[:, rows]
+    norm = build_norm(kind, 16, groups=groups)
+    if to_norm:
+        to_norm(norm)
+    if to_tensors:
+        x, dy = (to_tensors(each) for each in (x, dy))
+    leaf = x.detach().requires_grad_(want_x)
+    found = []
+    if want_x or any(each.requires_grad for each in norm.parameters()):
+        y = norm(leaf, mask)
+        for again in (True, False):
+            y.backward(dy, retain_graph=again)
+            found += [None if each.grad is None else each.grad.clone() for each in (leaf, *norm.parameters())]
+        with pytest.raises(RuntimeError, match="second time"):
+            y.backward(dy)
+        found.append(y.detach())
+    return [*found, *norm.buffers(), norm.eval()(x).detach()]
+
+
+@pytest.mark.parametrize("in_python", [False, True], ids=["C++", "Python"])
+@pytest.mark.parametrize("what", UNUSUAL)
+def test_unusual_tensors(what, in_python):
+    """Numbers of rows, memory, parameters and gradients of every kind: the results of plain torch, with no element of a
+    tensor changed that is not the norm's own; a graph is kept for a second backward pass if that is asked for.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with native.in_python() if in_python else contextlib.nullcontext():
+            for kind, groups in zip(KINDS, (0, 1, 4)):
+                for mask, want_x in ((None, True), (padding((7, 3)), False), (padding((7, 3)), True)):
+                    if "infinite" in what and "reference" in kind and mask is not None:
+                        continue  # its padding is the bias, where plain torch multiplies it by what is not finite
+                    results = []
+                    for kernel in ("c", "eager"):
+                        with kernels.only(kernel):
+                            results.append(unusual_results(kind, groups, what, mask, want_x=want_x))
+                    for got, want in zip(*results):
+                        assert (got is None) is (want is None)
+                        if got is not None:
+                            assert got.dtype is want.dtype and got.shape == want.shape
+                            torch.testing.assert_close(got, want, rtol=2e-3 if got.dtype is torch.half else 1e-4,
+                                                       atol=2e-3 if got.dtype is torch.half else 2e-5, equal_nan=True)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivatives(kind):
+    """With a mask and parameters: those of float64, which plain torch computes; the graph of the first may be kept."""
+    x, dy, *_ = inputs((6, 1, 8))
+    mask = torch.tensor([[False] * 4 + [True] * 2])
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        norm, leaf = build_norm(kind, 8, groups=2).to(dtype), x.to(dtype).requires_grad_()
+        y = norm(leaf, mask)
+        first = torch.autograd.grad(y, [leaf, *norm.parameters()], dy.to(dtype), create_graph=True)
+        second = torch.autograd.grad(sum(each.pow(2).sum() for each in first), [leaf, norm.weight])
+        results.append([*first, *second, *torch.autograd.grad(y, [leaf], dy.to(dtype))])
+    for got, want in zip(*results):
+        assert_near(got.detach(), want.detach(), 2e-4)

@@ -1,4 +1,4 @@
-"""channels_first without copies: PN reads and writes B x C x ... where it lies."""
+"""channels_first without copies: PN, PN-V and BN read and write B x C x ... where it lies."""
 import contextlib
 import json
 
@@ -10,7 +10,7 @@ from torch import nn
 from fairseq_powernorm import kernels
 from fairseq_powernorm.fold import fold_norms
 from fairseq_powernorm.kernels import eager, native
-from fairseq_powernorm.norms import PowerNorm
+from fairseq_powernorm.norms import MaskedBatchNorm, PowerNorm, build_norm
 
 C = 24  # no whole number of vectors
 
@@ -31,16 +31,20 @@ def steps(norm, xs, *, moved, mask, convert=lambda tensor: tensor):
     return [*found, *(each.grad for each in norm.parameters()), *norm.buffers()]
 
 
-def cases(shape, dtype):
+def cases(shape, dtype, dim=C):
     draw = torch.Generator().manual_seed(0)
-    xs = [torch.randn(2, *shape, C, generator=draw).to(dtype).unbind() for _ in range(2)]
+    xs = [torch.randn(2, *shape, dim, generator=draw).to(dtype).unbind() for _ in range(2)]
     return xs, torch.rand(shape, generator=draw) < 0.3
 
 
-def pair(groups, variant):
-    """The same norm with either layout; its second step is past the warm-up."""
-    options = dict(groups=groups, variant=variant, warmup_updates=1)
-    return PowerNorm(C, batch_first=True, **options), PowerNorm(C, layout="channels_first", **options)
+#: PN's second step is past the warm-up
+POWER = "power:warmup_updates=1"
+KINDS = (POWER, "power-v", "batch", "batch:variant=reference")
+
+
+def pair(kind, dim=C, **options):
+    """The same norm with either layout."""
+    return [build_norm(kind, dim, layout=layout, **options) for layout in ("batch_first", "channels_first")]
 
 
 @pytest.fixture(params=["C++", "Python"])
@@ -55,15 +59,56 @@ def c_kernel(request):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 128), (3, 5, 7), (40, 3)], ids=str)
 @pytest.mark.parametrize(
-    "groups, variant, masked", [(2, "reference", True), (0, "reference", False), (1, "algorithm2", True)]
-)
-def test_the_same_bits(c_kernel, groups, variant, masked, shape, dtype):
+    "kind, groups, masked",
+    [
+        (POWER, 2, True), (POWER, 0, False), ("power:variant=algorithm2", 1, True), ("power-v", 2, True),
+        ("power-v", 0, False), ("batch", 0, True), ("batch", 2, False), ("batch:variant=reference", 1, True),
+    ],
+)  # fmt: skip
+def test_the_same_bits(c_kernel, kind, groups, masked, shape, dtype):
     """By the C kernel, channels_first on B x C x ... has the bits of batch_first: tiles hold the rows in the same order."""
     xs, mask = cases(shape, dtype)
-    rows, first = pair(groups, variant)
+    rows, first = pair(kind, groups=groups)
     mask = mask if masked else None
     expected, found = steps(rows, xs, moved=False, mask=mask), steps(first, xs, moved=True, mask=mask)
     assert all(torch.equal(one, other) for one, other in zip(found, expected))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiles_smaller_than_a_block(c_kernel, kind):
+    """So many channels that a tile holds a part of a block of rows: sums in another order, the same numbers."""
+    xs, mask = cases((2, 50), torch.float32, 2100)
+    rows, first = pair(kind, 2100, groups=3)
+    assert_all_close(steps(first, xs, moved=True, mask=mask), steps(rows, xs, moved=False, mask=mask), 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_second_derivatives(c_kernel, kind):
+    """The exact gradient of channels_first can be differentiated once more, as that of batch_first."""
+    ((x, dy), _), mask = cases((3, 7), torch.float32)
+    found = []
+    for norm in pair(kind, groups=2):
+        moved = norm.layout == "channels_first"
+        leaf, dleaf = ((each.movedim(-1, 1).contiguous() if moved else each.clone()).requires_grad_() for each in (x, dy))
+        (grad,) = torch.autograd.grad(norm(leaf, mask), leaf, dleaf, create_graph=True)
+        second = torch.autograd.grad(grad.square().sum(), (leaf, dleaf))
+        found.append([each.movedim(1, -1) if moved else each for each in (grad.detach(), *second)])
+    assert_all_close(*found, 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_that_is_not_finite(c_kernel, kind):
+    """A gradient and an input at padding that are not finite reach no other position and no parameter in either layout."""
+    xs, mask = cases((3, 7), torch.float32)
+    mask[0, 2] = True
+    for each in (*xs[0], *xs[1]):
+        each[0, 2] = float("inf")
+    rows, first = pair(kind, groups=2)
+    expected, found = steps(rows, xs, moved=False, mask=mask), steps(first, xs, moved=True, mask=mask)
+    for one, other in zip(found, expected):
+        one, other = (each[~mask] if each.dim() == 3 else each for each in (one, other))
+        assert torch.isfinite(one).all()
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 PARTS = {
@@ -76,10 +121,11 @@ PARTS = {
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_parts_of_a_tensor(part, dtype):
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_of_a_tensor(kind, part, dtype):
     """Inputs and gradients that are parts of larger tensors, or lie otherwise: the same numbers, contiguous output."""
     xs, mask = cases((3, 20), dtype)
-    rows, first = pair(2, "reference")
+    rows, first = pair(kind, groups=2)
     expected = steps(rows, xs, moved=False, mask=mask)
     found = steps(first, xs, moved=True, mask=mask, convert=PARTS[part])
     assert_all_close(found, expected, 1e-6 if dtype is torch.float32 else 2e-3)
@@ -90,8 +136,8 @@ def test_parts_of_a_tensor(part, dtype):
 def test_eager_blocks(monkeypatch, block, dtype):
     """Plain torch takes blocks of positions of an example, or of whole examples: the same numbers whatever their size."""
     xs, mask = cases((5, 20), dtype)
-    for groups, variant in ((2, "reference"), (0, "algorithm2")):
-        rows, first = pair(groups, variant)
+    for kind, groups in ((POWER, 2), ("power:variant=algorithm2", 0)):
+        rows, first = pair(kind, groups=groups)
         expected = steps(rows, xs, moved=False, mask=mask)
         with monkeypatch.context() as patch:
             patch.setattr(eager, "BLOCK", block)
@@ -109,16 +155,19 @@ def allocations(call, size, path):
 
 
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_memory(monkeypatch, tmp_path, dtype, train):
-    """A pass allocates its result, and nothing else of the input's size: by the C kernel, and in training by plain torch."""
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [*((kind, torch.float32) for kind in KINDS), (POWER, torch.bfloat16), ("batch", torch.bfloat16), (POWER, torch.float64)],
+)
+def test_memory(monkeypatch, tmp_path, kind, dtype, train):
+    """A pass allocates its result and nothing else of the input's size: by the C kernel, and PN's training by torch."""
     if dtype is torch.float64:
         if not train:
             pytest.skip("evaluation by plain torch is ordinary operations")
         monkeypatch.setattr(eager, "BLOCK", 1 << 10)
     elif kernels.KERNELS["c"].unavailable():
         pytest.skip(kernels.KERNELS["c"].unavailable())
-    norm = PowerNorm(C, layout="channels_first", warmup_updates=0).train(train)
+    norm = build_norm(kind, C, layout="channels_first").train(train)
     x, dy = torch.randn(2, 4, C, 16, 16, dtype=dtype).unbind()
     x.requires_grad_(train)
     norm(x).sum().backward() if train else norm(x)  # what is allocated once
@@ -147,14 +196,17 @@ def test_memory_of_a_folded_norm(tmp_path):
 @pytest.mark.parametrize("name, variant", CASES)
 @pytest.mark.parametrize("train", [True, False])
 def test_changed_in_place(name, variant, train):
-    """The output may be changed in place, as nn.ReLU(inplace=True) does; PN's is no view, whose gradient would be copied."""
+    """The output may be changed in place, as nn.ReLU(inplace=True) does; PN's, PN-V's and in training BN's is no view, whose
+    gradient would be copied.
+    """
     x, dy = torch.randn(2, 3, 16, 5).unbind()
     found = []
     for inplace in (False, True):
         norm = make(name, variant, layout="channels_first").train(train)
         leaf = x.clone().requires_grad_()
         y = norm(leaf)
-        assert not (norm.OWN_LAYOUT and y._is_view())
+        if train or not isinstance(norm, MaskedBatchNorm):
+            assert not (norm.OWN_LAYOUT and y._is_view())
         nn.ReLU(inplace=inplace)(y).backward(dy)
         found.append(leaf.grad)
     assert torch.equal(*found)

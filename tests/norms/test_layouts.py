@@ -130,7 +130,7 @@ def copies(norm, x, dy):
 @pytest.mark.parametrize("name, variant", CASES)
 def test_copies(name, variant, shape):
     """Adjacent channels cost no copy more than batch_first; contiguous ones two in the forward pass (rows and back), and
-    at most one in the backward pass; PN's are in test_channels_first.py.
+    at most one in the backward pass; those of PN, PN-V and BN are in test_channels_first.py.
     """
     rows, dy, _ = rows_of(shape)
     plain = copies(make(name, variant, layout="batch_first"), rows.clone(), dy)

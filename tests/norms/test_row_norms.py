@@ -11,6 +11,7 @@ from norm_cases import C, batch, make
 from torch import nn
 
 from fairseq_powernorm import functional
+from fairseq_powernorm.kernels import c
 from fairseq_powernorm.kernels.interface import TOLERANCE
 from fairseq_powernorm.norms import NORMS, RowNorm, build_norm
 
@@ -344,3 +345,49 @@ def test_only_what_is_learned_is_a_parameter():
     lengths = build_norm("scale", C, affine=False)(x).norm(dim=-1)
     torch.testing.assert_close(lengths, torch.full_like(lengths, C**0.5))
     assert isinstance(build_norm("dyt", C).weight, nn.Parameter)
+
+
+# ---------------------------------------------------------------- evaluation by a sweep
+
+
+def operations(function):
+    """Names of torch's operations that a call runs."""
+    with torch.autograd.profiler.profile() as profile:
+        function()
+    return {event.name for event in profile.function_events}
+
+
+@pytest.mark.skipif(c.unavailable() is not None, reason=str(c.unavailable()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("text", ["rms", "rms:affine=false", "group-scale:groups=4", "group-scale:affine=false"])
+def test_evaluation_by_a_sweep(text, dtype):
+    """RMSNorm and the layer scale without a gradient on a CPU are one sweep over the rows, of whatever strides, and give
+    what training gives; a gradient is computed by torch's operations as ever, and another width is refused.
+    """
+    norm = build_norm(text, C)
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.copy_(torch.randn(C, generator=torch.Generator().manual_seed(1)))
+    x = batch(0, dtype)[0]
+    for rows in (x, x[:0], x[:1, :1], x[::2], x.transpose(0, 1), x.expand(2, *x.shape), x[0, 0]):
+        want = norm.train()(rows)
+        norm.eval()
+        with torch.no_grad():
+            got = norm(rows)
+        assert got.dtype is want.dtype and got.shape == want.shape
+        torch.testing.assert_close(got, want.detach(), rtol=8e-3 if dtype is torch.bfloat16 else 4e-6, atol=4e-6)
+    wanted = x.clone().requires_grad_()
+    norm(wanted).sum().backward()
+    assert torch.isfinite(wanted.grad).all() and wanted.grad.any()
+    with torch.no_grad(), pytest.raises((ValueError, RuntimeError)):
+        norm(x[..., 1:])
+    with torch.no_grad():
+        assert not [name for name in operations(lambda: norm(x)) if "norm" in name or "mul" in name or "pow" in name]
+
+
+def test_another_eps_is_kept():
+    """In evaluation rms and group-scale add the eps that they were given, not the sweeps' own."""
+    x = batch(0, torch.float32)[0] * 1e-3
+    for text in ("rms:eps=0.01", "group-scale:eps=0.01"):
+        with torch.no_grad():
+            torch.testing.assert_close(build_norm(text, C).eval()(x), F.rms_norm(x, [C], eps=0.01))

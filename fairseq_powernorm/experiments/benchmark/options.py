@@ -13,7 +13,7 @@ DEVICES = ("cpu", "cuda")
 #: pass of a layer -> tensors of x's size that must be moved
 PASSES = {"train": 5, "forward": 2, "eval": 2}
 DTYPES = ("float32", "bfloat16", "float16")
-SHAPES = {"cpu": "1x512,16x512,256x512,4096x512,65536x512", "cuda": "4096x512,16384x512,16384x1024"}
+SHAPES = {"cpu": "1x512,16x512,512x512,2048x512,4096x512,65536x512", "cuda": "4096x512,16384x512,16384x1024"}
 #: how freed memory is kept: as glibc does by itself, or as in a long training under the scripts, which tell it to keep it
 MEMORIES = ("default", "recycled")
 #: those that are measured unless others are named

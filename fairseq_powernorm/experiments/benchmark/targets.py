@@ -1,24 +1,26 @@
 """What must be shown, and whether a record's numbers show it."""
 import statistics
+import sys
 from typing import Any, Callable, Collection, Dict, List, Optional, Sequence, Tuple
 
 from .options import DTYPES
 from .report import named
 
 #: what must be shown on a device: description, level, pass, dtype, contender, numbers of rows, statistic over cells,
-#: bound of the ratio to LayerNorm
-LARGE, SMALL, ROW = {4096, 16384, 65536}, {256, 512}, {1}
+#: bound of the ratio to LayerNorm. They are what the project has set itself, whatever a record shows: where one is missed,
+#: results/README.md says so, and why.
+LARGE, SMALL, ROW = range(2048, sys.maxsize), range(256, 513), {1}
 TARGETS: Dict[str, List[Tuple[Any, ...]]] = {"cpu": [
-    ("training, float32, median", "layer", "train", "float32", "power", LARGE, statistics.median, 1.00),
-    ("training, bfloat16, median", "layer", "train", "bfloat16", "power", LARGE, statistics.median, 0.60),
-    ("evaluation, float32, median", "layer", "eval", "float32", "power", LARGE, statistics.median, 0.90),
-    ("evaluation, bfloat16, median", "layer", "eval", "bfloat16", "power", LARGE, statistics.median, 0.60),
-    ("PN-V, training, float32, median", "layer", "train", "float32", "power-v", LARGE, statistics.median, 1.5),
-    ("masked BN, training, float32, median", "layer", "train", "float32", "batch", LARGE, statistics.median, 1.5),
+    ("training, float32, every cell", "layer", "train", "float32", "power", LARGE, max, 1.0),
+    ("training, bfloat16, every cell", "layer", "train", "bfloat16", "power", LARGE, max, 0.5),
+    ("evaluation, float32, every cell", "layer", "eval", "float32", "power", LARGE, max, 0.7),
+    ("evaluation, bfloat16, every cell", "layer", "eval", "bfloat16", "power", LARGE, max, 0.4),
+    ("PN-V, training, float32, every cell", "layer", "train", "float32", "power-v", LARGE, max, 1.5),
+    ("masked BN, training, float32, every cell", "layer", "train", "float32", "batch", LARGE, max, 1.5),
     ("a few hundred rows, float32", "layer", "train", "float32", "power", SMALL, max, 1.1),
     ("a few hundred rows, bfloat16", "layer", "train", "bfloat16", "power", SMALL, max, 1.1),
-    ("one row, float32", "layer", "train", "float32", "power", ROW, max, 1.5),
-    ("one row, bfloat16", "layer", "train", "bfloat16", "power", ROW, max, 1.5),
+    ("one row, training", "layer", "train", None, "power", ROW, max, 1.6),
+    ("one row, evaluation", "layer", "eval", None, "power", ROW, max, 1.5),
     ("one row, PN-V", "layer", "train", "float32", "power-v", ROW, max, 1.5),
     ("one row, masked BN", "layer", "train", "float32", "batch", ROW, max, 1.5),
     ("whole training step", "step", "train", "float32", "power", None, max, 1.01),

@@ -273,6 +273,16 @@ Tensor moved(const Tensor &x, int64_t from, int64_t to)
     return x.movedim(from, to);
 }
 
+// The output of a pass over rows x as B x C x ...: contiguous, unless channels are adjacent in x (memory.channels_second of Python).
+Tensor with_channels_second(const Tensor &y, const Tensor &x)
+{
+    const Tensor order = moved(y, -1, 1);
+    if (x.stride(-1) == 1)
+        return order;
+    at::AutoDispatchBelowADInplaceOrView below;
+    return order.contiguous();
+}
+
 // Where the rows of a tensor lie, and how many there are.
 struct Rows {
     Tensor values;
@@ -624,13 +634,8 @@ PyObject *train(PyObject *, PyObject *const *arguments, Py_ssize_t count)
     if (forward_into.defined())
         add_to(forward_into, tally);
     const bool channels_second = arguments[15] == Py_True;
-    if (channels_second) { // contiguous, unless channels are adjacent in x (memory.channels_second of Python)
-        y = moved(y, -1, 1);
-        if (x.stride(-1) != 1) {
-            at::AutoDispatchBelowADInplaceOrView below;
-            y = y.contiguous();
-        }
-    }
+    if (channels_second)
+        y = with_channels_second(y, x);
     if (torch::autograd::compute_requires_grad(x, weight, bias)) {
         auto *node = new PowerNormBackward();
         const NodePointer owner = Nodes<NodePointer>::own(node);
@@ -686,17 +691,17 @@ PyObject *evaluate(PyObject *, PyObject *const *arguments, Py_ssize_t count)
     if (!vector(weight, none[0]) || !vector(bias, none[1]) || !vector(psi2, none[2]) || !vector(mean, none[3])
         || channels == 0 || (groups > 0 && channels % groups != 0))
         Py_RETURN_NONE;
-    const Rows x_rows(mean.defined() ? adjacent(x) : x);
+    const Rows x_rows(x);
     const Tensor wide_weight = floats(weight), wide_bias = floats(bias), wide_psi2 = floats(psi2), wide_mean = floats(mean);
-    const Tensor y = mean.defined() ? empty(x.sizes(), x.scalar_type()) : like(x);
+    const Tensor y = like(x);
     int status;
     {
         WithoutGil others(rows * channels >= GRAIN);
         if (mean.defined())
             status = sweep_batch_evaluate(
                 type_number(x), rows, channels, groups, at::get_num_threads(), x_rows.data(), x_rows.inner, x_rows.outer_stride,
-                x_rows.inner_stride, at_or_null<float>(wide_weight), at_or_null<float>(wide_bias), at_or_null<float>(wide_mean),
-                at_or_null<float>(wide_psi2), eps, y.mutable_data_ptr());
+                x_rows.inner_stride, x_rows.channel_stride, at_or_null<float>(wide_weight), at_or_null<float>(wide_bias),
+                at_or_null<float>(wide_mean), at_or_null<float>(wide_psi2), eps, y.mutable_data_ptr());
         else
             status = sweep_evaluate(
                 type_number(x), rows, channels, groups, at::get_num_threads(), x_rows.data(), x_rows.inner, x_rows.outer_stride,

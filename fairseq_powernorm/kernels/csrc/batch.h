@@ -13,23 +13,75 @@ struct batch_work {
     batch_function *valid_rows, *others; /* what is done with rows that count, and with the others; NULL: nothing */
     const uint8_t *valid;                /* NULL: nothing else is done with the others */
     int sums, reversed;                  /* sums: of how many kinds of rows; reversed: begin at the last row */
+    int dtype;
     int64_t rows, n_parts;
     struct part *parts[2]; /* by kind of rows */
     int failed;
 };
 
+/* Are there rows whose channels are not adjacent? */
+static int batch_tiled(const struct batch *job)
+{
+    return job->x.channel_stride != 1 || (job->dy.data && job->dy.channel_stride != 1);
+}
+
+static void batch_rows(
+    const struct batch_work *work, const struct batch *job, const struct list *list, float *(*acc)[2], float *scratch)
+{
+    for (int kind = 0; kind < 2; kind++) {
+        batch_function *function = kind ? work->others : work->valid_rows;
+        if (list->n[kind] && function)
+            function(job, list->rows + kind * list->n[0], list->n[kind], acc[kind], scratch);
+    }
+}
+
+/* The same for `count` rows from `first` on, from which `list` numbers them, through tiles. */
+static void batch_tile(
+    const struct batch_work *work, int64_t first, int64_t count, const struct list *list, float *(*acc)[2], float *scratch,
+    char *tiles)
+{
+    struct batch job = *work->job;
+    const size_t size = element_size(work->dtype);
+    const int64_t C = job.channels, stride = tile_stride(C, size), inner = job.x.inner;
+    const int rows_adjacent = job.x.channel_stride == 1; /* only dy is otherwise: out is as x */
+    char *last = tiles, *out = job.out;
+    take(&job.x, first, count, C, tiles, stride, size);
+    job.x = (struct input){tiles, 1, stride, 0, 1};
+    if (job.dy.data) {
+        last = tiles + (size_t)(tile_rows(C, size) * stride) * size;
+        take(&job.dy, first, count, C, last, stride, size);
+        job.dy = job.x;
+        job.dy.data = last;
+    }
+    if (out) { /* in place of what is not needed any more */
+        job.out = rows_adjacent ? out + (size_t)(first * C) * size : last;
+        job.out_stride = rows_adjacent ? C : stride;
+    }
+    job.r = job.r ? job.r + first * job.blocks : NULL;
+    job.valid = job.valid ? job.valid + first : NULL;
+    job.stream = 0;
+    batch_rows(work, &job, list, acc, scratch);
+    if (out && !rows_adjacent)
+        bring(last, stride, out, inner, first, count, C, size, work->job->stream);
+}
+
 static void batch_work_on(struct batch_work *work, int64_t number)
 {
     const int64_t C = work->job->channels, groups = work->job->blocks, blocks = (work->rows + BLOCK - 1) / BLOCK;
     const int64_t first = blocks * number / work->n_parts, end = blocks * (number + 1) / work->n_parts;
-    const int kinds = work->sums;
+    const int kinds = work->sums, tiled = batch_tiled(work->job);
+    const size_t size = element_size(work->dtype);
+    const int64_t step = tiled ? tile_rows(C, size) : BLOCK;
+    const size_t tile = tiled ? (size_t)(step * tile_stride(C, size)) * size : 0;
     double *memory = calloc((size_t)(C * 2 * kinds + 2 * groups + 1), sizeof(double) + sizeof(float));
-    if (!memory) {
+    char *tiles = NULL;
+    work->parts[0][number].memory = memory;
+    if (!memory || (tiled && !(tiles = malloc(tile * (work->job->dy.data ? 2 : 1) + LINE)))) {
         __atomic_store_n(&work->failed, 1, __ATOMIC_RELAXED);
         return;
     }
+    char *const aligned = tiles + (LINE - (uintptr_t)tiles % LINE) % LINE;
     float *scratch = (float *)(memory + C * 2 * kinds), *acc[2][2] = {{NULL, NULL}, {NULL, NULL}};
-    work->parts[0][number].memory = memory;
     for (int kind = 0; kind < kinds; kind++)
         for (int i = 0; i < 2; i++) {
             work->parts[kind][number].sums[i] = memory + (2 * kind + i) * C;
@@ -38,18 +90,25 @@ static void batch_work_on(struct batch_work *work, int64_t number)
     for (int64_t n_block = first; n_block < end; n_block++) {
         const int64_t begin = (work->reversed ? end - 1 - (n_block - first) : n_block) * BLOCK;
         const int64_t last = begin + BLOCK < work->rows ? begin + BLOCK : work->rows;
-        const struct list list = list_of(work->valid, begin, last, 0, work->rows);
-        for (int kind = 0; kind < 2; kind++) {
-            work->parts[kind][number].counted += list.n[kind];
-            batch_function *function = kind ? work->others : work->valid_rows;
-            if (list.n[kind] && function)
-                function(work->job, list.rows + kind * list.n[0], list.n[kind], acc[kind], scratch);
+        int64_t of_kind[2] = {0, 0};
+        for (int64_t from = begin; from < last; from += step) {
+            const int64_t to = from + step < last ? from + step : last;
+            const struct list list = list_of(work->valid, from, to, tiled ? from : 0, tiled ? to : work->rows);
+            if (tiled)
+                batch_tile(work, from, to - from, &list, acc, scratch, aligned);
+            else
+                batch_rows(work, work->job, &list, acc, scratch);
+            for (int kind = 0; kind < 2; kind++)
+                of_kind[kind] += list.n[kind];
         }
-        for (int kind = 0; kind < kinds; kind++)
+        for (int kind = 0; kind < 2; kind++) {
+            work->parts[kind][number].counted += of_kind[kind];
             for (int i = 0; i < 2; i++)
-                if (list.n[kind])
+                if (kind < kinds && of_kind[kind])
                     flush(work->parts[kind][number].sums[i], acc[kind][i], C);
+        }
     }
+    free(tiles);
 #if X86
     _mm_sfence();
 #endif
@@ -102,11 +161,17 @@ static int batch_run(
     return work->failed ? NO_MEMORY : OK;
 }
 
-/* The mean of u over some of the valid rows, from the first to the last, into centre; 0 where it is not finite. */
+/*
+ * The mean of u over some of the valid rows, from the first to the last, into centre; 0 where it is not finite. tile: of SAMPLE
+ * rows, where those whose channels are not adjacent are copied to; NULL where none are.
+ */
 static void sample_mean(
     const struct instructions *set, int dtype, const struct batch *job, const uint8_t *valid, int64_t rows, float *centre,
-    float *const acc[2], float *scratch)
+    float *const acc[2], float *scratch, char *tile)
 {
+    const size_t size = element_size(dtype);
+    const int64_t stride = tile_stride(job->channels, size);
+    struct batch tiled = *job;
     int64_t chosen[SAMPLE + AHEAD] = {0}, n = 0, row = 0;
     for (int64_t i = 0; i < SAMPLE; i++) {
         const int64_t from = rows * i / SAMPLE;
@@ -117,8 +182,14 @@ static void sample_mean(
         if (row < rows)
             chosen[n++] = row++;
     }
+    for (int64_t i = 0; i < n && tile; i++) {
+        take(&job->x, chosen[i], 1, job->channels, tile + (size_t)(i * stride) * size, stride, size);
+        chosen[i] = i;
+    }
+    if (tile)
+        tiled.x = (struct input){tile, 1, stride, 0, 1};
     const float share = n ? 1.0f / (float)n : 0.0f;
-    set->moments[dtype](job, chosen, n, acc, scratch); /* about zero */
+    set->moments[dtype](&tiled, chosen, n, acc, scratch); /* about zero */
     for (int64_t c = 0; c < job->channels; c++) {
         centre[c] = acc[0][c] * share;
         if (!is_finite(centre[c]))
@@ -154,26 +225,33 @@ static void advance_moments(
  * Forward pass of training.
  *
  * valid: rows bytes, 0 at rows that do not count, or NULL. mean, moment: C, stand in where no row counts; mean NULL: nothing is
- * subtracted. fill: rows that do not count become the bias, and count in the number that a variance is divided by. y: rows x C. r:
- * rows x groups, or NULL without layer scale. saved: 2 x C, for the backward pass: mean (0 without), 1 / sqrt(moment + eps).
+ * subtracted. fill: rows that do not count become the bias, and count in the number that a variance is divided by. y: as in
+ * pn_evaluate. r: rows x groups, or NULL without layer scale. saved: 2 x C, for the backward pass: mean (0 without),
+ * 1 / sqrt(moment + eps).
  *
  * tally: sums of u (with mean) and of u^2 over rows that count, (with fill) C times the number of all rows, the number of those that
  * count, 1; or NULL. step_mean (with mean), step_moment (C), step_iters (1): statistics that take their step here; or NULL.
  */
 EXPORT int pn_batch_forward(
     int dtype, int64_t rows, int64_t channels, int64_t groups, int threads, const void *x, int64_t inner, int64_t outer_stride,
-    int64_t inner_stride, const uint8_t *valid, const float *weight, const float *bias, const float *mean, const float *moment,
-    double eps, int fill, void *y, float *r, float *saved, double *tally, float *step_mean, float *step_moment,
-    float *step_iters, double alpha)
+    int64_t inner_stride, int64_t channel_stride, const uint8_t *valid, const float *weight, const float *bias, const float *mean,
+    const float *moment, double eps, int fill, void *y, float *r, float *saved, double *tally, float *step_mean,
+    float *step_moment, float *step_iters, double alpha)
 {
     const int64_t C = channels, blocks = groups > 0 ? groups : 1, width = C / blocks;
     const struct instructions *set = instructions();
     const struct order order = order_of(dtype, C, width);
-    const struct input in = {x, inner, outer_stride, inner_stride, 1};
+    const struct input in = {x, inner, outer_stride, inner_stride, channel_stride};
     float *own_mean = saved, *inv = saved + C;
+    const size_t size = element_size(dtype);
+    const int copied = mean && channel_stride != 1;
+    char *tile = copied ? malloc((size_t)(SAMPLE * tile_stride(C, size)) * size) : NULL;
     double *sums = calloc((size_t)C * 6 + 2 * (size_t)blocks + 2, sizeof(double));
-    if (!sums)
+    if (!sums || (copied && !tile)) {
+        free(sums);
+        free(tile);
         return NO_MEMORY;
+    }
     float *centre = (float *)(sums + 3 * C), *scale = centre + C, *shift = scale + C, *spare = shift + C, *scratch = spare + 2 * C;
     float *const acc[2] = {spare, spare + C};
     int64_t counted[2];
@@ -181,11 +259,12 @@ EXPORT int pn_batch_forward(
         .x = in, .channels = C, .blocks = blocks, .width = width, .scaled = groups > 0, .centre = mean ? centre : NULL,
     };
     if (mean)
-        sample_mean(set, dtype, &job, valid, rows, centre, acc, scratch);
+        sample_mean(set, dtype, &job, valid, rows, centre, acc, scratch, tile);
+    free(tile);
     job.r = r;
     struct batch_work first = {
         .job = &job, .valid_rows = set->moments[dtype], .others = groups > 0 ? set->scales[dtype] : NULL, .valid = valid,
-        .sums = 1, .rows = rows,
+        .sums = 1, .dtype = dtype, .rows = rows,
     };
     int status = batch_run(&first, threads, &order, sums, sums + 2 * C, counted);
     if (status != OK) {
@@ -218,10 +297,11 @@ EXPORT int pn_batch_forward(
     job.shift = shift;
     job.known = 1;
     job.out = y;
-    job.stream = streams(dtype, rows, C, width, y);
+    job.out_stride = C;
+    job.stream = streams(dtype, rows, C, channel_stride == 1 ? width : 0, y);
     struct batch_work second = {
         .job = &job, .valid_rows = set->outputs[dtype], .others = set->fills[dtype], .valid = fill ? valid : NULL, .reversed = 1,
-        .rows = rows,
+        .dtype = dtype, .rows = rows,
     };
     int64_t ignored[2];
     status = batch_run(&second, threads, &order, NULL, NULL, ignored);
@@ -248,16 +328,16 @@ EXPORT int pn_batch_forward(
  * Backward pass: the exact gradient. x, valid, weight, r, saved, fill as in the forward pass; centred: a mean was subtracted. A
  * gradient that arrives at a row that does not count passes through that row and through the statistics.
  *
- * dx: rows x C, or NULL. grad_weight, grad_bias: C. tally: sums of weight * dy (if centred) and weight * dy * z, number of rows that
+ * dx: as y, or NULL. grad_weight, grad_bias: C. tally: sums of weight * dy (if centred) and weight * dy * z, number of rows that
  * count, 1; or NULL.
  *
  * Returns NOT_FINITE, with nothing but those sums written, where one of them is not finite and there are rows that do not count.
  */
 EXPORT int pn_batch_backward(
     int dtype, int64_t rows, int64_t channels, int64_t groups, int threads, const void *x, int64_t inner, int64_t outer_stride,
-    int64_t inner_stride, const void *dy, int64_t dy_inner, int64_t dy_outer_stride, int64_t dy_inner_stride, float *r,
-    const uint8_t *valid, const float *weight, const float *saved, int centred, int fill, void *dx, float *grad_weight,
-    float *grad_bias, double *tally)
+    int64_t inner_stride, int64_t channel_stride, const void *dy, int64_t dy_inner, int64_t dy_outer_stride,
+    int64_t dy_inner_stride, int64_t dy_channel_stride, float *r, const uint8_t *valid, const float *weight, const float *saved,
+    int centred, int fill, void *dx, float *grad_weight, float *grad_bias, double *tally)
 {
     const int64_t C = channels, blocks = groups > 0 ? groups : 1, width = C / blocks;
     const struct instructions *set = instructions();
@@ -273,13 +353,14 @@ EXPORT int pn_batch_backward(
     to_sweeps(&order, centre, spare);
     set_scale(&order, inv, weight, scale, spare);
     struct batch job = {
-        .x = {x, inner, outer_stride, inner_stride, 1}, .dy = {dy, dy_inner, dy_outer_stride, dy_inner_stride, 1}, .channels = C,
-        .blocks = blocks, .width = width, .scaled = groups > 0, .known = 1, .centre = centre, .scale = scale, .shift = shift, .b = b,
-        .r = groups > 0 ? r : NULL, .out = dx, .stream = streams(dtype, rows, C, width, dx),
+        .x = {x, inner, outer_stride, inner_stride, channel_stride},
+        .dy = {dy, dy_inner, dy_outer_stride, dy_inner_stride, dy_channel_stride},
+        .channels = C, .blocks = blocks, .width = width, .scaled = groups > 0, .known = 1, .centre = centre, .scale = scale,
+        .shift = shift, .b = b, .r = groups > 0 ? r : NULL,
     };
     struct batch_work first = {
         .job = &job, .valid_rows = set->gradient_sums[dtype], .others = set->gradient_sums[dtype], .valid = fill ? valid : NULL,
-        .sums = fill && valid ? 2 : 1, .rows = rows,
+        .sums = fill && valid ? 2 : 1, .dtype = dtype, .rows = rows,
     };
     int status = batch_run(&first, threads, &order, sums, sums + 4 * C, counted);
     int64_t counting = rows;
@@ -311,9 +392,12 @@ EXPORT int pn_batch_backward(
         to_sweeps(&order, b, spare);
         to_sweeps(&order, shift, spare);
         job.valid = fill ? NULL : valid;
+        job.out = dx;
+        job.out_stride = C;
+        job.stream = streams(dtype, rows, C, channel_stride == 1 ? width : 0, dx);
         struct batch_work second = {
             .job = &job, .valid_rows = set->gradients[dtype], .others = set->zeros[dtype], .valid = fill ? valid : NULL,
-            .reversed = 1, .rows = rows,
+            .reversed = 1, .dtype = dtype, .rows = rows,
         };
         status = batch_run(&second, threads, &order, NULL, NULL, counted);
     }
@@ -321,10 +405,11 @@ EXPORT int pn_batch_backward(
     return status;
 }
 
-/* Evaluation: y = (u - mean) * scale + bias, scale = weight / sqrt(moment + eps). weight, bias: C or NULL. y: rows x C. */
+/* Evaluation: y = (u - mean) * scale + bias, scale = weight / sqrt(moment + eps). weight, bias: C or NULL. y: as in pn_evaluate. */
 EXPORT int pn_batch_evaluate(
     int dtype, int64_t rows, int64_t channels, int64_t groups, int threads, const void *x, int64_t inner, int64_t outer_stride,
-    int64_t inner_stride, const float *weight, const float *bias, const float *mean, const float *moment, double eps, void *y)
+    int64_t inner_stride, int64_t channel_stride, const float *weight, const float *bias, const float *mean, const float *moment,
+    double eps, void *y)
 {
     const int64_t C = channels, blocks = groups > 0 ? groups : 1, width = C / blocks;
     const struct order order = order_of(dtype, C, width);
@@ -340,10 +425,11 @@ EXPORT int pn_batch_evaluate(
     set_scale(&order, inv, weight, scale, spare);
     set_shift(&order, bias, shift, spare);
     const struct batch job = {
-        .x = {x, inner, outer_stride, inner_stride, 1}, .channels = C, .blocks = blocks, .width = width, .scaled = groups > 0,
-        .centre = centre, .scale = scale, .shift = shift, .out = y, .stream = streams(dtype, rows, C, width, y),
+        .x = {x, inner, outer_stride, inner_stride, channel_stride}, .channels = C, .blocks = blocks, .width = width,
+        .scaled = groups > 0, .centre = centre, .scale = scale, .shift = shift, .out = y, .out_stride = C,
+        .stream = streams(dtype, rows, C, channel_stride == 1 ? width : 0, y),
     };
-    struct batch_work work = {.job = &job, .valid_rows = instructions()->outputs[dtype], .rows = rows};
+    struct batch_work work = {.job = &job, .valid_rows = instructions()->outputs[dtype], .dtype = dtype, .rows = rows};
     int64_t counted[2];
     int status = batch_run(&work, threads, &order, NULL, NULL, counted);
     free(inv);

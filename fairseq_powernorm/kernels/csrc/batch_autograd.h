@@ -4,14 +4,14 @@
  */
 
 using BatchForwardFunction = int(
-    int, int64_t, int64_t, int64_t, int, const void *, int64_t, int64_t, int64_t, const uint8_t *, const float *, const float *,
-    const float *, const float *, double, int, void *, float *, float *, double *, float *, float *, float *, double);
+    int, int64_t, int64_t, int64_t, int, const void *, int64_t, int64_t, int64_t, int64_t, const uint8_t *, const float *,
+    const float *, const float *, const float *, double, int, void *, float *, float *, double *, float *, float *, float *, double);
 using BatchBackwardFunction = int(
-    int, int64_t, int64_t, int64_t, int, const void *, int64_t, int64_t, int64_t, const void *, int64_t, int64_t, int64_t, float *,
-    const uint8_t *, const float *, const float *, int, int, void *, float *, float *, double *);
+    int, int64_t, int64_t, int64_t, int, const void *, int64_t, int64_t, int64_t, int64_t, const void *, int64_t, int64_t, int64_t,
+    int64_t, float *, const uint8_t *, const float *, const float *, int, int, void *, float *, float *, double *);
 using BatchEvaluateFunction = int(
-    int, int64_t, int64_t, int64_t, int, const void *, int64_t, int64_t, int64_t, const float *, const float *, const float *,
-    const float *, double, void *);
+    int, int64_t, int64_t, int64_t, int, const void *, int64_t, int64_t, int64_t, int64_t, const float *, const float *,
+    const float *, const float *, double, void *);
 
 BatchForwardFunction *sweep_batch_forward;
 BatchBackwardFunction *sweep_batch_backward;
@@ -36,18 +36,10 @@ struct BatchSpec {
     }
 };
 
-// A tensor whose channels are adjacent, as these sweeps take them.
-Tensor adjacent(const Tensor &x)
-{
-    if (x.stride(-1) == 1 || x.is_contiguous())
-        return x;
-    at::AutoDispatchBelowADInplaceOrView below;
-    return x.contiguous();
-}
-
 struct BatchNormBackward : torch::autograd::Node {
     SavedVariable x, r, weight, bias, saved, valid;
     bool released = false;
+    bool channels_second = false; // the output is B x C x ..., the input B x ... x C
     Tensor mean, moment; // of running statistics, which stand in for a batch without rows
     BatchSpec spec;
     Object switches, python_backward, collect, constants;
@@ -65,9 +57,9 @@ struct BatchNormBackward : torch::autograd::Node {
 
     variable_list apply(variable_list &&grads) override
     {
-        const Tensor grad_y = std::move(grads[0]);
-        if (!grad_y.defined())
+        if (!grads[0].defined())
             return variable_list(3);
+        const Tensor grad_y = channels_second ? grads[0].movedim(1, -1) : grads[0]; // it may be differentiated once more
         TORCH_CHECK(!released, torch::autograd::ERR_BACKWARD_TWICE);
         const Tensor x_ = x.unpack(), r_ = r.unpack(), weight_ = weight.unpack(), bias_ = bias.unpack();
         const Tensor saved_ = saved.unpack(), valid_ = valid.unpack();
@@ -110,13 +102,13 @@ struct BatchNormBackward : torch::autograd::Node {
         const Tensor &valid_, variable_list &found)
     {
         const int64_t channels = x_.size(-1), rows = channels ? x_.numel() / channels : 0;
-        const Rows x_rows(adjacent(x_)), grad_rows(adjacent(grad_y));
-        const Tensor wide = floats(weight_), grad_x = task_should_compute_output(0) ? empty(x_.sizes(), x_.scalar_type()) : Tensor();
+        const Rows x_rows(x_), grad_rows(grad_y);
+        const Tensor wide = floats(weight_), grad_x = task_should_compute_output(0) ? like(x_) : Tensor();
         const Tensor grad_weight = empty({channels}), grad_bias = empty({channels});
         const int status = sweep_batch_backward(
             type_number(x_), rows, channels, spec.groups, at::get_num_threads(), x_rows.data(), x_rows.inner, x_rows.outer_stride,
-            x_rows.inner_stride, grad_rows.data(), grad_rows.inner, grad_rows.outer_stride, grad_rows.inner_stride,
-            const_cast<float *>(at_or_null<float>(r_)), at_or_null<uint8_t>(valid_), at_or_null<float>(wide),
+            x_rows.inner_stride, x_rows.channel_stride, grad_rows.data(), grad_rows.inner, grad_rows.outer_stride,
+            grad_rows.inner_stride, grad_rows.channel_stride, const_cast<float *>(at_or_null<float>(r_)), at_or_null<uint8_t>(valid_), at_or_null<float>(wide),
             at_or_null<float>(saved_), spec.centre, spec.fill, written<void>(grad_x), written<float>(grad_weight),
             written<float>(grad_bias), nullptr);
         if (status == NO_MEMORY) {
@@ -171,8 +163,8 @@ struct BatchNormBackward : torch::autograd::Node {
 };
 
 /*
- * train_batch(x, weight, bias, valid, mean, moment, iters, spec, alpha, forward_into, switches, python_backward, collect): a
- * forward pass of training. alpha: weight of the old statistics, which take their step here; None: they do not. forward_into: a
+ * train_batch(x, weight, bias, valid, mean, moment, iters, spec, alpha, forward_into, switches, python_backward, collect,
+ * channels_second): a forward pass of training over rows x; with channels_second the output is B x C x ... alpha: weight of the old statistics, which take their step here; None: they do not. forward_into: a
  * vector of a stage, or None. switches: of the stage, or None. python_backward(collect, spec, grad_y, x, r, weight, bias, saved,
  * valid, mean, moment, want_x, want_weight, want_bias) computes the gradients that are not computed here. Returns None, with
  * nothing done, where the pass is left to Python.
@@ -180,8 +172,8 @@ struct BatchNormBackward : torch::autograd::Node {
 PyObject *train_batch(PyObject *, PyObject *const *arguments, Py_ssize_t count)
 {
     HANDLE_TH_ERRORS
-    if (count != 13) {
-        PyErr_SetString(PyExc_TypeError, "train_batch() takes 13 arguments");
+    if (count != 14) {
+        PyErr_SetString(PyExc_TypeError, "train_batch() takes 14 arguments");
         return nullptr;
     }
     auto spec = BatchSpec();
@@ -213,9 +205,9 @@ PyObject *train_batch(PyObject *, PyObject *const *arguments, Py_ssize_t count)
         || (spec.groups > 0 && channels % spec.groups != 0))
         Py_RETURN_NONE;
 
-    const Rows x_rows(adjacent(x));
+    const Rows x_rows(x);
     const Tensor wide_weight = floats(weight), wide_bias = floats(bias);
-    Tensor y = empty(x.sizes(), x.scalar_type());
+    Tensor y = like(x);
     const Tensor saved = empty({2, channels}), r = spec.groups > 0 ? empty({rows, spec.groups}) : Tensor();
     double *tally = forward_into.defined() ? sums_of(parts * channels + 2) : nullptr;
     int status;
@@ -223,8 +215,8 @@ PyObject *train_batch(PyObject *, PyObject *const *arguments, Py_ssize_t count)
         WithoutGil others(rows * channels >= GRAIN);
         status = sweep_batch_forward(
             type_number(x), rows, channels, spec.groups, at::get_num_threads(), x_rows.data(), x_rows.inner, x_rows.outer_stride,
-            x_rows.inner_stride, at_or_null<uint8_t>(valid), at_or_null<float>(wide_weight), at_or_null<float>(wide_bias),
-            at_or_null<float>(mean), at_or_null<float>(moment), spec.eps, spec.fill, y.mutable_data_ptr(), written<float>(r),
+            x_rows.inner_stride, x_rows.channel_stride, at_or_null<uint8_t>(valid), at_or_null<float>(wide_weight),
+            at_or_null<float>(wide_bias), at_or_null<float>(mean), at_or_null<float>(moment), spec.eps, spec.fill, y.mutable_data_ptr(), written<float>(r),
             written<float>(saved), tally, own && mean.defined() ? written<float>(mean) : nullptr,
             own ? written<float>(moment) : nullptr, own ? written<float>(iters) : nullptr, alpha);
     }
@@ -235,6 +227,9 @@ PyObject *train_batch(PyObject *, PyObject *const *arguments, Py_ssize_t count)
                 changed(*each);
     if (forward_into.defined())
         add_to(forward_into, tally);
+    const bool channels_second = arguments[13] == Py_True;
+    if (channels_second)
+        y = with_channels_second(y, x);
     if (torch::autograd::compute_requires_grad(x, weight, bias)) {
         auto *node = new BatchNormBackward();
         const NodePointer owner = Nodes<NodePointer>::own(node);
@@ -245,6 +240,7 @@ PyObject *train_batch(PyObject *, PyObject *const *arguments, Py_ssize_t count)
         node->bias = SavedVariable(bias, false);
         node->saved = SavedVariable(saved, false);
         node->valid = SavedVariable(valid, false);
+        node->channels_second = channels_second;
         node->mean = mean;
         node->moment = moment;
         node->spec = spec;

@@ -90,7 +90,7 @@ INLINE void NAME(output_rows)(
     for (int k = 0; k < R; k++) {
         x[k] = (const element *)job->x.data + offset(&job->x, rows[k]);
         next[k] = (const element *)job->x.data + offset(&job->x, rows[k + ahead]);
-        y[k] = (element *)job->out + rows[k] * job->channels;
+        y[k] = (element *)job->out + rows[k] * job->out_stride;
     }
     NAME(row_scales)(R, job, x, rows, scratch);
     for (int64_t group = 0; group < job->blocks; group++) {
@@ -187,7 +187,7 @@ INLINE void NAME(gradient_rows)(
         dy[k] = (const element *)job->dy.data + offset(&job->dy, rows[k]);
         next_x[k] = (const element *)job->x.data + offset(&job->x, rows[k + ahead]);
         next_dy[k] = (const element *)job->dy.data + offset(&job->dy, rows[k + ahead]);
-        dx[k] = (element *)job->out + rows[k] * job->channels;
+        dx[k] = (element *)job->out + rows[k] * job->out_stride;
         through[k] = job->valid && !job->valid[rows[k]] ? 0.0f : 1.0f;
     }
     NAME(row_scales)(R, job, x, rows, scratch);
@@ -279,7 +279,7 @@ static void NAME(fills)(const struct batch *job, const int64_t *rows, int64_t n,
 {
     (void)acc, (void)scratch;
     for (int64_t i = 0; i < n; i++) {
-        element *y = (element *)job->out + rows[i] * job->channels;
+        element *y = (element *)job->out + rows[i] * job->out_stride;
         for (int64_t first = 0; first < job->channels; first += job->width) {
             int64_t c = first;
             for (; c + 2 * LANES <= first + job->width; c += 2 * LANES)
@@ -296,7 +296,7 @@ static void NAME(zeros)(const struct batch *job, const int64_t *rows, int64_t n,
 {
     (void)acc, (void)scratch;
     for (int64_t i = 0; i < n; i++)
-        memset((element *)job->out + rows[i] * job->channels, 0, (size_t)job->channels * sizeof(element));
+        memset((element *)job->out + rows[i] * job->out_stride, 0, (size_t)job->channels * sizeof(element));
 }
 
 static void NAME(moments)(const struct batch *job, const int64_t *rows, int64_t n, float *const *acc, float *scratch)

@@ -88,7 +88,8 @@ struct batch {
     const float *scale, *shift, *b;
     const uint8_t *valid; /* NULL: all rows count in the statistics */
     float *r;  /* may be NULL */
-    void *out; /* rows x channels */
+    void *out;
+    int64_t out_stride; /* elements from one row of out to the next */
 };
 
 /* The sources that this was built from: build.py looks for it in the file. */

@@ -198,20 +198,29 @@ def cell(level="layer", which="train", rows=4096, dtype="float32", device="cpu",
 
 
 def test_targets_are_checked():
-    """Each bound holds for the worst cell or the median, as its name says, and no verdict is given without a measurement."""
+    """Each bound holds for the worst cell or the median, as its name says, from 2,048 rows on and with either use of freed
+    memory, and no verdict is given without a measurement.
+    """
     met = lambda found: {each["target"]: each["met"] for each in checks(found)}  # noqa: E731
     assert met([]) == {}
     good = cell(layer=1.0, power_g1=0.6, power_g4=0.65, authors_g1=20.0, authors_g4=20.0)
     assert set(met([good]).values()) == {True}
-    slow = cell(layer=1.0, power_g1=1.1, power_g4=1.1, authors_g1=40.0, authors_g4=40.0)
-    verdicts = met([good, slow, slow])
-    assert verdicts.pop("training, float32, median") is False and set(verdicts.values()) == {True}
+    for memory, rows in (("default", 2048), ("recycled", 65536)):
+        slow = cell(rows=rows, memory=memory, layer=1.0, power_g1=0.9, power_g4=1.1, authors_g1=40.0, authors_g4=40.0)
+        verdicts = met([good, good, slow])
+        assert verdicts.pop("training, float32, every cell") is False and set(verdicts.values()) == {True}
+    for which, dtype, bound in (("train", "bfloat16", 0.5), ("eval", "float32", 0.7), ("eval", "bfloat16", 0.4)):
+        name = f"{'training' if which == 'train' else 'evaluation'}, {dtype}, every cell"
+        for ratio, verdict in ((bound, True), (bound + 0.01, False)):
+            assert met([cell(which=which, dtype=dtype, power_g4=0.1), cell(which=which, dtype=dtype, power_g4=ratio)])[
+                name] is verdict
     assert met([cell(level="step", layer=1.0, power=1.02)]) == {"whole training step": False}
     counted = cell(level="step", layer=1.0, power=1.0)
     counted["contenders"]["power"]["statistics"] = 0.02
     assert met([counted])["running statistics / training step"] is False
     assert met([cell(level="generation", which="eval", power=1.1)]) == {"generation with folded norms": False}
-    assert met([cell(rows=1, layer=1.0, power_g1=1.4)]) == {"one row, float32": True}
+    assert met([cell(rows=1, layer=1.0, power_g1=1.6)]) == {"one row, training": True}
+    assert met([cell(rows=1, which="eval", dtype="bfloat16", power_g1=1.6)]) == {"one row, evaluation": False}
     assert set(met([cell(level="accuracy", power_g1=1.01)]).values()) == {False}
     near = cell(layer=1.0, power_g1=0.6, authors_g1=12.0)
     assert met([near])["authors' arithmetic, float32, median"] is False
@@ -242,8 +251,8 @@ def test_the_sanitizers_script_needs_a_compiler(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 def test_the_stand_alone_check_passes(tmp_path):
-    """The program that the sanitizers run, built without them: PN's entry points equal plain loops, with threads and
-    without.
+    """The program that the sanitizers run, built without them: every entry point of the kernel equals plain loops, with
+    threads and without.
 
     In the code for other processors than x86; tests/kernels/test_kernels.py runs that for this one.
     """
