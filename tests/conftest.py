@@ -1,5 +1,6 @@
 """Shared fixtures. Golden traces and real corpora are found through the environment variable PN_SHARED."""
 import gc
+import logging
 import os
 import pathlib
 import random
@@ -31,6 +32,9 @@ FIRST = ("test_slurm", "test_lm_pipeline", "test_pipeline", "test_distributed", 
          "test_launch", "test_register", "test_triton", "test_fold", "test_cli", "test_resume", "test_packaging",
          "test_two_ranks")
 
+
+# programs in the tests' own process leave log handlers behind, to streams that pytest has closed since
+logging.raiseExceptions = False
 
 # a shell starts what it leaves in the background deaf to ^C, which the scripts' tests send
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
