@@ -39,7 +39,9 @@ def result(run):
     record = json.loads((run / "evaluation" / "record.json").read_text())
     model = load(str(run / "checkpoints" / "checkpoint_last.pt"))["model"]
     kept = {key: record[key] for key in ("updates", "finished", "sacrebleu", "chrf", "averaged", "overrides")}
-    return {name: tensor.tolist() for name, tensor in model.items()}, kept, record["curve"]["valid"]
+    # a validation whose line of the log a kill has cut off stands in the checkpoint, with its loss alone
+    losses = {row["updates"]: row["loss"] for row in record["curve"]["valid"]}
+    return {name: tensor.tolist() for name, tensor in model.items()}, kept, losses
 
 
 def killed(process, line, sent):
