@@ -373,6 +373,7 @@ def run(monkeypatch, capsys, main, *command):
     for module in (base, sys.modules["fairseq_powernorm.tasks"]):
         monkeypatch.setattr(module, "fold_norms", lambda model: calls.append(model) or fold_norms(model))
     command = [main.__name__, *command, "--user-dir", str(toy.ROOT / "fairseq_powernorm"), "--cpu"]
+    command += ["--num-workers", "0"]  # workers take seconds to end
     monkeypatch.setattr(sys, "argv", command)
     capsys.readouterr()
     main()
@@ -469,6 +470,7 @@ def test_validation_during_training_never_folds(translation):
 # ---------------------------------------------------------------------- export
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["power-4-shared", "batch-1-post", "lm"])
 def test_scripted_generation_finds_the_same_beams(case):
     """torch.jit.script(SequenceGenerator) of the folded model (with a scripted LM) finds what the unfolded one does."""
@@ -498,6 +500,7 @@ assert not any(name.startswith('fairseq') for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_exported_files_need_torch_or_onnxruntime_only(translation, language, tmp_path, capsys):
     """The command's files give the checkpoint's log-probabilities where neither fairseq nor this package is there."""
     for kind, path in (("translation", translation[1][0]), ("language", language[1])):

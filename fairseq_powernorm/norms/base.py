@@ -110,7 +110,6 @@ class RunningNorm(Norm):
                 self.register_buffer(name, torch.empty(size, device=device, dtype=wide))
         self.windows = dict(windows)
         self._from_meta = False  # statistics may have come in place of meta tensors, with or without a value
-        self._unwritten: Tuple[str, ...] = ()  # tensors that came so, see loading.is_lacking()
         self._steps: Optional[Tuple[Tensor, int, int]] = None  # iters, its version, its value on the host
         self._lock = threading.Lock()
         self.reset_parameters()
@@ -144,8 +143,7 @@ class RunningNorm(Norm):
                 nn.init.constant_(parameter, values.get(name, 0.0))
 
     def first_values(self) -> Dict[str, float]:
-        """Parameters and statistics -> their values at the beginning, where these are not zero."""
-        return {"weight": 1.0, **self.STATISTICS}
+        return {**super().first_values(), **self.STATISTICS}
 
     def settings(self) -> Tuple[Tuple[str, Any], ...]:
         """The norm's numbers and choices by name: norms of one class that share them share their arithmetic."""
@@ -168,22 +166,21 @@ class RunningNorm(Norm):
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As in any module, but a statistic is widened to float32, and what a loader finds in no checkpoint begins anew."""
-        if isinstance(value, Tensor) and (name in self._buffers or name in self._parameters):
-            old = self._buffers.get(name, self._parameters.get(name))
-            came = old is not None and old.is_meta and not value.is_meta
-            if came and loading.is_lacking(self, name, old, value):
-                with torch.no_grad():
-                    value.fill_(self.first_values().get(name, 0.0))
-            elif name in self._buffers:
-                if came:
-                    self.__dict__["_from_meta"] = True
-                value = _widened(value)
-        elif name == loading.MARK:
-            loading.begin_unwritten(self)
-        elif not name.startswith("_"):
+        """As in any norm; a setting that has changed is no part of what was prepared for calls."""
+        own_tensor = isinstance(value, Tensor) and (name in self._buffers or name in self._parameters)
+        if not own_tensor and not name.startswith("_"):
             self.__dict__["_constants"] = {}
         super().__setattr__(name, value)
+
+    def _arriving(self, name: str, value: Tensor) -> Tensor:
+        """A statistic is widened to float32; one in place of a meta tensor may still be without a value."""
+        if name not in self._buffers:
+            return super()._arriving(name, value)
+        from_meta = self._buffers[name].is_meta and not value.is_meta
+        value = super()._arriving(name, value)
+        if from_meta:
+            self.__dict__["_from_meta"] = True
+        return _widened(value)
 
     def __getstate__(self) -> Dict[str, Any]:
         """A copy, or what is read back from a pickle, is on its own: it applies its statistics itself."""
@@ -193,7 +190,7 @@ class RunningNorm(Norm):
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)
-        earlier = {"_from_meta": False, "_unwritten": (), "_constants": {}, "windows": {}}  # pickled by an earlier version
+        earlier = {"_from_meta": False, "_constants": {}, "windows": {}}  # pickled by an earlier version
         for name, value in earlier.items():
             self.__dict__.setdefault(name, value)
         self._lock = threading.Lock()

@@ -1,10 +1,11 @@
 """Where the channels of an input are: ``Norm``, the base of every norm."""
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.interface import PLAIN
+from . import loading
 from .checks import check_dense
 from .masks import check_mask
 
@@ -58,6 +59,8 @@ class Norm(nn.Module):
 
     #: does ``_normalize`` take rows whose channels are not adjacent, and give its output in the layout of the norm?
     OWN_LAYOUT = False
+    #: tensors that a loader has put in place of meta tensors, perhaps without a value, see loading.arriving()
+    _unwritten: Tuple[str, ...] = ()
     #: torch.jit.script would compile a property
     __jit_unused_properties__ = ["batch_first"]
 
@@ -79,6 +82,22 @@ class Norm(nn.Module):
     def extra_repr(self) -> str:
         layout = f"layout={self.layout}" if self.layout != "time_first" else ""
         return ", ".join(part for part in (super().extra_repr(), layout) if part)
+
+    def first_values(self) -> Dict[str, float]:
+        """Parameters and buffers -> their values at the beginning, where these are not zero."""
+        return {"weight": 1.0}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in any module, but a tensor that a loader puts here without a value begins as in a new norm."""
+        if name == loading.MARK:
+            loading.begin_unwritten(self)
+        elif isinstance(value, Tensor) and (name in self._parameters or name in self._buffers):
+            value = self._arriving(name, value)
+        super().__setattr__(name, value)
+
+    def _arriving(self, name: str, value: Tensor) -> Tensor:
+        """What ``value`` becomes as the parameter or buffer ``name``."""
+        return loading.arriving(self, name, value)
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         batch_first = state.pop("batch_first", False)  # pickled by an earlier version

@@ -1,9 +1,9 @@
 """What a loader leaves behind that has built a norm on the meta device and puts tensors in place of its own.
 
-``norm`` is a norm with running statistics, whose base uses these functions.
+``norm`` is a norm of this package, whose bases use these functions.
 """
 import logging
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +15,22 @@ logger = logging.getLogger(__name__)
 MARK = "_is_hf_initialized"
 
 
-def is_lacking(norm: Any, name: str, old: Optional[Tensor], value: Tensor) -> bool:
-    """Is this memory that nobody has written, in place of what a checkpoint lacks?
+def arriving(norm: Any, name: str, value: Tensor) -> Tensor:
+    """What becomes of a tensor that is put in place of the parameter or buffer ``name``.
 
-    So Hugging Face's ``from_pretrained`` leaves it. Version 5 marks values that the checkpoint has, and puts them in place
-    first. Version 4 puts what is lacking in place first, then marks the tensors that the checkpoint has, on the meta device
-    still, and says of the module that it is done: :func:`begin_unwritten`.
+    In place of a meta tensor it may be memory that nobody has written, for what a checkpoint lacks: so Hugging Face's
+    ``from_pretrained`` leaves it. Version 5 marks values that the checkpoint has, and puts them in place first. Version 4
+    puts what is lacking in place first, then marks the tensors that the checkpoint has, on the meta device still, and says
+    of the module that it is done: :func:`begin_unwritten`.
     """
-    if getattr(old, MARK, False) or getattr(value, MARK, False):
-        return False
+    old = norm._buffers.get(name, norm._parameters.get(name))
+    if old is None or not old.is_meta or value.is_meta or getattr(old, MARK, False) or getattr(value, MARK, False):
+        return value
     if any(getattr(tensor, MARK, False) for tensor in (*norm._parameters.values(), *norm._buffers.values())):
-        return True
-    norm.__dict__["_unwritten"] = (*norm._unwritten, name)
-    return False
+        _begin(norm, name, value)
+    else:
+        norm.__dict__["_unwritten"] = (*norm._unwritten, name)
+    return value
 
 
 def begin_unwritten(norm: Any) -> None:
@@ -35,9 +38,13 @@ def begin_unwritten(norm: Any) -> None:
     for name in norm._unwritten:
         tensor = norm._buffers.get(name, norm._parameters.get(name))
         if tensor is not None and not tensor.is_meta and not getattr(tensor, MARK, False):
-            with torch.no_grad():
-                tensor.fill_(norm.first_values().get(name, 0.0))
+            _begin(norm, name, tensor)
     norm.__dict__["_unwritten"] = ()
+
+
+def _begin(norm: Any, name: str, tensor: Tensor) -> None:
+    with torch.no_grad():
+        tensor.fill_(norm.first_values().get(name, 0.0))
 
 
 def check_values(norm: Any) -> None:

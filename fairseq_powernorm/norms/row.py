@@ -65,6 +65,9 @@ class RowNorm(Norm):
             if parameter is not None:
                 nn.init.constant_(parameter, value)
 
+    def first_values(self) -> Dict[str, float]:
+        return self._initial
+
     def extra_repr(self) -> str:
         return ", ".join(part for part in (str(self.dim), super().extra_repr()) if part)
 

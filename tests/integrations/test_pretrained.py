@@ -1,4 +1,4 @@
-"""``save_pretrained`` and ``from_pretrained`` of models with norms that have running statistics."""
+"""``save_pretrained`` and ``from_pretrained`` of models with norms of this package."""
 import pytest
 
 pytest.importorskip("transformers", reason="transformers is not installed: the extra is integrations")
@@ -8,15 +8,18 @@ from small_models import ALGORITHM2, assert_same, build, sentences, state, steps
 from torch import nn
 from transformers import BertForMaskedLM
 
-from fairseq_powernorm.norms import PowerNorm, RunningNorm
+from fairseq_powernorm.norms import NORMS
+from fairseq_powernorm.norms.layouts import Norm
 
 
 class PowerNormBert(BertForMaskedLM):
-    """BERT with PN in place of LayerNorm."""
+    """BERT with PN or another norm in place of LayerNorm."""
+
+    norm = ALGORITHM2
 
     def __init__(self, config):
         super().__init__(config)
-        with_norms(self, ALGORITHM2)
+        with_norms(self, self.norm)
 
 
 def trained():
@@ -45,29 +48,37 @@ def test_round_trip(tmp_path):
     assert_same(state(model), state(loaded))
 
 
-def test_a_checkpoint_without_statistics(tmp_path):
-    """A LayerNorm model's checkpoint: PN has its weights, and statistics as in a new norm, whatever was in memory before."""
+@pytest.fixture()
+def filled_memory():
+    """What nobody has written is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("without_bias", [False, True], ids=["", "without bias"])
+@pytest.mark.parametrize("name", NORMS)
+def test_a_checkpoint_of_layer_norm(name, without_bias, tmp_path, monkeypatch, filled_memory):
+    """A LayerNorm model's checkpoint, or one of norms without bias: a norm has what is in it, and the rest, parameters and
+    statistics, as when it is new.
+    """
     plain = build("bert", None).float()
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.add_(0.25)
-    plain.save_pretrained(tmp_path)
-    trained()  # and freed: statistics that look like some are in memory
-    model = PowerNormBert.from_pretrained(tmp_path)
-    new = PowerNorm(16)
-    for norm in model.modules():
-        if isinstance(norm, RunningNorm):
-            assert_same(dict(norm.named_buffers()), dict(new.named_buffers()))
-    assert_same(dict(plain.named_parameters()), dict(model.named_parameters()))
-
-
-def test_a_checkpoint_without_the_bias(tmp_path):
-    """A checkpoint of norms without bias, as RMSNorm's are: the bias of PN begins as zero."""
-    plain = build("bert", None).float()
     for norm in plain.modules():
-        if isinstance(norm, nn.LayerNorm):
+        if without_bias and isinstance(norm, nn.LayerNorm):
             norm.bias = None
     plain.save_pretrained(tmp_path)
-    for norm in PowerNormBert.from_pretrained(tmp_path).modules():
-        if isinstance(norm, RunningNorm):
-            assert not norm.bias.any() and (norm.weight == 1).all()
+    monkeypatch.setattr(PowerNormBert, "norm", "prepbn:total_updates=100" if name == "prepbn" else name)
+    if name == "scale":  # has one number for all channels
+        with pytest.raises(RuntimeError, match="(?i)mismatch"):
+            PowerNormBert.from_pretrained(tmp_path)
+        return
+    model, saved, norms = PowerNormBert.from_pretrained(tmp_path), plain.state_dict(), 0
+    for path, norm in model.named_modules():
+        if isinstance(norm, Norm):
+            norms += 1
+            new = PowerNormBert(model.config).get_submodule(path).state_dict()
+            assert_same({key: saved.get(f"{path}.{key}", value) for key, value in new.items()}, norm.state_dict())
+    assert norms == 6

@@ -481,6 +481,7 @@ for name in ("power", "rms"):
 """
 
 
+@pytest.mark.slow
 def test_a_first_call_in_a_trace():
     """A process whose first norm is traced gets a graph that depends on its input, and so do the norms after it."""
     toy.command("python", "-c", FIRST_IN_A_TRACE)

@@ -287,6 +287,7 @@ STAGED = [("power", "reference"), ("un", None), ("rbn", None)]
 COMPILED = [(*case, False) for case in (*CASES, ("layer", None), ("rms", None))] + [(*case, True) for case in STAGED]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, variant, staged", COMPILED)
 def test_compiled_training_and_evaluation(name, variant, staged):
     """torch.compile(fullgraph=True): five steps of training across the end of the warm-up, then evaluation, as without."""

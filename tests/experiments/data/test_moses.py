@@ -218,6 +218,7 @@ def agreed():
                                               or c >= "\U0001d000" or ord(c) % 50 == 0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 def test_characters_equal_perls(judge, step):
     """Each character of Unicode's first two planes, in words, between numbers and alone: the same bytes."""
