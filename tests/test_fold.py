@@ -393,6 +393,7 @@ def assert_same_hypotheses(one, other):
         assert one[key][0] == pytest.approx(other[key][0], abs=2e-4)  # printed with four digits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["generate", "ensemble", "interactive"])
 def test_generation_folds_unless_told_not_to(translation, monkeypatch, capsys, tmp_path, command):
     """fairseq-generate (of two models, too) and -interactive: same hypotheses and scores with and without the flag."""
@@ -412,6 +413,7 @@ def test_generation_folds_unless_told_not_to(translation, monkeypatch, capsys, t
     assert_same_hypotheses(hypotheses(folded), hypotheses(plain))
 
 
+@pytest.mark.slow
 def test_validate_folds_unless_told_not_to(translation, monkeypatch, capsys, caplog, tmp_path):
     """fairseq-validate: same loss; a checkpoint from before the option obeys the flag as well."""
     data, (path, _) = translation
@@ -431,6 +433,7 @@ def test_validate_folds_unless_told_not_to(translation, monkeypatch, capsys, cap
     assert len(set(losses)) == 1, losses
 
 
+@pytest.mark.slow
 def test_eval_lm_folds_unless_told_not_to(language, monkeypatch, capsys, caplog):
     """fairseq-eval-lm: same loss and perplexity with and without the flag."""
     data, path = language

@@ -86,6 +86,7 @@ def test_floors(root):
         assert "experiments" not in {each.split(".")[0] for each in own} or floor(name) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.version_info < (3, 10), reason="Python 3.8 and 3.9 have no list of the standard library's modules")
 def test_integrations_load_their_package_on_use(root):
     """``fairseq_powernorm.integrations`` and what its rooms share load no other project but torch, and no module outside

@@ -394,6 +394,7 @@ def test_parts_with_masks_of_their_own():
         attach_mask(nn.ModuleList([model["encoder"]]), "input")
 
 
+@pytest.mark.slow
 def test_compiled():
     """A model that is compiled with its mask attached trains as it does without a compiler, and is compiled once."""
     torch._dynamo.reset()

@@ -22,6 +22,7 @@ def train(monkeypatch, caplog, data, folder, *words):
     return model, [float(line["norm_penalty"]) for line in lines]
 
 
+@pytest.mark.slow
 def test_the_task_adds_and_logs_it(toy_data, tmp_path, monkeypatch, caplog):
     """The penalty is logged by itself and changes what is learned, the same under activation checkpointing; PRepBN takes
     the number of updates of the run, which the checkpoint knows.

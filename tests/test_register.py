@@ -91,6 +91,7 @@ def run():
 # ---------------------------------------------------------------- the norms alone
 
 
+@pytest.mark.slow
 def test_norms_load_torch_and_nothing_else(run):
     """Beside torch's modules and the standard library's, importing the norms loads this package's only, and few of them;
     it changes no logger, warning filter, import hook or list of torch's, and does not load torch's compiler."""
@@ -115,6 +116,7 @@ print(list(x.grad.shape))
     assert "[5, 3, 8]" in run(program)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fairseq",
     [
@@ -162,6 +164,7 @@ def needed_by(distribution, found=None):
     return found
 
 
+@pytest.mark.slow
 def test_norms_need_torch_only(tmp_path):
     """Where nothing is installed but torch and what torch needs, as after ``pip install --no-deps``, norms, statistics,
     folding and the kernels' command work; the modules for fairseq say what is missing."""
@@ -205,6 +208,7 @@ for name in ("register", "tasks", "models.transformer_pn"):
 # ---------------------------------------------------------------- with fairseq
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "program",
     [
@@ -223,6 +227,7 @@ def test_registration_is_whole(program, run):
     assert "registered" in run(program + REGISTERED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("user_dir", [str(toy.ROOT / "fairseq_powernorm"), "fairseq_powernorm"])
 @pytest.mark.parametrize(
     "before",
@@ -270,6 +275,7 @@ utils.import_user_module(Namespace(user_dir={str(toy.ROOT / "fairseq_powernorm")
     assert "registered" in run(program + REGISTERED, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "configuration",
     [

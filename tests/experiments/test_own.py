@@ -29,6 +29,8 @@ from fairseq_powernorm.experiments.paths import PLUGIN
 from fairseq_powernorm.experiments.reports import matrix, reproduce
 from fairseq_powernorm.experiments.runs import compose, records
 
+pytestmark = pytest.mark.slow
+
 SIDES = {"source": "de", "target": "en"}
 
 

@@ -375,6 +375,7 @@ def test_a_wrong_choice_is_refused(fresh, monkeypatch):
         c.autograd()
 
 
+@pytest.mark.slow
 def test_a_build_that_fails_is_not_tried_again(fresh, monkeypatch):
     """Its reason is kept and logged; a library that does not load is no error either."""
     monkeypatch.setenv("CXX", "false")

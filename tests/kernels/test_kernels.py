@@ -368,6 +368,7 @@ print(c.describe())
 """
 
 
+@pytest.mark.slow
 @needs_c
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
 def test_the_threads_are_torchs(root):
@@ -447,6 +448,7 @@ def test_triton_is_for_gpus(monkeypatch):
     assert kernels.explain("cuda", torch.float16)[1][0] == "triton: no reason"
 
 
+@pytest.mark.slow
 def test_without_a_gpu_triton_is_not_imported(root):
     """The package and its norms leave the module that imports Triton alone; a request for it is one line that says
     why it cannot be.

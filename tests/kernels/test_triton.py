@@ -59,6 +59,7 @@ def masked(mask, rows):
     return None if valid is None else valid.to(DEVICE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype,shape,spec,mask", CASES, ids=str)
 def test_triton_is_exact(dtype, shape, spec, mask):
     """Both passes over odd shapes, groups, masks and layouts equal float64's, to the tolerances of the other kernels."""
@@ -151,6 +152,7 @@ def test_a_module_on_triton_equals_one_on_torch(options):
     compare_modules("triton", options, DEVICE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, channels", [(dict(warmup_updates=3), 1030), (dict(groups=0, variant="algorithm2"), 40)], ids=str
 )

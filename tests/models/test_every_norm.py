@@ -51,6 +51,7 @@ def test_trains(norm):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, len(NORMS), len(toy.ALL_POWER)))
 def test_folds_and_is_exported(first, tmp_path):
     """A norm in each of the four places: folded, the log-probabilities are the same; a file of either kind computes them."""

@@ -491,6 +491,7 @@ def test_training_without_layer_scale_recovers_from_too_high_a_learning_rate(var
     assert not max(unbounded[-10:]) < 1000 * max(bounded[-10:]), unbounded
 
 
+@pytest.mark.slow
 def test_recording_costs_less_than_three_percent(tmp_path):
     """The CPU time of describing all norms and writing them down, at every update, beside that of the updates."""
     size = dict(encoder_layers=4, decoder_layers=4, encoder_embed_dim=128, decoder_embed_dim=128)

@@ -165,6 +165,7 @@ def test_scripted_norms_of_torch(name):
     torch.testing.assert_close(torch.jit.script(norm)(x), norm(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, variant", CASES)
 def test_exported(name, variant):
     """torch.export of the evaluation, any batch size and length; torch.fx takes the norm as one call."""

@@ -259,6 +259,7 @@ def test_parameters_can_be_sharded(name):
     assert all(p.dim() == 1 and p.numel() in (1, C) for p in build_norm(name, C).parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled(name):
     """torch.compile(fullgraph=True) of a norm in float32 and in bfloat16, with a mask: forward and backward as without."""

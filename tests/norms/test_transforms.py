@@ -184,6 +184,7 @@ def export_for_any_length(module, x):
     return torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("time", min=2, max=100)},))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, variant", ALL)
 def test_export_of_the_evaluation(name, variant):
     """torch.export gives a graph of torch's own operations with the same numbers, for any number of rows."""
@@ -200,6 +201,7 @@ def test_export_of_the_evaluation(name, variant):
         assert_all_close([program.module()(each)], [norm(each)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, variant", CASES)
 def test_export_of_training(name, variant):
     """torch.export of a training norm: the exported module takes the same steps of the statistics."""
@@ -312,6 +314,7 @@ def test_compiled_by_inductor(name, variant):
     assert_all_close(*results, 1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_checkpointing_is_exact_or_refused():
     """With RunningStatistics a compiled segment may be recomputed; a norm that steps by itself says that it may not."""
     torch._dynamo.reset()

@@ -311,6 +311,7 @@ def test_job_that_cannot_be_requeued(job, tmp_path):
     assert status == 1 and "denied" in output and "ERROR: job 100_1 could not be requeued" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [True, False])
 def test_job_warned_when_it_has_finished(job, tmp_path, late):
     """USR1 in the moment in which training ends well: the job has ended well. late: it has ended while USR1 is handled."""

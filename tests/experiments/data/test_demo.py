@@ -119,6 +119,7 @@ def test_noun_phrases_agree(noun, singular, plural):
         assert {(is_plural, each) for each in forms.split("; ")} <= drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named, german, english", [
     ("ein|schlafen gestern", "Gestern bin ich eingeschlafen.", "I fell asleep yesterday."),
     ("ein|schlafen", "Sie schlafen nicht ein.", "They don't fall asleep."),

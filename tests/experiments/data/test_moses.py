@@ -185,6 +185,7 @@ LINES = [line for _, _, line, _ in EXPECTED] + [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", ["en", "de", "fr"])
 @pytest.mark.parametrize("step", STEPS)
 def test_lines_equal_perls(judge, step, language):

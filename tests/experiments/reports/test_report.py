@@ -403,6 +403,7 @@ class Page(html.parser.HTMLParser):
         self.text.append(data)
 
 
+@pytest.mark.slow
 def test_page(written):
     """The page is well-formed and asks for nothing outside of itself; a link leads to a record or to commands in it."""
     results, _ = written

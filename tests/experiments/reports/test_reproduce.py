@@ -169,6 +169,7 @@ def test_parameters_of_the_estimates(here):
         assert parameters == pytest.approx(matrix.PARAMETERS[arch], rel=0.05), arch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subject", matrix.SUBJECTS)
 def test_dry_run_of_the_whole(subject, here, capsys):
     """--dry-run of a whole table says what an update of each model takes, and prints each command, which the scripts take,
@@ -199,6 +200,7 @@ def test_dry_run_of_the_whole(subject, here, capsys):
     assert not list(here.iterdir()), "nothing was made"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", [  # that of one's own text is tested with such text
     line for line in re.findall(r"^bash scripts/(reproduce_.*?) *(?:#.*)?$", README, re.M) if " talks " not in line])
 def test_the_lines_of_the_readme(line, here, capsys):
@@ -301,6 +303,7 @@ def test_going_on_with_a_run(here, monkeypatch):
         workers.carry_out(state, run, {})
 
 
+@pytest.mark.slow
 def test_a_row_that_another_process_has(here, monkeypatch):
     """A row whose lock or whose training's lock is held is left for the others first, and taken when it is free."""
     import fcntl

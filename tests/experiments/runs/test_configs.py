@@ -42,6 +42,7 @@ def benchmarks(lm):
     return [path.stem for path in CONFIGS if settings.is_lm(settings.load(path.stem)) == lm]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("benchmark, arch, norm", [
     *(("ptb", settings.architectures("ptb")[0], norm) for norm in settings.NORMS if norm != "power"),
     *((name, arch, "power") for name in benchmarks(lm=True) for arch in settings.architectures(name))])
@@ -112,6 +113,7 @@ def test_wrong_data_settings(change, message):
     assert recipe.checked("demo", {**settings.data_settings("demo"), "clean_ratio": 2})["clean_ratio"] == 2.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("benchmark, norm, placement", [
     *(("demo", norm, "all") for norm in settings.NORMS if norm != "power"), ("demo", "layer", "encoder"),
     ("iwslt14", "prepbn", "encoder"),
