@@ -21,7 +21,7 @@ os.environ.setdefault("POWERNORM_AUTOGRAD", "prebuilt")
 if not torch.cuda.is_available():
     # read when Triton is imported: without a GPU its kernels are interpreted
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    # torch's own also notes, with the stack as text, a seed for each kind of accelerator: a millisecond in thousands of tests
+    # torch's own way notes a seed for each kind of accelerator, with the stack as text: a millisecond, thousands of times
     torch.manual_seed = torch.default_generator.manual_seed
 
 import toy

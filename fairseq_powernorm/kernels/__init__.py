@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import c, eager, triton
-from .interface import LAYER_SCALE_EPS, Backend, BatchBackend, plain, readable, require_memory, transformed, writable
+from .interface import Backend, BatchBackend, plain, readable, require_memory, transformed, writable
 
 __all__ = [
     "KERNELS",
@@ -244,7 +244,7 @@ def evaluate(
         weight, bias: ``C`` or None
         psi2: ``C``, the running second moment; None if ``weight`` has it in it already
         groups: channel groups of the layer scale, 0 for none
-        eps: added to ``psi2``
+        eps: added to ``psi2``, or without it to the mean square of the layer scale
         mean: ``C``; None: nothing is subtracted
 
     Returns:
@@ -276,9 +276,9 @@ def layer_scale(
 
     Returns:
         tensor of ``x``'s shape and dtype; None, with nothing done, where torch's operations are to compute it: a gradient is
-        wanted, the call is compiled, traced or transformed, no sweep serves ``x``, or ``eps`` is not that of the sweeps
+        wanted, the call is compiled, traced or transformed, ``eps`` is None, or no sweep serves ``x``
     """
-    if eps is None or eps != LAYER_SCALE_EPS or _is_compiling() or not x.is_cpu:
+    if eps is None or _is_compiling() or not x.is_cpu:
         return None
     autograd = autograd_for(x)
     if autograd is not None and (y := autograd.evaluate(x, weight, bias, None, groups, eps, None)) is not None:

@@ -35,12 +35,13 @@ def _by_group(x: Tensor, groups: int) -> Tensor:
     return x.view(x.size(0), groups, x.size(1) // groups)
 
 
-def layer_scale_rsqrt(x: Tensor, groups: int) -> Optional[Tensor]:
-    """Reciprocal root of the layer scale, ``1 / sqrt(mean over a channel group of x^2 + 1e-5)``.
+def layer_scale_rsqrt(x: Tensor, groups: int, eps: float = LAYER_SCALE_EPS) -> Optional[Tensor]:
+    """Reciprocal root of the layer scale, ``1 / sqrt(mean over a channel group of x^2 + eps)``.
 
     Args:
         x: ``N x C``, float32 or float64
         groups: number of contiguous channel groups; 0 turns the layer scale off
+        eps: added to the mean square
 
     Returns:
         ``N x groups``, or None for ``groups == 0``
@@ -48,7 +49,7 @@ def layer_scale_rsqrt(x: Tensor, groups: int) -> Optional[Tensor]:
     if groups == 0:
         return None
     norm = torch.linalg.vector_norm(_by_group(x, groups), dim=-1)
-    return torch.rsqrt(norm.square() * (groups / x.size(1)) + LAYER_SCALE_EPS)
+    return torch.rsqrt(norm.square() * (groups / x.size(1)) + eps)
 
 
 def scale_rows(x: Tensor, r: Optional[Tensor], out: Optional[Tensor] = None) -> Tensor:
@@ -66,18 +67,19 @@ def scale_rows(x: Tensor, r: Optional[Tensor], out: Optional[Tensor] = None) -> 
     ).view_as(x)
 
 
-def layer_scale(x: Tensor, groups: int) -> Tensor:
-    """Layer scale ``u = x / sqrt(mean over a channel group of x^2 + 1e-5)``, ordinary autograd.
+def layer_scale(x: Tensor, groups: int, eps: float = LAYER_SCALE_EPS) -> Tensor:
+    """Layer scale ``u = x / sqrt(mean over a channel group of x^2 + eps)``, ordinary autograd.
 
     Args:
         x: ``... x C``, float32 or float64
         groups: number of contiguous channel groups, a divisor of C; 0 returns ``x``
+        eps: added to the mean square
 
     Returns:
         tensor of ``x``'s shape and dtype
     """
     rows = x.reshape(-1, x.size(-1))
-    return scale_rows(rows, layer_scale_rsqrt(rows, groups)).view(x.shape)
+    return scale_rows(rows, layer_scale_rsqrt(rows, groups, eps)).view(x.shape)
 
 
 def scale_rows_backward(grad_u: Tensor, u: Tensor, r: Optional[Tensor], spare: Optional[Tensor] = None) -> Tensor:
@@ -409,13 +411,13 @@ def evaluate(
         weight, bias: ``C`` or None
         psi2: ``C``, or None: not divided
         groups: channel groups of the layer scale, 0 for none
-        eps: added to ``psi2``
+        eps: added to ``psi2``, or without it to the mean square of the layer scale
         mean: ``C``, or None: nothing is subtracted
 
     Returns:
         tensor of ``x``'s shape and dtype
     """
-    u = layer_scale(x.to(compute_dtype(x)), groups)
+    u = layer_scale(x.to(compute_dtype(x)), groups, eps if psi2 is None else LAYER_SCALE_EPS)
     if mean is not None:
         u = u - mean.to(u.dtype)
     inv = u.new_ones(u.size(-1)) if psi2 is None else inverse_root(psi2.to(u.dtype), eps)

@@ -91,6 +91,7 @@ def _forward(
     bias: Optional[Tensor],
     eps: float,
     *,
+    scale_eps: float = LAYER_SCALE_EPS,
     y: Optional[Tensor] = None,
     r: Optional[Tensor] = None,
     inv: Optional[Tensor] = None,
@@ -99,7 +100,7 @@ def _forward(
 ) -> None:
     """Launch :func:`.triton_device.forward`."""
     _code.forward[run.grid](
-        x, y, r, valid, psi2, inv, weight, bias, sums, *shape, run.size, eps, LAYER_SCALE_EPS,
+        x, y, r, valid, psi2, inv, weight, bias, sums, *shape, run.size, eps, scale_eps,
         LAYER_SCALE=groups > 0, OUTPUT=y is not None, SAVE=r is not None, SUMS=sums is not None, PADDING=padding,
         HAS_PSI2=psi2 is not None, HAS_INV=inv is not None, HAS_VALID=sums is not None and valid is not None,
         HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, TILE_ROWS=run.tile_rows,
@@ -277,5 +278,8 @@ def evaluate(
     run = _code.launch(x.device, *shape, groups, _code.FORWARD_PROGRAMS)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with _on(x):
-        _forward(x, run, shape, groups, None, psi2, weight, bias, eps, y=y)
+        _forward(
+            x, run, shape, groups, None, psi2, weight, bias, eps,
+            scale_eps=eps if psi2 is None else LAYER_SCALE_EPS, y=y,
+        )  # fmt: skip
     return y

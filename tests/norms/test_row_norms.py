@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from norm_cases import C, batch, make
 from torch import nn
 
-from fairseq_powernorm import functional
-from fairseq_powernorm.kernels import c
+from fairseq_powernorm import functional, kernels
+from fairseq_powernorm.kernels import KERNELS, c
 from fairseq_powernorm.kernels.interface import TOLERANCE
 from fairseq_powernorm.norms import NORMS, RowNorm, build_norm
 
@@ -360,7 +360,9 @@ def operations(function):
 
 @pytest.mark.skipif(c.unavailable() is not None, reason=str(c.unavailable()))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("text", ["rms", "rms:affine=false", "group-scale:groups=4", "group-scale:affine=false"])
+@pytest.mark.parametrize(
+    "text", ["rms", "rms:affine=false", "rms:eps=0.01", "group-scale:groups=4", "group-scale:affine=false,eps=1e-8"]
+)
 def test_evaluation_by_a_sweep(text, dtype):
     """RMSNorm and the layer scale without a gradient on a CPU are one sweep over the rows, of whatever strides, and give
     what training gives; a gradient is computed by torch's operations as ever, and another width is refused.
@@ -386,9 +388,18 @@ def test_evaluation_by_a_sweep(text, dtype):
         assert not [name for name in operations(lambda: norm(x)) if "norm" in name or "mul" in name or "pow" in name]
 
 
-def test_another_eps_is_kept():
-    """In evaluation rms and group-scale add the eps that they were given, not the sweeps' own."""
+@pytest.mark.parametrize("kernel", ["eager", "c", "triton"])
+def test_another_eps_is_kept(kernel):
+    """In evaluation rms and group-scale add the eps that they were given, not that of PN's layer scale."""
+    if KERNELS[kernel].unavailable():
+        pytest.skip(KERNELS[kernel].unavailable())
     x = batch(0, torch.float32)[0] * 1e-3
-    for text in ("rms:eps=0.01", "group-scale:eps=0.01"):
-        with torch.no_grad():
-            torch.testing.assert_close(build_norm(text, C).eval()(x), F.rms_norm(x, [C], eps=0.01))
+    for eps in (1e-2, 1e-6, 1e-12):
+        want = F.rms_norm(x, [C], eps=eps)
+        with torch.no_grad(), kernels.only(kernel):
+            for text in (f"rms:eps={eps}", f"group-scale:eps={eps}"):
+                torch.testing.assert_close(build_norm(text, C).eval()(x), want)
+            torch.testing.assert_close(kernels.evaluate(x, groups=1, eps=eps), want)
+            running = torch.full((C,), 3.0)  # whose eps it is then
+            want_running = F.rms_norm(x, [C], eps=1e-5) / (3.0 + eps) ** 0.5
+            torch.testing.assert_close(kernels.evaluate(x, psi2=running, groups=1, eps=eps), want_running)

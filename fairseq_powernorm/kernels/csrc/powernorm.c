@@ -64,6 +64,7 @@ struct forward {
     struct input x;
     int64_t channels, blocks, width; /* blocks: channel groups of the layer scale, 1 if it is off; width: channels of each */
     int scaled, stream;
+    double scale_eps; /* added to the mean square of the layer scale */
     const float *scale, *shift;
     void *y; /* may be NULL */
     int64_t y_stride; /* elements from one row of y to the next */
@@ -601,13 +602,13 @@ static void set_shift(const struct order *order, const float *bias, float *shift
 }
 
 static int sweep(
-    int dtype, int64_t rows, int64_t channels, int64_t groups, int threads, const struct input *x, const uint8_t *valid,
+    int dtype, int64_t rows, int64_t channels, int64_t groups, double scale_eps, int threads, const struct input *x, const uint8_t *valid,
     const float *scale, const float *shift, void *y, float *r, double *const totals[2], int64_t *counted)
 {
     const int64_t blocks = groups > 0 ? groups : 1, width = channels / blocks;
     const struct forward job = {
         .x = *x, .channels = channels, .blocks = blocks, .width = width, .scaled = groups > 0,
-        .stream = streams(dtype, rows, channels, x->channel_stride == 1 ? width : 0, y), .scale = scale, .shift = shift, .y = y,
+        .scale_eps = scale_eps, .stream = streams(dtype, rows, channels, x->channel_stride == 1 ? width : 0, y), .scale = scale, .shift = shift, .y = y,
         .y_stride = channels, .r = r,
     };
     struct work work = {
@@ -621,8 +622,8 @@ static int sweep(
 /* ---------------------------------------------------------------- entry points */
 
 /*
- * Evaluation: y = u * scale + bias, scale = weight / sqrt(psi2 + eps). weight, bias, psi2: C or NULL (without psi2:
- * scale = weight). y: rows x C, contiguous; or B x C x inner as x, where the channels of x are not adjacent.
+ * Evaluation: y = u * scale + bias, scale = weight / sqrt(psi2 + eps). weight, bias, psi2: C or NULL. Without psi2 the scale
+ * is the weight, and eps is that of the layer scale. y: rows x C, contiguous; or B x C x inner as x, where the channels of x are not adjacent.
  */
 EXPORT int pn_evaluate(
     int dtype, int64_t rows, int64_t channels, int64_t groups, int threads, const void *x, int64_t inner,
@@ -642,7 +643,8 @@ EXPORT int pn_evaluate(
         inv[c] = psi2 ? inverse_root(psi2[c], (float)eps) : 1.0f;
     set_scale(&order, inv, weight, scale, spare);
     set_shift(&order, bias, shift, spare);
-    int status = sweep(dtype, rows, C, groups, threads, &in, NULL, scale, shift, y, NULL, totals, &counted);
+    int status = sweep(
+        dtype, rows, C, groups, psi2 ? LAYER_SCALE_EPS : eps, threads, &in, NULL, scale, shift, y, NULL, totals, &counted);
     free(inv);
     return status;
 }
@@ -752,7 +754,8 @@ EXPORT int pn_forward(
             inv_forward[c] = inverse_root(psi2[c], (float)eps);
     set_scale(&order, inv_forward, weight, scale, (float *)spare);
     const int later = !batch && flags & FORWARD_BATCH;
-    int status = sweep(dtype, rows, C, groups, threads, &in, valid, scale, shift, later ? NULL : y, r, totals, &counted);
+    int status = sweep(
+        dtype, rows, C, groups, LAYER_SCALE_EPS, threads, &in, valid, scale, shift, later ? NULL : y, r, totals, &counted);
     from_sweeps(&order, sums, spare);
     if (totals[1])
         from_sweeps(&order, others, spare);
@@ -769,7 +772,7 @@ EXPORT int pn_forward(
             own_batch[c] = counted ? (float)(sums[c] * one_row) : psi2[c];
         if (set_roots(C, own_batch, psi2, (float)eps, (float)jump, flags, inv_forward, inv_backward) && y && status == OK) {
             set_scale(&order, inv_forward, weight, scale, (float *)spare);
-            status = sweep(dtype, rows, C, groups, threads, &in, NULL, scale, shift, y, NULL, none, &ignored);
+            status = sweep(dtype, rows, C, groups, LAYER_SCALE_EPS, threads, &in, NULL, scale, shift, y, NULL, none, &ignored);
         }
     }
     for (int64_t c = 0; c < C; c++)

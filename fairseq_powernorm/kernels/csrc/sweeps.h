@@ -213,7 +213,7 @@ INLINE void NAME(forward_rows)(
         for (int k = 0; k < R; k++)
             for (int64_t group = 0; group < job->blocks; group++)
                 scratch[4 * group + k] = (float)(
-                    1.0 / sqrt(NAME(squares)(x[k] + group * width, width) / (double)width + LAYER_SCALE_EPS));
+                    1.0 / sqrt(NAME(squares)(x[k] + group * width, width) / (double)width + job->scale_eps));
     for (int64_t group = 0; group < job->blocks; group++) {
         const int64_t last = (group + 1) * width;
         int64_t c = group * width;
