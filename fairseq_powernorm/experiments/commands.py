@@ -298,8 +298,8 @@ def add_benchmark(parser: Parser, help: str = "what is trained") -> None:
     """BENCH: a benchmark, prepared text of the user's own, or a YAML file of theirs; see :func:`.settings.recipe`."""
     names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
     parser.add("benchmark", metavar="BENCH", read=subject,
-               help=f"{help}: a benchmark, {names}; or the name of text of your own; or a YAML file with settings of your "
-                    "own (configs/README.md)")
+               help=f"{help}: a benchmark ({names}), the name of your own text, or a YAML file with your own settings "
+                    "(configs/README.md)")
 
 
 def add_norm(parser: Parser, nargs: Optional[str] = None) -> None:
@@ -310,7 +310,7 @@ def add_norm(parser: Parser, nargs: Optional[str] = None) -> None:
         return text
 
     parser.add("norms" if nargs else "norm", metavar="NORM", nargs=nargs, read=read,
-               help=f"{', '.join(NORMS)}, with options as in batch:variant=reference, the authors' BN")
+               help=f"one of {', '.join(NORMS)}; options may follow, as in batch:variant=reference, the authors' BN")
 
 
 def add_slurm(parser: Parser) -> None:

@@ -281,7 +281,7 @@ def test_quickstart(monkeypatch, tmp_path, capsys):
 INTERNAL = re.compile(
     r"(SLURM|BASH)_|(RANK|WORLD_SIZE|LOCAL_RANK|PATH|PYTHONPATH|PYTHONIOENCODING|VIRTUAL_ENV|CONDA_PREFIX)$"
     r"|PN_(ROOT|SCRIPT|SITE|CONTAINER|ACCOUNT|PARTITION|TIME|CPUS_PER_TASK|GRES|WARNING)$"
-    r"|TORCH_FORCE_WEIGHTS_ONLY_LOAD$|TQDM_DISABLE$"  # which are set, not read
+    r"|TORCH_FORCE_WEIGHTS_ONLY_LOAD$|TQDM_DISABLE$|PERL_UNICODE$"  # which are set or taken away, not read
 )
 #: words in capitals that are no variables, in modules that read some
 WORDS = {"LANG", "BENCH", "DIR", "FILE", "HEAD", "KERNELS", "MB", "NAME", "NORM", "RUN_DIR", "SOABI", "TYPE",
