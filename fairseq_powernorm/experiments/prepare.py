@@ -7,6 +7,7 @@ from typing import List
 
 from .commands import Parser, main, number_from, one_of
 from .data.corpora import NEWS_COMMENTARY
+from .errors import UserError
 from .recipes import CONFIGS, benchmarks
 from .settings import BPE_TYPES
 
@@ -94,6 +95,9 @@ def command(arguments: List[str]) -> None:
     options = vars(parser().parse(arguments))
     from .data.prepare import prepare
 
+    if options["archive_dir"] and (options["archive"] or options["text_dir"]):  # either goes before $DATA_ARCHIVES
+        other = "--archive" if options["archive"] else "--text-dir"
+        raise UserError(f"{other} and --archive-dir exclude each other; give the text in one of them")
     if options["benchmark"] in benchmarks():
         options["archive_dir"] = options["archive_dir"] or os.environ.get("DATA_ARCHIVES") or None
     options.pop("help", None)
