@@ -167,6 +167,7 @@ def unfoldable(model: nn.Module) -> Optional[str]:
     """Why :func:`fold_norms` refuses a model: the first norm whose evaluation is no affine map; None if it does not."""
     for name, module in model.named_modules():
         if isinstance(module, RunningNorm):
+            module.settle()
             try:
                 module.scale_and_shift()
             except ValueError as error:

@@ -71,7 +71,7 @@ class _Kind(NamedTuple):
 
     def stacked(self) -> Dict[str, Tensor]:
         """A copy of the buffers of all norms, in their own precision."""
-        return {name: torch.stack([norm.statistic(name) for norm in self.norms]) for name in self.norms[0]._buffers}
+        return {name: torch.stack([norm.statistic(name) for norm in self.norms]) for name in self.norms[0].statistics()}
 
     def sums(self, part: str) -> Sums:
         return Sums.of(self.parts[part].step, self.norms[0].dim)
