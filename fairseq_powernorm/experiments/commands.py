@@ -70,6 +70,13 @@ def reader_of(option: command_options.Option) -> Optional[Reader]:
 # ---- the parser ------------------------------------------------------------------------------------------------------
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps words whole, those with hyphens too: a list of norms or an option's name can be copied."""
+
+    def _split_lines(self, text: str, width: int) -> List[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False, break_long_words=False)
+
+
 class Parser(argparse.ArgumentParser):
     """Reads the words of a command line.
 
@@ -87,7 +94,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=prog if os.environ.get(SCRIPT) else f"{prog} {subcommand}".rstrip(),
             description=_paragraphs(description), epilog="\n\n".join(map(_paragraphs, epilog)),
-            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=24),
+            formatter_class=lambda prog: _Formatter(prog, max_help_position=24),
             allow_abbrev=False, add_help=False,
         )  # fmt: skip
         self._titles: Dict[str, Any] = {}

@@ -63,6 +63,7 @@ def test_everything_is_explained(name):
         taken = {each for names, _ in entries(text) for each in re.findall(r"--[a-z][a-z-]*", names)}
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) <= taken
         assert "%(" not in text and "%%" not in text
+        assert not re.search(r"\w-$", text, re.M), "a name is cut in two"
 
 
 def test_help_needs_the_standard_library_only():
