@@ -226,7 +226,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a trained model")
     parser.add_argument("--format", required=True, choices=list(FORMATS), help="what kind of file to write")
     command_options.add(parser, "--output", required=True)
-    parser.add_argument("--data", metavar="DATA-BIN", help="the directory with the dictionaries (default: that of the training)")
+    parser.add_argument("--data", metavar="DATA-BIN", help="directory with the dictionaries (default: that of the training)")
     command_options.add(parser, "--force")
     return parser
 

@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--path", required=True, metavar="CHECKPOINT", help="the checkpoint, which stays as it is")
     command_options.add(parser, "--output", required=True)
     parser.add_argument("--batches", type=int, required=True, metavar="N", help="number of training batches to run over")
-    parser.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="tokens of a batch, at most (default: 4096)")
+    parser.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="most tokens in a batch (default: 4096)")
     command_options.add(parser, "--subset", "default: train", default="train")
     parser.add_argument("--seed", type=int, default=1, help="seed for the choice of batches and for dropout (default: 1)")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")

@@ -17,7 +17,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         f"The environment variable {VARIABLE} ({', '.join(KERNELS)}) restricts the choice.",
     )
     parser.add_argument(
-        "--build", action="store_true", help="first rebuild the C kernel (with CC) and its autograd function in C++ (with CXX)"
+        "--build", action="store_true", help="first rebuild the C kernel (with CC) and its autograd function in C++ (CXX)"
     )
     if parser.parse_args(arguments).build:
         try:
