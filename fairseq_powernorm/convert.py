@@ -19,8 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .masks import CallMasks
 from .norms import NORMS, Norm, RunningNorm, build_norm, default_groups, norm_options, parse_norm
 from .norms.layouts import CHANNELS_FIRST, layout_of
-from .recognition import HOOKS, Function, Unknown, function_of
-from .references import bound, swap
+from .recognition import Function, Unknown, function_of
+from .references import HOOKS, bound, swap
 
 __all__ = ["KINDS", "Left", "Replaced", "Report", "replace_norms"]
 
