@@ -200,6 +200,10 @@ def _new_norm(
             setattr(new, key, tied[id(value)] if offset else value)  # the parameter itself: tied ones stay tied
     if isinstance(old, _BatchNorm) and name == "batch" and old.running_mean is not None:
         new.load_state_dict({k: v for k, v in old.state_dict().items() if k not in ("weight", "bias")}, strict=False)
+    if isinstance(old, _BatchNorm) and isinstance(new, RunningNorm):
+        kept = "kept none" if old.running_mean is None else "averaged over all steps" if old.momentum is None else None
+        if kept is not None:
+            notes.append(f"its running statistics are moving averages, where the {type(old).__name__} {kept}")
     new.train(old.training)
     for hooks in (*HOOKS, "_is_full_backward_hook"):
         if hooks in vars(old):

@@ -13,7 +13,7 @@ from .. import functional, operators
 from ..kernels import eager
 from ..kernels.interface import PLAIN, transformed
 from . import loading
-from .checks import check_dense, check_dim, check_dtype, check_interval, check_number, is_count
+from .checks import check_choice, check_dense, check_dim, check_dtype, check_interval, check_number, is_count
 from .layouts import Norm
 from .masks import MaskSlot, valid_rows
 from .staging import Stage, Sums
@@ -171,6 +171,8 @@ class RunningNorm(Norm):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As in any norm; a setting that has changed is no part of what was prepared for calls."""
+        if name == "variant":
+            check_choice(name, value, getattr(self, "VARIANTS", (value,)))
         if not isinstance(value, Tensor) and not name.startswith("_"):
             self.__dict__["_constants"] = {}
         super().__setattr__(name, value)

@@ -1,7 +1,7 @@
 """Checks of what norms are built with and called with; each raises ValueError, which says what is valid."""
 import math
 import numbers
-from typing import Any
+from typing import Any, Collection
 
 import torch
 from torch import Tensor
@@ -45,6 +45,12 @@ def check_updates(**options: int) -> None:
     for name, value in options.items():
         if not is_count(value):
             raise ValueError(f"{name}={value!r}: must be zero or a positive number of steps")
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Raise ValueError for a value that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}")
 
 
 def check_dense(x: Tensor) -> None:

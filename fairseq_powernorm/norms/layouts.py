@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..kernels.interface import PLAIN
 from . import loading
-from .checks import check_dense
+from .checks import check_choice, check_dense
 from .masks import check_mask
 
 CHANNELS_FIRST = "channels_first"
@@ -26,8 +26,7 @@ def layout_of(batch_first: bool, layout: Optional[str]) -> str:
     """
     if layout is None:
         return "batch_first" if batch_first else "time_first"
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r}: must be one of {', '.join(LAYOUTS)}")
+    check_choice("layout", layout, LAYOUTS)
     if batch_first and layout != "batch_first":
         raise ValueError(f"layout={layout!r} with batch_first=True: must be one or the other")
     return layout
@@ -102,6 +101,8 @@ class Norm(nn.Module):
         """
         if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
             value = value.item()
+        if name == "layout":
+            check_choice(name, value, LAYOUTS)
         if name == loading.MARK:
             loading.begin_unwritten(self)
         elif isinstance(value, Tensor) and (name in self._parameters or name in self._buffers):
