@@ -127,8 +127,11 @@ def resumable_directory(target: Path, request: Dict[str, Any]) -> Iterator[Path]
     if partial.is_symlink() or not partial.is_dir():
         remove(partial)
     if partial.exists():
-        there = read_json(stamp) if stamp.is_file() and stamp.stat().st_size else {}
-        if isinstance(there, dict) and there and same({key: there.get(key) for key in request}, request):
+        there: Any = None
+        with contextlib.suppress(UserError):  # damaged, or not there
+            there = read_json(stamp)
+        is_stamp = isinstance(there, dict) and request.keys() <= there.keys()
+        if is_stamp and same({key: there[key] for key in request}, request):
             print(f"going on with what an interrupted run left in {partial}", flush=True)
         else:
             print(f"removing {partial}, which an interrupted run with other settings left", flush=True)

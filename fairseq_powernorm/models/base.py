@@ -291,6 +291,7 @@ class PowerNormModel(_Mixin):
             refuse_loading()
         for side, kept in self.kept_layers.items():
             state_dict = prune(state_dict, side, kept)
+        self.upgrade_state_dict(state_dict)  # fairseq's first versions had other names for the norms
         check_same_norms(self, state_dict)
         return super().load_state_dict(state_dict, strict)
 

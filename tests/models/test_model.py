@@ -342,6 +342,27 @@ def test_checkpoint_of_another_norm():
             model.load_state_dict(state)
 
 
+def test_checkpoints_of_fairseqs_first_versions():
+    """What fairseq's own transformer loads, with the norms under their first names, a model with LayerNorm loads too."""
+    names = dict.fromkeys(toy.ALL_POWER, "layer")
+    state = toy.build(**names).state_dict()
+    first = dict(state)
+    for side, attributes in (
+        ("encoder", ("self_attn_layer_norm", "final_layer_norm")),
+        ("decoder", ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm")),
+    ):
+        for number, attribute in enumerate(attributes):
+            for layer in range(2):
+                for kind in ("weight", "bias"):
+                    value = first.pop(f"{side}.layers.{layer}.{attribute}.{kind}")
+                    first[f"{side}.layers.{layer}.layer_norms.{number}.{kind}"] = value
+    model = toy.build(seed=2, **names)
+    model.load_state_dict(dict(first))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="'layer'.* at encoder.layers.0.self_attn_layer_norm, the model 'power'"):
+        toy.build().load_state_dict(first)
+
+
 # ---------------------------------------------------------------- golden traces
 
 
