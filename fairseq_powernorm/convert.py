@@ -19,8 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .masks import CallMasks
 from .norms import NORMS, Norm, RunningNorm, build_norm, default_groups, norm_options, parse_norm
 from .norms.layouts import CHANNELS_FIRST, layout_of
-from .recognition import HOOKS, Function, Unknown, function_of
-from .references import bound, swap
+from .recognition import Function, Unknown, function_of
+from .references import HOOKS, bound, swap
 
 __all__ = ["KINDS", "Left", "Replaced", "Report", "replace_norms"]
 
@@ -200,6 +200,10 @@ def _new_norm(
             setattr(new, key, tied[id(value)] if offset else value)  # the parameter itself: tied ones stay tied
     if isinstance(old, _BatchNorm) and name == "batch" and old.running_mean is not None:
         new.load_state_dict({k: v for k, v in old.state_dict().items() if k not in ("weight", "bias")}, strict=False)
+    if isinstance(old, _BatchNorm) and isinstance(new, RunningNorm):
+        kept = "kept none" if old.running_mean is None else "averaged over all steps" if old.momentum is None else None
+        if kept is not None:
+            notes.append(f"its running statistics are moving averages, where the {type(old).__name__} {kept}")
     new.train(old.training)
     for hooks in (*HOOKS, "_is_full_backward_hook"):
         if hooks in vars(old):

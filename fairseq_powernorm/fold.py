@@ -10,16 +10,19 @@ layer scale nothing is left of the norm, with it a root mean square norm without
 projection tied to the embedding) s and t stay.
 """
 import logging
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 
 from . import kernels
 from .kernels.interface import LAYER_SCALE_EPS
 from .norms import Norm, RunningNorm
 from .readers import LinearMap, linear_map, norm_readers
+from .references import HOOKS
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +117,8 @@ def fold_norms(model: nn.Module) -> nn.Module:
     What remains are parts of torch and fairseq and :class:`FoldedNorm`; ``torch.jit.script`` accepts a folded
     ``transformer_pn``. Log-probabilities stay the same, and so does the decoder's state. In a pre-norm model the
     encoder's output is then that before its final norm, which the decoder's attention to it has taken over. Other
-    norms, and models without norms of this package, stay as they are. Folding a second time changes nothing.
+    norms, and models without norms of this package, stay as they are. Folding a second time changes nothing. Hooks stay; a
+    norm with hooks of its forward pass, which see its input and output, keeps its scale and shift.
 
     Args:
         model: a model of this package, or any module that contains norms of this package
@@ -139,10 +143,10 @@ def fold_norms(model: nn.Module) -> nn.Module:
         for name, readers in norm_readers(owner).items():
             norm = owner.get_submodule(name)
             if isinstance(norm, RunningNorm) and _fold_into(readers, norm, times_used):
-                _replace(owner, name, FoldedNorm(norm.dim, norm.groups, layout=norm.layout, weight=norm.weight))
+                _replace(owner, name, _in_place_of(norm))
     folded: Dict[RunningNorm, FoldedNorm] = {}
     for owner in list(model.modules()):
-        for name, child in list(owner.named_children()):
+        for name, child in list(owner._modules.items()):  # one that stands in two places has two names
             if isinstance(child, RunningNorm):
                 _replace(owner, name, folded.setdefault(child, _folded(child)))
     for module in model.modules():
@@ -167,6 +171,9 @@ def unfoldable(model: nn.Module) -> Optional[str]:
     """Why :func:`fold_norms` refuses a model: the first norm whose evaluation is no affine map; None if it does not."""
     for name, module in model.named_modules():
         if isinstance(module, RunningNorm):
+            module.settle()
+            for key in _pruning(module):  # else its weight is that of the last pass
+                module._forward_pre_hooks[key](module, None)
             try:
                 module.scale_and_shift()
             except ValueError as error:
@@ -178,7 +185,24 @@ def _folded(norm: RunningNorm) -> FoldedNorm:
     """What stands in for a norm whose output is read by others than linear maps."""
     dtype = torch.promote_types(norm.iters.dtype, torch.float32)
     scale, shift = (each.to(dtype) for each in norm.scale_and_shift())
-    return FoldedNorm(norm.dim, norm.groups, scale, shift, layout=norm.layout, weight=norm.weight)
+    return _in_place_of(norm, scale, shift)
+
+
+def _in_place_of(norm: RunningNorm, scale: Optional[Tensor] = None, shift: Optional[Tensor] = None) -> FoldedNorm:
+    folded = FoldedNorm(norm.dim, norm.groups, scale, shift, layout=norm.layout, weight=norm.weight)
+    for name in (*HOOKS, "_is_full_backward_hook"):
+        if name in vars(norm):
+            vars(folded)[name] = vars(norm)[name]
+    pruning = _pruning(norm)
+    if pruning:  # the parameters are in the scale and shift
+        others = OrderedDict((key, hook) for key, hook in norm._forward_pre_hooks.items() if key not in pruning)
+        folded._forward_pre_hooks = others
+    return folded
+
+
+def _pruning(norm: RunningNorm) -> List[int]:
+    """Keys of the hooks that multiply a parameter by its mask before each pass."""
+    return [key for key, hook in norm._forward_pre_hooks.items() if isinstance(hook, BasePruningMethod)]
 
 
 def _replace(owner: nn.Module, name: str, module: nn.Module) -> None:
@@ -215,8 +239,10 @@ def _memory(parameter: Tensor) -> int:
 def _fold_into(readers: Sequence[nn.Module], norm: RunningNorm, times_used: Dict[int, int]) -> bool:
     """Multiply a norm's scale and shift into all of its readers, or into none: return whether that was done.
 
-    None if one of them is not a plain linear map, is tied to another, or would overflow (float16).
+    None if one of them is not a plain linear map, is tied to another, or would overflow (float16); or if the norm has hooks.
     """
+    if norm._forward_hooks or len(norm._forward_pre_hooks) > len(_pruning(norm)):
+        return False  # somebody looks at what it gives
     maps: List[LinearMap] = []
     for reader in readers:
         found = linear_map(reader)

@@ -221,7 +221,8 @@ def padding_mask(model: nn.Module, mask: Optional[Tensor]) -> Iterator[None]:
 
     Args:
         model: a module with norms of this package, before or after it was wrapped or compiled
-        mask: bool, True at padding, of the shape that the norms' ``layout`` asks for: ``B x T``, ``B x H x W``; or None
+        mask: bool, True at padding, of the shape that the norms' ``layout`` asks for: ``B x T``, ``B x H x W``; or None. It
+            is copied: what is written into it later does not count, not even where a pass is computed again
 
     Raises:
         ValueError: the mask is no bool tensor, or the model has no norm of this package; and from a norm whose input has
@@ -230,6 +231,7 @@ def padding_mask(model: nn.Module, mask: Optional[Tensor]) -> Iterator[None]:
     if mask is not None and (not isinstance(mask, Tensor) or mask.dtype is not torch.bool):
         raise ValueError(f"padding_mask: {_described(mask)}: {HINT}")
     slots = _slots(_norms(model, "padding_mask"))
+    mask = None if mask is None else mask.clone()
     for slot in slots:
         slot.begin(mask)
     try:

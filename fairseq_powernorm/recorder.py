@@ -1,4 +1,4 @@
-"""Records of the running statistics along training, and the figures drawn from them (paper, figures 1 and 2).
+"""Records the running statistics during training, and draws figures from the records (figures 1 and 2 of the paper).
 
 A record is a text file with one JSON object per norm and recorded update: ``update`` (optimizer steps taken),
 ``norm`` (its name in the model) and the quantities of :meth:`~fairseq_powernorm.norms.RunningNorm.describe` and
@@ -174,9 +174,9 @@ def plot(records: Mapping[str, List[Row]], output: str) -> None:
 def parser() -> argparse.ArgumentParser:
     """The options of the command."""
     parser = argparse.ArgumentParser(prog="python -m fairseq_powernorm.recorder", description=__doc__.split("\n")[0])
-    parser.add_argument("records", nargs="+", metavar="RECORD", help="written by fairseq-train --norm-record")
+    parser.add_argument("records", nargs="+", metavar="RECORD", help="a file written by fairseq-train --norm-record")
     command_options.add(parser, "--output", "a figure, .png", required=True)
-    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="one per record (default: file names)")
+    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="a label for each record (default: the file names)")
     return parser
 
 

@@ -71,7 +71,16 @@ class _Kind(NamedTuple):
 
     def stacked(self) -> Dict[str, Tensor]:
         """A copy of the buffers of all norms, in their own precision."""
-        return {name: torch.stack([norm.statistic(name) for norm in self.norms]) for name in self.norms[0]._buffers}
+        return {name: torch.stack([norm.statistic(name) for norm in self.norms]) for name in self.norms[0].statistics()}
+
+    def alike(self) -> Sequence["_Kind"]:
+        """Norms whose statistics are applied together: these, or each by itself where settings of one were changed since."""
+        if all(norm.settings() == self.norms[0].settings() for norm in self.norms):
+            return [self]
+        return [
+            _Kind([name], [norm], {part: _Part(*(each[i : i + 1] for each in sums)) for part, sums in self.parts.items()})
+            for i, (name, norm) in enumerate(zip(self.names, self.norms))
+        ]
 
     def sums(self, part: str) -> Sums:
         return Sums.of(self.parts[part].step, self.norms[0].dim)
@@ -95,7 +104,7 @@ class RunningStatistics:
         group: process group of the processes that share a batch (default: all, if torch.distributed is in use)
 
     Raises:
-        ValueError: ``sync`` is unknown, or other RunningStatistics have taken the norms over
+        ValueError: ``sync`` is unknown, other RunningStatistics have taken the norms over, or they lie on several devices
     """
 
     def __init__(self, model: nn.Module, sync: str = "step", group: Optional[dist.ProcessGroup] = None):
@@ -112,6 +121,10 @@ class RunningStatistics:
                 raise ValueError(f"{name}: RunningStatistics have taken this norm over already; release() them first")
             key = type(norm), norm.settings(), norm.iters.dtype, norm.iters.device
             kinds.setdefault(key, []).append((_WRAPPERS.sub("", name), norm))
+        devices = {str(norm.iters.device): name for named in kinds.values() for name, norm in named}
+        if len(devices) > 1:
+            places = ", ".join(f"{name} on {device}" for device, name in devices.items())
+            raise ValueError(f"RunningStatistics: norms on several devices ({places}): must be one, as their sums are")
         self.kinds = self._allocate([([name for name, _ in named], [norm for _, norm in named]) for named in kinds.values()])
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
         self._shared = several and sync != "off" and len(kinds) > 0
@@ -161,7 +174,8 @@ class RunningStatistics:
         """Let the norms apply their statistics themselves again."""
         for kind in self.kinds:
             for norm in kind.norms:
-                norm.stage = None
+                if norm.stage is not None and norm.stage.switches is self.switches:  # or others have taken it over since
+                    norm.stage = None
 
     @contextmanager
     def batch(self, counts: bool = True, gradient_scale: Union[float, Tensor] = 1.0) -> Iterator[None]:
@@ -173,13 +187,17 @@ class RunningStatistics:
             gradient_scale: factor of the loss that is differentiated (the loss scale of fp16 training)
 
         Raises:
-            RuntimeError: a batch is in progress already
+            RuntimeError: a batch is in progress already, or the sums of this step have been added up by :meth:`reduce`
         """
         switches = self.switches
         if switches.open:
             raise RuntimeError("RunningStatistics.batch(): a batch is in progress already, here or in another thread")
+        if self._calls is not None:
+            raise RuntimeError(
+                "RunningStatistics.batch(): the step has been reduced, and a second time would count its sums once for each "
+                "process: call reduce() after the last batch of a step, then commit() or discard()"
+            )
         switches.open, switches.counting, switches.gradient_scale = True, counts, gradient_scale
-        self._calls = None
         self._forget_batch()
         try:
             yield
@@ -206,15 +224,16 @@ class RunningStatistics:
                 part.left_out.add_(finite.logical_not())
 
     def reduce(self) -> Dict[str, int]:
-        """Add up the sums of all processes, once per step and on every process; before :meth:`commit`.
+        """Add up the sums of all processes, on every process; before :meth:`commit`. A second time it only says the same.
 
         Returns:
             name of a norm -> number of forward and backward passes of the step (over all processes) that were left
             out of its statistics because they were not finite; norms without any are not listed
         """
-        if self._shared:
-            dist.all_reduce(self._step, group=self._group)
-        self._calls = self._read(lambda part: part.step[:, -1])["forward"]
+        if self._calls is None:
+            if self._shared:
+                dist.all_reduce(self._step, group=self._group)
+            self._calls = self.passes()
         return self.left_out()
 
     def left_out(self, parts: Sequence[str] = PARTS) -> Dict[str, int]:
@@ -222,6 +241,10 @@ class RunningStatistics:
         counts = self._read(lambda part: part.left_out[:, 0])
         total = {name: int(sum(counts[part][name] for part in parts)) for name in counts[PARTS[0]]}
         return {name: count for name, count in total.items() if count}
+
+    def passes(self) -> Dict[str, float]:
+        """Name of a norm -> its forward passes in this step; of this process, or of all after :meth:`reduce`."""
+        return self._read(lambda part: part.step[:, -1])["forward"]
 
     def _read(self, column: Callable[[_Part], Tensor]) -> Dict[str, Dict[str, float]]:
         """A number of each norm, by part and name, read from the device in one go."""
@@ -238,11 +261,10 @@ class RunningStatistics:
 
         Calls :meth:`reduce` unless that was done. A norm through which no counted batch went takes no step.
         """
-        if self._calls is None:
-            self.reduce()
+        self.reduce()
         calls = self._calls
         assert calls is not None
-        for kind in self.kinds:
+        for kind in self._alike():
             steps = [norm.steps() for norm in kind.norms]
             buffers = kind.stacked()
             for part in PARTS:
@@ -260,7 +282,7 @@ class RunningStatistics:
         Step counts, nu, windows of single steps, and norms without a counted row stay as they are.
         """
         self.reduce()
-        for kind in self.kinds:
+        for kind in self._alike():
             called = kind.parts["forward"].step[:, -1:] > 0
             old = kind.state()
             for name, new in kind.norms[0].advance("forward", old, kind.sums("forward"), 0.0).items():
@@ -270,6 +292,9 @@ class RunningStatistics:
                         if bool(taken) and bool(torch.isfinite(value).all()):
                             norm._buffers[name].copy_(value)
         self.discard()
+
+    def _alike(self) -> List[_Kind]:
+        return [alike for kind in self.kinds for alike in kind.alike()]
 
     def discard(self) -> None:
         """Forget the sums gathered: the step is not taken."""
@@ -288,7 +313,7 @@ class RunningStatistics:
         if calls is None:
             raise RuntimeError("RunningStatistics.describe(): call reduce() first, then describe(), then commit()")
         found: Dict[str, Dict[str, float]] = {}
-        for kind in self.kinds:
+        for kind in self._alike():
             values = kind.norms[0].describe(kind.state(), kind.sums("forward"), kind.sums("backward"))
             table = torch.stack(list(values.values()), 1).tolist()
             for name, row in zip(kind.names, table):
@@ -332,7 +357,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.
     without a word.
 
     Args:
-        model: put into training mode meanwhile; then each module is in the mode that it was in
+        model: put into training mode meanwhile, with all of its norms, also those that a ``train`` of the model's own would
+            leave frozen; then each module is in the mode that it was in
         batches: at least one; micro-batches of the usual training size
         forward: called as ``forward(model, batch)`` for each; by default a mapping holds keyword arguments, a list or tuple
             positional ones, anything else is the only argument: :func:`call`
@@ -341,7 +367,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.
         number of batches
 
     Raises:
-        ValueError: the model has no running statistics, there is no batch, or a norm's statistics are not finite
+        ValueError: the model has no running statistics, there is no batch, none went through a norm in training, or a norm's
+            statistics are not finite
     """
     modes = [(each, each.training) for each in model.modules()]
     statistics = RunningStatistics(model, "off")
@@ -349,6 +376,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.
         raise ValueError("no norm of the model has running statistics: there is nothing to estimate")
     statistics.switches.batch_statistics = True
     model.train()
+    for norm in statistics.norms().values():
+        norm.train()
     try:
         for batch in batches:
             with statistics.batch():
@@ -356,6 +385,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.
         count, left_out = statistics.batches, statistics.left_out()
         if not count:
             raise ValueError("no batches to estimate statistics from")
+        if not any(statistics.passes().values()):
+            raise ValueError("no batch went through a norm in training mode: there is nothing to estimate from")
         if left_out:
             raise ValueError(f"statistics of {next(iter(left_out))} are not finite")
         statistics.replace()

@@ -11,10 +11,12 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.sequence_generator import SequenceGenerator
 from fairseq_cli import eval_lm, generate, interactive, validate
 from omegaconf import OmegaConf
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq_powernorm import export, kernels
 from fairseq_powernorm.checkpoint import load
+from fairseq_powernorm.convert import replace_norms
 from fairseq_powernorm.fold import FoldedNorm, fold_norms
 from fairseq_powernorm.models import base
 from fairseq_powernorm.norms import MaskedBatchNorm, PowerNorm, RunningNorm
@@ -270,6 +272,39 @@ def test_modules_outside_of_fairseq_fold_too():
         for each in (folded, inside):
             with pytest.raises(RuntimeError, match="folded for inference"):
                 each.train()
+
+
+def test_hooks_see_what_they_saw():
+    """A norm whose passes somebody looks at is folded, but not into what reads it, and its hooks stay."""
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, norm_first=True, batch_first=True)
+    layer, _ = replace_norms(randomized(layer), "power")
+    layer.eval().norm1.running_phi.fill_(3.0)
+    seen, x = [], torch.randn(2, 5, 8)
+    layer.norm1.register_forward_hook(lambda norm, args, y: seen.append(y))
+    layer.norm2.register_forward_pre_hook(lambda norm, args: seen.append(args[0]))
+    expected = layer(x)
+    torch.testing.assert_close(fold_norms(layer)(x), expected)
+    assert len(seen) == 4
+    for one, other in zip(seen[:2], seen[2:]):
+        torch.testing.assert_close(one, other)
+
+
+def test_pruned_norms():
+    """What is folded is the parameter of now, not of the last pass; the norm itself stays as it is."""
+    norm, x = PowerNorm(8).eval(), torch.randn(5, 8)
+    prune.custom_from_mask(norm, "weight", torch.arange(8) % 2)
+    with torch.no_grad():
+        norm.weight_orig.fill_(5.0)
+    folded = fold_norms(norm)
+    torch.testing.assert_close(folded(x), norm(x))
+    assert len(norm._forward_pre_hooks) == 1
+
+
+def test_a_norm_in_two_places_of_one_module():
+    """Both are folded."""
+    norm = PowerNorm(8)
+    model = fold_norms(torch.nn.Sequential(norm, torch.nn.Linear(8, 8), norm))
+    assert model[0] is model[2] and isinstance(model[0], FoldedNorm)
 
 
 def test_a_folded_model_refuses_to_train_and_to_load():

@@ -304,6 +304,20 @@ def test_evaluation_looks_at_no_mask():
         assert torch.equal(model(x[:, :1], torch.ones(B, 1, T, T)), model(x[:, :1]))
 
 
+@pytest.mark.parametrize("repeat", [None, "reentrant", "non-reentrant"])
+def test_a_mask_that_is_written_anew(repeat):
+    """One tensor holds the mask of each call in turn: each call, and its repetition, has what stood there when it began."""
+    model, buffer = Model("batch", repeat), torch.empty(B, T, dtype=torch.bool)
+    batches = [batch(seed) for seed in range(3)]
+    for x, tokens in batches:
+        buffer.copy_(~tokens)
+        with padding_mask(model, buffer):
+            y = model(x)
+        buffer.fill_(True)
+        y[tokens].square().sum().backward()
+    assert_same(state(model), by_hand(Model("batch"), batches))
+
+
 def test_frozen_norms():
     """Training norms in a model in evaluation, and the other way round: those in training have the mask."""
     x, tokens = batch()

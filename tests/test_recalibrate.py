@@ -115,6 +115,26 @@ def test_each_module_stays_in_its_mode():
     assert [each.training for each in model.modules()] == [True, True, False, False, False]
 
 
+class Frozen(nn.Sequential):
+    """Keeps its norms in evaluation, as models do that are fine-tuned with frozen norms."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+def test_norms_that_a_model_keeps_frozen():
+    """They are what is to be estimated; and where they are bypassed all the same, that is an error."""
+    frozen, plain = (kind(*model_of("batch")[:2]) for kind in (Frozen, nn.Sequential))
+    plain.load_state_dict(frozen.state_dict())
+    xs = [x for x, _ in batches()]
+    assert recalibrate(frozen.train(), xs) == recalibrate(plain, xs) == 5
+    assert torch.equal(frozen[1].running_var, plain[1].running_var) and frozen.training and not frozen[1].training
+    with pytest.raises(ValueError, match="no batch went through a norm in training mode"):
+        recalibrate(frozen, xs, lambda model, x: model.eval()(x))
+
+
 def test_update_bn_and_sync_batch_norm_do_nothing():
     """What torch has for its own batch norms passes over these: buffers and modules stay, as the documentation says."""
     model = nn.Sequential(nn.Linear(C, C), MaskedBatchNorm(C))

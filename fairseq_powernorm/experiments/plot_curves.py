@@ -9,9 +9,9 @@ from .errors import UserError
 
 def parser() -> Parser:
     """The options of the command."""
-    made = Parser("Draws validation loss against updates, a line for each record, as a PNG.")
+    made = Parser("Draws the validation loss over the updates as a PNG, with one line for each record.")
     made.add("records", metavar="RECORD", nargs="+", help="records that scripts/evaluate.sh has written")
-    made.add("--output", help="a picture, .png; has to be given")
+    made.add("--output", help="a picture that ends in .png; required")
     return made
 
 

@@ -3,7 +3,7 @@
 ``norm`` is a norm of this package, whose bases use these functions.
 """
 import logging
-from typing import Any
+from typing import Any, Collection
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,12 @@ def begin_unwritten(norm: Any) -> None:
     norm.__dict__["_unwritten"] = ()
 
 
+def written(norm: Any, names: Collection[str]) -> None:
+    """These tensors have values, which nothing may overwrite: they were loaded from a state_dict."""
+    for note in ("_unwritten", "_from_meta"):
+        norm.__dict__[note] = tuple(name for name in getattr(norm, note) if name not in names)
+
+
 def _begin(norm: Any, name: str, tensor: Tensor) -> None:
     with torch.no_grad():
         tensor.fill_(norm.first_values().get(name, 0.0))
@@ -54,11 +60,12 @@ def check_values(norm: Any) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    norm.__dict__["_from_meta"] = False
+    names = norm._from_meta
+    norm.__dict__["_from_meta"] = ()
     unmarked = {
         name: buffer
-        for name, buffer in norm._buffers.items()
-        if not buffer.is_meta and not getattr(buffer, MARK, False)
+        for name, buffer in norm.statistics().items()
+        if name in names and not buffer.is_meta and not getattr(buffer, MARK, False)
     }
     counted = "iters" not in unmarked or _is_value(norm, "iters", unmarked["iters"])
     for name, buffer in unmarked.items():

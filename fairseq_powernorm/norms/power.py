@@ -9,7 +9,7 @@ from .. import functional, operators
 from ..kernels import choose, choose_for_step, eager, memory
 from ..kernels.interface import OwnStep, PowerNormSpec, StepSpec
 from .base import Device, RunningNorm, State
-from .checks import check_interval, check_updates
+from .checks import check_choice, check_interval, check_updates
 from .distances import discrepancy, size_of
 from .recomputation import Recomputations, inside_backward, recomputable
 from .staging import Sums
@@ -130,8 +130,7 @@ class PowerNorm(SecondMomentNorm):
     ):
         check_interval("alpha_bkw", alpha_bkw)
         check_updates(warmup_updates=warmup_updates)
-        if variant not in VARIANTS:
-            raise ValueError(f"variant={variant!r}: must be one of {', '.join(VARIANTS)}")
+        check_choice("variant", variant, VARIANTS)
         super().__init__(
             dim, eps=eps, alpha_fwd=alpha_fwd, groups=groups, affine=affine, batch_first=batch_first,
             layout=layout, device=device, dtype=dtype,

@@ -63,6 +63,7 @@ def test_everything_is_explained(name):
         taken = {each for names, _ in entries(text) for each in re.findall(r"--[a-z][a-z-]*", names)}
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) <= taken
         assert "%(" not in text and "%%" not in text
+        assert not re.search(r"\w-$", text, re.M), "a name is cut in two"
 
 
 def test_help_needs_the_standard_library_only():
@@ -281,7 +282,7 @@ def test_quickstart(monkeypatch, tmp_path, capsys):
 INTERNAL = re.compile(
     r"(SLURM|BASH)_|(RANK|WORLD_SIZE|LOCAL_RANK|PATH|PYTHONPATH|PYTHONIOENCODING|VIRTUAL_ENV|CONDA_PREFIX)$"
     r"|PN_(ROOT|SCRIPT|SITE|CONTAINER|ACCOUNT|PARTITION|TIME|CPUS_PER_TASK|GRES|WARNING)$"
-    r"|TORCH_FORCE_WEIGHTS_ONLY_LOAD$|TQDM_DISABLE$"  # which are set, not read
+    r"|TORCH_FORCE_WEIGHTS_ONLY_LOAD$|TQDM_DISABLE$|PERL_UNICODE$"  # which are set or taken away, not read
 )
 #: words in capitals that are no variables, in modules that read some
 WORDS = {"LANG", "BENCH", "DIR", "FILE", "HEAD", "KERNELS", "MB", "NAME", "NORM", "RUN_DIR", "SOABI", "TYPE",
