@@ -49,6 +49,7 @@ UNSOUND = [
     ("common.seed=${oc.env:HOME}", "an interpolation must be all of a value"),
     ("common.seed=$\\{oc.env\\:HOME\\}", "an interpolation must be all of a value"),
     ("dataset.valid_subset='x${common.seed}(1)'", "an interpolation must be all of a value"),
+    ("dataset.valid_subset='${task.data}${oc.env:HOME}'", "an interpolation must be all of a value"),
     ("optimization.lr=[${oc.env:HOME}]", "an interpolation must be all of a value"),
     (f"optimizer.adam_betas=\"{CODE}\"", "reads like Python code"),
     (f"optimizer.adam_betas=\"  ({CODE}, 0.98)\"", "reads like Python code"),
