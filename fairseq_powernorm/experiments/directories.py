@@ -38,9 +38,12 @@ def locked(directory: Path, patience: float = 1.0) -> Iterator[TextIO]:
         Busy: another process holds it
         UserError: there is no place for it
     """
+    path = lock_path(directory)
+    if os.path.lexists(path) and not path.is_file():  # a pipe would not be opened before somebody reads it
+        raise UserError(f"{path}, the lock of {directory}, is not a file; remove it")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        stream = open(lock_path(directory), "a")
+        stream = open(path, "a")
     except OSError as error:
         raise UserError(f"{directory} cannot be made: {error.filename}: {error.strerror}") from None
     with stream:
@@ -61,8 +64,11 @@ def locked(directory: Path, patience: float = 1.0) -> Iterator[TextIO]:
 
 def in_use(directory: Path) -> bool:
     """Is a process at work in the directory? Leaves no file."""
+    path = lock_path(directory)
+    if not path.is_file():
+        return False
     try:
-        with open(lock_path(directory)) as stream:
+        with open(path) as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

@@ -29,10 +29,12 @@ def write_bytes(path: AnyPath, content: bytes) -> None:
     try:
         partial.write_bytes(content)
         os.replace(partial, path)
-    except OSError as error:
+    except BaseException as error:  # of the disk, or of who interrupts it
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise
 
 
 def write_text(path: AnyPath, text: str) -> None:

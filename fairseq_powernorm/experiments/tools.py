@@ -2,17 +2,20 @@
 
 import contextlib
 import os
+import resource
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Callable, Dict, Iterable, List, Mapping, Sequence, TextIO, cast
+from typing import Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, TextIO, cast
 
 from .errors import UserError, number
 from .paths import ROOT
 
 MOST_THREADS = 65536
+#: of the memory that is free, what a model may take
+SHARE = 0.8
 #: where programs start: anywhere, or where "python -m" finds no modules of somebody else's (see PYTHONSAFEPATH)
 SAFE = None if sys.version_info >= (3, 11) else ROOT
 TETHER = Path(__file__).with_name("runs") / "tether.py"
@@ -33,6 +36,41 @@ def processor_settings(environment: Mapping[str, str]) -> str:
 def cpus() -> int:
     """The processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory() -> Optional[int]:
+    """Bytes of memory that are free on this machine, and in its control group; None where the system does not say it."""
+    found: List[int] = []
+    with contextlib.suppress(OSError, ValueError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    with contextlib.suppress(OSError, ValueError):
+        most, used = (Path("/sys/fs/cgroup", name).read_text(encoding="ascii") for name in ("memory.max", "memory.stat"))
+        found += [int(most) - int(line.split()[1]) for line in used.splitlines() if line.startswith("anon ")]
+    return max(0, min(found)) if found else None
+
+
+@contextlib.contextmanager
+def within_memory() -> Iterator[None]:
+    """Lets fail what asks for more than most of the memory that is free; the system would end the process without a word.
+
+    Not where there are GPUs, whose drivers ask for addresses, not for memory.
+    """
+    import torch
+
+    free = None if torch.cuda.is_available() else free_memory()
+    if free is None or sys.platform != "linux":
+        yield
+        return
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * resource.getpagesize() + int(SHARE * free)
+    limit = min([limit, *(each for each in before if each != resource.RLIM_INFINITY)])
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def threads(environment: Mapping[str, str]) -> int:

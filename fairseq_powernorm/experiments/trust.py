@@ -203,7 +203,9 @@ def check_yaml(path: Path) -> None:
 
 
 def check_files(directory: Path, names: Iterable[str]) -> None:
-    """Refuses files of a directory that are links to elsewhere, through which writing would change other files."""
-    linked: List[str] = [name for name in names if (directory / name).is_symlink()]
-    if linked:
-        raise UserError(f"{directory / linked[0]} is a link; a run's records are files of its own directory")
+    """Refuses files of a directory that are links, through which writing would change other files, or no files."""
+    for path in (directory / name for name in names):
+        if path.is_symlink():
+            raise UserError(f"{path} is a link; a run's records are files of its own directory")
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a file, which a run's records are")

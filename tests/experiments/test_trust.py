@@ -156,3 +156,8 @@ def test_paths(tmp_path):
     (tmp_path / "train.log").symlink_to(os.devnull)
     with pytest.raises(UserError, match="train.log is a link"):
         trust.check_files(tmp_path, records.WRITTEN)
+    (tmp_path / "train.log").unlink()
+    trust.check_files(tmp_path, records.WRITTEN)
+    os.mkfifo(tmp_path / "train.log")
+    with pytest.raises(UserError, match="train.log is not a file"):
+        trust.check_files(tmp_path, records.WRITTEN)

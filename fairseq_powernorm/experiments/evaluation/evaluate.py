@@ -3,6 +3,7 @@
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
 from .. import trust
-from ..directories import check_writable, locked, whole_directory
+from ..directories import check_writable, locked, put_back, whole_directory
 from ..errors import UserError
 from ..files import sha256, write_json
 from ..overrides import quiet
@@ -77,6 +78,7 @@ def evaluate(
         else:
             inputs = checkpoints.last(config, directory, average, available=available)
         request = {"subset": subset, "checkpoints": {path.name: sha256(path) for path in inputs}}
+        put_back(target)
         if target.exists() and not force:
             try:
                 found: Record = schema.read_record(target / "record.json")
@@ -112,7 +114,7 @@ def carry_out(job: Job, run: Path, target: Path, record: Record, commands: Seque
         scores = kind.evaluate(job, directory)
         record = {**record, **scores.facts, **environment}
         record["commands"] = [
-            anonymous(shlex.join(command).replace(str(directory), str(target)), run)
+            shlex.join(anonymous(word.replace(str(directory), str(target)), run) for word in command)
             for command in (*commands, *scores.commands)
         ]
         write_json(directory / "record.json", record)
@@ -277,12 +279,14 @@ def commit() -> Optional[str]:
 
 
 def anonymous(text: str, run: Path) -> str:
-    """Text without this machine's paths: RUN_DIR and data/ stand for where they lie, programs for themselves."""
+    """A word of a command without this machine's paths: RUN_DIR and data/ stand for theirs, programs for themselves."""
     for path, name in (
         (f"{run}", "RUN_DIR"),
         (f"{data_root()}/", "data/"),
         (f"{Path(sys.executable).parent}/", ""),
         (f"{ROOT}/", ""),
     ):
-        text = text.replace(path, name)
+        end = "" if path.endswith("/") else r"(?![\w.-])"  # of /a/run, /a/run2 is no part
+        for each in (path, path.replace("'", "\\'")):  # as hydra's overrides have quotes
+            text = re.sub(rf"(?<![\w./-]){re.escape(each)}{end}", name, text)
     return text

@@ -20,6 +20,9 @@ def check_job(job: Job) -> None:
     One sentence is scored, which needs the packages that the translations will need.
     """
     tool("fairseq-generate")
+    if job.subset not in job.stamp["sentences"]:
+        raise UserError(f"{job.data / 'prepared.json'} does not say how many sentences {job.subset} has; prepare the data "
+                        f"again")
     job.check_data(f"tok/{job.subset}.", f"raw/{job.subset}.")
     references = {name: lines_of(path) for name, path in reference_paths(job).items()}
     _scored(job, {"hyp.tok": ["x"], "ref.tok": references["ref.tok"][:1], "ref.detok": references["ref.detok"][:1]})

@@ -18,7 +18,7 @@ UPDATE = re.compile(r"checkpoint_\d+_(\d+)\.pt")
 
 def found(directory: Path, pattern: Pattern[str]) -> List[Path]:
     """The checkpoints whose names match, oldest first."""
-    matches = ((pattern.fullmatch(path.name), path) for path in directory.glob("checkpoint*.pt"))
+    matches = ((pattern.fullmatch(path.name), path) for path in directory.glob("checkpoint*.pt") if path.is_file())
     return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
 
@@ -36,6 +36,8 @@ def kept(config: Any) -> Tuple[Pattern[str], int]:
 def intact(path: Path) -> bool:
     """Is every byte of the checkpoint, a zip archive, what was written? Reads all of it and compares checksums."""
     try:
+        if not path.is_file():  # a pipe, which nobody writes to
+            return False
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
     except Exception:  # a damaged header can make zipfile raise nearly anything
@@ -105,14 +107,14 @@ def account(path: Path) -> Optional[Account]:
         if not 0 <= updates <= MOST_UPDATES:
             return None
         epoch, loss = (extra.get("train_iterator") or {}).get("epoch"), extra.get("val_loss")
-        return Account(path, updates, epoch if isinstance(epoch, int) else None,
+        return Account(path, updates, epoch if isinstance(epoch, int) and 0 <= epoch <= MOST_UPDATES else None,
                        float(loss) if isinstance(loss, (int, float)) else None)
     return None
 
 
 def accounts(directory: Path) -> List[Account]:
     """What the checkpoints in a directory say, those that can be read, fewest updates first."""
-    found = map(account, sorted(directory.glob("checkpoint*.pt")))
+    found = map(account, sorted(path for path in directory.glob("checkpoint*.pt") if path.is_file()))
     return sorted(filter(None, found), key=lambda each: (each.updates, each.path.name))
 
 

@@ -9,6 +9,7 @@ from ..errors import UserError
 from ..overrides import Settings, by_key, check, quiet, quote
 from ..paths import PLUGIN
 from ..settings import NORM_OPTIONS, PLACEMENTS, architectures, placements, recipe
+from ..tools import within_memory
 from . import limits
 
 
@@ -86,9 +87,10 @@ def build(config: Any) -> Tuple[Any, Any, Any, Any]:
             with omegaconf_no_object_check():
                 config = OmegaConf.create(OmegaConf.to_container(config, resolve=True, enum_to_str=True))
             OmegaConf.set_struct(config, True)  # noqa: FBT003
-            task = tasks.setup_task(config.task)
-            model = task.build_model(config.model)
-            criterion = task.build_criterion(config.criterion)
+            with within_memory():
+                task = tasks.setup_task(config.task)
+                model = task.build_model(config.model)
+                criterion = task.build_criterion(config.criterion)
         except Exception as error:  # whatever fairseq or the plugin objects to
             reason = " ".join(str(error).split())
             raise UserError(f"these settings do not build a model: {type(error).__name__}: {reason}") from None

@@ -13,6 +13,7 @@ from ..tools import cpus
 from . import claims
 
 PORT = 29400
+MOST_RANKS = 16  # of a processor
 SLURM_PATIENCE = 600  # seconds for what a requeued job left behind, on a node that does not answer, to end
 RANK = Path(__file__).with_name("rank.py")
 #: settings that are the launcher's, which alone knows the places of the ranks
@@ -95,6 +96,9 @@ class Torchrun(Launcher):
         if gpus is None and self.ranks is None:
             raise UserError("--ranks R: this is a run on a CPU; give the number of ranks on this machine")
         self.ranks_here = self.ranks or gpus or 1
+        if gpus is None and self.ranks_here > MOST_RANKS * cpus():
+            raise UserError(f"--ranks {self.ranks_here}: this machine has {cpus()} processors; valid: 1 to "
+                            f"{MOST_RANKS * cpus()}")
         if gpus is not None and self.ranks_here > gpus:
             raise UserError(f"--ranks {self.ranks_here}: {gpus} GPU{'s are' if gpus > 1 else ' is'} visible on this machine "
                             f"(CUDA_VISIBLE_DEVICES); a rank needs one of its own, or common.cpu=true")

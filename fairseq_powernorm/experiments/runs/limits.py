@@ -21,6 +21,7 @@ LIMITS: Dict[str, Tuple[float, float]] = {
     **dict.fromkeys(("model.dropout", "model.attention_dropout", "model.activation_dropout", "model.relu_dropout",
                      "criterion.label_smoothing"), (0, 1)),
     "dataset.num_workers": (0, 1024),
+    **dict.fromkeys(("model.encoder_layers", "model.decoder_layers"), (0, 1000)),
 }
 #: what no setting reaches
 MOST = 2**31 - 1

@@ -106,6 +106,8 @@ def check_settings(content: Any, path: Path) -> None:
     """Refuses the content of a config.yaml that lacks what an evaluation reads, or has something else there."""
     found = _problems_of_part(content, SETTINGS)
     if not found:
+        found = [f"{group} is a list, not an object" for group, values in content.items() if isinstance(values, list)]
+    if not found:
         found = _problems_of_part(content, OF_LM if content["task"]["_name"] == LM_TASK else OF_TRANSLATION)
     if found:
         raise UserError(f"{path} was not written by scripts/train.sh: {found[0]}")

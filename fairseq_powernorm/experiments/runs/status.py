@@ -106,8 +106,9 @@ def progress(log: Path) -> Tuple[int, Optional[float]]:
 
 def max_update(run: Path) -> int:
     """optimization.max_update of the run's resolved settings; 0 for none."""
+    path = run / "config.yaml"
     try:
-        text = (run / "config.yaml").read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
     except OSError:
         return 0
     block = re.search(r"^optimization:\n((?:[ -].*\n)*)", text, re.M)

@@ -118,6 +118,18 @@ def test_data_that_are_not_what_was_prepared(name, is_read, damage, tmp_path):
         job.check_data("tok/test.", "raw/test.")
 
 
+@pytest.mark.parametrize("run, word, shown", [
+    ("/a/run", "hydra.run.dir=/a/run", "hydra.run.dir=RUN_DIR"), ("/a/run", "/a/run/x/y.pt", "RUN_DIR/x/y.pt"),
+    ("/a/run", "/a/run2/x.pt", "/a/run2/x.pt"), ("/r", "/root/r", "/root/r"), ("/a/b c's", "/a/b c's/x", "RUN_DIR/x"),
+    ("/a/b c's", r"hydra.run.dir='/a/b c\'s'", "hydra.run.dir='RUN_DIR'"),
+    ("/a/run", "task.data=DATA/demo", "task.data=data/demo"),
+    ("/a/(b", "/a/(b/x", "RUN_DIR/x")])
+def test_paths_in_a_record(run, word, shown, monkeypatch):
+    """A record has no path of this machine, whatever characters it has, and no other path is taken for one."""
+    monkeypatch.setenv("PN_DATA_ROOT", "/somewhere/data")
+    assert evaluate.anonymous(word.replace("DATA", "/somewhere/data"), Path(run)) == shown
+
+
 def test_words_of_options():
     """An option with a value is two words, True is the option alone, None is nothing; 0 is a value."""
     assert words_of({"--beam": 4, "--quiet": True, "--seed": None, "--num-workers": 0}) == [

@@ -69,6 +69,7 @@ def test_records(name, text, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text, message", [
+    (CONFIG + "x: [1]\n", "x is a list, not an object"),
     ("", "common is missing"), ("[1]", "not an object"), ("x", ""), ("common: {seed: 1}", "model is missing"),
     ("a: \0", ""), ("a: " + "[" * 3000, ""), ("a: [", ""), ("!!python/object/apply:os.system ['true']", "python/object"),
     ("a: &a [x]\nb: [*a, *a]\n", "has an alias 'a'"),
@@ -128,6 +129,7 @@ SOUND = {"optimizer_history": [{"num_updates": 3}], "extra_state": {"val_loss": 
     ({**SOUND, "optimizer_history": [{"num_updates": 10**5000}]}, None),
     ({**SOUND, "optimizer_history": [{"num_updates": -3}]}, None),
     ({**SOUND, "optimizer_history": [{"num_updates": float("inf")}]}, None),
+    ({**SOUND, "extra_state": {"train_iterator": {"epoch": 10**5000}}}, 3),
     ({**SOUND, "extra_state": [1]}, None), ({**SOUND, "extra_state": {"val_loss": 10**400}}, None),
 ])
 def test_checkpoints(state, updates, tmp_path, capsys, monkeypatch):
@@ -241,6 +243,22 @@ def test_another_evaluation(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="--force evaluates again"):
             evaluate.evaluate(run, record=tmp_path / "copy.json")
     assert not (tmp_path / "copy.json").exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoints/checkpoint_last.pt", "train.log", "config.yaml", "run.json", "finished.json",
+                                  "../.run.lock", "../.run.job"])
+def test_pipes(name, tmp_path, capsys):
+    """A pipe that nobody writes to keeps nobody waiting."""
+    run = write(tmp_path / "run")
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    one_line(capsys, run)
+    assert not in_use(run)
+    if "lock" in name:
+        with pytest.raises(UserError, match=".run.lock, the lock of .*, is not a file"), locked(run):
+            pass
+    assert not checkpoints.found(run / "checkpoints", checkpoints.UPDATE)
+    assert not checkpoints.intact(run / "checkpoints" / "checkpoint_last.pt")
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '{"submission": "a"}', '{"submission": [], "task": 1}',

@@ -90,6 +90,7 @@ def test_records_of_several_ranks(scripts, two_nodes):
 @pytest.mark.parametrize("words, message", [
     (["--ranks", "0"], "--ranks"),
     (["common.cpu=true"], r"--ranks R: this is a run on a CPU"),
+    (["--ranks", "65535", "common.cpu=true", "optimization.update_freq=[65535]"], "this machine has [0-9]+ processors"),
     (["--ranks", "2", "--nodes", "2"], r"--nodes 2: each of the 2 machines needs --node-rank I, from 0 to 1"),
     (["--nodes", "2", "--node-rank", "2", "--master", "h"], r"--node-rank 2: must be from 0 to 1"),
     (["--ranks", "2", "--node-rank", "0"], r"give --nodes N"),

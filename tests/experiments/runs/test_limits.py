@@ -1,5 +1,8 @@
 """Settings that name what is not there are refused before a training begins."""
+import sys
+
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from fairseq_powernorm.experiments import tools
@@ -111,6 +114,19 @@ def test_variables(name, value, monkeypatch):
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"^{name}.*must be a number"):
         train.train(None, None, Launcher())
+
+
+def test_a_model_that_is_too_large(monkeypatch):
+    """A model that no memory holds is refused in one line, not ended by the system; the limit is for the model alone."""
+    if sys.platform != "linux" or torch.cuda.is_available():
+        pytest.skip("the limit is one of Linux, where no GPU is")
+    monkeypatch.setattr(tools, "free_memory", lambda: 100_000_000)
+    with pytest.raises(RuntimeError), tools.within_memory():
+        torch.empty(1_000_000_000, dtype=torch.uint8)
+    torch.empty(200_000_000, dtype=torch.uint8)
+    assert tools.resource.getrlimit(tools.resource.RLIMIT_AS)[0] == tools.resource.RLIM_INFINITY
+    monkeypatch.undo()
+    assert tools.free_memory() > 0
 
 
 def test_threads():
