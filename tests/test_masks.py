@@ -105,13 +105,15 @@ def test_a_mask_of_each_call(norm, kind):
 
 
 @pytest.mark.parametrize("repeat", [None, "reentrant", "non-reentrant"])
-@pytest.mark.parametrize("how", ["attach", "context"])
+@pytest.mark.parametrize("how", ["attach", "context", "both"])
 @pytest.mark.parametrize("norm", [*RUNNING, "power"])
 def test_computed_again(norm, how, repeat):
-    """Under activation checkpointing, backward passes after both forward passes: each has its own call's mask."""
+    """Under activation checkpointing, backward passes after both forward passes: each has its own call's mask, the inner
+    one of two."""
     batches = [batch(seed) for seed in range(2)]
     model, expected = Model(norm, repeat), Model(norm)
-    handle = attach_mask(model) if how == "attach" else None
+    if how != "context":
+        attach_mask(model)
     found = []
     for each in (model, expected):
         losses = []
@@ -119,7 +121,10 @@ def test_computed_again(norm, how, repeat):
             if each is expected:
                 for layer in each.layers:
                     x = x + layer.linear(layer.norm(x, ~tokens)).tanh()
-            elif handle is not None:
+            elif how == "both":
+                with padding_mask(each, tokens):  # the opposite
+                    x = each(x * 1.0, tokens.long())
+            elif how == "attach":
                 x = each(x, tokens.long())
             else:
                 with padding_mask(each, ~tokens):
@@ -216,6 +221,26 @@ def test_threads_that_nothing_tells_apart():
         Threads(lambda x=x, tokens=tokens: outputs.append(model(x, tokens)))
     with pytest.raises(RuntimeError, match="several threads on one device"):
         outputs[0].sum().backward()
+
+
+def test_threads_of_which_one_is_gone():
+    """Two calls in two threads, the output of one thrown away: the other is the only one that can be computed again."""
+    for gone in (0, 1):
+        model, batches, outputs = Model("batch", "non-reentrant"), [batch(0), batch(1)], []
+        attach_mask(model)
+        for x, tokens in batches:
+            Threads(lambda x=x, tokens=tokens: outputs.append(model(x, tokens)))
+        del outputs[gone]
+        x, tokens = batches[1 - gone]
+        outputs[0][tokens].square().sum().backward()
+        expected = Model("batch")
+        for number, (x, tokens) in enumerate(batches):
+            y = x
+            for layer in expected.layers:
+                y = y + layer.linear(layer.norm(y, ~tokens)).tanh()
+            if number != gone:
+                y[tokens].square().sum().backward()
+        assert_same(state(model), state(expected))
 
 
 def test_nested():

@@ -97,6 +97,17 @@ def test_any_iterable_of_batches(kind):
         torch.testing.assert_close(model[1].running_mean, model[0](torch.cat(rows)).mean(0))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_norm_that_is_not_reached_keeps_its_statistics(kind):
+    """Of a layer that no batch goes through nothing is known: to the last bit what was there."""
+    model = nn.ModuleList([*model_of(kind), KINDS[kind]().double()])
+    for name, buffer in model[4].named_buffers():
+        buffer.fill_(17.0 if name == "iters" else 0.7)
+    before = copy.deepcopy(model[4].state_dict())
+    recalibrate(model, batches(), lambda model, batch: forward(model[:4], batch))
+    assert all(torch.equal(value, before[name]) for name, value in model[4].state_dict().items())
+
+
 def test_each_module_stays_in_its_mode():
     """A part that was in evaluation is so again."""
     model = nn.Sequential(PowerNorm(8), nn.Sequential(nn.Dropout(), PowerNorm(8)).eval())
