@@ -324,3 +324,10 @@ def add_slurm(parser: Parser) -> None:
     """The options of what is queued on a cluster: see :func:`.cluster.submission.check_options`."""
     for name in ("--nodes", "--gpus", "--time", "--partition", "--site", "--log-dir"):
         parser.add(name, group="on a cluster with SLURM")
+
+
+def refuse_own_input(output: Optional[str], inputs: Sequence[str]) -> None:
+    """Refuses an --output that would take the place of a file that it is made from."""
+    for path in inputs:
+        if output and os.path.realpath(output) == os.path.realpath(path):
+            raise UserError(f"--output {output!r} is one of the records; choose another name")

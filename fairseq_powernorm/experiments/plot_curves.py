@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import List
 
-from .commands import Parser, main
+from .commands import Parser, main, refuse_own_input
 from .errors import UserError
 
 
@@ -22,6 +22,7 @@ def command(arguments: List[str]) -> None:
         raise UserError("--output FILE is missing: the picture, .png")
     if not options.output.endswith(".png"):
         raise UserError(f"--output {options.output!r}: is a picture, and must end in .png")
+    refuse_own_input(options.output, options.records)
     from .reports.plot_curves import plot
 
     plot(options.records, Path(options.output))

@@ -4,7 +4,7 @@ import os
 import sys
 from typing import List
 
-from .commands import Parser, main
+from .commands import Parser, main, refuse_own_input
 from .files import write_text
 
 
@@ -28,6 +28,7 @@ def command(arguments: List[str]) -> int:
     from .reports import schema
     from .reports.table import tables
 
+    refuse_own_input(options.output, options.records)
     missing = [path for path in options.records if options.available and not os.path.exists(path)]
     text = tables({path: schema.read_record(path) for path in options.records if path not in missing})
     print(text, end="")

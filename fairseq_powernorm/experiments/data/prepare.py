@@ -9,7 +9,7 @@ from ..errors import UserError
 from ..files import read_json, sha256, write_json
 from ..own import LM, TRANSLATION, check_name, names
 from ..paths import data_root, for_fairseq
-from ..recipes import benchmarks, is_lm
+from ..recipes import benchmarks, is_lm, read_stamp
 from ..settings import load
 from ..tools import DATA_TOOLS, versions
 from . import moses, recipe
@@ -163,7 +163,7 @@ def refuse_other(place: Path, request: Mapping[str, Any]) -> None:
     """Raises UserError if what lies in a place was not made by the same request."""
     if not (place / STAMP).is_file():
         raise UserError(f"{place} exists and was not made by scripts/prepare.sh; move it away, or replace it with --force")
-    stamp = read_json(place / STAMP)
+    stamp = read_stamp(place / STAMP)
     there, wanted = stamp.get("settings", {}), request["settings"]
     differing = [key for key in {**there, **wanted} if there.get(key) != wanted.get(key)]
     details = [
