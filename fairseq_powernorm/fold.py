@@ -1,13 +1,13 @@
-r"""Folding for inference: the same outputs by fewer operations.
+r"""Folding for inference: the same outputs with fewer operations.
 
-In evaluation norms with running statistics are affine maps of the layer-scaled input u (u = x without layer scale),
+In evaluation, norms with running statistics are affine maps of the layer-scaled input u (u = x without layer scale),
 
 .. math:: y = s \odot u + t, \qquad s = \gamma / \sqrt{\psi^2 + \epsilon}, \qquad t = \beta - s \odot \mu
 
-in PN and PN-V (mu = 0) and BN, and similar ones in the others (``scale_and_shift``). Where nothing but linear maps
-reads y, as in a pre-norm layer, s and t go into their weights and biases, W y + c = (W s) u + (c + W t): without
-layer scale nothing is left of the norm, with it a root mean square norm without parameters. Elsewhere (post-norm, a
-projection tied to the embedding) s and t stay.
+in PN and PN-V (mu = 0) and BN, and similar ones in the others (``scale_and_shift``). If only linear maps read y, as in a
+pre-norm layer, s and t go into their weights and biases, W y + c = (W s) u + (c + W t). Without layer scale nothing is then
+left of the norm; with it, a root mean square norm without parameters. Elsewhere (post-norm, a projection tied to the
+embedding) s and t stay.
 """
 import logging
 from collections import OrderedDict
@@ -114,21 +114,21 @@ class FoldedNorm(Norm):
 def fold_norms(model: nn.Module) -> nn.Module:
     """Fold the norms with running statistics of a model, in place, for inference.
 
-    What remains are parts of torch and fairseq and :class:`FoldedNorm`; ``torch.jit.script`` accepts a folded
-    ``transformer_pn``. Log-probabilities stay the same, and so does the decoder's state. In a pre-norm model the
-    encoder's output is then that before its final norm, which the decoder's attention to it has taken over. Other
-    norms, and models without norms of this package, stay as they are. Folding a second time changes nothing. Hooks stay;
-    where those of a forward pass, of the norm or of what reads it, would see other values, scale and shift stay, too.
+    A folded model consists of parts of torch and fairseq, and of :class:`FoldedNorm`; ``torch.jit.script`` accepts a folded
+    ``transformer_pn``. Log-probabilities and the decoder's state stay the same. The encoder's output of a pre-norm model
+    becomes that before its final norm, which the decoder's attention to it absorbs. Other norms, and models without norms
+    of this package, stay as they are. Folding again changes nothing. Hooks are kept; if a hook of a forward pass, on the
+    norm or on what reads it, would see other values, the scale and shift stay in the norm.
 
     Args:
         model: a model of this package, or any module that contains norms of this package
 
     Returns:
-        ``model`` itself in evaluation mode (what stands in for it if it is a norm). It refuses to train, be it by
+        ``model`` itself in evaluation mode (or what replaces it, if it is a norm). It refuses to train, whether by
         ``train()`` or by a backward pass that reaches a parameter, and to load a state_dict.
 
     Raises:
-        ValueError: a norm is no affine map (yet), see :func:`unfoldable`; nothing has been changed
+        ValueError: a norm is not an affine map (yet), see :func:`unfoldable`; nothing has been changed
     """
     reason = unfoldable(model)
     if reason is not None:

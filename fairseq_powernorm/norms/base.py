@@ -32,9 +32,9 @@ def _widened(value: Tensor) -> Tensor:
 class RunningNorm(Norm):
     """Base of the norms with running statistics.
 
-    A training batch yields sums, named in ``SUMS``; ``advance`` says what the running statistics become by them. Either
-    the norm applies them itself, or its ``stage`` takes them. Statistics are float32 or wider: narrower values are widened
-    wherever they come from. Several threads may use one norm: each pass takes its step of the statistics undisturbed.
+    A training batch yields sums, named in ``SUMS``; ``advance`` computes the new running statistics from them. Either the
+    norm applies them itself, or its ``stage`` takes them over. Statistics are float32 or wider: narrower values are widened
+    wherever they come from. Several threads may share a norm: each pass takes its step of the statistics undisturbed.
 
     Args:
         dim: number of channels C
