@@ -39,8 +39,8 @@ class NormConstants(FairseqDataclass):
     norm_warmup_updates: Optional[int] = field(
         default=None,
         metadata={
-            "help": "length of the warm-up, in which PN (reference) divides by batch statistics, and of those of batch-renorm, "
-            "mabn and un; the authors use the warm-up of the learning rate (default: the norm's own)"
+            "help": "length of the warm-up, in which PN (reference) divides by batch statistics, and of those of "
+            "batch-renorm, mabn and un; the authors use the warm-up of the learning rate (default: the norm's own)"
         },
     )
     norm_final_warmup_updates: Optional[int] = field(
