@@ -181,9 +181,9 @@ class RunningNorm(Norm):
         """A statistic is widened to float32; one in place of a meta tensor may still be without a value."""
         if name != "iters" and name not in self.STATISTICS:
             return super()._arriving(name, value)
-        from_meta = self._buffers[name].is_meta and not value.is_meta
+        in_doubt = loading.in_doubt(self, name, value)
         value = super()._arriving(name, value)
-        if from_meta:
+        if in_doubt:
             self.__dict__["_from_meta"] = (*self._from_meta, name)
         return _widened(value)
 

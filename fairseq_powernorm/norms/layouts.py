@@ -115,7 +115,8 @@ class Norm(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        loading.written(self, [name for name in (*self._unwritten, *self._from_meta) if prefix + name in state_dict])
+        if prefix or len(state_dict) > 1:  # else it may be Hugging Face's loading
+            loading.written(self, [name for name in (*self._unwritten, *self._from_meta) if prefix + name in state_dict])
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         batch_first = state.pop("batch_first", False)  # pickled by an earlier version
