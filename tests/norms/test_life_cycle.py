@@ -54,10 +54,11 @@ def test_narrow_copies_of_statistics_are_widened(name, variant, cast):
     if cast in ("half", "bfloat16", "to", "type", "parent"):
         assert all(torch.equal(one, other) for one, other in zip(norm.buffers(), plain.buffers()))
     norm.float()
+    tolerance = 1e-2 if cast in ("bfloat16", "type") else 1e-3  # as weight, or the statistics, have been rounded
     train(norm, steps=1)
     for one, other in zip(norm.buffers(), train(plain, steps=1)[-len(list(plain.buffers())):]):
         assert one.dtype == torch.float32
-        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("assign", [False, True])
