@@ -320,8 +320,9 @@ int main(void)
         if (!strcmp(name, before))
             break;
         before = name;
-        for (int64_t bytes = 0; bytes < 2; bytes++) {
-            pn_stream_from(bytes ? INT64_MAX : 0);
+        for (int large = 0; large < 3; large++) {
+            pn_stream_from(large ? 0 : INT64_MAX);
+            pn_far_from(large > 1 ? 0 : INT64_MAX);
             for (size_t s = 0; s < sizeof(shapes) / sizeof(shapes[0]); s++)
                 for (int64_t groups = 0; groups <= 8; groups = groups ? 4 * groups - groups % 2 * 2 : 1) /* 0, 1, 2, 8 */
                     if (!groups || shapes[s][1] % groups == 0)
