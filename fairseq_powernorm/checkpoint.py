@@ -1,4 +1,4 @@
-"""Checkpoints: reading them safely, averaging them, and converting those of the authors' code.
+"""Checkpoints: reads them safely, averages them, and converts those of the authors' code.
 
 ``python -m fairseq_powernorm.checkpoint average --inputs A.pt B.pt --output C.pt``
 ``python -m fairseq_powernorm.checkpoint convert THEIRS.pt OURS.pt``
@@ -282,12 +282,12 @@ def parser() -> argparse.ArgumentParser:
     """The options of the commands."""
     parser = argparse.ArgumentParser(prog="python -m fairseq_powernorm.checkpoint", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    average = commands.add_parser("average", help="average parameters and running statistics of several checkpoints")
+    average = commands.add_parser("average", help="average the parameters and running statistics of several checkpoints")
     average.add_argument("--inputs", nargs="+", required=True, metavar="FILE", help="checkpoints, oldest first")
     command_options.add(average, "--output", required=True)
     convert = commands.add_parser("convert", help="convert a checkpoint of the authors' code")
-    convert.add_argument("input", metavar="THEIRS")
-    convert.add_argument("output", metavar="OURS")
+    convert.add_argument("input", metavar="THEIRS", help="a checkpoint of the authors' code")
+    convert.add_argument("output", metavar="OURS", help="the file to write, a checkpoint of transformer_pn")
     for command in (average, convert):
         command_options.add(command, "--force")
     return parser

@@ -9,7 +9,8 @@ import sys
 from typing import Callable, List, NoReturn, Optional, Sequence, Tuple, Type
 
 #: what a disk says that is full, read-only or broken, and a path that leads nowhere
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENOTDIR,
+        errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE)
 #: the variable by which a script says how it was called
 SCRIPT = "PN_SCRIPT"
 
@@ -43,7 +44,7 @@ def run(
     except OSError as error:
         if error.errno not in DISK:
             raise
-        _refuse(f"{error.filename or 'cannot write'}: {error.strerror}")
+        _refuse(f"{in_one_line(str(error.filename or 'cannot write'))}: {error.strerror}")
     except KeyboardInterrupt as error:
         _refuse("; ".join(["interrupted", *map(str, error.args)]), 128 + (stopped or [signal.SIGINT])[0])
 
@@ -92,6 +93,11 @@ def _refuse(reason: object, status: int = 2) -> NoReturn:
     with contextlib.suppress(OSError):
         print(f"{called_as()}: error: {reason}", file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def in_one_line(text: str) -> str:
+    """A text with escapes for what cannot be printed: line ends, and what moves a terminal's cursor."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in text)
 
 
 def called_as() -> str:

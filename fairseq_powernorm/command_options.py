@@ -33,36 +33,37 @@ class Option(NamedTuple):
 
 
 OPTIONS: Dict[str, Option] = {
-    "--arch": Option("another architecture than that of configs/BENCH.yaml, with the settings of configs/BENCH/ARCH.yaml: "
-                     "ptb has transformer_lm_pn_ptb, wikitext103 has transformer_lm_pn_wiki103; text of your own for "
-                     "translation has transformer_pn_tiny and transformer_pn_wmt_en_de", "ARCH"),
-    "--available": Option("where something is missing, go on with what is there", kind="flag"),
-    "--check": Option("end with exit status 1 if something is not as it ought to be", kind="flag"),
+    "--arch": Option("an architecture other than that of configs/BENCH.yaml, with the settings of configs/BENCH/ARCH.yaml: "
+                     "ptb has transformer_lm_pn_ptb, wikitext103 has transformer_lm_pn_wiki103; translation of your own "
+                     "text has transformer_pn_tiny and transformer_pn_wmt_en_de", "ARCH"),
+    "--available": Option("if something is missing, continue with what is there", kind="flag"),
+    "--check": Option("end with exit status 1 if a check fails", kind="flag"),
     "--dry-run": Option("print what would be done, and do nothing", kind="flag"),
-    "--force": Option("make the result again, in place of what is there", kind="flag"),
-    "--gpus": Option("GPUs of each run on a cluster, all nodes together, with a rank (a task) each; default: one per node. "
-                     "An update takes as much as on one: they share out optimization.update_freq, which G must divide",
+    "--force": Option("replace a result that already exists", kind="flag"),
+    "--gpus": Option("GPUs of each run on a cluster, over all its nodes, with one rank (task) each; default: one per node. "
+                     "An update covers as many tokens as on one GPU: they share optimization.update_freq, which G must "
+                     "divide",
                      "G", "number", (1, MOST), instead="which GPUs of this machine: --gpu-ids LIST"),
-    "--log-dir": Option("a log for each job; default: logs/ in the submission's directory", "DIR"),
-    "--nodes": Option("machines of each run; default: 1", "N", "number", (1, MOST)),
+    "--log-dir": Option("where the log of each job goes; default: logs/ in the submission's directory", "DIR"),
+    "--nodes": Option("number of machines for each run; default: 1", "N", "number", (1, MOST)),
     "--output": Option("the file to write", "FILE"),
-    "--partition": Option("of the cluster; default: the site's", "P"),
-    "--placement": Option("encoder (NORM in the encoder's layers, layer in the decoder's, as in the paper) or all; default: "
-                          "encoder, and all for language models, which have NORM in all positions", "WHERE"),
-    "--resume": Option("go on with a run that is there, with the overrides it was started with and any new ones; start one "
-                       "that is not; leave one that has finished as it is", kind="flag"),
-    "--run-dir": Option("default: runs/BENCH/NORM[-all][-ARCH]-seedS ($PN_RUNS_ROOT/BENCH/...), ARCH if it is not the "
-                        "default", "DIR"),
-    "--seeds": Option("a run with each of these seeds, such as 1,2,3", "LIST", "seeds", names=("--array-seeds",)),
-    "--site": Option("the cluster's settings; default: $PN_SLURM_SITE, scripts/slurm/site.sh or, where that is missing, "
+    "--partition": Option("the cluster's partition; default: that of the site file", "P"),
+    "--placement": Option("where NORM stands: encoder (in the encoder's layers, with layer in the decoder's, as in the "
+                          "paper) or all; default: encoder; for language models always all", "WHERE"),
+    "--resume": Option("continue a run that already exists, with the overrides it was started with and any new ones; start "
+                       "one that does not exist yet; leave a finished one as it is", kind="flag"),
+    "--run-dir": Option("the run's directory; default: runs/BENCH/NORM[-all][-ARCH]-seedS ($PN_RUNS_ROOT/BENCH/...), with "
+                        "ARCH if it is not the default one", "DIR"),
+    "--seeds": Option("one run for each of these seeds, such as 1,2,3", "LIST", "seeds", names=("--array-seeds",)),
+    "--site": Option("the cluster's settings; default: $PN_SLURM_SITE, else scripts/slurm/site.sh, else "
                      "scripts/slurm/site.example.sh", "FILE"),
-    "--subset": Option("a part of the data: train, valid or test", "NAME"),
-    "--tensorboard": Option("also write the curves for TensorBoard, to tensorboard/ in the run's directory or, with "
+    "--subset": Option("the part of the data: train, valid or test", "NAME"),
+    "--tensorboard": Option("also write the curves for TensorBoard: to tensorboard/ in the run's directory or, with "
                             "--tensorboard=DIR, to DIR/BENCH/RUN", "DIR", "optional"),
-    "--time": Option("time limit of a job, as sbatch takes it; default: the site's. A run may need longer: its job stops "
-                     "before the limit and requeues itself", "T"),
-    "--wandb": Option("also send the curves to that project of Weights & Biases, as the run RUN of the group BENCH/RUN "
-                      "without its seed; a run that is gone on with stays one", "PROJECT"),
+    "--time": Option("time limit of a job, in the form that sbatch takes; default: that of the site file. A run may need "
+                     "longer: its job stops before the limit and requeues itself", "T"),
+    "--wandb": Option("also send the curves to this project of Weights & Biases, as run RUN in the group BENCH/RUN without "
+                      "its seed; a run that is resumed remains one run there", "PROJECT"),
 }
 
 

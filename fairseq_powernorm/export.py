@@ -1,4 +1,4 @@
-"""Export of a trained model, its norms folded, to run without fairseq and without this package.
+"""Exports a trained model, with its norms folded, to run without fairseq and without this package.
 
 ``python -m fairseq_powernorm.export CHECKPOINT --format torchscript --output FILE``
 ``python -m fairseq_powernorm.export CHECKPOINT --format onnx --output FILE``
@@ -223,10 +223,10 @@ def _load(path: str, data: Optional[str]) -> nn.Module:
 def parser() -> argparse.ArgumentParser:
     """The options of the command."""
     parser = argparse.ArgumentParser(prog="python -m fairseq_powernorm.export", description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    parser.add_argument("--format", required=True, choices=list(FORMATS))
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a trained model")
+    parser.add_argument("--format", required=True, choices=list(FORMATS), help="what kind of file to write")
     command_options.add(parser, "--output", required=True)
-    parser.add_argument("--data", metavar="DATA-BIN", help="directory of the dictionaries (default: the training's)")
+    parser.add_argument("--data", metavar="DATA-BIN", help="directory with the dictionaries (default: that of the training)")
     command_options.add(parser, "--force")
     return parser
 

@@ -1,4 +1,4 @@
-"""Estimates the running statistics of a checkpoint anew, after averaging or fine-tuning: forward passes only.
+"""Estimates the running statistics of a checkpoint again, by forward passes, for instance after averaging or fine-tuning.
 
 What it does is :func:`fairseq_powernorm.statistics.recalibrate`, which serves any model and batches of any kind.
 
@@ -54,12 +54,12 @@ def parser() -> argparse.ArgumentParser:
     """The options of the command."""
     parser = argparse.ArgumentParser(prog="python -m fairseq_powernorm.recalibrate", description=__doc__.split("\n")[0])
     parser.add_argument("data", metavar="DATA-BIN", help="binarized training data of the checkpoint's task")
-    parser.add_argument("--path", required=True, metavar="CHECKPOINT")
+    parser.add_argument("--path", required=True, metavar="CHECKPOINT", help="the checkpoint, which stays as it is")
     command_options.add(parser, "--output", required=True)
-    parser.add_argument("--batches", type=int, required=True, metavar="N", help="training batches to run over")
-    parser.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="of a batch (default: 4096)")
+    parser.add_argument("--batches", type=int, required=True, metavar="N", help="number of training batches to run over")
+    parser.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="most tokens in a batch (default: 4096)")
     command_options.add(parser, "--subset", "default: train", default="train")
-    parser.add_argument("--seed", type=int, default=1, help="of the choice of batches and of dropout (default: 1)")
+    parser.add_argument("--seed", type=int, default=1, help="seed for the choice of batches and for dropout (default: 1)")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     command_options.add(parser, "--force")
     return parser

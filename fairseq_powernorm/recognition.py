@@ -14,16 +14,12 @@ from torch.nn.utils import parametrize
 from .fold import FoldedNorm
 from .norms import Norm
 from .norms.layouts import CHANNELS_FIRST
+from .references import HOOKS
 
-__all__ = ["HOOKS", "Function", "Unknown", "function_of"]
+__all__ = ["Function", "Unknown", "function_of"]
 
 #: attributes with the eps of a norm
 EPS = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps")
-#: attributes with the hooks of a module
-HOOKS = (
-    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
-)  # fmt: skip
 
 
 class Function(NamedTuple):

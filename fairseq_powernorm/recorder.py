@@ -1,4 +1,4 @@
-"""Records of the running statistics along training, and the figures drawn from them (paper, figures 1 and 2).
+"""Records the running statistics during training, and draws figures from the records (figures 1 and 2 of the paper).
 
 A record is a text file with one JSON object per norm and recorded update: ``update`` (optimizer steps taken),
 ``norm`` (its name in the model) and the quantities of :meth:`~fairseq_powernorm.norms.RunningNorm.describe` and
@@ -104,7 +104,10 @@ def read(path: str) -> List[Row]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            row["update"], row["norm"]
+            if type(row["update"]) is not int or type(row["norm"]) is not str:
+                raise TypeError
+            if not all(type(row.get(quantity, 0.0)) in (int, float) for quantity in PANELS):
+                raise TypeError
         except (ValueError, KeyError, TypeError, RecursionError):
             if number == len(lines) and not line.endswith("\n"):
                 break
@@ -174,9 +177,9 @@ def plot(records: Mapping[str, List[Row]], output: str) -> None:
 def parser() -> argparse.ArgumentParser:
     """The options of the command."""
     parser = argparse.ArgumentParser(prog="python -m fairseq_powernorm.recorder", description=__doc__.split("\n")[0])
-    parser.add_argument("records", nargs="+", metavar="RECORD", help="written by fairseq-train --norm-record")
+    parser.add_argument("records", nargs="+", metavar="RECORD", help="a file written by fairseq-train --norm-record")
     command_options.add(parser, "--output", "a figure, .png", required=True)
-    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="one per record (default: file names)")
+    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="a label for each record (default: the file names)")
     return parser
 
 

@@ -4,6 +4,11 @@ from typing import Any, Dict, List, Optional, Set
 
 from torch import Tensor, nn
 
+#: attributes with the hooks of a module
+HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
 #: what holds no module
 _PLAIN = (str, bytes, int, float, complex, type(None), Tensor)
 

@@ -1,8 +1,8 @@
-"""Running statistics that take one step per optimizer step, however the batch is cut.
+"""Running statistics that take one step per optimizer step, however the batch is divided.
 
-The recursions of all norms are linear in sums over rows. So the sums of every micro-batch and every process are added up
-first and applied once: k processes, k micro-batches and one batch k times as large give the same statistics, and a
-training step that is thrown away leaves none. In a training loop of one's own:
+The recursions of all norms are linear in sums over rows. Therefore the sums of all micro-batches and processes can be added
+up first and applied once: k processes, k micro-batches and one batch k times as large give the same statistics, and a
+training step that is skipped leaves no trace. In a training loop of your own:
 
 .. code-block:: python
 
@@ -71,7 +71,16 @@ class _Kind(NamedTuple):
 
     def stacked(self) -> Dict[str, Tensor]:
         """A copy of the buffers of all norms, in their own precision."""
-        return {name: torch.stack([norm.statistic(name) for norm in self.norms]) for name in self.norms[0]._buffers}
+        return {name: torch.stack([norm.statistic(name) for norm in self.norms]) for name in self.norms[0].statistics()}
+
+    def alike(self) -> Sequence["_Kind"]:
+        """Norms whose statistics are applied together: these, or each by itself where settings of one were changed since."""
+        if all(norm.settings() == self.norms[0].settings() for norm in self.norms):
+            return [self]
+        return [
+            _Kind([name], [norm], {part: _Part(*(each[i : i + 1] for each in sums)) for part, sums in self.parts.items()})
+            for i, (name, norm) in enumerate(zip(self.names, self.norms))
+        ]
 
     def sums(self, part: str) -> Sums:
         return Sums.of(self.parts[part].step, self.norms[0].dim)
@@ -83,19 +92,19 @@ def running_norms(model: nn.Module) -> Dict[str, RunningNorm]:
 
 
 class RunningStatistics:
-    """Takes over the running statistics of all norms of a model: gathers sums, applies them once per step.
+    """Takes over the running statistics of all norms of a model: collects their sums and applies them once per step.
 
-    Sums are kept in float64. A batch whose sums are not finite in a norm is left out of that norm's statistics.
+    Sums are kept in float64. If the sums of a batch are not finite in a norm, that norm's statistics leave the batch out.
 
     Args:
-        model: on its device already; its norms apply nothing by themselves from now on
-        sync: ``off`` keeps the statistics of each process to itself; ``step`` adds up the sums of all processes, with
-            one all-reduce a step; ``exact`` does so in every forward pass, too, where a norm divides by statistics of
-            the batch in progress (and in the backward pass of PN-V and BN), with blocking reductions in each norm
+        model: must already be on its device; from now on its norms no longer update their statistics themselves
+        sync: ``off`` keeps the statistics of each process separate; ``step`` adds up the sums of all processes, with
+            one all-reduce per step; ``exact`` also does so in every forward pass in which a norm divides by statistics of
+            the current batch (and in the backward pass of PN-V and BN), by blocking reductions in each norm
         group: process group of the processes that share a batch (default: all, if torch.distributed is in use)
 
     Raises:
-        ValueError: ``sync`` is unknown, or other RunningStatistics have taken the norms over
+        ValueError: ``sync`` is unknown, other RunningStatistics have taken the norms over, or they lie on several devices
     """
 
     def __init__(self, model: nn.Module, sync: str = "step", group: Optional[dist.ProcessGroup] = None):
@@ -112,6 +121,10 @@ class RunningStatistics:
                 raise ValueError(f"{name}: RunningStatistics have taken this norm over already; release() them first")
             key = type(norm), norm.settings(), norm.iters.dtype, norm.iters.device
             kinds.setdefault(key, []).append((_WRAPPERS.sub("", name), norm))
+        devices = {str(norm.iters.device): name for named in kinds.values() for name, norm in named}
+        if len(devices) > 1:
+            places = ", ".join(f"{name} on {device}" for device, name in devices.items())
+            raise ValueError(f"RunningStatistics: norms on several devices ({places}): must be one, as their sums are")
         self.kinds = self._allocate([([name for name, _ in named], [norm for _, norm in named]) for named in kinds.values()])
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
         self._shared = several and sync != "off" and len(kinds) > 0
@@ -161,7 +174,8 @@ class RunningStatistics:
         """Let the norms apply their statistics themselves again."""
         for kind in self.kinds:
             for norm in kind.norms:
-                norm.stage = None
+                if norm.stage is not None and norm.stage.switches is self.switches:  # or others have taken it over since
+                    norm.stage = None
 
     @contextmanager
     def batch(self, counts: bool = True, gradient_scale: Union[float, Tensor] = 1.0) -> Iterator[None]:
@@ -173,13 +187,17 @@ class RunningStatistics:
             gradient_scale: factor of the loss that is differentiated (the loss scale of fp16 training)
 
         Raises:
-            RuntimeError: a batch is in progress already
+            RuntimeError: a batch is in progress already, or the sums of this step have been added up by :meth:`reduce`
         """
         switches = self.switches
         if switches.open:
             raise RuntimeError("RunningStatistics.batch(): a batch is in progress already, here or in another thread")
+        if self._calls is not None:
+            raise RuntimeError(
+                "RunningStatistics.batch(): the step has been reduced, and a second time would count its sums once for each "
+                "process: call reduce() after the last batch of a step, then commit() or discard()"
+            )
         switches.open, switches.counting, switches.gradient_scale = True, counts, gradient_scale
-        self._calls = None
         self._forget_batch()
         try:
             yield
@@ -206,15 +224,16 @@ class RunningStatistics:
                 part.left_out.add_(finite.logical_not())
 
     def reduce(self) -> Dict[str, int]:
-        """Add up the sums of all processes, once per step and on every process; before :meth:`commit`.
+        """Add up the sums of all processes, on every process; before :meth:`commit`. A second time it only says the same.
 
         Returns:
             name of a norm -> number of forward and backward passes of the step (over all processes) that were left
             out of its statistics because they were not finite; norms without any are not listed
         """
-        if self._shared:
-            dist.all_reduce(self._step, group=self._group)
-        self._calls = self._read(lambda part: part.step[:, -1])["forward"]
+        if self._calls is None:
+            if self._shared:
+                dist.all_reduce(self._step, group=self._group)
+            self._calls = self.passes()
         return self.left_out()
 
     def left_out(self, parts: Sequence[str] = PARTS) -> Dict[str, int]:
@@ -222,6 +241,10 @@ class RunningStatistics:
         counts = self._read(lambda part: part.left_out[:, 0])
         total = {name: int(sum(counts[part][name] for part in parts)) for name in counts[PARTS[0]]}
         return {name: count for name, count in total.items() if count}
+
+    def passes(self) -> Dict[str, float]:
+        """Name of a norm -> its forward passes in this step; of this process, or of all after :meth:`reduce`."""
+        return self._read(lambda part: part.step[:, -1])["forward"]
 
     def _read(self, column: Callable[[_Part], Tensor]) -> Dict[str, Dict[str, float]]:
         """A number of each norm, by part and name, read from the device in one go."""
@@ -238,11 +261,10 @@ class RunningStatistics:
 
         Calls :meth:`reduce` unless that was done. A norm through which no counted batch went takes no step.
         """
-        if self._calls is None:
-            self.reduce()
+        self.reduce()
         calls = self._calls
         assert calls is not None
-        for kind in self.kinds:
+        for kind in self._alike():
             steps = [norm.steps() for norm in kind.norms]
             buffers = kind.stacked()
             for part in PARTS:
@@ -260,7 +282,7 @@ class RunningStatistics:
         Step counts, nu, windows of single steps, and norms without a counted row stay as they are.
         """
         self.reduce()
-        for kind in self.kinds:
+        for kind in self._alike():
             called = kind.parts["forward"].step[:, -1:] > 0
             old = kind.state()
             for name, new in kind.norms[0].advance("forward", old, kind.sums("forward"), 0.0).items():
@@ -270,6 +292,9 @@ class RunningStatistics:
                         if bool(taken) and bool(torch.isfinite(value).all()):
                             norm._buffers[name].copy_(value)
         self.discard()
+
+    def _alike(self) -> List[_Kind]:
+        return [alike for kind in self.kinds for alike in kind.alike()]
 
     def discard(self) -> None:
         """Forget the sums gathered: the step is not taken."""
@@ -288,7 +313,7 @@ class RunningStatistics:
         if calls is None:
             raise RuntimeError("RunningStatistics.describe(): call reduce() first, then describe(), then commit()")
         found: Dict[str, Dict[str, float]] = {}
-        for kind in self.kinds:
+        for kind in self._alike():
             values = kind.norms[0].describe(kind.state(), kind.sums("forward"), kind.sums("backward"))
             table = torch.stack(list(values.values()), 1).tolist()
             for name, row in zip(kind.names, table):
@@ -323,25 +348,26 @@ def call(model: nn.Module, batch: Any) -> Any:
 def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] = call) -> int:
     """Replace the running statistics of a model's norms by those of the given batches, by forward passes only.
 
-    Averaged parameters have other statistics than the average of their statistics, and so have parameters that were
-    fine-tuned with frozen norms. Running moments become those of all batches together. The model is in training mode,
-    dropout included, and each norm divides by the moments of the batch in progress, so that the result does not depend on
-    the statistics that were there. Parameters, step counts and PN's nu (which evaluation does not use) stay as they are.
+    This is needed after averaging, because the statistics of averaged parameters are not the average of their statistics,
+    and after fine-tuning with frozen norms. The running moments become those of all batches together. The model runs in
+    training mode, including dropout, and each norm divides by the moments of the current batch, so that the result does not
+    depend on the previous statistics. Parameters, step counts and PN's nu (which evaluation does not use) stay as they are.
 
-    It stands in for ``torch.optim.swa_utils.update_bn``, which knows torch's batch norms only and passes over these norms
-    without a word.
+    Use it instead of ``torch.optim.swa_utils.update_bn``, which knows only torch's batch norms and silently skips these.
 
     Args:
-        model: put into training mode meanwhile; then each module is in the mode that it was in
+        model: is put into training mode for the duration, with all of its norms, even those that its own ``train`` would
+            leave frozen; afterwards each module is in its previous mode
         batches: at least one; micro-batches of the usual training size
-        forward: called as ``forward(model, batch)`` for each; by default a mapping holds keyword arguments, a list or tuple
-            positional ones, anything else is the only argument: :func:`call`
+        forward: called as ``forward(model, batch)`` for each batch; by default, see :func:`call`, a mapping holds keyword
+            arguments, a list or tuple positional ones, and anything else is the only argument
 
     Returns:
         number of batches
 
     Raises:
-        ValueError: the model has no running statistics, there is no batch, or a norm's statistics are not finite
+        ValueError: the model has no running statistics, there is no batch, none went through a norm in training, or a norm's
+            statistics are not finite
     """
     modes = [(each, each.training) for each in model.modules()]
     statistics = RunningStatistics(model, "off")
@@ -349,6 +375,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.
         raise ValueError("no norm of the model has running statistics: there is nothing to estimate")
     statistics.switches.batch_statistics = True
     model.train()
+    for norm in statistics.norms().values():
+        norm.train()
     try:
         for batch in batches:
             with statistics.batch():
@@ -356,6 +384,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.
         count, left_out = statistics.batches, statistics.left_out()
         if not count:
             raise ValueError("no batches to estimate statistics from")
+        if not any(statistics.passes().values()):
+            raise ValueError("no batch went through a norm in training mode: there is nothing to estimate from")
         if left_out:
             raise ValueError(f"statistics of {next(iter(left_out))} are not finite")
         statistics.replace()

@@ -9,7 +9,7 @@ import torch
 import toy
 
 from fairseq_powernorm import checkpoint
-from fairseq_powernorm.norms import NORMS, norms_with
+from fairseq_powernorm.norms import NORMS, RunningNorm, build_norm, norms_with
 
 
 def average(*words):
@@ -53,6 +53,29 @@ def test_average(runs):
             expected = parts.mean(0)
         assert value.dtype == states[0][name].dtype
         torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-7, msg=name)
+
+
+#: norms with running statistics, in the way a checkpoint has them
+RUNNING = [name for name, kind in NORMS.items() if issubclass(kind, RunningNorm)]
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_average_of_each_norm(name, tmp_path):
+    """The moments about zero are averaged, a variance or deviation is that of all together, and what holds single steps,
+    step counts and windows, is that of the last checkpoint."""
+    torch.manual_seed(0)
+    norm = build_norm(name, 4, **getattr(NORMS[name], "REQUIRED", {}))
+    states = [{f"n.{key}": torch.rand_like(value) + 0.5 for key, value in norm.state_dict().items()} for _ in range(3)]
+    model = checkpoint.average_checkpoints([write(tmp_path / f"{i}.pt", state) for i, state in enumerate(states)])["model"]
+    for key, value in model.items():
+        parts = torch.stack([state[key].double() for state in states])
+        expected = parts[-1] if key[2:] in ("iters", *norm.windows) else parts.mean(0)
+        if "n.running_mean" in states[0] and key in ("n.running_var", "n.running_std"):
+            means = torch.stack([state["n.running_mean"].double() for state in states])
+            variances = parts if key.endswith("var") else parts.square()
+            expected = variances.mean(0) + means.var(0, unbiased=False)
+            expected = expected if key.endswith("var") else expected.sqrt()
+        torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-7, msg=key)
 
 
 def test_average_of_one_checkpoint_is_itself(runs):

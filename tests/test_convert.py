@@ -408,6 +408,16 @@ def test_running_statistics_of_batch_norm():
     torch.testing.assert_close(new.running_mean, old.running_mean)
 
 
+@pytest.mark.parametrize(
+    "options, kept", [(dict(track_running_stats=False), "kept none"), (dict(momentum=None), "averaged over all steps")]
+)
+def test_other_running_statistics_are_noted(options, kept):
+    """A BatchNorm that evaluates by other statistics than a moving average: the report says so."""
+    for name, noted in (("batch", True), ("power", True), ("layer", False)):
+        _, report = replace_norms(nn.BatchNorm1d(C, **options), name, kinds=[nn.BatchNorm1d])
+        assert (f"where the BatchNorm1d {kept}" in str(report)) is noted
+
+
 @pytest.mark.parametrize("groups", [0, HEADS])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", ["power", "power-v", "batch"])

@@ -11,10 +11,12 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.sequence_generator import SequenceGenerator
 from fairseq_cli import eval_lm, generate, interactive, validate
 from omegaconf import OmegaConf
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq_powernorm import export, kernels
 from fairseq_powernorm.checkpoint import load
+from fairseq_powernorm.convert import replace_norms
 from fairseq_powernorm.fold import FoldedNorm, fold_norms
 from fairseq_powernorm.models import base
 from fairseq_powernorm.norms import MaskedBatchNorm, PowerNorm, RunningNorm
@@ -209,11 +211,23 @@ def test_with_layer_scale_one_parameter_free_norm_is_left():
     assert left(post_norm=True) == {affine}
 
 
-def test_tied_weights_stay_tied():
-    """A projection that is the input embedding is left alone, and still is that embedding."""
-    model = fold_norms(build(share_all_embeddings=True, norm_groups=0, **toy.ALL_POWER))
-    assert model.decoder.output_projection.weight is model.encoder.embed_tokens.weight
+@pytest.mark.parametrize("case", ["power-0-shared", "lm-tied"])
+def test_tied_weights_stay_tied(case):
+    """A projection that is the input embedding, of one stack or of both, is left alone, and still is that embedding."""
+    model = fold_norms(build(**CASES[case]))
+    for stack in {getattr(model, "encoder", model.decoder), model.decoder}:
+        assert model.decoder.output_projection.weight is stack.embed_tokens.weight
     assert model.decoder.output_projection.bias is None
+
+
+def test_a_map_that_sees_something_else_than_its_norms_output():
+    """A linear map before which a hook changes the input leaves scale and shift in the norm."""
+    layer = build(norm_groups=0, **toy.ALL_POWER).encoder.layers[0]
+    layer.fc1.register_forward_pre_hook(lambda module, inputs: (inputs[0].tanh(),))
+    x, mask = torch.randn(5, 2, 16), torch.zeros(2, 5, dtype=torch.bool)
+    expected = layer(x, mask)
+    torch.testing.assert_close(fold_norms(layer)(x, mask), expected, rtol=0, atol=1e-5)
+    assert layer.final_layer_norm.scale is not None and layer.self_attn_layer_norm.scale is None
 
 
 def test_what_stands_at_padding_does_not_matter():
@@ -258,6 +272,65 @@ def test_modules_outside_of_fairseq_fold_too():
         for each in (folded, inside):
             with pytest.raises(RuntimeError, match="folded for inference"):
                 each.train()
+
+
+def test_hooks_see_what_they_saw():
+    """A norm whose passes somebody looks at is folded, but not into what reads it, and its hooks stay."""
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, norm_first=True, batch_first=True)
+    layer, _ = replace_norms(randomized(layer), "power")
+    layer.eval().norm1.running_phi.fill_(3.0)
+    seen, x = [], torch.randn(2, 5, 8)
+    layer.norm1.register_forward_hook(lambda norm, args, y: seen.append(y))
+    layer.norm2.register_forward_pre_hook(lambda norm, args: seen.append(args[0]))
+    expected = layer(x)
+    torch.testing.assert_close(fold_norms(layer)(x), expected)
+    assert len(seen) == 4
+    for one, other in zip(seen[:2], seen[2:]):
+        torch.testing.assert_close(one, other)
+
+
+def test_hooks_of_what_reads_a_norm():
+    """An adapter that adds to a linear map by a hook, from its input: outputs stay; the other norm is folded as ever."""
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, norm_first=True, batch_first=True)
+    layer, _ = replace_norms(layer, "power:groups=0")
+    layer.eval().norm1.running_phi.fill_(3.0)
+    layer.norm2.running_phi.fill_(5.0)
+    x, adapter = torch.randn(2, 5, 8), torch.nn.Linear(8, 16)
+    layer.linear1.register_forward_hook(lambda linear, args, y: y + adapter(args[0]))
+    expected = layer(x)
+    torch.testing.assert_close(fold_norms(layer)(x), expected)
+    assert layer.norm1.scale is None and layer.norm2.scale is not None
+
+
+def test_frozen_models_pass_gradients_on():
+    """A gradient of the input reaches no parameter that learns nothing: those that were folded into stay frozen."""
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, norm_first=True, batch_first=True)
+    layer, _ = replace_norms(layer, "power:groups=0")
+    layer.eval().requires_grad_(False)
+    gradients = []
+    for each in (layer, fold_norms(layer)):
+        x = torch.ones(2, 5, 8, requires_grad=True)
+        each(x).square().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_pruned_norms():
+    """What is folded is the parameter of now, not of the last pass; the norm itself stays as it is."""
+    norm, x = PowerNorm(8).eval(), torch.randn(5, 8)
+    prune.custom_from_mask(norm, "weight", torch.arange(8) % 2)
+    with torch.no_grad():
+        norm.weight_orig.fill_(5.0)
+    folded = fold_norms(norm)
+    torch.testing.assert_close(folded(x), norm(x))
+    assert len(norm._forward_pre_hooks) == 1
+
+
+def test_a_norm_in_two_places_of_one_module():
+    """Both are folded."""
+    norm = PowerNorm(8)
+    model = fold_norms(torch.nn.Sequential(norm, torch.nn.Linear(8, 8), norm))
+    assert model[0] is model[2] and isinstance(model[0], FoldedNorm)
 
 
 def test_a_folded_model_refuses_to_train_and_to_load():

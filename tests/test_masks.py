@@ -105,13 +105,15 @@ def test_a_mask_of_each_call(norm, kind):
 
 
 @pytest.mark.parametrize("repeat", [None, "reentrant", "non-reentrant"])
-@pytest.mark.parametrize("how", ["attach", "context"])
+@pytest.mark.parametrize("how", ["attach", "context", "both"])
 @pytest.mark.parametrize("norm", [*RUNNING, "power"])
 def test_computed_again(norm, how, repeat):
-    """Under activation checkpointing, backward passes after both forward passes: each has its own call's mask."""
+    """Under activation checkpointing, backward passes after both forward passes: each has its own call's mask, the inner
+    one of two."""
     batches = [batch(seed) for seed in range(2)]
     model, expected = Model(norm, repeat), Model(norm)
-    handle = attach_mask(model) if how == "attach" else None
+    if how != "context":
+        attach_mask(model)
     found = []
     for each in (model, expected):
         losses = []
@@ -119,7 +121,10 @@ def test_computed_again(norm, how, repeat):
             if each is expected:
                 for layer in each.layers:
                     x = x + layer.linear(layer.norm(x, ~tokens)).tanh()
-            elif handle is not None:
+            elif how == "both":
+                with padding_mask(each, tokens):  # the opposite
+                    x = each(x * 1.0, tokens.long())
+            elif how == "attach":
                 x = each(x, tokens.long())
             else:
                 with padding_mask(each, ~tokens):
@@ -218,6 +223,26 @@ def test_threads_that_nothing_tells_apart():
         outputs[0].sum().backward()
 
 
+def test_threads_of_which_one_is_gone():
+    """Two calls in two threads, the output of one thrown away: the other is the only one that can be computed again."""
+    for gone in (0, 1):
+        model, batches, outputs = Model("batch", "non-reentrant"), [batch(0), batch(1)], []
+        attach_mask(model)
+        for x, tokens in batches:
+            Threads(lambda x=x, tokens=tokens: outputs.append(model(x, tokens)))
+        del outputs[gone]
+        x, tokens = batches[1 - gone]
+        outputs[0][tokens].square().sum().backward()
+        expected = Model("batch")
+        for number, (x, tokens) in enumerate(batches):
+            y = x
+            for layer in expected.layers:
+                y = y + layer.linear(layer.norm(y, ~tokens)).tanh()
+            if number != gone:
+                y[tokens].square().sum().backward()
+        assert_same(state(model), state(expected))
+
+
 def test_nested():
     """A context around a call counts where the call has no mask, an inner module's mask within it, and both end."""
     model = Model("power-v:alpha_fwd=0.0")
@@ -277,6 +302,20 @@ def test_evaluation_looks_at_no_mask():
         attach_mask(model)
         assert torch.equal(model(x, torch.ones(B, T + 4)), expected)
         assert torch.equal(model(x[:, :1], torch.ones(B, 1, T, T)), model(x[:, :1]))
+
+
+@pytest.mark.parametrize("repeat", [None, "reentrant", "non-reentrant"])
+def test_a_mask_that_is_written_anew(repeat):
+    """One tensor holds the mask of each call in turn: each call, and its repetition, has what stood there when it began."""
+    model, buffer = Model("batch", repeat), torch.empty(B, T, dtype=torch.bool)
+    batches = [batch(seed) for seed in range(3)]
+    for x, tokens in batches:
+        buffer.copy_(~tokens)
+        with padding_mask(model, buffer):
+            y = model(x)
+        buffer.fill_(True)
+        y[tokens].square().sum().backward()
+    assert_same(state(model), by_hand(Model("batch"), batches))
 
 
 def test_frozen_norms():

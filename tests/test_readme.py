@@ -10,7 +10,7 @@ import toy
 
 from fairseq_powernorm.models.tensorized_lm_pn import TensorizedLMPNConfig
 from fairseq_powernorm.models.transformer_pn import TransformerPNConfig
-from fairseq_powernorm.norms import NORMS, PowerNorm, RunningNorm
+from fairseq_powernorm.norms import NORMS, PowerNorm, RunningNorm, norm_options
 from fairseq_powernorm.options import (
     INFERENCE_FIELDS,
     NORM_FIELDS,
@@ -93,6 +93,9 @@ def test_the_table_of_flags_is_complete():
     for name in named:
         row = next(row for row in text.split("\n") if row.startswith("|") and flag(name) in row)
         assert re.search(rf"\(`?{re.escape(str(defaults[name]).replace('1e-05', '1e-5'))}`?\)", row), row
+    warmed = {name for name in NORMS if "warmup_updates" in norm_options(name)}
+    (row,) = (row for row in text.split("\n") if row.startswith("| `--norm-warmup-updates`"))
+    assert {*re.findall(r"`([a-z-]+)`", row.replace("--norm", "")), "power"} == {*warmed, "-warmup-updates"}
 
 
 def test_the_tables_of_norms_are_complete():

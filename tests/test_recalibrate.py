@@ -97,11 +97,42 @@ def test_any_iterable_of_batches(kind):
         torch.testing.assert_close(model[1].running_mean, model[0](torch.cat(rows)).mean(0))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_norm_that_is_not_reached_keeps_its_statistics(kind):
+    """Of a layer that no batch goes through nothing is known: to the last bit what was there."""
+    model = nn.ModuleList([*model_of(kind), KINDS[kind]().double()])
+    for name, buffer in model[4].named_buffers():
+        buffer.fill_(17.0 if name == "iters" else 0.7)
+    before = copy.deepcopy(model[4].state_dict())
+    recalibrate(model, batches(), lambda model, batch: forward(model[:4], batch))
+    assert all(torch.equal(value, before[name]) for name, value in model[4].state_dict().items())
+
+
 def test_each_module_stays_in_its_mode():
     """A part that was in evaluation is so again."""
     model = nn.Sequential(PowerNorm(8), nn.Sequential(nn.Dropout(), PowerNorm(8)).eval())
     recalibrate(model, [torch.randn(4, 8)])
     assert [each.training for each in model.modules()] == [True, True, False, False, False]
+
+
+class Frozen(nn.Sequential):
+    """Keeps its norms in evaluation, as models do that are fine-tuned with frozen norms."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+def test_norms_that_a_model_keeps_frozen():
+    """They are what is to be estimated; and where they are bypassed all the same, that is an error."""
+    frozen, plain = (kind(*model_of("batch")[:2]) for kind in (Frozen, nn.Sequential))
+    plain.load_state_dict(frozen.state_dict())
+    xs = [x for x, _ in batches()]
+    assert recalibrate(frozen.train(), xs) == recalibrate(plain, xs) == 5
+    assert torch.equal(frozen[1].running_var, plain[1].running_var) and frozen.training and not frozen[1].training
+    with pytest.raises(ValueError, match="no batch went through a norm in training mode"):
+        recalibrate(frozen, xs, lambda model, x: model.eval()(x))
 
 
 def test_update_bn_and_sync_batch_norm_do_nothing():

@@ -536,6 +536,61 @@ for sync in ('off', 'step', 'exact'):
     assert output.split() == ["off", "0", "step", "1", "exact", "5"]
 
 
+def test_a_step_is_reduced_once():
+    """A second reduce() changes nothing and says the same; a batch after it is refused until the step is over."""
+    model = stack("algorithm2")
+    statistics = RunningStatistics(model)
+    added = []
+    statistics._shared, statistics._group = True, None
+    with pytest.MonkeyPatch.context() as patched:  # two ranks with the same batches
+        patched.setattr(torch.distributed, "all_reduce", lambda vector, group: (added.append(1), vector.mul_(2)))
+        with statistics.batch():
+            run(model, *data(0)).backward()
+        assert statistics.reduce() == statistics.reduce() == {}
+        with pytest.raises(RuntimeError, match="the step has been reduced.* then commit"), statistics.batch():
+            pass
+        statistics.commit()
+        with statistics.batch():
+            pass
+    assert len(added) == 1
+
+
+@pytest.mark.parametrize("name, option, value", [
+    ("power-v", "alpha_fwd", 0.5), ("power", "alpha_bkw", 0.5), ("batch", "alpha_fwd", 0.5), ("mabn", "alpha_fwd", 0.5),
+])
+def test_settings_may_change_between_steps(name, option, value):
+    """That of one norm alone: each norm takes its own steps."""
+    models = [nn.Sequential(*(build_norm(name, C) for _ in range(3))) for _ in range(2)]
+    statistics = RunningStatistics(models[0])
+    for model in models:
+        setattr(model[1], option, value)
+    x = data(0)[0].float()
+    for scale in (1.0, 3.0, 5.0):
+        with statistics.batch():
+            (models[0](scale * x).square().sum()).backward()
+        statistics.reduce()
+        assert list(statistics.describe()) == ["0", "1", "2"]
+        statistics.commit()
+        (models[1](scale * x).square().sum()).backward()
+    assert_same(*models)
+
+
+def test_others_who_have_taken_over_stay():
+    """release() a second time leaves alone whoever has the norms by then."""
+    model = stack("batch")
+    first = RunningStatistics(model)
+    first.release()
+    RunningStatistics(model)
+    first.release()
+    assert all(norm.stage is not None for norm in running_norms(model).values())
+
+
+def test_norms_on_several_devices_are_refused():
+    """With a norm of each."""
+    with pytest.raises(ValueError, match="0 on cpu, 1 on meta"):
+        RunningStatistics(nn.Sequential(build_norm("power", C), build_norm("batch", C, device="meta")))
+
+
 def test_classes_of_one_name_are_kept_apart():
     """Two classes whose norms print alike and step otherwise: each by its own rule, however they are arranged."""
 

@@ -70,6 +70,13 @@ def reader_of(option: command_options.Option) -> Optional[Reader]:
 # ---- the parser ------------------------------------------------------------------------------------------------------
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps words whole, those with hyphens too: a list of norms or an option's name can be copied."""
+
+    def _split_lines(self, text: str, width: int) -> List[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False, break_long_words=False)
+
+
 class Parser(argparse.ArgumentParser):
     """Reads the words of a command line.
 
@@ -87,7 +94,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=prog if os.environ.get(SCRIPT) else f"{prog} {subcommand}".rstrip(),
             description=_paragraphs(description), epilog="\n\n".join(map(_paragraphs, epilog)),
-            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=24),
+            formatter_class=lambda prog: _Formatter(prog, max_help_position=24),
             allow_abbrev=False, add_help=False,
         )  # fmt: skip
         self._titles: Dict[str, Any] = {}
@@ -298,8 +305,8 @@ def add_benchmark(parser: Parser, help: str = "what is trained") -> None:
     """BENCH: a benchmark, prepared text of the user's own, or a YAML file of theirs; see :func:`.settings.recipe`."""
     names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
     parser.add("benchmark", metavar="BENCH", read=subject,
-               help=f"{help}: a benchmark, {names}; or the name of text of your own; or a YAML file with settings of your "
-                    "own (configs/README.md)")
+               help=f"{help}: a benchmark ({names}), the name of your own text, or a YAML file with your own settings "
+                    "(configs/README.md)")
 
 
 def add_norm(parser: Parser, nargs: Optional[str] = None) -> None:
@@ -310,10 +317,17 @@ def add_norm(parser: Parser, nargs: Optional[str] = None) -> None:
         return text
 
     parser.add("norms" if nargs else "norm", metavar="NORM", nargs=nargs, read=read,
-               help=f"{', '.join(NORMS)}, with options as in batch:variant=reference, the authors' BN")
+               help=f"one of {', '.join(NORMS)}; options may follow, as in batch:variant=reference, the authors' BN")
 
 
 def add_slurm(parser: Parser) -> None:
     """The options of what is queued on a cluster: see :func:`.cluster.submission.check_options`."""
     for name in ("--nodes", "--gpus", "--time", "--partition", "--site", "--log-dir"):
         parser.add(name, group="on a cluster with SLURM")
+
+
+def refuse_own_input(output: Optional[str], inputs: Sequence[str]) -> None:
+    """Refuses an --output that would take the place of a file that it is made from."""
+    for path in inputs:
+        if output and os.path.realpath(output) == os.path.realpath(path):
+            raise UserError(f"--output {output!r} is one of the records; choose another name")

@@ -14,8 +14,16 @@ from .errors import UserError
 from .files import read_json, write_json
 
 
+class Busy(UserError):
+    """Another process is at work in a directory."""
+
+
 def lock_path(directory: Path) -> Path:
-    """The file beside a directory that is its lock."""
+    """The file beside a directory that is its lock; of a link beside what it leads to, which has a name of its own, too."""
+    if directory.is_symlink():
+        target = Path(os.path.realpath(directory))
+        if os.access(target.parent, os.W_OK):
+            directory = target
     return directory.with_name(f".{directory.name}.lock")
 
 
@@ -25,6 +33,10 @@ def locked(directory: Path, patience: float = 1.0) -> Iterator[TextIO]:
 
     The lock is a file beside the directory. It opens when the process ends, however it ends, and the children that were
     given the file have ended, too. in_use() holds it for an instant, hence the patience.
+
+    Raises:
+        Busy: another process holds it
+        UserError: there is no place for it
     """
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +54,7 @@ def locked(directory: Path, patience: float = 1.0) -> Iterator[TextIO]:
                     raise UserError(f"{stream.name} cannot be locked: {error.strerror}; runs need a file system with "
                                     f"flock (on Lustre the mount option flock)") from None
             if time.monotonic() > end:
-                raise UserError(f"another process is at work in {directory} (it holds {stream.name})")
+                raise Busy(f"another process is at work in {directory} (it holds {stream.name})")
             time.sleep(0.1)
         yield stream
 
@@ -115,8 +127,11 @@ def resumable_directory(target: Path, request: Dict[str, Any]) -> Iterator[Path]
     if partial.is_symlink() or not partial.is_dir():
         remove(partial)
     if partial.exists():
-        there = read_json(stamp) if stamp.is_file() and stamp.stat().st_size else {}
-        if same({key: there.get(key) for key in request}, request) and there:
+        there: Any = None
+        with contextlib.suppress(UserError):  # damaged, or not there
+            there = read_json(stamp)
+        is_stamp = isinstance(there, dict) and request.keys() <= there.keys()
+        if is_stamp and same({key: there[key] for key in request}, request):
             print(f"going on with what an interrupted run left in {partial}", flush=True)
         else:
             print(f"removing {partial}, which an interrupted run with other settings left", flush=True)
@@ -143,11 +158,13 @@ def same(one: Any, other: Any) -> bool:
 def check_writable(what: str, directory: Path) -> None:
     """Refuses a directory in which, once it is made, no file can be written; leaves nothing."""
     existing = directory
-    while not existing.exists():
+    while not os.path.lexists(existing):
         existing = existing.parent
     if not existing.is_dir():
         raise UserError(f"{what} {directory}: {existing} is not a directory")
     try:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(directory)  # its name may be too long
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:

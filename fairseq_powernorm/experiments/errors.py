@@ -2,12 +2,22 @@
 
 from typing import Collection, Iterable, List, Optional, Sequence
 
+from ..command_line import in_one_line
+
 LARGEST_SEED = 2**32 - 1  # numpy's
 LONGEST_NUMBER = 18  # digits, of what fits into 64 bits
 
 
 class UserError(Exception):
-    """Input that a command refuses; the message names the option, the value and what is valid."""
+    """Input that a command refuses; the message, one line, names the option, the value and what is valid.
+
+    Args:
+        message: what it quotes, such as a path, may hold anything
+        output: the last lines of another program, which follow it
+    """
+
+    def __init__(self, message: str, output: str = "") -> None:
+        super().__init__(in_one_line(message) + (f"\n{output}" if output else ""))
 
 
 def choose(option: str, value: str, valid: Iterable[str]) -> str:
@@ -41,4 +51,7 @@ def number(option: str, text: str, smallest: int, largest: Optional[int] = None)
 
 def seeds(option: str, text: str) -> List[int]:
     """The seeds of a comma-separated option."""
-    return [number(option, seed, 0, LARGEST_SEED) for seed in listed(option, text, None, ())]
+    found = [number(option, seed, 0, LARGEST_SEED) for seed in listed(option, text, None, ())]
+    if len(set(found)) < len(found):
+        raise UserError(f"{option} {text!r} names something twice")
+    return found

@@ -14,32 +14,34 @@ def parser() -> Parser:
     """The options of the command."""
     made = Parser(
         """
-        Averages a run's last checkpoints, translates a subset, scores it, and writes one JSON record. Of a language
-        model it takes the checkpoint with the lowest validation loss and gives the perplexity, word by word, of the
-        whole subset: of each block by itself, and with eval_lm.context_window tokens before each. Line ends count as
-        tokens.
+        Averages the last checkpoints of a run, translates a subset, scores the translation, and writes one JSON record.
+        For a language model it takes the checkpoint with the lowest validation loss and computes the perplexity, word by
+        word, of the whole subset: once with each block on its own, and once with eval_lm.context_window tokens before
+        each block. Line ends count as tokens.
         """,
         """
-        The result is RUN_DIR/evaluation/ (RUN_DIR/evaluation-valid/ with --subset valid): hyp.tok, ref.tok,
-        hyp.detok, ref.detok, averaged.pt, generate.log and record.json, or eval-lm.log, eval-lm-contextN.log and
-        record.json; results/README.md describes the record. Run again, it has nothing to do.
+        The result is RUN_DIR/evaluation/ (RUN_DIR/evaluation-valid/ with --subset valid). For translation it holds
+        hyp.tok, ref.tok, hyp.detok, ref.detok, averaged.pt, generate.log and record.json; for a language model
+        eval-lm.log, eval-lm-contextN.log and record.json. results/README.md describes the record. If the result exists
+        already, the command does nothing.
 
-        Checkpoints are compared with their checksums first; one that is damaged, or has weights that are not finite,
+        The checkpoints are first compared with their checksums. One that is damaged or has weights that are not finite
         is refused.
         """,
     )
     made.add("run_dir", metavar="RUN_DIR", nargs="+",
-             help="a run directory made by scripts/train.sh, which knows what it is a run of; the name of that may stand "
-             "before it, and is then compared")
+             help="a run directory made by scripts/train.sh, which says what was trained; you may put the benchmark's name "
+             "before it, which must then be the same")
     made.add("--subset", read=one_of("test", "valid"),
-             help="test (default) or valid, the default for text of your own without test")
+             help="test or valid; default: test, or valid for your own text if it has no test")
     made.add("--average", metavar="N", read=number_from(1),
-             help="checkpoints to average; default: as many as checkpoint.keep_last_epochs (or "
-             "checkpoint.keep_interval_updates) keeps; of a language model, the best one by validation loss")
-    made.add("--available", help="average fewer where a short run has fewer, checkpoint_last.pt if it has none of them")
+             help="number of checkpoints to average; default: as many as checkpoint.keep_last_epochs (or "
+             "checkpoint.keep_interval_updates) keeps; for a language model, only the best one by validation loss")
+    made.add("--available",
+             help="average fewer checkpoints if a short run has fewer, or take checkpoint_last.pt if it has none")
     made.add("--unfinished", flag=True, help="evaluate a run whose training is not complete")
     made.add("--record", metavar="FILE", help="copy the record to FILE as well")
-    made.add("--force", help="the evaluation, and FILE of --record")
+    made.add("--force", help="the evaluation, and the FILE of --record")
     return made
 
 

@@ -13,23 +13,25 @@ def parser() -> Parser:
     """The options of the command."""
     made = Parser(
         """
-        Trains one model on several ranks, a process each: the GPUs of this machine, its processors, or those of many
+        Trains one model on several ranks (processes): on the GPUs of this machine, on its processors, or on several
         machines.
         """,
         """
-        All machines need the prepared data, the same checkout and a common file system for the run directory.
-        Interrupted, a run goes on with --resume on all machines. rank 0's output is train.log, that of the others logs/.
+        All machines need the prepared data, the same checkout, and a shared file system for the run directory. To
+        continue an interrupted run, give --resume on all of them. The output of rank 0 goes to train.log, that of the
+        others to logs/.
         """,
         BATCH)
     made.add("--ranks", metavar="R", read=number_from(1, MOST), group="ranks",
-             help="ranks on this machine; default: its visible GPUs. Ranks without a GPU: common.cpu=true")
-    made.add("--nodes", group="ranks", help="the same command is started on each of them, with the next two options")
+             help="number of ranks on this machine; default: one for each visible GPU. For ranks without a GPU add "
+             "common.cpu=true")
+    made.add("--nodes", group="ranks", help="start the same command on each of them, with the next two options")
     made.add("--node-rank", metavar="I", read=number_from(0, MOST), group="ranks",
-             help="the number of the machine, from 0; the first one writes the run's records")
+             help="the number of this machine, from 0; machine 0 writes the run's records")
     made.add("--master", metavar="HOST:PORT", group="ranks",
-             help=f"the first machine, and a free port there (default port: {PORT})")
+             help=f"the address of machine 0, and a free port on it (default port: {PORT})")
     made.add("--submission", metavar="NAME", group="ranks",
-             help="be one rank, a task of that submission's job: scripts/slurm/train.sbatch says so")
+             help="for scripts/slurm/train.sbatch: be one rank, a task in a job of that submission")
     add_run(made, "--ranks, --nodes, --node-rank and --master")
     return made
 

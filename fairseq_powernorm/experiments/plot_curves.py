@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import List
 
-from .commands import Parser, main
+from .commands import Parser, main, refuse_own_input
 from .errors import UserError
 
 
 def parser() -> Parser:
     """The options of the command."""
-    made = Parser("Draws validation loss against updates, a line for each record, as a PNG.")
+    made = Parser("Draws the validation loss over the updates as a PNG, with one line for each record.")
     made.add("records", metavar="RECORD", nargs="+", help="records that scripts/evaluate.sh has written")
-    made.add("--output", help="a picture, .png; has to be given")
+    made.add("--output", help="a picture that ends in .png; required")
     return made
 
 
@@ -22,6 +22,7 @@ def command(arguments: List[str]) -> None:
         raise UserError("--output FILE is missing: the picture, .png")
     if not options.output.endswith(".png"):
         raise UserError(f"--output {options.output!r}: is a picture, and must end in .png")
+    refuse_own_input(options.output, options.records)
     from .reports.plot_curves import plot
 
     plot(options.records, Path(options.output))

@@ -15,8 +15,8 @@ NORMS = ("power", "layer")
 def parser() -> Parser:
     """The options of the command."""
     return Parser(
-        'From a fresh checkout to a comparison of PN with LN on the artificial corpus "demo": BLEU and learning curves.',
-        "At most ten minutes on two cores once everything is downloaded. Run again, it goes on where it was interrupted.",
+        'Goes from a fresh checkout to a comparison of PN and LN on the artificial corpus "demo": BLEU and learning curves.',
+        "It takes at most ten minutes on two cores once everything is downloaded. Run again, it continues where it stopped.",
     )
 
 
@@ -38,7 +38,7 @@ def command(arguments: Sequence[str]) -> int:
     table(records)
     plot_curves([*records, "--output", str(picture)])
     print(f"""
-The demo's corpus is artificial: it shows that everything works, not which norm is better.
+The demo corpus is artificial: it shows that everything works, not which norm is better.
   learning curves   {picture}
   models and logs   {runs}/{{{','.join(NORMS)}}}/
   translations      evaluation/hyp.detok beside evaluation/ref.detok in each of them

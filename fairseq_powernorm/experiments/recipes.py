@@ -105,4 +105,13 @@ def prepared(data: str) -> Tuple[Path, Dict[str, Any]]:
     if not (directory / "prepared.json").is_file():
         options = "" if data in benchmarks() else " --text-dir DIR with --source LANG --target LANG, or --lm"
         raise UserError(f"{directory} is not prepared; run: scripts/prepare.sh {data}{options}")
-    return directory, read_json(directory / "prepared.json")
+    return directory, read_stamp(directory / "prepared.json")
+
+
+def read_stamp(path: Path) -> Dict[str, Any]:
+    """prepared.json of prepared data, which may be somebody else's: its settings are texts and numbers, and no options."""
+    stamp = read_json(path)
+    if not isinstance(stamp, dict) or not isinstance(stamp.get("settings"), dict):
+        raise UserError(f"{path} was not written by scripts/prepare.sh: it has no settings")
+    trust.check_config(stamp["settings"], str(path))
+    return stamp

@@ -14,13 +14,13 @@ def parser() -> Parser:
     """The options of the command."""
     made = Parser(
         """
-        Writes the tables of README.md and results/README.md: between <!-- records: PATTERN... --> and
-        <!-- end of records --> stands the table of the records that the patterns name, or what a record of
-        scripts/benchmark.py says in short.
+        Writes the tables in README.md and results/README.md from the records. What stands between
+        <!-- records: PATTERN... --> and <!-- end of records --> becomes the table of the records that match the patterns
+        or, for a record of scripts/benchmark.py, its summary.
         """
     )
-    made.add("--readme", flag=True, help="write the READMEs; has to be given")
-    made.add("--check", help="that is, if a table is not that of its records; change nothing")
+    made.add("--readme", flag=True, help="write the READMEs; required")
+    made.add("--check", help="that is, if a table differs from its records; changes nothing")
     return made
 
 

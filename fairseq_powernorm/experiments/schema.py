@@ -10,11 +10,11 @@ def parser() -> Parser:
     """The options of the command."""
     made = Parser(
         """
-        Checks that JSON files are what results/README.md describes (records, data of figures, significance tests,
-        measurements of speed), and says what is wrong with the first that is not.
+        Checks that JSON files have the form that results/README.md describes (records, data of figures, significance
+        tests, measurements of speed), and says what is wrong with the first one that has not.
         """
     )
-    made.add("files", metavar="FILE", nargs="+", help="a file in results/, or one that a command has written")
+    made.add("files", metavar="FILE", nargs="+", help="a file in results/, or one written by a command")
     return made
 
 

@@ -10,15 +10,15 @@ def parser() -> Parser:
     """The options of the command."""
     made = Parser(
         """
-        Scores translations against a reference, line by line, and prints JSON: of tokenized text BLEU as
-        fairseq-score computes it, with --split-compounds BLEU as multi-bleu.perl computes it, with --detokenized
-        sacreBLEU and chrF.
+        Scores translations against a reference, line by line, and prints JSON. Tokenized text gets BLEU as fairseq-score
+        computes it, or with --split-compounds as multi-bleu.perl does; with --detokenized the text gets sacreBLEU and
+        chrF.
         """
     )
-    made.add("hyp", metavar="HYP", help="the translations, one a line")
+    made.add("hyp", metavar="HYP", help="the translations, one per line")
     made.add("ref", metavar="REF", help="the reference, line by line")
     made.add("--split-compounds", metavar="LANGUAGE",
-             help="split the compounds of the text, which is of that language, such as de")
+             help="split the compounds of the text, whose language this is, such as de")
     made.add("--detokenized", flag=True, help="the text is not tokenized")
     made.add("--lowercase", flag=True, help="ignore case; with --detokenized only")
     return made

@@ -8,15 +8,15 @@ from .commands import Parser, main
 def parser() -> Parser:
     """The options of the command."""
     made = Parser(
-        "Shows how runs are doing: state, updates, validation loss, time left, last whole checkpoint, restarts.",
+        "Shows how runs are doing: state, updates, validation loss, time left, last complete checkpoint, restarts.",
         """
-        States: queued (a job waits), running, finished, diverged (losses, or weights, are not finite), failed (training
-        ended by an error), interrupted (it was stopped or killed, and nobody goes on with it), unreadable (its files are
-        not those of a run). Updates are those of the log or, if they are more, of the checkpoints. "restarts" are the
-        sessions after the first. It reads only.
+        States: queued (waiting for a job to start), running, finished, diverged (losses or weights are not finite), failed
+        (training ended with an error), interrupted (stopped or killed, and not resumed), unreadable (the files are not those
+        of a run). Updates are counted from the log or, where they show more, from the checkpoints. Restarts are the
+        times that the run was resumed. The command only reads.
         """)
     made.add("directories", metavar="DIR", nargs="*",
-             help="run directories, or directories with runs anywhere below; default: runs/ ($PN_RUNS_ROOT)")
+             help="run directories, or directories that contain runs at any depth; default: runs/ ($PN_RUNS_ROOT)")
     return made
 
 

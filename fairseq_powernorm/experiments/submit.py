@@ -13,23 +13,22 @@ def parser() -> Parser:
     """The options of the command."""
     made = Parser(
         """
-        Queues training of one or more norms, with one or more seeds, on a cluster with SLURM: an array with a job for
-        each run, one that evaluates each run once it has ended well, and, behind all of these, a job that makes the
-        table.
+        Queues the training of one or more norms, with one or more seeds, on a cluster with SLURM: an array with one job
+        for each run, a job that evaluates each run after it has finished, and a last job that writes the table.
         """,
         """
-        Everything is checked before anything is queued. A submission has a directory, runs/slurm/BENCH-DATE-TIME
-        ($PN_RUNS_ROOT): tasks and evaluations (the arguments of each job), logs/ and, in the end, table.md, which lacks
-        the runs that failed. Runs lie where scripts/train.sh puts them. scripts/status.sh shows how they are doing;
-        scancel ends them.
+        Everything is checked before anything is queued. A submission has its own directory,
+        runs/slurm/BENCH-DATE-TIME ($PN_RUNS_ROOT). It holds tasks and evaluations (the arguments of each job), logs/ and,
+        in the end, table.md, without the runs that failed. The runs themselves go where scripts/train.sh puts them.
+        Use scripts/status.sh to see how they are doing, and scancel to end them.
         """)
     add_benchmark(made, "what is trained, prepared by scripts/prepare.sh")
     add_norm(made, "+")
     made.add("--seeds", help="default: common.seed of configs/BENCH.yaml")
     made.add("--resume")
     add_training(made, "--nodes and --gpus")
-    made.add("--records", metavar="DIR", help="evaluate.sh's record of each run, copied to DIR/RUN.json")
-    made.add("--dry-run", help="the batch scripts and the commands that queue them; needs no SLURM")
+    made.add("--records", metavar="DIR", help="copy the record of each run, which evaluate.sh writes, to DIR/RUN.json")
+    made.add("--dry-run", help="shows the batch scripts and the commands that queue them; needs no SLURM")
     add_slurm(made)
     return made
 

@@ -4,7 +4,7 @@ import os
 import sys
 from typing import List
 
-from .commands import Parser, main
+from .commands import Parser, main, refuse_own_input
 from .files import write_text
 
 
@@ -12,13 +12,13 @@ def parser() -> Parser:
     """The options of the command."""
     made = Parser(
         """
-        Prints Markdown tables of records, of translation and of language models. Runs that differ only in their seed
-        share a line, with the mean and, behind ±, the standard deviation over the seeds.
+        Prints Markdown tables of records, one for translation and one for language models. Runs that differ only in their
+        seed share a line, with the mean and, after ±, the standard deviation over the seeds.
         """
     )
     made.add("records", metavar="RECORD", nargs="+", help="records that scripts/evaluate.sh has written")
-    made.add("--output", help="the tables, which are printed as well")
-    made.add("--available", help="leave out records that do not exist, name them, and end with exit status 1")
+    made.add("--output", help="it gets the tables, which are printed as well")
+    made.add("--available", help="leaves out records that do not exist, names them, and ends with exit status 1")
     return made
 
 
@@ -28,6 +28,7 @@ def command(arguments: List[str]) -> int:
     from .reports import schema
     from .reports.table import tables
 
+    refuse_own_input(options.output, options.records)
     missing = [path for path in options.records if options.available and not os.path.exists(path)]
     text = tables({path: schema.read_record(path) for path in options.records if path not in missing})
     print(text, end="")

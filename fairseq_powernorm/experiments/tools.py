@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 from typing import Callable, Dict, Iterable, List, Mapping, Sequence, TextIO, cast
 
-from .errors import UserError
+from .errors import UserError, number
 from .paths import ROOT
 
+MOST_THREADS = 65536
+#: where programs start: anywhere, or where "python -m" finds no modules of somebody else's (see PYTHONSAFEPATH)
+SAFE = None if sys.version_info >= (3, 11) else ROOT
 TETHER = Path(__file__).with_name("runs") / "tether.py"
 # Distributions on which the prepared data depend, and those on which the results depend as well.
 DATA_TOOLS = ("regex", "sacremoses", "subword-nmt", "sentencepiece", "fairseq", "ve-fairseq", "fairseq-fixed")
@@ -30,6 +33,12 @@ def processor_settings(environment: Mapping[str, str]) -> str:
 def cpus() -> int:
     """The processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads(environment: Mapping[str, str]) -> int:
+    """The threads of a process that computes: OMP_NUM_THREADS, the first of it where it is a list, else the processors."""
+    text = environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return number("OMP_NUM_THREADS", text, 1, MOST_THREADS) if text else cpus()
 
 
 def tool(name: str) -> str:
@@ -57,7 +66,7 @@ def call(command: Sequence[str], lock: TextIO, follow: Callable[[str], object] =
                    "PYTHONIOENCODING": "utf-8"}
     lines: List[str] = []
     with subprocess.Popen(tied(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
-                          env=environment, pass_fds=(lock.fileno(),)) as process:
+                          env=environment, pass_fds=(lock.fileno(),), cwd=SAFE) as process:
         try:
             for line in cast(TextIO, process.stdout):
                 lines.append(line)
@@ -67,7 +76,7 @@ def call(command: Sequence[str], lock: TextIO, follow: Callable[[str], object] =
             raise
     output = "".join(lines)
     if process.returncode:
-        raise UserError(f"{shlex.join(command)} failed with exit status {process.returncode}:\n{output[-3000:]}")
+        raise UserError(f"{shlex.join(command)} failed with exit status {process.returncode}:", output[-3000:])
     return output
 
 

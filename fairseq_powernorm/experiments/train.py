@@ -7,9 +7,9 @@ from .commands import Parser, add_benchmark, add_norm, main
 from .runs.launchers import PLACES, WORLD_SIZE
 from .trust import OURS
 
-BATCH = """An update takes optimization.update_freq x dataset.max_tokens tokens (or x dataset.batch_size sentences or blocks)
-on any number of GPUs: they share out optimization.update_freq, which their number must divide. What an update
-takes is printed."""
+BATCH = """An update covers optimization.update_freq x dataset.max_tokens tokens (or x dataset.batch_size sentences or
+blocks) on any number of GPUs: they share optimization.update_freq, which their number must divide. The size of an update
+is printed."""
 
 
 def add_training(parser: Parser, ranks: str = "") -> None:
@@ -40,15 +40,15 @@ def parser() -> Parser:
         f"""
         {WORLD_SIZE}=N trains on N GPUs of this machine instead of one.
 
-        The run directory holds checkpoints/, train.log (all that fairseq says), config.yaml (every setting, resolved),
+        The run directory holds checkpoints/, train.log (everything fairseq says), config.yaml (all settings, resolved),
         command.txt, run.json and, once training is complete, finished.json. Progress is shown every
-        common.log_interval updates and, should none come for PN_PROGRESS_SECONDS (default: 60), a line that says so.
-        Several ranks: scripts/launch.sh.
+        common.log_interval updates; after PN_PROGRESS_SECONDS (default: 60) without any, a line says that training is
+        still at work. For several ranks use scripts/launch.sh.
 
-        Training ends with this command, however it ends; after a SIGKILL only Linux sees to that, and elsewhere
-        training then goes on, without a log, until it ends by itself. Exit status: 0 finished, 2 refused, 3 diverged
-        (a loss, or weights in the last checkpoint, are not finite), 130 or 143 interrupted, else what the training
-        ended with; the last line says why.
+        However this command ends, training ends with it. (After a SIGKILL only Linux can do that; elsewhere training
+        runs on to its end, without a log.) Exit status: 0 finished, 2 refused, 3 diverged (a loss, or weights in the
+        last checkpoint, are not finite), 130 or 143 interrupted, otherwise that of the training itself. The last line
+        gives the reason.
         """,
         BATCH)
     add_run(made)

@@ -18,11 +18,18 @@ OURS = {"checkpoint.save_dir": "--run-dir DIR", "task.data": "PN_DATA_ROOT", "co
         "common.tensorboard_logdir": "--tensorboard", "common.wandb_project": "--wandb"}
 #: where curves go as well is no setting of a run, though older runs have stored this override, and any of this key
 TENSORBOARD, WANDB = "common.tensorboard_logdir=tensorboard", "common.wandb_project"
+#: files that training writes, in a run's directory
+WRITTEN = ("run.json", "run.json.partial", "finished.json", "finished.json.partial", "config.yaml", "config.yaml.partial",
+           "command.txt", "train.log")
+#: its folders
+FOLDERS = ("checkpoints", "logs", "hydra", "tensorboard", "wandb", "evaluation")
 #: keys whose files a run has in its own directory
 FILES = ("common.log_file", "common.aim_repo", "task.norm_record", "common_eval.results_path")
 #: (key, value) of what would let a run end without its result, or an error look like a success
 UNUSABLE = {("checkpoint.no_save", True): "a run is what its checkpoints are",
-            ("common.suppress_crashes", True): "a failed training would look like one that has ended well"}
+            ("common.suppress_crashes", True): "a failed training would look like one that has ended well",
+            ("checkpoint.no_last_checkpoints", True): "a run goes on from its last checkpoint",
+            ("checkpoint.write_checkpoints_asynchronously", True): "a checkpoint that is not written would go unnoticed"}
 KEY = re.compile(r"(\+\+|\+|~)?([A-Za-z_]\w*(?:\.\w+)+)(?:=|$)", re.ASCII)
 LINK = re.compile(r"\$\{[A-Za-z_]\w*(?:\.\w+)+\}", re.ASCII)
 
@@ -70,6 +77,8 @@ def _problem(override: str, own: Mapping[str, Optional[str]]) -> Optional[str]:
         return "hydra's own settings are this command's; valid: fairseq's, GROUP.KEY=VALUE"
     if key in own:
         return "is this command's own" + (f"; use {own[key]}" if own[key] else "")
+    if override.startswith("~") and key.endswith("._name"):
+        return f"chooses an implementation, without which nothing is trained; another one: {key}=NAME"
     if override.startswith("~") and "=" not in override:
         return None
     try:
@@ -85,13 +94,35 @@ def _problem(override: str, own: Mapping[str, Optional[str]]) -> Optional[str]:
                 return problem
         if where and (not isinstance(where, str) or not re.fullmatch(r"\w+", where)):
             return f"{where!r} is no key"
+    return _problem_of_value(key, value)
+
+
+def _problem_of_value(key: str, value: Any) -> Optional[str]:
+    """What would let a run end without its result, or write elsewhere, if anything."""
     if isinstance(value, bool) and (key, value) in UNUSABLE:
         return UNUSABLE[key, value]
     if key == "common.log_format" and value != "json":
         return "progress and curves are read from a log in JSON; valid: json"
     if key in FILES and value is not None and not _is_inside(value):
-        return "must be the name of a file in the run's directory"
+        return "must be the name of a file in the run's directory, and none that a run has anyway"
     return None
+
+
+def check_composed(config: Any) -> None:
+    """As :func:`check_overrides`, of a configuration that hydra has composed: a value has many spellings (1, yes, on), and
+    may be that of another setting.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for key in ("common.log_format", *FILES, *(key for key, _ in UNUSABLE)):
+        try:
+            value = OmegaConf.select(config, key)
+        except OmegaConfBaseException as error:
+            raise UserError(f"{key}: {' '.join(str(error).split())}") from None
+        problem = _problem_of_value(key, value)
+        if problem:
+            raise UserError(f"{key}={value}: {problem}")
 
 
 def value_of(override: str) -> Any:
@@ -145,7 +176,9 @@ def calls(text: str) -> bool:
 
 def _is_inside(value: Any) -> bool:
     path = Path(str(value))
-    return isinstance(value, str) and bool(value) and not path.is_absolute() and ".." not in path.parts
+    if not isinstance(value, str) or not path.parts or path.is_absolute() or ".." in path.parts:
+        return False
+    return str(path) not in WRITTEN and path.parts[0] not in FOLDERS
 
 
 def check_config(config: Any, where: str) -> None:

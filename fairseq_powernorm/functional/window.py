@@ -59,9 +59,12 @@ class WindowState(NamedTuple):
 
 
 def slots(window: Tensor, steps: Tensor) -> Tensor:
-    """The place in ``window`` (``... x W x C``) of the step after ``steps`` (``... x 1``) steps: bool, ``... x W x 1``."""
+    """The place in ``window`` (``... x W x C``) of the step after ``steps`` (``... x 1``) steps: bool, ``... x W x 1``.
+
+    An average of models has averaged their step counts, too, which then are no whole numbers.
+    """
     places = torch.arange(window.size(-2), device=window.device, dtype=steps.dtype).unsqueeze(-1)
-    return places == torch.remainder(steps, window.size(-2)).unsqueeze(-1)
+    return places == torch.remainder(steps.floor(), window.size(-2)).unsqueeze(-1)
 
 
 def put(window: Tensor, steps: Tensor, value: Tensor) -> Tensor:

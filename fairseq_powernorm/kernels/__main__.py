@@ -13,11 +13,11 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Returns the exit status: 2 where what is asked for cannot be had."""
     parser = argparse.ArgumentParser(
         prog="python -m fairseq_powernorm.kernels",
-        description="Say which kernel computes Power Normalization on which device and dtype, and why. "
+        description="Says which kernel computes Power Normalization on which device and dtype, and why. "
         f"The environment variable {VARIABLE} ({', '.join(KERNELS)}) restricts the choice.",
     )
     parser.add_argument(
-        "--build", action="store_true", help="first build anew the C kernel (with CC) and its autograd function in C++ (CXX)"
+        "--build", action="store_true", help="first rebuild the C kernel (with CC) and its autograd function in C++ (CXX)"
     )
     if parser.parse_args(arguments).build:
         try:

@@ -1,4 +1,5 @@
 """The base of the norms with running statistics: checks, masks, buffers that stay in float32, transforms of torch."""
+import copy
 import numbers
 import threading
 from types import MappingProxyType
@@ -6,12 +7,13 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Hashable, Mapping, Option
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .. import functional, operators
 from ..kernels import eager
 from ..kernels.interface import PLAIN, transformed
 from . import loading
-from .checks import check_dense, check_dim, check_dtype, check_interval, is_count
+from .checks import check_choice, check_dense, check_dim, check_dtype, check_interval, check_number, is_count
 from .layouts import Norm
 from .masks import MaskSlot, valid_rows
 from .staging import Stage, Sums
@@ -30,9 +32,9 @@ def _widened(value: Tensor) -> Tensor:
 class RunningNorm(Norm):
     """Base of the norms with running statistics.
 
-    A training batch yields sums, named in ``SUMS``; ``advance`` says what the running statistics become by them. Either
-    the norm applies them itself, or its ``stage`` takes them. Statistics are float32 or wider: narrower values are widened
-    wherever they come from. Several threads may use one norm: each pass takes its step of the statistics undisturbed.
+    A training batch yields sums, named in ``SUMS``; ``advance`` computes the new running statistics from them. Either the
+    norm applies them itself, or its ``stage`` takes them over. Statistics are float32 or wider: narrower values are widened
+    wherever they come from. Several threads may share a norm: each pass takes its step of the statistics undisturbed.
 
     Args:
         dim: number of channels C
@@ -84,8 +86,7 @@ class RunningNorm(Norm):
     ):
         super().__init__(dim, batch_first=batch_first, layout=layout)
         check_dim(dim)
-        if not 0.0 <= eps < float("inf"):
-            raise ValueError(f"eps={eps!r}: must be a finite number, zero or positive")
+        check_number("eps", eps, least=0.0)
         check_interval("alpha_fwd", alpha_fwd)
         if not is_count(groups) or (groups > 0 and dim % groups):
             divisors = [g for g in range(1, dim + 1) if dim % g == 0]
@@ -109,7 +110,6 @@ class RunningNorm(Norm):
                 size = (windows[name], dim) if name in windows else (dim,)
                 self.register_buffer(name, torch.empty(size, device=device, dtype=wide))
         self.windows = dict(windows)
-        self._from_meta = False  # statistics may have come in place of meta tensors, with or without a value
         self._steps: Optional[Tuple[Tensor, int, int]] = None  # iters, its version, its value on the host
         self._lock = threading.Lock()
         self.reset_parameters()
@@ -131,32 +131,36 @@ class RunningNorm(Norm):
     def reset_running_stats(self) -> None:
         """Set the statistics and the step count to what they were at the beginning."""
         # torch.nn.init: Hugging Face's loading lets its functions pass over what the checkpoint had
-        for name, buffer in self._buffers.items():
+        for name, buffer in self.statistics().items():
             nn.init.constant_(buffer, self.STATISTICS.get(name, 0.0))
 
     def reset_parameters(self) -> None:
         """Set statistics, ``weight`` (1) and ``bias`` (0) to what they were at the beginning."""
         self.reset_running_stats()
-        values = self.first_values()
-        for name, parameter in self._parameters.items():
-            if parameter is not None:
-                nn.init.constant_(parameter, values.get(name, 0.0))
+        self._reset_parameters()
 
     def first_values(self) -> Dict[str, float]:
         return {**super().first_values(), **self.STATISTICS}
 
+    def statistics(self) -> Dict[str, Tensor]:
+        """The step count and the running statistics, by name: not the other buffers that a norm may be given, by pruning."""
+        return {name: self._buffers[name] for name in ("iters", *type(self).STATISTICS)}
+
     def settings(self) -> Tuple[Tuple[str, Any], ...]:
         """The norm's numbers and choices by name: norms of one class that share them share their arithmetic."""
-        return tuple(
-            (name, value)
-            for name, value in sorted(vars(self).items())
-            if isinstance(value, (bool, numbers.Number, str)) and not name.startswith("_") and name != "training"
-        )
+        known: Optional[Tuple[Tuple[str, Any], ...]] = self._constants.get("settings")
+        if known is None:
+            known = self._constants["settings"] = tuple(
+                (name, value)
+                for name, value in sorted(vars(self).items())
+                if isinstance(value, (bool, numbers.Number, str)) and not name.startswith("_") and name != "training"
+            )
+        return known
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RunningNorm":
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in self._buffers.items():
+        for name, buffer in self.statistics().items():
             old = before[name]
             if old.is_meta and not buffer.is_meta:  # memory without a value, as to_empty gives
                 with torch.no_grad():
@@ -167,19 +171,20 @@ class RunningNorm(Norm):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As in any norm; a setting that has changed is no part of what was prepared for calls."""
-        own_tensor = isinstance(value, Tensor) and (name in self._buffers or name in self._parameters)
-        if not own_tensor and not name.startswith("_"):
+        if name == "variant":
+            check_choice(name, value, getattr(self, "VARIANTS", (value,)))
+        if not isinstance(value, Tensor) and not name.startswith("_"):
             self.__dict__["_constants"] = {}
         super().__setattr__(name, value)
 
     def _arriving(self, name: str, value: Tensor) -> Tensor:
         """A statistic is widened to float32; one in place of a meta tensor may still be without a value."""
-        if name not in self._buffers:
+        if name != "iters" and name not in self.STATISTICS:
             return super()._arriving(name, value)
-        from_meta = self._buffers[name].is_meta and not value.is_meta
+        in_doubt = loading.in_doubt(self, name, value)
         value = super()._arriving(name, value)
-        if from_meta:
-            self.__dict__["_from_meta"] = True
+        if in_doubt:
+            self.__dict__["_from_meta"] = (*self._from_meta, name)
         return _widened(value)
 
     def __getstate__(self) -> Dict[str, Any]:
@@ -190,13 +195,27 @@ class RunningNorm(Norm):
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)
-        earlier = {"_from_meta": False, "_constants": {}, "windows": {}}  # pickled by an earlier version
+        earlier: Dict[str, Any] = {"_constants": {}, "windows": {}}  # pickled by an earlier version
         for name, value in earlier.items():
             self.__dict__.setdefault(name, value)
+        if isinstance(self._from_meta, bool):  # the same
+            self._from_meta = tuple(self.statistics()) if self._from_meta else ()
         self._lock = threading.Lock()
 
+    def __deepcopy__(self, memo: Dict[int, Any]) -> "RunningNorm":
+        """As usual, also where parameters are computed: torch copies such modules in a way that stops at a lock."""
+        own: Any = parametrize.type_before_parametrizations(self)
+        twin: RunningNorm = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        own.__setstate__(twin, copy.deepcopy(own.__getstate__(self), memo))
+        return twin
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.settle()
+        super()._save_to_state_dict(*args, **kwargs)
+
     def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        for name, buffer in self._buffers.items():
+        for name, buffer in self.statistics().items():
             loaded = state_dict.get(prefix + name)
             if isinstance(loaded, Tensor):
                 # the authors' code stores (1, C, 1, 1) and (1,)
@@ -216,6 +235,11 @@ class RunningNorm(Norm):
         """Raise RuntimeError if a norm in training is to be scripted."""
         if self.training:
             raise RuntimeError(f"torch.jit.script of a {type(self).__name__} in training: call eval() first")
+
+    def settle(self) -> None:
+        """Begin what a loader has put in place of meta tensors without a value; called before statistics are read."""
+        if self._from_meta:
+            loading.check_values(self)
 
     # ------------------------------------------------------------------ the step count
 
@@ -264,8 +288,6 @@ class RunningNorm(Norm):
             x = x.contiguous()  # as is the output
         transposed = transposed and x.dim() == 3
         if padding_mask is not None:
-            if x.dim() == 2 and padding_mask.dim() == 2:  # N x 1: one column of N sentences of length 1
-                padding_mask = padding_mask.squeeze(1)
             self._check_mask(padding_mask, x)
         if not self.training:
             return self._evaluate(x, padding_mask)

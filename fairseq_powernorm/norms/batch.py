@@ -7,6 +7,7 @@ from torch import Tensor
 from .. import functional
 from ..kernels import eager, memory
 from .base import Device, State
+from .checks import check_choice
 from .distances import discrepancy, size_of
 from .exact import ExactNorm
 from .masks import valid_rows
@@ -31,7 +32,7 @@ class MaskedBatchNorm(ExactNorm):
         \mu = \frac1L \sum_{\text{valid}} u, \qquad \sigma^2 = \frac1n \sum_{\text{valid}} (u - \mu)^2, \qquad
         \text{running variance} \leftarrow 0.95\, (\cdot) + 0.05\, \tfrac{n}{n - 1} \sigma^2
 
-    and what comes out at padding is ``bias``. In evaluation it fills the padding of a mask that is given, too.
+    and the output at padding is ``bias``. If a mask is given in evaluation, its padding is filled, too.
 
     Args:
         dim: number of channels C
@@ -73,8 +74,7 @@ class MaskedBatchNorm(ExactNorm):
         device: Device = None,
         dtype: Optional[torch.dtype] = None,
     ):
-        if variant not in VARIANTS:
-            raise ValueError(f"variant={variant!r}: must be one of {', '.join(VARIANTS)}")
+        check_choice("variant", variant, VARIANTS)
         alpha = ALPHA[variant] if alpha_fwd is None else alpha_fwd
         super().__init__(
             dim, eps=eps, alpha_fwd=alpha, groups=groups, affine=affine, batch_first=batch_first,

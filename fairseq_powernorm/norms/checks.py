@@ -1,14 +1,14 @@
 """Checks of what norms are built with and called with; each raises ValueError, which says what is valid."""
 import math
 import numbers
-from typing import Any
+from typing import Any, Collection
 
 import torch
 from torch import Tensor
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-#: counts are kept in floating point, which knows each whole number below this
+#: counts are compared with the step count in float64, which knows each whole number below this
 MOST = 2**53
 
 
@@ -17,9 +17,13 @@ def is_count(value: Any, *, least: int = 0) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= int(value) < MOST
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def check_interval(name: str, value: float) -> None:
     """Raise ValueError unless 0 <= value <= 1."""
-    if not 0.0 <= value <= 1.0:
+    if not (_is_number(value) and 0.0 <= value <= 1.0):
         raise ValueError(f"{name}={value!r}: must lie in [0, 1]")
 
 
@@ -31,7 +35,7 @@ def check_dim(dim: int) -> None:
 
 def check_number(name: str, value: float, *, least: float = -math.inf, above: float = -math.inf) -> None:
     """Raise ValueError unless ``value`` is finite, at least ``least`` and larger than ``above``."""
-    if not (least <= value < math.inf and value > above):
+    if not (_is_number(value) and least <= value < math.inf and value > above):
         limit = f", {least:g} or more" if least > -math.inf else f" above {above:g}" if above > -math.inf else ""
         raise ValueError(f"{name}={value!r}: must be a finite number{limit}")
 
@@ -41,6 +45,12 @@ def check_updates(**options: int) -> None:
     for name, value in options.items():
         if not is_count(value):
             raise ValueError(f"{name}={value!r}: must be zero or a positive number of steps")
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Raise ValueError for a value that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}")
 
 
 def check_dense(x: Tensor) -> None:

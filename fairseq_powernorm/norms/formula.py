@@ -83,7 +83,7 @@ class FormulaNorm(RunningNorm):
     def _train(self, x: Tensor, valid: Optional[Tensor], *, special: bool) -> Tensor:
         if torch.compiler.is_compiling():
             tally, moments = self._measure(x, valid)
-            state = {name: operators.snapshot(buffer) for name, buffer in self._buffers.items()}
+            state = {name: operators.snapshot(buffer) for name, buffer in self.statistics().items()}
             y = self._output(x, valid, moments, state, recomputed=False)
             self._take("forward", tally)
             return y
@@ -111,7 +111,7 @@ class FormulaNorm(RunningNorm):
 
     def _seen(self, tally: Tensor, *, recomputed: bool) -> State:
         """The running statistics that a pass with this tally sees: those before its step."""
-        state = {name: self.statistic(name) for name in self._buffers}
+        state = {name: self.statistic(name) for name in self.statistics()}
         if self.stage is not None:
             return state
         with operators.outside_of_modes(), torch._C._DisableFuncTorch():

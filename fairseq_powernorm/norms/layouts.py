@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..kernels.interface import PLAIN
 from . import loading
-from .checks import check_dense
+from .checks import check_choice, check_dense
 from .masks import check_mask
 
 CHANNELS_FIRST = "channels_first"
@@ -26,8 +26,7 @@ def layout_of(batch_first: bool, layout: Optional[str]) -> str:
     """
     if layout is None:
         return "batch_first" if batch_first else "time_first"
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r}: must be one of {', '.join(LAYOUTS)}")
+    check_choice("layout", layout, LAYOUTS)
     if batch_first and layout != "batch_first":
         raise ValueError(f"layout={layout!r} with batch_first=True: must be one or the other")
     return layout
@@ -61,6 +60,8 @@ class Norm(nn.Module):
     OWN_LAYOUT = False
     #: tensors that a loader has put in place of meta tensors, perhaps without a value, see loading.arriving()
     _unwritten: Tuple[str, ...] = ()
+    #: statistics among them, and among those that were there before others were marked, see loading.check_values()
+    _from_meta: Tuple[str, ...] = ()
     #: torch.jit.script would compile a property
     __jit_unused_properties__ = ["batch_first"]
 
@@ -84,11 +85,24 @@ class Norm(nn.Module):
         return ", ".join(part for part in (super().extra_repr(), layout) if part)
 
     def first_values(self) -> Dict[str, float]:
-        """Parameters and buffers -> their values at the beginning, where these are not zero."""
-        return {"weight": 1.0}
+        """Parameters and buffers -> their values at the beginning."""
+        return {"weight": 1.0, "bias": 0.0}
+
+    def _reset_parameters(self) -> None:
+        """Give parameters their first values; one that was pruned is kept under another name."""
+        for name, value in self.first_values().items():
+            parameter = self._parameters.get(name, self._parameters.get(f"{name}_orig"))
+            if parameter is not None:
+                nn.init.constant_(parameter, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As in any module, but a tensor that a loader puts here without a value begins as in a new norm."""
+        """As in any module, but numbers of NumPy become Python's, which C++ and caches take for what they are; and a tensor
+        that a loader puts here without a value begins as in a new norm.
+        """
+        if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+            value = value.item()
+        if name == "layout":
+            check_choice(name, value, LAYOUTS)
         if name == loading.MARK:
             loading.begin_unwritten(self)
         elif isinstance(value, Tensor) and (name in self._parameters or name in self._buffers):
@@ -98,6 +112,11 @@ class Norm(nn.Module):
     def _arriving(self, name: str, value: Tensor) -> Tensor:
         """What ``value`` becomes as the parameter or buffer ``name``."""
         return loading.arriving(self, name, value)
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if prefix or len(state_dict) > 1:  # else it may be Hugging Face's loading
+            loading.written(self, [name for name in (*self._unwritten, *self._from_meta) if prefix + name in state_dict])
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         batch_first = state.pop("batch_first", False)  # pickled by an earlier version
@@ -152,4 +171,6 @@ class Norm(nn.Module):
     def _check_mask(self, padding_mask: Optional[Tensor], x: Tensor) -> None:
         """Refuse a padding mask that does not fit the rows ``x`` of :meth:`_normalize`; raises ValueError."""
         if padding_mask is not None:
+            if x.dim() == 2 and getattr(padding_mask, "shape", None) == (x.size(0), 1):  # N sentences of one token
+                padding_mask = padding_mask.squeeze(1)
             check_mask(padding_mask, x, batch_first=self.layout != "time_first")

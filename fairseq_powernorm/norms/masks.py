@@ -21,6 +21,10 @@ def check_mask(padding_mask: Optional[Tensor], x: Tensor, *, batch_first: bool) 
     """
     if padding_mask is None:
         return
+    if not isinstance(padding_mask, Tensor):
+        raise ValueError(f"padding_mask of type {type(padding_mask).__name__}: expected a tensor; {HINT}")
+    if padding_mask.layout is not torch.strided or padding_mask.is_nested:
+        raise ValueError(f"padding_mask of layout {padding_mask.layout}: expected a dense tensor, torch.strided")
     if padding_mask.dtype is not torch.bool:
         raise ValueError(f"padding_mask of dtype {padding_mask.dtype}: {HINT}")
     rows = x.shape[:-1]

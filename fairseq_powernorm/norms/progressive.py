@@ -97,7 +97,7 @@ class ProgressiveBatchNorm(FormulaNorm):
         return f"{super().extra_repr()}, total_updates={self.total_updates}, alpha={self.first_alpha}"
 
     def first_values(self) -> Dict[str, float]:
-        return {**super().first_values(), "alpha": self.first_alpha, "layer_weight": 1.0}
+        return {**super().first_values(), "alpha": self.first_alpha, "layer_weight": 1.0, "layer_bias": 0.0}
 
     def share(self, steps: Tensor) -> Tensor:
         """lambda after that many steps."""

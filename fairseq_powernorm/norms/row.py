@@ -60,10 +60,7 @@ class RowNorm(Norm):
 
     def reset_parameters(self) -> None:
         """Set the parameters to what they were at the beginning."""
-        for name, value in self._initial.items():
-            parameter = self._parameters.get(name)
-            if parameter is not None:
-                nn.init.constant_(parameter, value)
+        self._reset_parameters()
 
     def first_values(self) -> Dict[str, float]:
         return self._initial

@@ -111,11 +111,15 @@ class WindowNorm(FormulaNorm):
         known = functional.WindowState(steps, divisor.averaged, divisor.outlier, self.statistic("window_gz"), average)
         return functional.window_norm(
             x, *self._affine(), valid, torch.rsqrt(divisor.var + self.eps), divisor.r, known, spec,
-            self._collector(steps), self._reduce, self._lock,
+            self._collector(known), self._reduce, self._lock,
         )  # fmt: skip
 
-    def _collector(self, steps: Tensor) -> functional.Collect:
-        """Takes in what the backward pass of the step after ``steps`` steps yields."""
+    def _collector(self, known: functional.WindowState) -> functional.Collect:
+        """Takes in what the backward pass of a step yields that has read this. What it has read takes the step, though the
+        norm may have other buffers by then, as after ``torch.func.functional_call``.
+        """
+        compiling = torch.compiler.is_compiling()  # whose graphs take buffers of modules only
+        read = {"window_gz": known.window} if known.average is None else {"window_gz": known.window, "ema_gz": known.average}
 
         def collect(part: str, tally: Tensor) -> None:
             if not self.filter_outliers:
@@ -123,8 +127,8 @@ class WindowNorm(FormulaNorm):
             if self.stage is not None:
                 self._take(part, tally)
             else:
-                names = type(self).STEPS[part]
-                self.step_(part, tally, {"iters": steps + 1, **{name: self.statistic(name) for name in names}})
+                buffers = {name: self.statistic(name) for name in type(self).STEPS[part]} if compiling else read
+                self.step_(part, tally, {"iters": known.steps + 1, **buffers})
 
         return collect
 

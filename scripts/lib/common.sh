@@ -22,6 +22,10 @@ pn_stopped() {
 trap 'pn_stopped 130' INT
 trap 'pn_stopped 143' TERM
 
+# Python code that comes before any other: with it, modules of the caller's directory, which may be somebody else's run, take
+# the place of none. Python 3.11 and newer have PYTHONSAFEPATH for that.
+pn_safe='import sys; sys.path[:1] = [path for path in sys.path[:1] if path]'
+
 # pn_wait COMMAND [ARGUMENTS]: runs a command that may take long, which a signal ends at once
 pn_wait() {
     "$@" &
@@ -29,8 +33,7 @@ pn_wait() {
 }
 
 # pn_python COMMAND [ARGUMENTS]: the module fairseq_powernorm.experiments.COMMAND in the project's environment, in place of
-# this shell. Its help needs no environment, and makes none. Python 3.11 and newer do not look for modules in the caller's
-# directory.
+# this shell. Its help needs no environment, and makes none.
 pn_python() {
     local command=$1 argument help=''
     shift
@@ -44,5 +47,10 @@ pn_python() {
         [ -x "$PYTHON" ] || PYTHON=python3
         export PYTHONPATH=$PN_ROOT${PYTHONPATH:+:$PYTHONPATH}
     fi
-    PN_SCRIPT=$pn_script PYTHONSAFEPATH=1 exec "$PYTHON" -m "fairseq_powernorm.experiments.$command" "$@"
+    export PN_SCRIPT=$pn_script PYTHONSAFEPATH=1
+    if "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        exec "$PYTHON" -m "fairseq_powernorm.experiments.$command" "$@"
+    fi
+    exec "$PYTHON" -c "$pn_safe; import runpy; runpy.run_module(sys.argv.pop(1), None, '__main__', True)" \
+        "fairseq_powernorm.experiments.$command" "$@"
 }

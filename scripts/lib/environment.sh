@@ -7,7 +7,8 @@
 
 # pn_missing PYTHON: the modules that the project needs and this interpreter lacks.
 pn_missing() {
-    "$1" - <<'PYTHON'
+    "$1" - <<PYTHON
+$pn_safe
 from importlib.util import find_spec
 needed = """torch fairseq hydra omegaconf sacrebleu sacremoses regex subword_nmt sentencepiece jinja2 matplotlib pytest xdist
             onnx onnxruntime""".split()
@@ -20,7 +21,7 @@ pn_find_python() {
     local name minor
     for name in python3.11 python3.12 python3 python python3.10 python3.9 python3.8; do
         minor=$("$name" -c 'import sys; print(sys.version_info[1] if sys.version_info[0] == 3 else 0)' 2>/dev/null) || continue
-        if [ "$minor" -ge 8 ] && [ "$minor" -le 12 ] && "$name" -c 'import venv, ensurepip' 2>/dev/null; then
+        if [ "$minor" -ge 8 ] && [ "$minor" -le 12 ] && "$name" -c "$pn_safe; import venv, ensurepip" 2>/dev/null; then
             printf '%s %s\n' "$name" "$minor"
             return
         fi
@@ -55,21 +56,21 @@ pn_make_venv() {
         *) torch=torch==2.13.0 ;;
     esac
     torch=${TORCH_SPEC:-$torch}
-    stamp=$("$base" -c 'import hashlib, sys; print(sys.argv[2], hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' \
-        "$PN_ROOT/setup.py" "$torch")
+    stamp=$("$base" -c "$pn_safe; import hashlib
+print(sys.argv[2], hashlib.sha256(open(sys.argv[1], 'rb').read()).hexdigest())" "$PN_ROOT/setup.py" "$torch")
     if [ "$(cat "$venv/installed" 2>/dev/null)" != "$stamp" ]; then
         : >"$unfinished"
         if [ ! -d "$venv" ]; then
             echo "making .venv with $base"
-            pn_wait "$base" -m venv "$venv"
+            pn_wait "$base" -I -m venv "$venv"
         fi
         echo "installing into .venv (some minutes)"
         if [ "$minor" -lt 11 ]; then
-            pn_wait "$venv/bin/python" -m pip install --quiet "pip<24.1"
+            pn_wait "$venv/bin/python" -I -m pip install --quiet "pip<24.1"
         fi
         read -r -a words <<<"$torch"
-        pn_wait "$venv/bin/python" -m pip install --quiet "${words[@]}"
-        pn_wait "$venv/bin/python" -m pip install --quiet -e "$PN_ROOT[data,integrations,plots,slurm,test]"
+        pn_wait "$venv/bin/python" -I -m pip install --quiet "${words[@]}"
+        pn_wait "$venv/bin/python" -I -m pip install --quiet -e "$PN_ROOT[data,integrations,plots,slurm,test]"
         printf '%s\n' "$stamp" >"$venv/installed"
         rm "$unfinished"
     fi

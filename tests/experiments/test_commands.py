@@ -63,6 +63,7 @@ def test_everything_is_explained(name):
         taken = {each for names, _ in entries(text) for each in re.findall(r"--[a-z][a-z-]*", names)}
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) <= taken
         assert "%(" not in text and "%%" not in text
+        assert not re.search(r"\w-$", text, re.M), "a name is cut in two"
 
 
 def test_help_needs_the_standard_library_only():
@@ -109,6 +110,27 @@ def test_a_signal_before_python(sent, tmp_path):
     process.send_signal(sent)
     _, errors = process.communicate(timeout=60)  # as long as anybody holds the pipe
     assert (process.returncode, errors) == (128 + sent, "scripts/status.sh: error: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    "shell", ['pn_missing "$PYTHON"', "pn_find_python", "pn_python status --help", "pn_python status ."])
+def test_modules_of_the_callers_directory(shell, tmp_path):
+    """Where a script is called, perhaps in somebody else's run, no file there takes the place of one of Python's modules; of
+    a Python before 3.11 neither.
+    """
+    (tmp_path / "here").mkdir()
+    for name in ("importlib", "types", "hashlib", "venv", "runpy", "argparse", "fairseq_powernorm"):
+        (tmp_path / "here" / f"{name}.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')\n")
+    old = tmp_path / "python"
+    old.write_text('#!/bin/sh\ncase "$*" in *"sys.exit("*) exit 1 ;; esac\n'
+                   f'unset PYTHONSAFEPATH\nexec {sys.executable} "$@"\n')
+    old.chmod(0o755)
+    lib = ROOT / "scripts" / "lib"
+    functions = f"pn_environment() {{ :; }}; . <(sed '/^pn_environment$/,$d' {lib / 'environment.sh'})"
+    for python in (sys.executable, str(old)):
+        done = subprocess.run(["bash", "-c", f". {lib / 'common.sh'}; {functions}; {shell}", str(ROOT / "scripts" / "x.sh")],
+                              cwd=tmp_path / "here", env={**os.environ, "PYTHON": python}, capture_output=True, text=True)
+        assert not (tmp_path / "pwned").exists() and done.returncode == 0, done.stderr
 
 
 def test_help_of_a_check():
@@ -231,6 +253,43 @@ def test_where_nothing_can_be_written(command, name, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"directory{ending}", f"pipe{ending}"]
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + "/y.yaml", "loop", "loop/y.yaml", "a\nb\x1b[2J", "\udcff"])
+@pytest.mark.parametrize("words", [
+    "status PATH", "table PATH", "schema PATH", "evaluate PATH", "train PATH power", "train demo power --run-dir PATH",
+    "train demo power --tensorboard=PATH", "prepare new --lm --text-dir PATH", "prepare ptb --archive PATH",
+    "prepare ptb --archive-dir PATH", "submit demo power --site PATH", "score PATH PATH", "launch PATH power",
+    "reproduce table1 --benchmark PATH"])
+def test_paths_that_lead_nowhere(words, name, tmp_path, monkeypatch, capsys):
+    """A name that no file system takes, a link to itself, a name that would move a terminal's cursor: one line, and nothing
+    is there that was not before.
+    """
+    pytest.importorskip("fairseq")
+    for variable in ("PN_DATA_ROOT", "PN_RUNS_ROOT"):
+        monkeypatch.setenv(variable, str(tmp_path / "none"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    command, *arguments = words.replace("PATH", name).split(" ")
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(SystemExit) as end:
+        commands.main(module(command).command, arguments)
+    for number, handler in handlers:
+        signal.signal(number, handler)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.endswith("\n") and said[:-1].isprintable(), said
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]
+
+
+@pytest.mark.parametrize("command", ["table", "plot_curves"])
+def test_a_record_is_no_output(command, tmp_path):
+    """--output does not take the place of a record, by whatever path."""
+    record, link = tmp_path / "record.png", tmp_path / "link.png"
+    record.write_text("theirs")
+    link.symlink_to(record)
+    with pytest.raises(UserError, match="is one of the records"):
+        module(command).command([str(record), "--output", str(link)])
+    assert record.read_text() == "theirs"
+
+
 def test_who_was_called():
     """A refusal begins with the script, or with the module where Python was asked for that."""
     done = plain(ROOT / "scripts" / "status.sh", "--al", PYTHON=sys.executable)
@@ -281,7 +340,7 @@ def test_quickstart(monkeypatch, tmp_path, capsys):
 INTERNAL = re.compile(
     r"(SLURM|BASH)_|(RANK|WORLD_SIZE|LOCAL_RANK|PATH|PYTHONPATH|PYTHONIOENCODING|VIRTUAL_ENV|CONDA_PREFIX)$"
     r"|PN_(ROOT|SCRIPT|SITE|CONTAINER|ACCOUNT|PARTITION|TIME|CPUS_PER_TASK|GRES|WARNING)$"
-    r"|TORCH_FORCE_WEIGHTS_ONLY_LOAD$|TQDM_DISABLE$"  # which are set, not read
+    r"|TORCH_FORCE_WEIGHTS_ONLY_LOAD$|TQDM_DISABLE$|PERL_UNICODE$"  # which are set or taken away, not read
 )
 #: words in capitals that are no variables, in modules that read some
 WORDS = {"LANG", "BENCH", "DIR", "FILE", "HEAD", "KERNELS", "MB", "NAME", "NORM", "RUN_DIR", "SOABI", "TYPE",

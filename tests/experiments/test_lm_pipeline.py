@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import tarfile
 import zipfile
 
@@ -188,6 +189,11 @@ def evil(folder, kind):
             info = tarfile.TarInfo("simple-examples/data/ptb.train.txt")
             info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
             packed.addfile(info)
+    elif kind == "link.zip":
+        link = zipfile.ZipInfo("wikitext-103/wiki.train.tokens")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        with zipfile.ZipFile(path, "w") as packed:
+            packed.writestr(link, "/etc/passwd")
     elif kind == "wrong.zip":
         write_zip(path, {"wikitext-2/wiki.train.tokens": b"the\n"})
     elif kind == "text.tgz":
@@ -207,6 +213,7 @@ def evil(folder, kind):
     ("escape.zip", r"wiki\.train\.tokens', which leads out of its directory"),
     ("escape.tgz", r"ptb\.train\.txt', which leads out of its directory"),
     ("link.tgz", "ptb.train.txt is not a file"),
+    ("link.zip", "wiki.train.tokens is not a file"),
     ("wrong.zip", r"lacks wikitext-103/wiki\.train\.tokens, .*it must hold"),
     ("text.tgz", "cannot unpack"),
     ("empty.tgz", r"valid\.txt is empty"),

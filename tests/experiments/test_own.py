@@ -23,6 +23,7 @@ from fairseq_powernorm.experiments import (
 )
 from fairseq_powernorm.experiments.data import own_text, stages
 from fairseq_powernorm.experiments.data.prepare import prepare
+from fairseq_powernorm.experiments.directories import resumable_directory
 from fairseq_powernorm.experiments.errors import UserError
 from fairseq_powernorm.experiments.evaluation.evaluate import available_subset
 from fairseq_powernorm.experiments.paths import PLUGIN
@@ -133,12 +134,43 @@ def test_interrupted(home, tmp_path, monkeypatch, capsys):
     ("new", {**SIDES, "archive": "x.tgz"}, "--archive 'x.tgz' is for benchmarks"),
     ("new", {"lm": True, "bpe_size": 5}, "--bpe-size 5: the text of a language model (--lm) is used word by word"),
     ("new", {"lm": True, "source": "de"}, "--source 'de': the text of a language model"),
+    ("talks", {"bpe_size": 5}, "--source is missing"),  # prepared already, with other options
+    ("talks", {"force": True}, "--source is missing"),
+    ("talks", {"archive": "x.tgz"}, "--archive 'x.tgz' is for benchmarks"),
+    ("novels", {"lm": True}, "--text-dir is missing"),
     ("demo", {"source": "de"}, "--source 'de' is for text of your own; demo is a benchmark"),
     ("demo", {"clean": True}, "--clean is for text of your own"),
 ])
 def test_wrong_options(name, options, message, home):
     """A name that is none, and options that are missing or do not fit, are refused in one line."""
     assert message in refusal(prepare, name, **options)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"schema": 2}'])
+def test_damaged_stamp(content, tmp_path, capsys):
+    """Where what an interrupted run left does not say what it is, the next one begins anew."""
+    left = tmp_path / ".data.partial"
+    (left / "raw").mkdir(parents=True)
+    (left / "prepared.json").write_text(content)
+    request = {"schema": 2, "sources": {"text": None}}
+    with resumable_directory(tmp_path / "data", request):
+        assert os.listdir(left) == ["prepared.json"] and json.loads((left / "prepared.json").read_text()) == request
+    assert "other settings left" in capsys.readouterr().out
+
+
+def test_text_that_changes_meanwhile(home, tmp_path, monkeypatch):
+    """Text that is no longer what was looked through when it has been copied is refused, and makes no data."""
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.txt").write_text("a b\n")
+    write = own_text.UserText.write
+
+    def slow(text, directory):
+        (tmp_path / "train.txt").write_text("a b c\n")
+        write(text, directory)
+
+    monkeypatch.setattr(own_text.UserText, "write", slow)
+    assert "changed while it was being read" in refusal(prepare, "changing", lm=True, text_dir=str(tmp_path))
+    assert not list((home / "data").glob(".changing*/")) and "changing" not in own.names()
 
 
 @pytest.mark.parametrize("change, message", [

@@ -49,6 +49,7 @@ UNSOUND = [
     ("common.seed=${oc.env:HOME}", "an interpolation must be all of a value"),
     ("common.seed=$\\{oc.env\\:HOME\\}", "an interpolation must be all of a value"),
     ("dataset.valid_subset='x${common.seed}(1)'", "an interpolation must be all of a value"),
+    ("dataset.valid_subset='${task.data}${oc.env:HOME}'", "an interpolation must be all of a value"),
     ("optimization.lr=[${oc.env:HOME}]", "an interpolation must be all of a value"),
     (f"optimizer.adam_betas=\"{CODE}\"", "reads like Python code"),
     (f"optimizer.adam_betas=\"  ({CODE}, 0.98)\"", "reads like Python code"),
@@ -59,7 +60,13 @@ UNSOUND = [
     ("common.log_file=/tmp/x", "the name of a file in the run's directory"),
     ("common.log_file=../x", "the name of a file in the run's directory"),
     ("+task.norm_record=/tmp/x", "the name of a file in the run's directory"),
+    *((f"{key}={name}", "and none that a run has anyway") for key in ("common.log_file", "+task.norm_record")
+      for name in (".", "run.json", "train.log", "checkpoints/checkpoint_last.pt", "./finished.json.partial")),
+    *((f"~{group}._name", "chooses an implementation") for group in ("model", "task", "optimizer", "criterion")),
+    ("~optimizer._name=adam", "chooses an implementation"),
     ("common.suppress_crashes=true", "a failed training would look like"),
+    ("checkpoint.no_last_checkpoints=true", "a run goes on from its last checkpoint"),
+    ("checkpoint.write_checkpoints_asynchronously=true", "would go unnoticed"),
     ("checkpoint.no_save=True", "a run is what its checkpoints are"),
     ("common.log_format=simple", "valid: json"),
     ("optimization.clip_norm=inf", "no finite number"),
@@ -88,6 +95,25 @@ def test_unsound_overrides(override, message, tmp_path):
     with pytest.raises(UserError, match=message) as stored:
         records.read_run(tmp_path)
     assert str(stored.value) == f"{tmp_path / 'run.json'}: {typed.value}"
+
+
+@pytest.mark.parametrize("overrides, message", [
+    *((["checkpoint.no_save=" + value], "checkpoint.no_save=True: a run is what") for value in ("1", "yes", "'on'")),
+    (["checkpoint.no_save=${common.cpu}", "common.cpu=true"], "checkpoint.no_save=True: a run is what"),
+    (["common.log_file=${common_eval.model_overrides}", "common_eval.model_overrides=/tmp/x"], "log_file=/tmp/x: must be"),
+    (["+task.norm_record=${task.source_lang}", "task.source_lang=run.json"], "norm_record=run.json: must be"),
+    (["common.log_file=${common.none}"], "common.log_file: "),
+])
+def test_other_spellings(overrides, message):
+    """What an override cannot have as its value it cannot have in another spelling either, or by way of another setting."""
+    from fairseq_powernorm.experiments.runs import compose
+
+    trust.check_overrides(overrides, trust.OURS)
+    paths = ["common.user_dir=x", "task.data=x", "checkpoint.save_dir=x"]
+    compose.check_values(compose.compose("demo", [*paths, "common.log_file=mine.log", "+task.norm_record=mine.jsonl"]))
+    with pytest.raises(UserError, match=message) as caught:
+        compose.check_values(compose.compose("demo", [*paths, *overrides]))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("change, message", [

@@ -5,6 +5,8 @@ from norm_cases import CASES, C, assert_all_close, batch, make
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fairseq_powernorm.norms.recomputation import Recomputations
+
 
 def pattern_shared(f, norm, linear, x, mask):
     """One norm twice in a row, each call a segment of its own."""
@@ -132,3 +134,11 @@ def test_selective_checkpointing(name, variant, save, warmup):
             selective()
     else:
         assert_all_close(selective(), run(name, variant, warmup, pattern_shared, lambda g, x: g(x)), 1e-12)
+
+
+def test_records_of_replicas_on_other_devices_are_passed_over():
+    """Replicas of data parallelism share the record of the passes: one is sought among those of its own device."""
+    passes, sums = Recomputations(), torch.arange(4.0)
+    passes.remember(torch.ones(2, device="meta"), None, sums.to("meta"))
+    passes.remember(torch.ones(2), None, sums)
+    assert passes.recall(sums).state.device == sums.device

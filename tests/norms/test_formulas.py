@@ -116,6 +116,19 @@ def test_a_step_without_a_moment_leaves_no_gap_in_the_window(name, staged, empty
     torch.testing.assert_close(y.detach(), rows[2] / (mean + norm.eps).sqrt())
 
 
+@pytest.mark.parametrize("name", ["mabn", "un"])
+def test_an_average_of_models_trains_on(name):
+    """Its step count may be no whole number: its steps have a place in the windows all the same."""
+    norms = [build_norm(name, C, window=2, warmup_updates=0, rescale_after=9) for _ in range(2)]
+    for norm, steps in zip(norms, (4.0, 4.5)):
+        norm.iters.fill_(steps)
+        for step in range(3):
+            x = data(step)[0].float().requires_grad_()
+            norm(x).sum().backward()
+    for one, other in zip(norms[0].buffers(), norms[1].buffers()):
+        assert one.dim() == 0 or torch.equal(one, other)
+
+
 def test_outliers_are_found():
     """The data of the test above hold batches that the filter keeps out: with it the run is another one."""
     results = []

@@ -280,6 +280,17 @@ def test_wrong_use(name, case):
 
 
 @pytest.mark.parametrize("name, variant", CASES)
+@pytest.mark.parametrize("option", ["layout", "variant"])
+def test_choices_that_are_set_later(name, variant, option):
+    """They are checked as those of the constructor are."""
+    norm = make(name, variant)
+    if hasattr(norm, option):
+        with pytest.raises(ValueError, match=f"{option}='typo': must be one of"):
+            setattr(norm, option, "typo")
+        assert getattr(norm, option) == (variant if option == "variant" else "time_first")
+
+
+@pytest.mark.parametrize("name, variant", CASES)
 def test_images_need_a_layout(name, variant):
     """Four dimensions without a layout are refused, with the layouts that take them."""
     with pytest.raises(ValueError, match=r"\(3, 2, 4, 16\): expected T x B x 16.*others are batch_first, channels_first"):

@@ -470,6 +470,25 @@ def test_masks_that_are_not_bool_are_refused(kind, dtype):
             norm.train(mode)(x, mask.to(dtype))
 
 
+@pytest.mark.parametrize("make", [lambda mask: mask.tolist(), lambda mask: mask.numpy(), lambda mask: mask.to_sparse()])
+@pytest.mark.parametrize("kind", list(NORMS))
+def test_masks_that_are_no_dense_tensors_are_refused(kind, make):
+    """In both modes, whether the norm needs a mask or not."""
+    x, g, mask = random_batch()
+    norm = new(kind, dim=8).double()
+    for mode in (True, False):
+        with pytest.raises(ValueError, match="padding_mask of .*: expected a .*tensor"):
+            norm.train(mode)(x, make(mask))
+
+
+@pytest.mark.parametrize("kind", list(NORMS))
+def test_masks_of_sentences_of_one_token(kind):
+    """N x 1 for an input of N x C: a mask B x T with T = 1."""
+    x, g, mask = random_batch()
+    norm, other = (new(kind, dim=8).double() for _ in range(2))
+    assert torch.equal(norm(x[0], mask[:, :1]), other(x[0], mask[:, 0]))
+
+
 # ---------------------------------------------------------------- drop-in module
 
 

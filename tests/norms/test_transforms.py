@@ -99,6 +99,21 @@ def test_func_grad_in_training(name, variant, captured):
         plain.zero_grad()
 
 
+@pytest.mark.parametrize("name, variant", CASES)
+def test_given_buffers_take_the_steps(name, variant):
+    """Those of ``functional_call``, also in a backward pass after it; the norm's own stay as they are."""
+    norm, plain = make(name, variant), make(name, variant)
+    own = {key: value.clone() for key, value in norm.named_buffers()}
+    given = {key: value.clone() for key, value in own.items()}
+    for step in range(3):
+        x, dy, mask = batch(step)
+        functional_call(norm, given, (x.requires_grad_(), mask)).backward(dy)
+        plain(x, mask).backward(dy)
+    for key, value in plain.named_buffers():
+        assert torch.equal(given[key], value), key
+        assert torch.equal(norm.get_buffer(key), own[key]), key
+
+
 @pytest.mark.parametrize("name, variant", EXACT)
 def test_forward_derivatives_in_training(name, variant):
     """jvp of the norms with an exact gradient is its transpose; PN's approximate gradient has none and says so."""

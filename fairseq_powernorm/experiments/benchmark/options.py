@@ -62,49 +62,53 @@ def parser() -> Parser:
           python scripts/benchmark.py --check              # ... and exits with status 1 if a target is missed
           python scripts/benchmark.py --levels layer --shapes 4096x512 --extra mypackage.norms:FastNorm
 
-        results/README.md says how its own table is made of NAME.
+        results/README.md explains how its table is made from NAME.
         """,
         """
-        Levels: accuracy (a training step of PN against the authors' arithmetic in float64), layer (a norm alone,
+        The levels are accuracy (a training step of PN against the authors' arithmetic in float64), layer (a norm alone,
         training and evaluation), encoder (one Transformer layer, training), step (a whole update on 4,096 tokens of a
-        6+6-layer Transformer, and the share of it that the running statistics take; on a GPU in float16), generation (beam
-        search with 5 hypotheses, one sentence and 64 at a time, norms folded). Whole models leave their norms' statistics to
-        the task, as power-staged does; power takes its steps itself. power is PN as published after its warm-up, batch
-        masked batch normalization, batch-torch torch's own; power-torch (PN without its kernels) and authors (their
-        arithmetic) are measured at 4,096 rows only.
+        6+6-layer Transformer, and the share of it that the running statistics take; on a GPU in float16) and generation
+        (beam search with 5 hypotheses, for one sentence and for 64 at a time, with folded norms).
 
-        All contenders of a cell run in one process in turns, so that whatever else the machine does meets them all, each
-        time once untimed, if that is quick, and once timed; a ratio is the median over rounds of a contender's time
-        divided by LayerNorm's in the same round. --memory: what glibc does with freed memory; `default` gives large blocks
-        back, whose pages the system maps and clears anew in the next call, `recycled` keeps them, as the scripts tell it to.
-        The fraction of the bandwidth limit is the time in which a copy moves as many bytes as must be moved (training: five
-        tensors; forward pass alone and evaluation: two), divided by the time taken. On a GPU a norm alone is timed by the
-        GPU's own events, behind other work, with caches that hold nothing of it: without the time in which the host prepares
-        it, which is given beside it; whole models are timed by the clock. Timings mean something on a machine that does
-        nothing else.
+        Among the contenders, power is PN as published, after its warm-up, and batch is masked batch normalization;
+        batch-torch is torch's own. In whole models the norms leave their statistics to the task, as power-staged does;
+        power updates them itself. power-torch (PN without its kernels) and authors (the authors' arithmetic) are measured
+        at 4,096 rows only.
 
-        --seconds is shared out among the cells; each takes a few rounds at least. With --name, cells are kept as they are
-        measured: interrupted, the same command goes on where it was.
+        All contenders of a cell run in one process, in turns, so that whatever else the machine does affects them all. In
+        each turn a contender runs once untimed, if that is quick, and once timed. A ratio is the median over the rounds of
+        the contender's time divided by LayerNorm's in the same round. --memory says what glibc does with freed memory:
+        `default` returns large blocks, whose pages the system has to map and clear again in the next call; `recycled` keeps
+        them, as the scripts tell it to. The fraction of the bandwidth limit is the time that a copy needs to move the bytes
+        that must be moved (training: five tensors; forward pass alone and evaluation: two), divided by the time taken.
+
+        On a GPU, a norm alone is timed by the GPU's own events, behind other work, with none of its data in the caches. This
+        leaves out the time in which the host prepares the work, which is given separately. Whole models are timed by the
+        clock. Timings mean something only on a machine that does nothing else.
+
+        The time of --seconds is divided among the cells, each of which takes at least a few rounds. With --name, cells are
+        saved as they are measured: after an interruption, the same command continues where it was.
         """)
-    made.add("--device", read=one_of(*DEVICES), default="cpu", help=f"what to measure: {', '.join(DEVICES)}")
+    made.add("--device", read=one_of(*DEVICES), default="cpu", help=f"where to measure: {', '.join(DEVICES)}")
     made.add("--levels", metavar="LIST", read=words_of(*LEVELS), default=",".join(USUAL_LEVELS),
-             help=f"of {', '.join(LEVELS)}")
+             help=f"what to measure, a choice of {', '.join(LEVELS)}")
     made.add("--shapes", metavar="LIST", read=shapes,
-             help="ROWSxCHANNELS of the level layer, with commas between them; default: "
+             help="sizes at the level layer, each ROWSxCHANNELS; default: "
                   + "; ".join(f"{each} on {device}" for device, each in SHAPES.items()))
     made.add("--dtype", metavar="LIST", read=words_of(*DTYPES), default="float32,bfloat16",
-             help=f"of {', '.join(DTYPES)}, in accuracy and layer")
+             help=f"the dtypes at the levels accuracy and layer, a choice of {', '.join(DTYPES)}")
     made.add("--groups", metavar="LIST", read=numbers, default="4", help="channel groups of PN's layer scale")
     made.add("--memory", metavar="LIST", read=words_of(*MEMORIES), default=",".join(MEMORIES),
-             help=f"of {', '.join(MEMORIES)}, in layer; a GPU has memory of its own")
+             help=f"use of freed memory at the level layer, a choice of {', '.join(MEMORIES)}; on a GPU it does not "
+                  "matter; default: both")
     made.add("--threads", metavar="LIST", read=numbers, help="numbers of threads; default: torch's own")
     made.add("--contenders", metavar="LIST", read=words_of(*CONTENDERS), default=",".join(USUAL),
-             help=f"of {', '.join(CONTENDERS)}; layer is always there")
+             help=f"the norms, a choice of {', '.join(CONTENDERS)}; layer is always measured")
     made.add("--extra", metavar="MODULE:CLASS", repeat=True,
-             help="another norm beside them, built as CLASS(channels) and called as norm(x) on N x C; may be repeated")
+             help="one more norm, built as CLASS(channels) and called as norm(x) on N x C; may be repeated")
     made.add("--seconds", metavar="S", read=duration, default="420", help="time for all cells together")
-    made.add("--fast", flag=True, help="tiny sizes and one round: shows that it runs, times mean nothing")
-    made.add("--check", flag=True, help="exit with status 1 if a target is missed")
+    made.add("--fast", flag=True, help="tiny sizes and one round: shows that it runs; the times mean nothing")
+    made.add("--check", flag=True, help="that is, if a target is missed")
     made.add("--name", former="--output", metavar="NAME",
              help="write results/benchmark/NAME (record.json, table.md, training.png, evaluation.png), which must not exist")
     return made

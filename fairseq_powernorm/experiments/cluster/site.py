@@ -41,7 +41,7 @@ class Site:
         script = ("exec 3>&1 >&2; set -eu; . \"$1\"; . \"$2\"; printf '%s\\0' " + " ".join(f'"${name}"' for name in SITE)
                   + ' "${#PN_CONTAINER[@]}" ${PN_SBATCH[@]+"${PN_SBATCH[@]}"} >&3')
         done = subprocess.run(["bash", "-c", script, "site", str(SCRIPTS / "site.example.sh"), str(self.path)],
-                              capture_output=True, text=True, stdin=subprocess.DEVNULL)
+                              capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
         values = done.stdout.split("\0")[:-1]
         if done.returncode or len(values) <= len(SITE):
             raise UserError(f"site file {self.path} does not work: "

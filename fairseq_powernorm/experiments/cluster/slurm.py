@@ -34,7 +34,7 @@ def check_installed() -> None:
 def client(*command: str) -> str:
     """The output of one of SLURM's clients; refuses to go on if it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT)
     except OSError as error:
         raise UserError(f"{command[0]} cannot be started: {error.strerror}") from None
     except subprocess.TimeoutExpired:

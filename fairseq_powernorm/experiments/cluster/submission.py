@@ -83,6 +83,10 @@ class Submission:
         twice = sorted(str(name) for name in set(directories) if directories.count(name) > 1)
         if twice:
             raise UserError(f"two runs of this submission have the directory {twice[0]}; each norm and each seed only once")
+        for word in (*(word for run in self.runs for word in (*run.arguments, *run.evaluation)), *self.report,
+                     str(self.site.path)):
+            if not word.isprintable():
+                raise UserError(f"{word!r} has characters that cannot be printed; a job's arguments are a line of a file")
         data = {name: prepared(recipe(name).data)[0] for name in sorted({run.benchmark for run in self.runs})}
         for run in self.runs:
             for_fairseq("run directory", run.directory)

@@ -106,9 +106,10 @@ def digest_of(stream: Readable, algorithm: str) -> str:
     return computed.hexdigest()
 
 
-def refuse_plain_http(address: str) -> None:
-    if address.startswith("http:"):
-        raise Unreachable("no checksum of it is published, and plain http does not protect it on the way; "
+def refuse_unprotected(address: str) -> None:
+    scheme = address.partition(":")[0].lower()
+    if scheme in ("http", "ftp"):
+        raise Unreachable(f"no checksum of it is published, and plain {scheme} does not protect it on the way; "
                           "--allow-unverified takes it as it comes")
 
 
@@ -123,7 +124,7 @@ def fetch(address: str, partial: Path, size: Optional[int], *, secure: bool = Fa
         Unreachable: the address does not give the file, or gives only a part of it
     """
     if secure:
-        refuse_plain_http(address)
+        refuse_unprotected(address)
     start = partial.stat().st_size if partial.is_file() else 0
     if size is not None and start > size:
         partial.unlink()
@@ -145,7 +146,7 @@ def fetch(address: str, partial: Path, size: Optional[int], *, secure: bool = Fa
         raise Unreachable(str(error)) from None
     with answer:
         if secure:
-            refuse_plain_http(answer.url)  # it may have led elsewhere
+            refuse_unprotected(answer.url)  # it may have led elsewhere
         # 206: the server goes on where we stopped; else it begins anew.
         start = start if answer.status == 206 else 0
         length = answer.headers.get("Content-Length")

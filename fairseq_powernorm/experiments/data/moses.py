@@ -112,6 +112,8 @@ class Perl:
         commands = [[self.perl, str(self.directory / script), *options] for script, *options in scripts(names, language)]
         if "apostrophes" in names:  # the first step
             lines = (PYTHON["apostrophes"](line, language) for line in lines)
+        # which would change what the scripts that read bytes see
+        environment = {name: value for name, value in os.environ.items() if name != "PERL_UNICODE"}
         given = 0
         failed: List[BaseException] = []
         with tempfile.TemporaryFile() as errors:
@@ -119,7 +121,7 @@ class Perl:
             for command in commands:
                 source = running[-1].stdout if running else subprocess.PIPE
                 running.append(subprocess.Popen(command, stdin=source, stdout=subprocess.PIPE, stderr=errors,
-                                                pass_fds=(lock.fileno(),)))
+                                                pass_fds=(lock.fileno(),), env=environment))
                 if len(running) > 1:
                     cast(IO[bytes], source).close()
             begin, end = cast(IO[bytes], running[0].stdin), cast(IO[bytes], running[-1].stdout)

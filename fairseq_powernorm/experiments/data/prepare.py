@@ -9,12 +9,12 @@ from ..errors import UserError
 from ..files import read_json, sha256, write_json
 from ..own import LM, TRANSLATION, check_name, names
 from ..paths import data_root, for_fairseq
-from ..recipes import benchmarks, is_lm
+from ..recipes import benchmarks, is_lm, read_stamp
 from ..settings import load
 from ..tools import DATA_TOOLS, versions
 from . import moses, recipe
 from .own_text import UserText
-from .sources import Source, source as source_of
+from .sources import Identity, Source, source as source_of
 from .stages import LanguageModel, Preparation, Translation
 from .workers import Workers
 
@@ -78,10 +78,11 @@ def prepare(
         )
     else:
         check_name("name", benchmark)
-        if not (lm or source or target or text_dir) and benchmark in names():
+        is_prepared = benchmark in names()
+        if is_prepared and not any((text_dir, bpe, bpe_size, force, *published.values(), *for_own.values())):
             print(f"{place} is prepared already; nothing to do")
             return
-        if not (text_dir or any(for_own.values())):
+        if not (is_prepared or text_dir or any(for_own.values())):
             raise UserError(f"{benchmark!r} is unknown; valid: {', '.join(benchmarks())}; or a name for text of your own, "
                             f"with --text-dir DIR and --source LANG --target LANG, or --lm")
         refuse_given(published, f"is for benchmarks ({', '.join(benchmarks())}); {benchmark} is text of your own")
@@ -105,6 +106,7 @@ def prepare(
                 return
             request["versions"] = versions(DATA_TOOLS)
             with Workers() as workers, resumable_directory(place, request) as directory:
+                text = Noted(text, directory / STAMP)
                 if task == LM:
                     work: Preparation = LanguageModel(directory, text, benchmark, lock)
                 else:
@@ -116,7 +118,7 @@ def prepare(
                     if path.is_dir() and path.name not in work.results:
                         shutil.rmtree(path)
                 facts, sizes = work.facts()
-                stamp = {**request, "sources": text.identity(), **facts, "versions": request["versions"]}
+                stamp = {**read_json(directory / STAMP), **facts, "versions": request["versions"]}
                 write_json(directory / STAMP, {**stamp, "outputs": outputs(directory)})
     except OSError as error:
         raise UserError(f"{error.filename or 'cannot write'}: {error.strerror or error}; {GOES_ON}") from None
@@ -124,6 +126,24 @@ def prepare(
         raise KeyboardInterrupt(GOES_ON) from None
     unit = " tokens" if task == LM else " sentences"
     print(f"prepared {place}: " + ", ".join(f"{split} {count:,}" for split, count in sizes.items()) + unit)
+
+
+class Noted:
+    """A source that notes in prepared.json what the text is that it has written: of a download, that is known only then."""
+
+    def __init__(self, source: Source, stamp: Path) -> None:
+        self.source, self.stamp = source, stamp
+
+    def identity(self) -> Identity:
+        return self.source.identity()
+
+    def write(self, directory: Path) -> None:
+        """As the source does it. Raises UserError if the text is no longer what it was when the preparation began."""
+        self.source.write(directory)
+        request, found = read_json(self.stamp), self.source.identity()
+        if not same(found, request["sources"]):
+            raise UserError(f"{', '.join(found)}: changed while it was being read; run again")
+        write_json(self.stamp, {**request, "sources": found})
 
 
 def refuse_given(options: Mapping[str, Any], why: str) -> None:
@@ -143,7 +163,7 @@ def refuse_other(place: Path, request: Mapping[str, Any]) -> None:
     """Raises UserError if what lies in a place was not made by the same request."""
     if not (place / STAMP).is_file():
         raise UserError(f"{place} exists and was not made by scripts/prepare.sh; move it away, or replace it with --force")
-    stamp = read_json(place / STAMP)
+    stamp = read_stamp(place / STAMP)
     there, wanted = stamp.get("settings", {}), request["settings"]
     differing = [key for key in {**there, **wanted} if there.get(key) != wanted.get(key)]
     details = [

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
 from .. import trust
-from ..directories import locked, whole_directory
+from ..directories import check_writable, locked, whole_directory
 from ..errors import UserError
-from ..files import read_json, sha256, write_json
+from ..files import sha256, write_json
 from ..overrides import quiet
 from ..paths import PLUGIN, ROOT, data_root, for_fairseq
 from ..recipes import is_lm, prepared
+from ..reports import schema
 from ..runs import checkpoints, compose, records, trainlog
 from ..tools import TOOLS, versions
 from . import perplexity, translation
@@ -23,6 +24,7 @@ from .job import Job
 
 SCHEMA = 2
 SUBSETS = ("test", "valid")
+LONGEST_NAME = 240  # bytes of a file's name: of file systems' 255, some are for temporary files beside it
 #: what a run directory holds, as far as an evaluation needs it
 FILES = ("run.json", "train.log", "config.yaml")
 #: settings of a model that follow optimization.max_update, with which a run may be gone on with that is to be longer
@@ -67,6 +69,7 @@ def evaluate(
     if copy:
         check_copy(copy, target / "record.json", force=force)
     config = load_config(run)
+    records.check_stamp(stamp, data / "prepared.json", lm=is_lm(config))
     with locked(run) as lock:
         directory = run / "checkpoints"
         if is_lm(config) and average is None:
@@ -75,7 +78,10 @@ def evaluate(
             inputs = checkpoints.last(config, directory, average, available=available)
         request = {"subset": subset, "checkpoints": {path.name: sha256(path) for path in inputs}}
         if target.exists() and not force:
-            found: Record = read_json(target / "record.json")
+            try:
+                found: Record = schema.read_record(target / "record.json")
+            except UserError as error:
+                raise UserError(f"{error}; --force evaluates again") from None
             if {key: found.get(key) for key in request} != request:
                 raise UserError(f"{target} holds an evaluation of other checkpoints; --force replaces it")
             print(f"{target} is there already; nothing to do (--force evaluates again)")
@@ -132,6 +138,9 @@ def started(run: Path, benchmark: Optional[str], *, unfinished: bool) -> Dict[st
     facts = records.read_run(run)
     if not facts["sessions"]:
         raise UserError(f"{run / 'run.json'} was not written by scripts/train.sh: it has no sessions")
+    if "parameters" not in facts:
+        raise UserError(f"{run / 'run.json'} was not written by scripts/train.sh: it does not say how many parameters there "
+                        f"are")
     if benchmark not in (None, facts["benchmark"]):
         raise UserError(
             f"{run} is a run of benchmark {facts['benchmark']!r}, not {benchmark!r}; evaluate.sh RUN_DIR needs no name"
@@ -151,11 +160,13 @@ def check_copy(copy: Path, own: Path, *, force: bool) -> None:
     """Refuses to write a copy of the record over something else, or where it cannot be written."""
     if copy.is_dir():
         raise UserError(f"--record {str(copy)!r} is a directory; give the name of a file")
+    if os.path.lexists(copy) and not copy.is_file():
+        raise UserError(f"--record {str(copy)!r} is there, and not a file; choose another name")
+    if len(os.fsencode(copy.name)) > LONGEST_NAME:
+        raise UserError(f"--record {str(copy)!r}: a name has {LONGEST_NAME} bytes at most")
     if copy.exists() and not force and not (own.is_file() and copy.read_bytes() == own.read_bytes()):
         raise UserError(f"--record {str(copy)!r} exists already; --force overwrites it")
-    folder = next(path for path in Path(os.path.abspath(copy)).parents if path.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"--record {str(copy)!r} cannot be written: {folder} is not a directory that can be written to")
+    check_writable(f"--record {str(copy)!r} cannot be written: directory", Path(os.path.abspath(copy)).parent)
 
 
 def load_config(run: Path) -> Any:
@@ -253,7 +264,7 @@ def commit() -> Optional[str]:
     """The checkout's commit, with "+changes" if files other than records differ; None without git or a repository."""
 
     def git(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, errors="replace")
 
     try:
         head = git("rev-parse", "HEAD")

@@ -139,8 +139,8 @@ def negative_log_likelihood(output: str, text: Sequence[str]) -> float:
     scored = [item for number in sorted(blocks) for item in blocks[number]]
     if [word for word, _ in scored] != list(text):
         raise UserError(f"fairseq-eval-lm scored {len(scored):,} tokens that are not the {len(text):,} of the text; a "
-                        f"perplexity of other tokens would be compared with that of the text. Its last lines:\n"
-                        f"{output[-1000:]}")
+                        f"perplexity of other tokens would be compared with that of the text. Its last lines:",
+                        output[-1000:])
     total = -math.fsum(float(score) for _, score in scored)
     if not math.isfinite(total) or total / len(text) > 700:
         raise UserError(f"the negative log-likelihood of {len(text):,} tokens is {total} nats: training has diverged")

@@ -3,9 +3,10 @@
 import io
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 from ...recorder import LINEAR, PANELS, read
+from ..errors import UserError
 from ..overrides import quiet
 from . import matrix
 
@@ -81,6 +82,14 @@ def singular_values(path: Path) -> List[float]:
     return [float(f"{value:.6g}") for value in values]
 
 
+def of_file(read_from: Callable[[Path], Any], path: Path) -> Any:
+    """What a function reads from a file of a run; refuses one that is damaged."""
+    try:
+        return read_from(path)
+    except ValueError as error:
+        raise UserError(f"{error}; without {path} the figures are made of what the others hold") from None
+
+
 def data_of(runs: Iterable[matrix.Run], earlier: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
     """The figures' data: of the run directories that there are, else what an earlier file says.
 
@@ -95,11 +104,11 @@ def data_of(runs: Iterable[matrix.Run], earlier: Optional[Mapping[str, Any]]) ->
         averaged = run.directory / "evaluation" / "averaged.pt"
         best = run.directory / "checkpoints" / "checkpoint_best.pt"
         if record.is_file():
-            data["statistics"][name] = statistics(record)
+            data["statistics"][name] = of_file(statistics, record)
         if (run.directory / "evaluation").is_dir():
             path = averaged if averaged.is_file() else best
             if path.is_file():
-                data["singular_values"][name] = {"checkpoint": path.name, "values": singular_values(path)}
+                data["singular_values"][name] = {"checkpoint": path.name, "values": of_file(singular_values, path)}
         for key in ("statistics", "singular_values"):
             before = (earlier or {}).get(key, {})
             if name in before:

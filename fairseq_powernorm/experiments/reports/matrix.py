@@ -9,7 +9,7 @@ from .. import trust
 from ..errors import UserError
 from ..overrides import by_key
 from ..paths import ROOT, runs_root
-from ..recipes import is_lm
+from ..recipes import apply, is_lm
 from ..runs import batch
 from ..settings import (
     BATCH_REFERENCE,
@@ -83,6 +83,8 @@ TYPICAL_UPDATES = {"iwslt14": 100_000, "wmt14": 30_000}
 #: Stands for the number of updates in names where only early stopping ends training.
 EARLY_STOP = "early-stop"
 UPDATE_S = 0.05
+#: tokens of a sentence, where a batch is so many sentences
+SENTENCE = 30
 OPERATIONS_PER_S = 20e12
 
 #: The rows that the figures compare, by default and in the report of a table.
@@ -292,13 +294,18 @@ def takes(norm: str, option: str) -> bool:
 
 
 def tokens_of(config: Any, overrides: Dict[str, str]) -> int:
-    """Tokens of a full batch, all gathered for an update, with overrides (by key)."""
-    from omegaconf import OmegaConf
+    """Tokens of a full batch, all gathered for an update, with overrides (by key); refuses overrides that do not say so."""
+    from omegaconf.errors import OmegaConfBaseException
 
-    given = [override.lstrip("+") for override in overrides.values() if not override.startswith("~")]
-    config = OmegaConf.merge(config, OmegaConf.from_dotlist(given))
-    size = config.dataset.get("max_tokens") or config.dataset.batch_size * config.task.tokens_per_sample
-    return int(size * batch.update_freq(config)[0])
+    config = apply(config, overrides.values())
+    try:
+        size = config.dataset.get("max_tokens")
+        if size is None:
+            size = int(config.dataset.batch_size) * int(config.task.get("tokens_per_sample") or SENTENCE)
+        return int(size) * batch.update_freq(config)[0]
+    except (TypeError, ValueError, OmegaConfBaseException) as error:
+        raise UserError(f"dataset.max_tokens, or dataset.batch_size, does not say how large a batch is: "
+                        f"{' '.join(str(error).split())}") from None
 
 
 def identity(overrides: Sequence[str], run: Run) -> Dict[str, str]:

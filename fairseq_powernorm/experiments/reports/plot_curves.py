@@ -8,6 +8,11 @@ from ..files import write_bytes
 from . import figures, schema
 
 
+def plain(text: str) -> str:
+    """A text as it is, without what matplotlib would take for a formula."""
+    return text.replace("$", r"\$")
+
+
 def plot(paths: Sequence[str], output: Path) -> None:
     """Writes a PNG of the records in some files; raises UserError if one has no validation curve."""
     records = [schema.read_record(path) for path in paths]
@@ -18,7 +23,7 @@ def plot(paths: Sequence[str], output: Path) -> None:
         label = f"{record['norm']} ({record.get('arch', record['placement'])}), seed {record['seed']}"
         if not record.get("causal", True):
             label += ", not a language model"
-        figures.curve(axis, label, record, "valid", marker=".")
+        figures.curve(axis, plain(label), record, "valid", marker=".")
     title = ", ".join(sorted({record["benchmark"] for record in records}))
-    figures.finish(axis, xlabel="updates", ylabel="validation loss (bits per token)", title=title)
+    figures.finish(axis, xlabel="updates", ylabel="validation loss (bits per token)", title=plain(title))
     write_bytes(output, figures.png(figure))

@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from .. import own, trust
 from ..cluster import slurm, submission
-from ..directories import in_use
+from ..directories import check_writable, in_use
 from ..errors import UserError, choose, listed
 from ..overrides import by_key
 from ..paths import ROOT, data_root, for_fairseq, runs_root
@@ -19,6 +19,7 @@ from ..runs import batch, claims, compose, watch
 from ..settings import architectures, load, recipe
 from . import matrix, report, workers
 
+LONGEST_STEM = 120  # bytes of the name of a report's files, whose ends name an architecture and more
 #: settings by which the rows of a table are made
 VARIED = ("model.norm_groups", "model.norm_variant", "task.norm_record", "task.norm_record_interval")
 
@@ -99,6 +100,11 @@ def reproduce(options: argparse.Namespace) -> Optional[int]:
         return finish(options, runs, {})  # from the records that there are
     for_fairseq("runs directory (PN_RUNS_ROOT)", runs_root())
     for_fairseq("data directory (PN_DATA_ROOT)", data_root())
+    check_writable("--results", options.results)
+    check_writable("runs directory (PN_RUNS_ROOT)", runs_root())
+    if len(os.fsencode(stem(options).name)) > LONGEST_STEM:
+        raise UserError(f"--benchmark {options.benchmark!r}: the report's files are called after all of these, which is too "
+                        f"long a name; give fewer")
     for group in report.grouped(runs):
         check_run(options, group[0])
     if options.slurm:
@@ -126,6 +132,7 @@ def check_run(options: argparse.Namespace, run: matrix.Run) -> None:
             *run.overrides,
         ],
     )
+    compose.check_values(config)
     try:
         told = batch.described(config, options.gpus if options.slurm else 1)
     except UserError as error:
@@ -172,6 +179,10 @@ def print_cost(runs: Sequence[matrix.Run]) -> None:
 
 def submit(options: argparse.Namespace, runs: Sequence[matrix.Run]) -> Optional[int]:
     """Queues the runs that are neither done nor queued already, an evaluation of each and, behind all, the report."""
+    for benchmark in options.benchmarks:
+        if "," in benchmark:  # see report_command()
+            raise UserError(f"--benchmark: {benchmark} has a comma in its path, which the report's job would take for the "
+                            f"border between two; move it, or give the path of a link to it")
     queue: slurm.Queue = {}
     with contextlib.suppress(*((UserError,) if options.dry_run else ())):
         slurm.check_installed()

@@ -9,6 +9,7 @@ from ..files import read_json
 from ..settings import NORMS, norm_name
 
 NUMBER = (int, float)
+LARGEST = 2**63  # of whole numbers
 SHA256 = str
 
 
@@ -31,6 +32,13 @@ class ObjectOf:
         self.kind = kind
 
 
+class Having:
+    """An object with these keys at least."""
+
+    def __init__(self, keys: Dict[str, Kind]) -> None:
+        self.keys = keys
+
+
 class Named:
     """A name, one of a set, and perhaps its options: NAME[:OPTION=VALUE[,...]]."""
 
@@ -51,7 +59,8 @@ RUN = {
     "schema": {2}, "benchmark": str, "norm": Named({*NORMS, "custom"}), "placement": {"encoder", "all", "custom"},
     "variant": OrNull({"reference", "algorithm2"}), "seed": int, "parameters": int, "updates": int, "finished": bool,
     "training": {"wall_s": OrNull(NUMBER), "cpu_s": OrNull(NUMBER), "sessions": int, "threads": int},
-    "curve": {"train": [POINT], "valid": [POINT]}, "overrides": [str], "recipe?": RECIPE, "config": dict,
+    "curve": {"train": [POINT], "valid": [POINT]}, "overrides": [str], "recipe?": RECIPE,
+    "config": Having({"model": Having({"_name": str})}),
     "subset": {"test", "valid"}, "checkpoints": ObjectOf(SHA256), "averaged": int, "versions": ObjectOf(str),
     "git_commit": OrNull(str), "commands": [str],
 }
@@ -111,6 +120,9 @@ def problems(value: Any, kind: Kind, where: str = "") -> List[str]:
     """What is wrong with a value, a text for each fault; `where` is its place in the file."""
     if isinstance(kind, OrNull):
         return [] if value is None else problems(value, kind.kind, where)
+    if isinstance(kind, Having):
+        part = {key: value[key] for key in kind.keys if key in value} if isinstance(value, dict) else value
+        return problems(part, kind.keys, where)
     if isinstance(kind, Named):
         return problems(norm_name(value) if isinstance(value, str) else value, set(kind.names), where)
     if isinstance(kind, set):
@@ -135,6 +147,8 @@ def problems(value: Any, kind: Kind, where: str = "") -> List[str]:
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
         return [f"{where} is {value!r}, not {' or '.join(each.__name__ for each in kinds)}"]
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return [f"{where} is a number of {len(str(value))} digits"]
     return [f"{where} is {value!r}"] if isinstance(value, float) and not math.isfinite(value) else []
 
 

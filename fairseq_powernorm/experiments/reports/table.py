@@ -9,6 +9,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
+from ...command_line import in_one_line
 from ..errors import UserError
 from ..settings import BATCH_REFERENCE, PLACEMENTS
 from .matrix import BASELINE, NORMS, PAPER_NORMS, VARIANTS, Row
@@ -170,7 +171,7 @@ def layer_scale(line: Line) -> str:
 
 def last_valid_loss(record: Record) -> Optional[float]:
     valid = record["curve"]["valid"]
-    return valid[-1]["loss"] if valid else None
+    return valid[-1].get("loss") if valid else None
 
 
 class Metric(NamedTuple):
@@ -234,7 +235,9 @@ def cells(line: Line) -> Dict[str, str]:
 
 
 def markdown(headings: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
-    return "".join("| " + " | ".join(row) + " |\n" for row in (headings, ["---"] * len(headings), *rows))
+    """A table. What a text of a record may hold does not end a cell, or a line."""
+    lines = ([in_one_line(text).replace("|", "\\|") for text in row] for row in (headings, ["---"] * len(headings), *rows))
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def tables(records: Mapping[str, Record]) -> str:

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import fcntl
-import math
 import os
 import shlex
 import signal
@@ -17,7 +16,7 @@ from typing import Any, Deque, Dict, Iterator, List, Mapping, Optional, Sequence
 
 from .. import own
 from ..cluster import slurm
-from ..directories import lock_path, locked
+from ..directories import Busy, lock_path, locked
 from ..errors import UserError
 from ..files import read_json
 from ..paths import data_root
@@ -117,10 +116,10 @@ def prepare(state: State, wanted: Set[str]) -> None:
     """Prepares the benchmarks that are not; the runs of one that cannot be prepared fail."""
     for benchmark in sorted(wanted):
         directory = data_root() / benchmark
-        if not (directory / "prepared.json").is_file():
-            with locked(directory, patience=math.inf):
-                pass  # another invocation may be at work on it
-        if (directory / "prepared.json").is_file():
+        while not state.stopped and not (directory / "prepared.json").is_file():
+            with contextlib.suppress(Busy), locked(directory):
+                break  # else another invocation is at work on it
+        if state.stopped or (directory / "prepared.json").is_file():
             continue
         state.progress.say(f"== data: {benchmark}")
         problem = call(state, ["bash", "scripts/prepare.sh", benchmark], dict(os.environ))

@@ -21,6 +21,8 @@ def update_freq(config: Any, ranks: int = 1) -> List[int]:
     from omegaconf import OmegaConf
 
     stated = list(OmegaConf.select(config, "optimization.update_freq") or [1])
+    if not all(isinstance(number, int) and number > 0 for number in stated):
+        raise UserError(f"optimization.update_freq={stated}: must be a list of numbers, 1 or more")
     if all(number % ranks == 0 for number in stated):
         return [number // ranks for number in stated]
     common = math.gcd(*stated)

@@ -21,8 +21,9 @@ def claim_path(run: Path) -> Path:
 def read_claim(run: Path) -> Optional[Dict[str, Any]]:
     """{"submission": NAME, "task": number in its arrays}; None if nobody has laid claim."""
     path = claim_path(run)
-    claim: Optional[Dict[str, Any]] = read_json(path) if path.exists() else None
-    if claim is not None and not (isinstance(claim, dict) and {"submission", "task"} <= claim.keys()):
+    claim: Optional[Dict[str, Any]] = read_json(path) if path.is_file() else None
+    if claim is not None and not (isinstance(claim, dict) and isinstance(claim.get("submission"), str)
+                                  and isinstance(claim.get("task"), int)):
         raise UserError(f"{path} does not say which job it belongs to; if none does, remove it")
     return claim
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
+from .. import trust
 from ..errors import UserError
 from ..overrides import Settings, by_key, check, quiet, quote
 from ..paths import PLUGIN
@@ -62,6 +63,12 @@ def compose(subject: str, overrides: Sequence[str]) -> Any:
         raise UserError(f"{found.where} does not take these overrides: {' '.join(overrides)}: {reason}") from None
 
 
+def check_values(composition: Any) -> None:
+    """Refuses a composed configuration with values that a run cannot have, wherever it runs."""
+    trust.check_composed(composition)
+    limits.check(composition, Settings(composition))
+
+
 def build(config: Any) -> Tuple[Any, Any, Any, Any]:
     """Resolves a composed configuration with fairseq's defaults and builds its task, model and criterion.
 
@@ -83,7 +90,8 @@ def build(config: Any) -> Tuple[Any, Any, Any, Any]:
             model = task.build_model(config.model)
             criterion = task.build_criterion(config.criterion)
         except Exception as error:  # whatever fairseq or the plugin objects to
-            raise UserError(f"these settings do not build a model: {type(error).__name__}: {error}") from None
+            reason = " ".join(str(error).split())
+            raise UserError(f"these settings do not build a model: {type(error).__name__}: {reason}") from None
     return config, task, model, criterion
 
 
@@ -145,7 +153,7 @@ def resolved(
         if read != str(path):
             raise UserError(f"{group}.{key} {str(path)!r}: hydra reads it as {read!r}; move it, or give the path of a "
                             f"link to it")
-    limits.check(composition, Settings(composition))
+    check_values(composition)
     limits.check_references(composition, data, save_dir)
     config, _, model, _ = build(composition)
     return complete, config, sum(parameter.numel() for parameter in model.parameters())

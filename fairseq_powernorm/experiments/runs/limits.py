@@ -4,7 +4,7 @@ import ast
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any, Dict, Iterator, List, Tuple
 
 from ..errors import LARGEST_SEED, UserError
 from ..overrides import Settings
@@ -37,7 +37,7 @@ def check(config: Any, settings: Settings) -> None:
         if key in settings.known and value == settings.known[key].default:
             continue
         smallest, largest = limits(key, settings)
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}={value} is no finite number")
         if not smallest <= value <= largest:
             raise UserError(f"{key}={value}: must be from {smallest:g} to {largest:.15g}")
@@ -56,6 +56,12 @@ def check_references(config: Any, data: Path, save_dir: Path) -> None:
     for group, key in (("optimization", "lr"), ("optimization", "update_freq")):
         if found[group].get(key) == []:
             raise UserError(f"{group}.{key}=[]: must have one value at least")
+    if all(found["dataset"].get(key) is None for key in ("max_tokens", "batch_size")):
+        raise UserError("dataset.max_tokens and dataset.batch_size are both null: one of them says how large a batch is")
+    metric, valid = found["checkpoint"].get("best_checkpoint_metric"), metrics(found)
+    if valid and metric is not None and metric not in valid:
+        raise UserError(f"checkpoint.best_checkpoint_metric={metric}: a validation does not compute it; valid: "
+                        f"{', '.join(valid)}")
     for key, value in found["optimizer"].items() if isinstance(found.get("optimizer"), dict) else ():
         if key.endswith("betas") and not _is_pair_of_shares(value):
             raise UserError(f"optimizer.{key}={value}: must be two numbers from 0 to below 1, such as '(0.9, 0.98)'")
@@ -72,6 +78,17 @@ def check_references(config: Any, data: Path, save_dir: Path) -> None:
             raise UserError(f"checkpoint.{key}={name}: no such file (a relative path is one from {save_dir.parent})")
     if checkpoint.get("checkpoint_suffix"):
         raise UserError(f"checkpoint.checkpoint_suffix={checkpoint['checkpoint_suffix']}: a run's checkpoints have none")
+
+
+def metrics(config: Dict[str, Any]) -> List[str]:
+    """What a validation computes, by which checkpoints can be compared; none where nothing is known of the criterion."""
+    criterion, task = config.get("criterion") or {}, config.get("task") or {}
+    if criterion.get("_name") not in ("label_smoothed_cross_entropy", "cross_entropy", "adaptive_loss"):
+        return []
+    smoothed = criterion["_name"] == "label_smoothed_cross_entropy"
+    by_sentence = bool(config["optimization"].get("sentence_avg") or criterion.get("sentence_avg") is True)
+    return ["loss", "ppl", *["nll_loss"] * (smoothed or by_sentence),
+            *["accuracy"] * bool(smoothed and criterion.get("report_accuracy")), *["bleu"] * bool(task.get("eval_bleu"))]
 
 
 def _is_pair_of_shares(value: Any) -> bool:

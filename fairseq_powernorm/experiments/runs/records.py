@@ -6,14 +6,13 @@ from typing import Any, Dict, List, Mapping, Optional
 from .. import trust
 from ..errors import UserError
 from ..files import read_json
-from ..own import is_name
+from ..own import is_language, is_name
 from ..recipes import LM_TASK, benchmarks
-from ..reports.schema import NUMBER, RECIPE, OrNull, problems
+from ..reports.schema import NUMBER, RECIPE, ObjectOf, OrNull, problems
+from ..settings import BPE_TYPES
+from ..trust import WRITTEN as WRITTEN
 
 SCHEMA = 1
-#: files that training writes, in a run's directory
-WRITTEN = ("run.json", "run.json.partial", "finished.json", "finished.json.partial", "config.yaml", "config.yaml.partial",
-           "command.txt", "train.log")
 SESSION = {
     "command": [str], "threads": int, "ranks?": int, "job?": str, "restart?": int, "wall_s": OrNull(NUMBER),
     "cpu_s": OrNull(NUMBER), "exit_status": OrNull(int), "diverged?": str,
@@ -40,6 +39,13 @@ OF_LM: Dict[str, Dict[str, Any]] = {
     "eval_lm": {"context_window": int, "softmax_batch": int},
     "dataset": {"batch_size_valid": OrNull(int), "max_tokens_valid": OrNull(int)},
 }
+
+#: what it reads of prepared.json
+STAMP_OF_TRANSLATION: Dict[str, Any] = {
+    "settings": {"languages": [str], "bpe": set(BPE_TYPES), "lowercase": bool}, "sentences": ObjectOf(int),
+    "outputs": ObjectOf(str),
+}
+STAMP_OF_LM: Dict[str, Any] = {"types": int, "published": bool, "outputs": ObjectOf(str)}
 
 Facts = Dict[str, Any]
 
@@ -80,6 +86,20 @@ def read_finished(run: Path) -> Optional[Facts]:
         return None
     finished = _checked(path, FINISHED)
     return {**finished, "overrides": trust.of_training(finished["overrides"])}
+
+
+def check_stamp(stamp: Mapping[str, Any], path: Path, *, lm: bool) -> None:
+    """Refuses a prepared.json that lacks what an evaluation reads, or has something else there."""
+    kinds = STAMP_OF_LM if lm else STAMP_OF_TRANSLATION
+    part = {key: stamp[key] for key in kinds if key in stamp}
+    if not lm:
+        part["settings"] = {key: value for key, value in stamp["settings"].items() if key in kinds["settings"]}
+    found = problems(part, kinds)
+    languages = part["settings"]["languages"] if not found and not lm else ["de", "en"]
+    if len(languages) != 2 or not all(map(is_language, languages)):
+        found = [f"settings.languages is {languages!r}, not two languages"]
+    if found:
+        raise UserError(f"{path} was not written by scripts/prepare.sh: {found[0]}; prepare the data again")
 
 
 def check_settings(content: Any, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import math
 import os
 import resource
 import shlex
@@ -20,10 +21,11 @@ from ..evaluation import perplexity
 from ..files import write_json, write_text
 from ..progress import Progress
 from ..recipes import is_lm
-from ..tools import cpus, processor_settings, tied
+from ..tools import processor_settings, threads, tied
 from . import checkpoints, ending, trainlog
 from .launchers import Launcher
 
+LONGEST_PATIENCE = 1_000_000  # seconds
 STOP_PATIENCE = 10  # seconds from SIGTERM to SIGKILL
 
 
@@ -65,7 +67,7 @@ def session(
     with contextlib.suppress(FileNotFoundError):
         (run / "finished.json").unlink()
     this = {"command": [word for word in command if word not in watched.overrides],
-            "threads": int((environment or os.environ).get("OMP_NUM_THREADS") or cpus()),
+            "threads": threads(environment or os.environ),
             **(launcher.facts() if launcher else {}),
             "wall_s": None, "cpu_s": None, "exit_status": None}  # null to the end of a session that is killed
     begun = 0
@@ -215,6 +217,21 @@ def stop(process: "subprocess.Popen[Any]") -> None:
     timer.start()
 
 
+def patience() -> float:
+    """$PN_PROGRESS_SECONDS (60): how long training may show nothing before it says that it is at work; refuses what is no
+    time.
+    """
+    text = os.environ.get("PN_PROGRESS_SECONDS") or "60"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= LONGEST_PATIENCE:
+        raise UserError(f"PN_PROGRESS_SECONDS={text}: must be a number of seconds, more than 0 and {LONGEST_PATIENCE:,} at "
+                        f"most")
+    return seconds
+
+
 class Rhythm:
     """Shows lines of progress, or a bar and the lines that are more than that, and says so where none has come for
     $PN_PROGRESS_SECONDS (60).
@@ -224,7 +241,7 @@ class Rhythm:
         self.progress = progress
 
     def __enter__(self) -> "Rhythm":
-        self.seconds = float(os.environ.get("PN_PROGRESS_SECONDS") or 60)
+        self.seconds = patience()
         self.last, self.time, self.over = "nothing yet", time.monotonic(), threading.Event()
         self.thread = threading.Thread(target=self.beat, daemon=True)
         self.thread.start()

@@ -2,23 +2,24 @@
 
 import contextlib
 import os
+import re
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from .. import own, trust
 from ..directories import locked
-from ..errors import UserError, choose
+from ..errors import LARGEST_SEED, UserError, choose
 from ..evaluation import perplexity
 from ..files import sha256
 from ..overrides import by_key, quote
 from ..paths import for_fairseq, runs_root
 from ..recipes import is_lm, prepared
 from ..settings import architectures, load, norm_in_names, placements, recipe
-from ..tools import tool
+from ..tools import threads, tool
 from . import batch, checkpoints, compose, records, watch
 from .launchers import PLACES, WORLD_SIZE, Launcher
-from .session import Watched, session
+from .session import Watched, patience, session
 
 
 def checked(options: Namespace) -> Any:
@@ -33,6 +34,7 @@ def checked(options: Namespace) -> Any:
     options.placement = choose("--placement", options.placement or valid[0], valid)
     watch.check(options)
     trust.check_overrides(options.overrides, trust.OURS)
+    seed_of(options.overrides, config.common.seed)
     return config
 
 
@@ -41,6 +43,8 @@ def train(options: Namespace, config: Any, launcher: Optional[Launcher] = None) 
 
     launcher: what starts the ranks; without one they are one, or the GPUs of this machine that an override asks for
     """
+    threads(os.environ)  # both refuse what cannot be
+    patience()
     if launcher is None:
         refuse_several_processes()
     else:
@@ -79,12 +83,25 @@ def run_directory(options: Namespace, config: Any) -> Path:
     """RUN: --run-dir, or NORM[-PLACEMENT][-ARCH]-seedS under the runs' root; defaults are not named."""
     if options.run_dir:
         return Path(os.path.abspath(options.run_dir))
-    seed = by_key(options.overrides).get("common.seed", f"={config.common.seed}").split("=", 1)[1]
+    seed = seed_of(options.overrides, config.common.seed)
     chosen = [norm_in_names(options.norm)]
     for value, default in ((options.placement, placements(config.model)[0]),
                            (options.arch, architectures(options.benchmark)[0])):
         chosen += [value] if value != default else []
     return runs_root() / recipe(options.benchmark).name / f"{'-'.join(chosen)}-seed{seed}"
+
+
+def seed_of(overrides: Sequence[str], default: int) -> int:
+    """The seed that overrides choose, whatever its spelling (01, 1_0, '1'); refuses what is none."""
+    override = by_key(overrides).get("common.seed")
+    if override is None:
+        return default
+    value = None if override.startswith("~") else trust.value_of(override)
+    if isinstance(value, bool) or not re.fullmatch("-?[0-9]{1,18}", str(value)):
+        raise UserError(f"override {override}: a run has a seed, 0 to {LARGEST_SEED}")
+    if not 0 <= int(str(value)) <= LARGEST_SEED:
+        raise UserError(f"common.seed={value}: must be from 0 to {LARGEST_SEED}")
+    return int(str(value))
 
 
 def begun(run: Path) -> bool:

@@ -93,6 +93,9 @@ def test_submit_refuses(scripts, with_slurm, tmp_path, monkeypatch):
         *words, "--log-dir", f"{tmp_path}/file/logs")
     assert "--log-dir /proc/logs cannot be written: /proc: " in refused(*words, "--log-dir", "/proc/logs")
     assert "2 ranks cannot share out optimization.update_freq=[1]" in refused(*words, "--gpus", "2")
+    for name in ("a\nb", "\udcff"):
+        message = refused(*words, "--records", f"{tmp_path}/{name}")
+        assert "has characters that cannot be printed; a job's arguments are a line" in message and "\n" not in message
     monkeypatch.setenv("PATH", scripts.environment["PATH"])
     assert "no SLURM on this machine: sbatch is not in PATH" in refused(*words)
     status, output = scripts("slurm/submit", *words)

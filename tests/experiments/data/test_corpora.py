@@ -20,6 +20,7 @@ import warm
 from pipelines import Scripts, contents
 from toy import ROOT
 
+from fairseq_powernorm.experiments import files
 from fairseq_powernorm.experiments.data import archives, corpora as corpora_table, moses, prepare, stages, workers
 from fairseq_powernorm.experiments.errors import UserError
 from fairseq_powernorm.experiments.tools import cpus
@@ -294,6 +295,9 @@ def test_options_that_do_not_fit(iwslt14, tmp_path):
     assert "not a file; it must be laid out as de-en.tgz or 2014-01.tgz" in mine.refuses(
         "prepare", "iwslt14", "--archive", "x.tgz")
     assert "lacks de-en.tgz or 2014-01.tgz; looked in" in mine.refuses("prepare", "iwslt14", "--archive-dir", tmp_path)
+    for other in ("--archive", "--text-dir"):
+        assert f"{other} and --archive-dir exclude each other" in mine.refuses(
+            "prepare", "iwslt14", "--archive-dir", tmp_path, other, "x")
     assert not mine.data.exists()
     before = contents(iwslt14.data)
     assert "nothing to do" in iwslt14.here("prepare", "iwslt14", "--archive", iwslt14.archive)
@@ -451,6 +455,21 @@ def test_perl_scripts(iwslt14, tmp_path):
     assert "tokenized by other Moses scripts" in refused()
 
 
+def test_perl_scripts_see_bytes(tmp_path, monkeypatch):
+    """The scripts that work on bytes do so whatever $PERL_UNICODE says."""
+    import shutil
+
+    if shutil.which("perl") is None:
+        pytest.skip("perl is not installed")
+    scripts = tmp_path / "scripts" / "tokenizer"
+    write(scripts / "tokenizer.perl", b"print while <STDIN>;")
+    write(scripts / "normalize-punctuation.perl", b"while (<STDIN>) { s/\xe2\x80\x99/'/g; print; }")
+    perl = moses.Perl(str(tmp_path), {"languages": ["de", "en"], "normalize_punctuation": True})
+    monkeypatch.setenv("PERL_UNICODE", "SDA")
+    with open(tmp_path / "lock", "w") as lock:
+        assert list(perl.process(["Es gibt\u2019s."], ["normalize", "tokenize"], "de", lock)) == ["Es gibt's."]
+
+
 def test_tokenization_is_that_of_the_published_text(corpora):
     """Tokenizing the real IWSLT14 test text anew, from its words = that text: the same tokens, escapes and dashes."""
     from sacremoses import MosesDetokenizer
@@ -584,9 +603,32 @@ def test_download_is_verified(server, direct, tmp_path):
         with pytest.raises(UserError, match=f"its checksum is {digest}, expected {algorithm}:00"):
             archives.download("b.tgz", (server.url,), tmp_path, digest=f"{algorithm}:00")
     asked = len(server.asked)
-    with pytest.raises(UserError, match="no checksum of it is published, .* --allow-unverified takes it"):
-        archives.download("b.tgz", (server.url,), tmp_path)
+    for url in (server.url, server.url.replace("http", "HTTP"), "ftp://127.0.0.1:9/"):
+        with pytest.raises(UserError, match="no checksum of it is published, .* --allow-unverified takes it"):
+            archives.download("b.tgz", (url,), tmp_path)
     assert len(server.asked) == asked and not (tmp_path / "b.tgz").exists()
+
+
+def test_another_archive_after_a_download(direct, tmp_path, monkeypatch, capsys):
+    """A preparation that was interrupted after its download notes what it had downloaded: with another archive the next
+    one begins anew, with the same it goes on."""
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    write(tmp_path / "mirror" / "de-en.tgz", tgz(iwslt()))
+    mine = write(tmp_path / "mine.tgz", tgz(iwslt(de=b"Mein.\n", en=b"Mine.\n")))
+    monkeypatch.setenv("DATA_MIRROR", (tmp_path / "mirror").as_uri())
+    monkeypatch.setenv("PN_DATA_ROOT", str(tmp_path / "data"))
+    monkeypatch.setattr(moses, "steps", interrupt)
+    left = tmp_path / "data" / ".iwslt14.partial"
+    downloaded = tmp_path / "data" / "downloads" / "iwslt14" / "de-en.tgz"
+    for archive, first, said in ((None, "Der Baum", ""), (None, "Der Baum", "going on with"), (mine, "Mein.", "removing"),
+                                 (None, "Der Baum", "removing")):
+        with pytest.raises(KeyboardInterrupt):
+            prepare.prepare("iwslt14", archive=archive and str(archive))
+        stamp = json.loads((left / "prepared.json").read_text())
+        assert stamp["sources"] == {"de-en.tgz": files.sha256(archive or downloaded)}
+        assert (left / "corpus" / "train.de").read_text().startswith(first) and said in capsys.readouterr().out
 
 
 def test_every_address():

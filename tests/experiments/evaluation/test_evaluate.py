@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,9 +76,18 @@ def test_a_copy_that_cannot_be_written(tmp_path):
     """--record FILE: a directory, a place below a file, another record are refused, a new place and the same record not."""
     own = tmp_path / "record.json"
     own.write_text("{}")
-    for copy, message in ((tmp_path, "is a directory"), (own / "deep" / "record.json", "cannot be written")):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "nowhere").symlink_to(tmp_path / "none" / "deep")
+    os.mkfifo(tmp_path / "links" / "pipe")
+    for copy, message in ((tmp_path, "is a directory"), (own / "deep" / "record.json", "cannot be written"),
+                          (Path("/proc/none/record.json"), "cannot be written"), (Path(os.devnull), "and not a file"),
+                          (tmp_path / "links" / "nowhere" / "x.json", "cannot be written"),
+                          (tmp_path / "links" / "nowhere", "and not a file"),
+                          (tmp_path / "links" / "pipe", "and not a file"),
+                          (tmp_path / ("x" * 250), "a name has 240 bytes at most")):
         with pytest.raises(UserError, match=message):
             evaluate.check_copy(copy, own, force=True)
+    shutil.rmtree(tmp_path / "links")
     other = tmp_path / "other.json"
     other.write_text("[]")
     with pytest.raises(UserError, match="exists already; --force"):

@@ -28,7 +28,7 @@ from fairseq_powernorm.experiments import settings  # noqa: E402
 from fairseq_powernorm.experiments.errors import UserError  # noqa: E402
 from fairseq_powernorm.experiments.evaluation import score  # noqa: E402
 from fairseq_powernorm.experiments.files import json_text  # noqa: E402
-from fairseq_powernorm.experiments.reports import figures, matrix, render, schema, sections, table  # noqa: E402
+from fairseq_powernorm.experiments.reports import figures, matrix, plot_curves, render, schema, sections, table  # noqa: E402
 from fairseq_powernorm.experiments.reports.significance import significance  # noqa: E402
 from fairseq_powernorm.experiments.runs import checkpoints  # noqa: E402
 from fairseq_powernorm.experiments.score import command as score_command  # noqa: E402
@@ -286,6 +286,11 @@ def test_committed_records(path):
     (lambda r: r.update(perplexity={}), "arch is missing"),
     (lambda r: r.update(kind="figures"), "statistics is missing"),
     (lambda r: r.update(kind=[]), "kind is not a key"),
+    (lambda r: r.update(config={}), "config.model is missing"),
+    (lambda r: r["config"].update(model=3), "config.model is int, not an object"),
+    (lambda r: r["config"]["model"].pop("_name"), "config.model._name is missing"),
+    (lambda r: r.update(seed=10**400), "seed is a number of 401 digits"),
+    (lambda r: r["sacrebleu"].update(score=-(10**400)), "sacrebleu.score is a number of 40"),
 ])
 def test_schema_refuses(change, message):
     """A missing key, an unknown one at any depth, a value of another type, no finite number: each is named."""
@@ -306,6 +311,31 @@ def test_schema_of_no_object():
     for content in ([], 3, "text", None):
         with pytest.raises(UserError, match="is not a valid record: it is"):
             schema.check(content, "file")
+
+
+def test_texts_of_a_record():
+    """A text that a record may hold ends no cell of a table; a validation without a loss has none; a formula is drawn as it
+    is written.
+    """
+    record = copy.deepcopy(RECORD)
+    record["benchmark"] = "a|b\n$x^$"
+    record["curve"]["valid"][-1].pop("loss")
+    lines_ = table.tables({"x": record}).splitlines()
+    assert len(lines_) == 3 and lines_[2].startswith(r"| a\|b\n$x^$ | ") and lines_[2].endswith(" | not finite |")
+    assert plot_curves.plain("$x^$") == r"\$x^\$"
+
+
+def test_figures_of_damaged_files(tmp_path, monkeypatch):
+    """What a run left and is damaged is refused by its path, in one line."""
+    monkeypatch.setenv("PN_RUNS_ROOT", str(tmp_path))
+    (run, *_) = matrix.runs("demo", "transformer_pn_tiny", [1], 12, [])
+    (run.directory / "evaluation").mkdir(parents=True)
+    for name, content in (("evaluation/averaged.pt", b"PK\3\4"), (matrix.NORM_RECORD, b"x\n")):
+        (run.directory / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"without .*{name} the figures are made") as caught:
+            figures.data_of([run], None)
+        assert "\n" not in str(caught.value)
+        (run.directory / name).unlink()
 
 
 # ---- figures' data ---------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import signal
+import threading
 
 import pytest
 import torch
@@ -243,6 +244,15 @@ def test_the_lines_of_the_readme(line, here, capsys):
     (["table1", "--benchmark", "demo", "+model.norm_groups=2"],
      "override model.norm_groups is this command's own; use --rows"),
     (["table1", "--benchmark", "demo", "optimization.max_updtae=3"], "optimization.max_updtae"),
+    *((["table1", "--benchmark", "demo", f"dataset.max_tokens={value}"], message) for value, message in (
+        ("x", "how large a batch is"), ("null", "how large a batch is"), ("${no.thing}", "how large a batch is"),
+        ("-3", "dataset.max_tokens=-3: must be from 1"), ("9" * 400, "must be from 1"))),
+    (["table1", "--benchmark", "demo", "optimization.update_freq=[[1]]"], "must be a list of numbers, 1 or more"),
+    (["table1", "--benchmark", "demo", "checkpoint.no_save=1"], "a run is what its checkpoints are"),
+    (["table1", "--benchmark", "demo", "--seeds", "1,01"], "--seeds '1,01' names something twice"),
+    (["table1", "--benchmark", "demo", "--results", "/dev/null/x"], "--results /dev/null/x: /dev/null is not a directory"),
+    (["table1", "--benchmark", "demo", "--results", "/proc/x"], "--results /proc/x cannot be written"),
+    (["table1", "--benchmark", "demo", "--results", "/tmp/" + "x" * 300], "cannot be written"),
     (["table1", "--benchmark", "demo", "--archs", "lstm"], "--archs 'lstm' is unknown; valid: transformer_pn_tiny"),
     (["table2", "--archs", "tensorized_lm_pn_ptb"],
      "--archs 'tensorized_lm_pn_ptb' names no architecture of wikitext103"),
@@ -253,6 +263,31 @@ def test_wrong_options(arguments, message, here):
         reproduce.command(arguments)
     assert message in str(error.value)
     assert not list(here.iterdir())
+
+
+def test_batches_of_sentences(here):
+    """A batch of so many sentences is estimated, too."""
+    (run, *_) = of("demo", "transformer_pn_tiny", 40, ["dataset.max_tokens=null", "+dataset.batch_size=8"])
+    assert run.tokens == 8 * matrix.SENTENCE
+
+
+def test_a_comma_in_a_files_path(here, monkeypatch):
+    """The report's job would take it for the border between two files."""
+    monkeypatch.setattr(reproduction, "recipe", lambda word: settings.recipe("demo"))
+    options = reproduce.parse(["table1", "--slurm"])
+    options.benchmarks = ["/a,b/my.yaml"]
+    with pytest.raises(UserError, match="/a,b/my.yaml has a comma in its path"):
+        reproduction.submit(options, [])
+
+
+def test_interrupted_while_another_prepares(here):
+    """What waits for another process's preparation of the data ends when it is told to."""
+    state = workers.State(collections.deque(), 0, here)
+    with locked(here / "data" / "demo"):
+        timer = threading.Timer(0.2, setattr, (state, "stopped", signal.SIGTERM))
+        timer.start()
+        workers.prepare(state, {"demo"})
+    assert state.stopped and not state.failed and not (here / "data" / "demo").exists()
 
 
 def test_places_that_fairseq_cannot_be_given(here, monkeypatch):

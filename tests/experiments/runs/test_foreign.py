@@ -6,10 +6,11 @@ import zipfile
 
 import pytest
 
-from fairseq_powernorm.experiments.directories import whole_directory
+from fairseq_powernorm.experiments import own, recipes
+from fairseq_powernorm.experiments.directories import in_use, locked, resumable_directory, whole_directory
 from fairseq_powernorm.experiments.errors import UserError
 from fairseq_powernorm.experiments.evaluation import evaluate
-from fairseq_powernorm.experiments.runs import checkpoints, records, status, trainlog
+from fairseq_powernorm.experiments.runs import checkpoints, claims, records, status, trainlog
 
 FACTS = {"schema": 1, "benchmark": "demo", "arch": "transformer_pn_tiny", "norm": "power", "placement": "encoder",
          "prepared_sha256": "0", "overrides": [], "parameters": 3,
@@ -178,3 +179,87 @@ def test_places_of_an_evaluation(name, kind, tmp_path):
     assert [path.name for path in run.iterdir()] == ["evaluation"]
     assert not (run / "evaluation").is_symlink() and os.listdir(run / "evaluation") == ["record.json"]
     assert [path.name for path in tmp_path.rglob("file")] == ["file"] and (victim / "file").read_text() == "theirs"
+
+
+STAMP = {"task": "translation", "settings": {"languages": ["de", "en"], "bpe": "subword_nmt", "lowercase": False},
+         "sentences": {"test": 3}, "outputs": {}, "benchmark": "talks"}
+
+
+@pytest.mark.parametrize("change, message", [
+    (None, "it has no settings"), ([], "it has no settings"), ("text", "it has no settings"), (DEEP, "cannot read"),
+    ({"settings": []}, "it has no settings"), ({"settings": {"bpe": "--user-dir=/tmp/evil"}}, "begins like an option"),
+    ({"settings": {"languages": ["de", "${oc.env:HOME}"]}}, "has an interpolation"),
+    ({"settings": {"languages": ["de", "__import__('os').system('id')"]}}, "reads like Python code"),
+])
+def test_prepared_data(change, message, tmp_path, monkeypatch):
+    """Prepared data may be somebody else's, too: what prepared.json says is text, and no option of fairseq's commands."""
+    monkeypatch.setenv("PN_DATA_ROOT", str(tmp_path))
+    (tmp_path / "talks").mkdir()
+    stamp = {**STAMP, **change} if isinstance(change, dict) else change
+    (tmp_path / "talks" / "prepared.json").write_text(stamp if stamp == DEEP else json.dumps(stamp))
+    for read in (recipes.prepared, own.recipe):
+        with pytest.raises(UserError, match=message) as caught:
+            read("talks")
+        assert "prepared.json" in str(caught.value) and "\n" not in str(caught.value)
+    with resumable_directory(tmp_path / "other", {"settings": {}}) as partial:  # goes on with no such thing
+        (partial / "prepared.json").write_text("[]")
+    (tmp_path / "other").rename(tmp_path / ".other.partial")
+    with resumable_directory(tmp_path / "other", {"settings": {}}) as partial:
+        assert json.loads((partial / "prepared.json").read_text()) == {"settings": {}}
+
+
+@pytest.mark.parametrize("change, lm, message", [
+    ({}, False, None), ({"settings": {**STAMP["settings"], "clean_max": 3}, "types": 3}, False, None),
+    ({"types": 3, "published": False, "settings": {}}, True, None),
+    ({}, True, "types is missing"), ({"outputs": [1]}, False, "outputs is list, not an object"),
+    ({"sentences": {"test": "3"}}, False, r"sentences\['test'\] is '3', not int"),
+    *(({"settings": {**STAMP["settings"], key: value}}, False, f"settings.{key}") for key, value in (
+        ("bpe", "x"), ("bpe", None), ("lowercase", 1), ("languages", "de"), ("languages", ["de"]),
+        ("languages", ["de", "../x"]))),
+])
+def test_prepared_data_of_an_evaluation(change, lm, message, tmp_path):
+    """What an evaluation reads of prepared.json is there, and of the types that prepare.sh writes."""
+    if message is None:
+        records.check_stamp({**STAMP, **change}, tmp_path, lm=lm)
+        return
+    with pytest.raises(UserError, match=f"was not written by scripts/prepare.sh: {message}"):
+        records.check_stamp({**STAMP, **change}, tmp_path, lm=lm)
+
+
+def test_another_evaluation(tmp_path, monkeypatch):
+    """An evaluation/record.json that is no record is not copied, and a run that does not say its size is not evaluated."""
+    run = write(tmp_path / "run", **{"run.json": json.dumps({key: FACTS[key] for key in FACTS if key != "parameters"})})
+    with pytest.raises(UserError, match="it does not say how many parameters there are"):
+        evaluate.started(run, "demo", unfinished=False)
+    monkeypatch.setattr(evaluate, "prepared", lambda _: (tmp_path, STAMP))
+    monkeypatch.setattr(evaluate.checkpoints, "last", lambda *_, **__: [])
+    (tmp_path / "prepared.json").touch()
+    (run / "run.json").write_text(json.dumps({**FACTS, "prepared_sha256": evaluate.sha256(tmp_path / "prepared.json")}))
+    (run / "evaluation").mkdir()
+    for text in ("[]", '{"subset": "test", "checkpoints": {}}', DEEP):
+        (run / "evaluation" / "record.json").write_text(text)
+        with pytest.raises(UserError, match="--force evaluates again"):
+            evaluate.evaluate(run, record=tmp_path / "copy.json")
+    assert not (tmp_path / "copy.json").exists()
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"submission": "a"}', '{"submission": [], "task": 1}',
+                                  '{"submission": "a", "task": "1"}', DEEP])
+def test_claims(text, tmp_path):
+    """A claim that is none is refused by its path."""
+    claims.claim_path(tmp_path / "run").write_text(text)
+    with pytest.raises(UserError, match=".run.job"):
+        claims.jobs_of(tmp_path / "run", {})
+
+
+def test_two_names_of_a_directory(tmp_path):
+    """A directory and a link to it are one: whoever is at work in it by one name keeps others out by the other."""
+    (tmp_path / "disk" / "run").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "run")
+    (tmp_path / "empty").symlink_to(tmp_path / "disk" / "new")
+    for one, other in (("link", "disk/run"), ("disk/run", "link"), ("empty", "disk/new")):
+        with locked(tmp_path / one):
+            assert in_use(tmp_path / other)
+            with pytest.raises(UserError, match="another process is at work"), locked(tmp_path / other, patience=0):
+                pass
+        assert not in_use(tmp_path / other)

@@ -2,11 +2,15 @@
 import pytest
 from omegaconf import OmegaConf
 
+from fairseq_powernorm.experiments import tools
 from fairseq_powernorm.experiments.errors import UserError
-from fairseq_powernorm.experiments.runs import limits
+from fairseq_powernorm.experiments.overrides import Settings
+from fairseq_powernorm.experiments.runs import batch, limits, train
+from fairseq_powernorm.experiments.runs.launchers import Launcher
 
 SOUND = ["optimizer.adam_betas='(0.9, 0.98)'", "optimizer.adam_betas='[0, 0.5]'", "dataset.valid_subset=valid,test",
          "checkpoint.restore_file=before.pt", "checkpoint.restore_file=checkpoint_last.pt", "optimizer.lr=[]",
+         "checkpoint.best_checkpoint_metric=nll_loss", "dataset.batch_size=3",
          "dataset.valid_subset='${dataset.train_subset}'", "checkpoint.finetune_from_model=before.pt"]
 UNSOUND = [
     ("optimization.lr=[]", "must have one value at least"), ("optimization.update_freq=[]", "must have one value at least"),
@@ -16,6 +20,8 @@ UNSOUND = [
     ("dataset.train_subset=../train", "valid: test, train, valid"), ("checkpoint.restore_file=/none", "no such file"),
     ("checkpoint.restore_file=.", "no such file"), ("checkpoint.finetune_from_model=/none", "no such file"),
     ("checkpoint.checkpoint_suffix=../x", "have none"),
+    ("checkpoint.best_checkpoint_metric=bleu", "a validation does not compute it; valid: loss, ppl, nll_loss"),
+    ("dataset.max_tokens=null", "one of them says how large a batch is"),
 ]
 
 
@@ -32,8 +38,10 @@ def places(tmp_path):
 def config(override=None):
     made = OmegaConf.create({
         "optimization": {"lr": [0.1], "update_freq": [1]}, "optimizer": {"_name": "adam", "adam_betas": "(0.9, 0.98)"},
-        "dataset": {"train_subset": "train", "valid_subset": "valid"},
-        "checkpoint": {"restore_file": "checkpoint_last.pt", "finetune_from_model": None, "checkpoint_suffix": ""},
+        "dataset": {"train_subset": "train", "valid_subset": "valid", "max_tokens": 400, "batch_size": None},
+        "checkpoint": {"restore_file": "checkpoint_last.pt", "finetune_from_model": None, "checkpoint_suffix": "",
+                       "best_checkpoint_metric": "loss"},
+        "criterion": {"_name": "label_smoothed_cross_entropy"}, "task": {"_name": "translation_pn"},
     })
     return OmegaConf.merge(made, OmegaConf.from_dotlist([override])) if override else made
 
@@ -50,3 +58,62 @@ def test_what_is_not_there(override, message, places):
     with pytest.raises(UserError) as caught:
         limits.check_references(config(override), *places)
     assert message in str(caught.value) and override.partition("=")[0] in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("config, valid", [
+    ({"criterion": {"_name": "cross_entropy"}}, "loss ppl"), ({"criterion": {"_name": "mine"}}, ""), ({}, ""),
+    ({"criterion": {"_name": "adaptive_loss"}, "optimization": {"sentence_avg": True}}, "loss ppl nll_loss"),
+    ({"criterion": {"_name": "label_smoothed_cross_entropy", "report_accuracy": True}, "task": {"eval_bleu": True}},
+     "loss ppl nll_loss accuracy bleu"),
+])
+def test_what_a_validation_computes(config, valid):
+    """By criterion and task; nothing is said of a criterion that somebody has added."""
+    assert limits.metrics({"optimization": {}, **config}) == valid.split()
+
+
+@pytest.mark.parametrize("key, value", [("optimization.max_update", 10**400), ("dataset.max_tokens", -(10**400)),
+                                        ("optimization.clip_norm", 1e300), ("optimization.lr", [10**400])])
+def test_numbers_that_no_setting_reaches(key, value):
+    """However many digits they have."""
+    found = config()
+    OmegaConf.update(found, key, value)
+    with pytest.raises(UserError, match=f"^{key}=.*: must be from"):
+        limits.check(found, Settings())
+
+
+@pytest.mark.parametrize("value", ["[[1]]", "[x]", "[0]", "[1.5]", "[null]"])
+def test_batches_that_cannot_be_gathered(value):
+    """optimization.update_freq is a list of numbers."""
+    with pytest.raises(UserError, match="must be a list of numbers, 1 or more"):
+        batch.update_freq(config(f"optimization.update_freq={value}"))
+
+
+@pytest.mark.parametrize("override, seed", [
+    ("common.seed=7", 7), ("++common.seed=007", 7), ("common.seed=1_0", 10), ("common.seed='7'", 7), ("a.b=1", 3),
+    *((f"common.seed={value}", None) for value in ("-1", "4294967296", "1.5", "1e2", "null", "true", "../../x", "x", "''",
+                                                   "${common.log_interval}", "[1]", "9" * 400)),
+    ("~common.seed", None)])
+def test_seeds(override, seed):
+    """The seed that names a run's directory is a number, however it is spelt; what is none is refused before anything is
+    made."""
+    if seed is not None:
+        assert train.seed_of(["common.seed=5", override] if seed != 3 else [override], 3) == seed
+        return
+    with pytest.raises(UserError, match="seed.*0 to 4294967295"):
+        train.seed_of([override], 3)
+
+
+@pytest.mark.parametrize("name, value", [
+    *(("PN_PROGRESS_SECONDS", value) for value in ("abc", "0", "-1", "nan", "inf", "1e300")),
+    *(("OMP_NUM_THREADS", value) for value in ("abc", "0", "-1", "1.5", "9" * 30, "x,2"))])
+def test_variables(name, value, monkeypatch):
+    """Variables that are no numbers are refused by their names before anything is looked at."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"^{name}.*must be a number"):
+        train.train(None, None, Launcher())
+
+
+def test_threads():
+    """OpenMP's list of threads by level: the first."""
+    assert [tools.threads({"OMP_NUM_THREADS": value}) for value in ("4,2", " 3 ", "2")] == [4, 3, 2]
+    assert tools.threads({}) == tools.threads({"OMP_NUM_THREADS": ""}) == tools.cpus()
