@@ -3,7 +3,7 @@ import re
 import sys
 from argparse import Namespace
 from dataclasses import dataclass, field, fields
-from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Tuple, Type
+from typing import Any, Dict, Iterable, Mapping, MutableMapping, Optional, Sequence, Tuple, Type
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
@@ -126,9 +126,11 @@ class StatisticsOptions(FairseqDataclass):
     norm_record_interval: int = field(default=100, metadata={"help": "updates between two entries of --norm-record"})
 
     @classmethod
-    def check_keys(cls, options: Mapping[str, Any]) -> None:
+    def check_keys(cls, options: MutableMapping[str, Any]) -> None:
         """Called before options from YAML are merged with the defaults; see :func:`reject_unknown`."""
         reject_unknown(options, NormOptions)
+        if options.get("norm_sync") is False:  # as YAML reads the word off without quotes
+            options["norm_sync"] = "off"
 
 
 @dataclass
