@@ -9,7 +9,6 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
 from .norms import NORMS, VARIANTS, PowerNorm, build_norm, default_groups, norm_options as options_of, parse_norm
-from .recorder import check_target
 from .statistics import SYNC
 
 VariantName: Any = ChoiceEnum(list(VARIANTS))
@@ -315,14 +314,12 @@ def _checked_norm(option: str, text: Any, total_updates: Optional[int]) -> str:
 
 
 def check_statistics_options(cfg: Any) -> None:
-    """Check the options of :class:`StatisticsOptions`.
+    """Check those of :class:`StatisticsOptions` that do not depend on where a task is set up.
 
     Raises:
         ValueError: names the option, its value and what is valid
     """
     _choice("norm_sync", cfg.norm_sync, SYNC)
-    if cfg.norm_record is not None:
-        check_target(cfg.norm_record, cfg.norm_record_interval)
 
 
 def check_norms(args: Any, model: Type[NormConstants] = NormOptions) -> None:
