@@ -1,7 +1,7 @@
 """``translation_pn`` and ``language_modeling_pn``: fairseq's tasks, driving the running statistics of the norms.
 
-A training step is what fairseq's trainer makes of it: statistics are gathered in every forward and backward pass,
-thrown away with the gradients and applied when the optimizer takes its step.
+A training step is what fairseq's trainer makes of it: statistics are collected in every forward and backward pass,
+discarded along with the gradients, and applied when the optimizer takes its step.
 """
 import logging
 import math
