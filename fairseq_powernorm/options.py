@@ -3,13 +3,12 @@ import re
 import sys
 from argparse import Namespace
 from dataclasses import dataclass, field, fields
-from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Tuple, Type
+from typing import Any, Dict, Iterable, Mapping, MutableMapping, Optional, Sequence, Tuple, Type
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
 from .norms import NORMS, VARIANTS, PowerNorm, build_norm, default_groups, norm_options as options_of, parse_norm
-from .recorder import check_target
 from .statistics import SYNC
 
 VariantName: Any = ChoiceEnum(list(VARIANTS))
@@ -126,9 +125,11 @@ class StatisticsOptions(FairseqDataclass):
     norm_record_interval: int = field(default=100, metadata={"help": "updates between two entries of --norm-record"})
 
     @classmethod
-    def check_keys(cls, options: Mapping[str, Any]) -> None:
+    def check_keys(cls, options: MutableMapping[str, Any]) -> None:
         """Called before options from YAML are merged with the defaults; see :func:`reject_unknown`."""
         reject_unknown(options, NormOptions)
+        if options.get("norm_sync") is False:  # as YAML reads the word off without quotes
+            options["norm_sync"] = "off"
 
 
 @dataclass
@@ -313,14 +314,12 @@ def _checked_norm(option: str, text: Any, total_updates: Optional[int]) -> str:
 
 
 def check_statistics_options(cfg: Any) -> None:
-    """Check the options of :class:`StatisticsOptions`.
+    """Check those of :class:`StatisticsOptions` that do not depend on where a task is set up.
 
     Raises:
         ValueError: names the option, its value and what is valid
     """
     _choice("norm_sync", cfg.norm_sync, SYNC)
-    if cfg.norm_record is not None:
-        check_target(cfg.norm_record, cfg.norm_record_interval)
 
 
 def check_norms(args: Any, model: Type[NormConstants] = NormOptions) -> None:
