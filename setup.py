@@ -1,4 +1,4 @@
-"""Packaging of fairseq_powernorm, a plugin for an unmodified fairseq."""
+"""Packaging of fairseq_powernorm: norms for any PyTorch model, and a plugin for an unmodified fairseq."""
 import importlib.util
 import pathlib
 import re
@@ -77,7 +77,7 @@ if bdist_wheel is not None:
 setup(
     name="fairseq_powernorm",
     version=VERSION,
-    description="Power Normalization (Shen et al., ICML 2020) for Transformers, as a fairseq plugin",
+    description="Power Normalization (Shen et al., ICML 2020): norms for any PyTorch model, and a plugin for fairseq",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",

@@ -167,7 +167,7 @@ def average_checkpoints(paths: Sequence[str]) -> State:
 
     Second moments are averaged as moments: ``running_phi`` as it is, ``running_var`` and the square of ``running_std``
     together with the spread of ``running_mean``. Step counts, windows of single steps and integers come from the last
-    checkpoint, everything else but the optimizer's state (left out) too.
+    checkpoint, and so does everything else except the optimizer's state, which is left out.
 
     Args:
         paths: checkpoint files, oldest first

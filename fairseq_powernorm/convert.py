@@ -285,33 +285,33 @@ def replace_norms(
 ) -> Tuple[nn.Module, Report]:
     """Replace norms of a model, in place, by norms of this package.
 
-    A module that stands in several places is replaced once and stays shared, also in lists, dictionaries and attributes that
-    are no part of the tree of modules. Parameters are taken over as they are, so that tied ones stay tied and an optimizer
-    keeps them; where a package stores ``weight - 1``, as Gemma's RMSNorm, a new one holds the weight. Device, dtype, mode,
-    hooks of forward and backward passes stay. Nothing is changed if an error is raised.
+    A module used in several places is replaced once and stays shared, also in lists, dictionaries and attributes outside the
+    tree of modules. The parameters are kept, so that tied ones stay tied and an optimizer still has them; if a package
+    stores ``weight - 1``, as Gemma's RMSNorm does, a new parameter holds the weight. Device, dtype, mode, and the hooks of
+    forward and backward passes are kept. If an error is raised, nothing has been changed.
 
-    Norms of queries and keys (``q_norm``, ``k_norm``) stay as they are unless ``where`` names them: statistics over
-    positions and heads alike are none of the paper's. So does Gemma's ``per_layer_projection_norm``, which sees a vector for
-    each token and layer. The fused evaluation of ``nn.TransformerEncoderLayer``, which computes LayerNorm whatever stands
-    there, is turned off in the layers concerned.
+    Norms of queries and keys (``q_norm``, ``k_norm``) stay as they are unless ``where`` names them, because the paper has no
+    statistics over positions and heads together. So does Gemma's ``per_layer_projection_norm``, which sees a vector for
+    each token and layer. The fused evaluation of ``nn.TransformerEncoderLayer``, which computes LayerNorm whatever norm the
+    layer has, is turned off in the layers concerned.
 
     Args:
         model: any module, not yet wrapped for data parallelism, sharded or compiled
         norm: a key of :data:`~.norms.NORMS`, or with options, ``"power:variant=algorithm2"``
         kinds: classes to replace. ``nn.LayerNorm`` and ``nn.RMSNorm`` stand for all norms that compute the same.
             ``nn.BatchNorm1d`` and the like are replaced by norms with ``channels_first``; norms of this package may be named
-        where: names or patterns (``"encoder.layers.*.norm1"``; a star goes over dots), or a function of name and module
-        groups: channel groups of the layer scale; None takes what the norm has for the number of attention heads that the
-            modules around it or their ``config`` state, if it divides the channels, else for one head
-        copy_affine: take over ``weight`` and ``bias``; if not they begin at 1 and 0
+        where: names or patterns (``"encoder.layers.*.norm1"``; a star matches dots, too), or a function of name and module
+        groups: channel groups of the layer scale; None takes the norm's default for the number of attention heads that the
+            modules around it or their ``config`` state, if that divides the channels, else for one head
+        copy_affine: keep ``weight`` and ``bias``; otherwise they start at 1 and 0
         layout: of the norms over the last dimension, see :class:`~.norms.layouts.Norm`. None takes that of torch's attention
             beside the norm, if there is one, ``time_first`` in layers of XLNet and FSMT, else ``batch_first``. It matters
-            for padding masks only: which rows are padding
-        options: of the norm, as ``eps``, ``warmup_updates``, ``variant``. ``eps`` stays that of the model only where a norm
-            is replaced by one that computes the same
+            only for padding masks, to tell which rows are padding
+        options: of the norm, such as ``eps``, ``warmup_updates`` or ``variant``. The model's own ``eps`` is kept only if a
+            norm is replaced by one that computes the same
 
     Returns:
-        the model (what stands in for it, if it is a norm itself) and a :class:`Report`
+        the model (or what replaces it, if it is a norm itself) and a :class:`Report`
 
     Raises:
         ValueError: the norm, an option or a kind is unknown; a pattern matches nothing; no norm is chosen; or a norm that is

@@ -6,8 +6,8 @@
 A TorchScript file is read by ``torch.jit.load``: the scripted model, called as fairseq calls it, with ``encoder`` and
 ``decoder`` (of a language model ``decoder``) and their incremental decoding. An ONNX file computes log-probabilities
 (``B x T x V``) of the next token from ``prev_output_tokens`` (``B x T``) and, in translation, ``src_tokens``
-(``B x S``), of any size up to the model's limits. What is exported is run, and its output compared, before the file is
-there.
+(``B x S``), of any size up to the model's limits. The exported model is run, and its output compared, before the file
+appears.
 """
 import argparse
 import copy

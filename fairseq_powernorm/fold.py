@@ -1,17 +1,17 @@
-r"""Folding for inference: the same outputs by fewer operations.
+r"""Folding for inference: the same outputs with fewer operations.
 
-In evaluation norms with running statistics are affine maps of the layer-scaled input u (u = x without layer scale),
+In evaluation, norms with running statistics are affine maps of the layer-scaled input u (u = x without layer scale),
 
 .. math:: y = s \odot u + t, \qquad s = \gamma / \sqrt{\psi^2 + \epsilon}, \qquad t = \beta - s \odot \mu
 
-in PN and PN-V (mu = 0) and BN, and similar ones in the others (``scale_and_shift``). Where nothing but linear maps
-reads y, as in a pre-norm layer, s and t go into their weights and biases, W y + c = (W s) u + (c + W t): without
-layer scale nothing is left of the norm, with it a root mean square norm without parameters. Elsewhere (post-norm, a
-projection tied to the embedding) s and t stay.
+in PN and PN-V (mu = 0) and BN, and similar ones in the others (``scale_and_shift``). If only linear maps read y, as in a
+pre-norm layer, s and t go into their weights and biases, W y + c = (W s) u + (c + W t). Without layer scale nothing is then
+left of the norm; with it, a root mean square norm without parameters. Elsewhere (post-norm, a projection tied to the
+embedding) s and t stay.
 """
 import logging
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Set
 
 import torch
 import torch.nn.functional as F
@@ -114,21 +114,21 @@ class FoldedNorm(Norm):
 def fold_norms(model: nn.Module) -> nn.Module:
     """Fold the norms with running statistics of a model, in place, for inference.
 
-    What remains are parts of torch and fairseq and :class:`FoldedNorm`; ``torch.jit.script`` accepts a folded
-    ``transformer_pn``. Log-probabilities stay the same, and so does the decoder's state. In a pre-norm model the
-    encoder's output is then that before its final norm, which the decoder's attention to it has taken over. Other
-    norms, and models without norms of this package, stay as they are. Folding a second time changes nothing. Hooks stay; a
-    norm with hooks of its forward pass, which see its input and output, keeps its scale and shift.
+    A folded model consists of parts of torch and fairseq, and of :class:`FoldedNorm`; ``torch.jit.script`` accepts a folded
+    ``transformer_pn``. Log-probabilities and the decoder's state stay the same. The encoder's output of a pre-norm model
+    becomes that before its final norm, which the decoder's attention to it absorbs. Other norms, and models without norms
+    of this package, stay as they are. Folding again changes nothing. Hooks are kept; if a hook of a forward pass, on the
+    norm or on what reads it, would see other values, the scale and shift stay in the norm.
 
     Args:
         model: a model of this package, or any module that contains norms of this package
 
     Returns:
-        ``model`` itself in evaluation mode (what stands in for it if it is a norm). It refuses to train, be it by
+        ``model`` itself in evaluation mode (or what replaces it, if it is a norm). It refuses to train, whether by
         ``train()`` or by a backward pass that reaches a parameter, and to load a state_dict.
 
     Raises:
-        ValueError: a norm is no affine map (yet), see :func:`unfoldable`; nothing has been changed
+        ValueError: a norm is not an affine map (yet), see :func:`unfoldable`; nothing has been changed
     """
     reason = unfoldable(model)
     if reason is not None:
@@ -138,10 +138,12 @@ def fold_norms(model: nn.Module) -> nn.Module:
     if not any(isinstance(module, RunningNorm) or hasattr(type(module), "stock") for module in model.modules()):
         return model
     model.eval()
-    times_used = _uses(model)
+    times_used, watched = _uses(model), _watched(model)
     for owner in list(model.modules()):
         for name, readers in norm_readers(owner).items():
             norm = owner.get_submodule(name)
+            if any((norm in seen) != (reader in seen) for seen in watched for reader in readers):
+                continue
             if isinstance(norm, RunningNorm) and _fold_into(readers, norm, times_used):
                 _replace(owner, name, _in_place_of(norm))
     folded: Dict[RunningNorm, FoldedNorm] = {}
@@ -200,9 +202,18 @@ def _in_place_of(norm: RunningNorm, scale: Optional[Tensor] = None, shift: Optio
     return folded
 
 
-def _pruning(norm: RunningNorm) -> List[int]:
+def _pruning(norm: nn.Module) -> List[int]:
     """Keys of the hooks that multiply a parameter by its mask before each pass."""
     return [key for key, hook in norm._forward_pre_hooks.items() if isinstance(hook, BasePruningMethod)]
+
+
+def _watched(model: nn.Module) -> List[Set[nn.Module]]:
+    """The parts of each module whose forward pass has hooks, which see what goes in and comes out, and may add to it."""
+    return [
+        set(module.modules())
+        for module in model.modules()
+        if module._forward_hooks or len(module._forward_pre_hooks) > len(_pruning(module))
+    ]
 
 
 def _replace(owner: nn.Module, name: str, module: nn.Module) -> None:
@@ -239,10 +250,8 @@ def _memory(parameter: Tensor) -> int:
 def _fold_into(readers: Sequence[nn.Module], norm: RunningNorm, times_used: Dict[int, int]) -> bool:
     """Multiply a norm's scale and shift into all of its readers, or into none: return whether that was done.
 
-    None if one of them is not a plain linear map, is tied to another, or would overflow (float16); or if the norm has hooks.
+    None if one of them is not a plain linear map, is tied to another, or would overflow (float16).
     """
-    if norm._forward_hooks or len(norm._forward_pre_hooks) > len(_pruning(norm)):
-        return False  # somebody looks at what it gives
     maps: List[LinearMap] = []
     for reader in readers:
         found = linear_map(reader)
@@ -261,11 +270,12 @@ def _fold_into(readers: Sequence[nn.Module], norm: RunningNorm, times_used: Dict
         if old_bias is not None:
             bias = bias + old_bias
         weight = weight * scale
-        new.append([each.to(old.dtype) for each in ((weight.t().contiguous() if transposed else weight), bias)])
+        weight = weight.t().contiguous() if transposed else weight
+        new.append([nn.Parameter(each.to(old.dtype), requires_grad=old.requires_grad) for each in (weight, bias)])
     if not all(bool(torch.isfinite(each).all()) for tensors in new for each in tensors):
         return False
     for (reader, weight_name, bias_name, _), (weight, bias) in zip(maps, new):
-        setattr(reader, weight_name, nn.Parameter(weight))
+        setattr(reader, weight_name, weight)
         if getattr(reader, bias_name) is not None or shift.any():
-            setattr(reader, bias_name, nn.Parameter(bias))
+            setattr(reader, bias_name, bias)
     return bool(maps)

@@ -215,9 +215,9 @@ def _slots(norms: Dict[str, RunningNorm]) -> Set[CallMasks]:
 
 @contextmanager
 def padding_mask(model: nn.Module, mask: Optional[Tensor]) -> Iterator[None]:
-    """Inside, the norms of ``model`` that are called without a mask in this thread take ``mask``.
+    """Within this context, norms of ``model`` that are called in this thread without a mask use ``mask``.
 
-    A training pass inside may be computed again by activation checkpointing outside.
+    Activation checkpointing may compute a training pass from within this context again after it has ended.
 
     Args:
         model: a module with norms of this package, before or after it was wrapped or compiled
@@ -341,16 +341,16 @@ def _described(given: object) -> str:
 
 
 def attach_mask(model: nn.Module, argument: str = "attention_mask", valid: int = 1) -> AttachedMask:
-    """Hand a mask among the arguments of each call of ``model`` to its norms, as their padding mask.
+    """Pass a mask that is an argument of each call of ``model`` to its norms, as their padding mask.
 
-    Attach it to the module whose ``forward`` has the argument, before that is wrapped for data parallelism or compiled. A
-    call without the argument, or with None, has no padding. Masks of calls in evaluation are not looked at.
+    Attach it to the module whose ``forward`` has the argument, before that module is wrapped for data parallelism or
+    compiled. A call without the argument, or with None, has no padding. Masks are ignored in evaluation.
 
     Args:
         model: a module with norms of this package
         argument: name of the parameter of ``model.forward``, given by position or by keyword: ``B x T`` (``N`` if the norms'
             inputs are ``N x C``), bool, integer or floating point with values 0 and 1
-        valid: 1 if tokens are marked by what is not zero, 0 if padding is (``src_key_padding_mask`` of torch's modules)
+        valid: 1 if values other than zero mark tokens, 0 if they mark padding (``src_key_padding_mask`` of torch's modules)
 
     Returns:
         a handle with ``remove()``

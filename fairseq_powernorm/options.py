@@ -3,19 +3,18 @@ import re
 import sys
 from argparse import Namespace
 from dataclasses import dataclass, field, fields
-from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Tuple, Type
+from typing import Any, Dict, Iterable, Mapping, MutableMapping, Optional, Sequence, Tuple, Type
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
 from .norms import NORMS, VARIANTS, PowerNorm, build_norm, default_groups, norm_options as options_of, parse_norm
-from .recorder import check_target
 from .statistics import SYNC
 
 VariantName: Any = ChoiceEnum(list(VARIANTS))
 SyncName: Any = ChoiceEnum(list(SYNC))
 #: how a norm is written in an option
-NORM_SYNTAX = f"one of {', '.join(NORMS)}, or with options of its own NAME:OPTION=VALUE,..., as in batch:variant=reference"
+NORM_SYNTAX = f"one of {', '.join(NORMS)}; with options of its own NAME:OPTION=VALUE,..., as in batch:variant=reference"
 _NORM_OPTION = re.compile(r"(encoder_|decoder_)?norm(_|$)")
 _CHECKED_OPTION = re.compile(rf"{_NORM_OPTION.pattern}|tensorized(_|$)")
 
@@ -39,8 +38,8 @@ class NormConstants(FairseqDataclass):
     norm_warmup_updates: Optional[int] = field(
         default=None,
         metadata={
-            "help": "updates in which PN (reference) divides by batch statistics; the authors use the LR warm-up (default: "
-            "the norm's own)"
+            "help": "length of the warm-up, in which PN (reference) divides by batch statistics, and of those of "
+            "batch-renorm, mabn and un; the authors use the warm-up of the learning rate (default: the norm's own)"
         },
     )
     norm_final_warmup_updates: Optional[int] = field(
@@ -49,7 +48,7 @@ class NormConstants(FairseqDataclass):
     )
     norm_total_updates: Optional[int] = field(
         default=II("optimization.max_update"),
-        metadata={"help": "updates in which prepbn goes from LayerNorm to BN (default: --max-update, if there is a limit)"},
+        metadata={"help": "updates in which prepbn changes from LayerNorm to BN (default: --max-update, if limited)"},
     )
     norm_groups: Optional[int] = field(
         default=None,
@@ -114,21 +113,23 @@ class StatisticsOptions(FairseqDataclass):
     norm_sync: SyncName = field(
         default="step",
         metadata={
-            "help": "running statistics of several ranks: each its own (off), one all-reduce per update (step), or "
-            "also blocking ones wherever a norm divides by statistics of the batch (exact over ranks, not over the "
-            "micro-batches of --update-freq)"
+            "help": "running statistics of several ranks: separate (off), combined by one all-reduce per update (step), or "
+            "also by blocking reductions wherever a norm divides by statistics of the batch (exact: over ranks, but not "
+            "over the micro-batches of --update-freq)"
         },
     )
     norm_record: Optional[str] = field(
         default=None,
-        metadata={"help": "file to record the distance of batch and running statistics and their gradient terms in"},
+        metadata={"help": "file for the distances of batch and running statistics in training, and their gradient terms"},
     )
     norm_record_interval: int = field(default=100, metadata={"help": "updates between two entries of --norm-record"})
 
     @classmethod
-    def check_keys(cls, options: Mapping[str, Any]) -> None:
+    def check_keys(cls, options: MutableMapping[str, Any]) -> None:
         """Called before options from YAML are merged with the defaults; see :func:`reject_unknown`."""
         reject_unknown(options, NormOptions)
+        if options.get("norm_sync") is False:  # as YAML reads the word off without quotes
+            options["norm_sync"] = "off"
 
 
 @dataclass
@@ -137,7 +138,7 @@ class InferenceOptions(FairseqDataclass):
 
     no_fold_norms: bool = field(
         default=False,
-        metadata={"help": "keep the norms of a model as trained in generate, interactive, validate and eval-lm"},
+        metadata={"help": "do not fold the norms of a model in generate, interactive, validate and eval-lm"},
     )
 
 
@@ -313,14 +314,12 @@ def _checked_norm(option: str, text: Any, total_updates: Optional[int]) -> str:
 
 
 def check_statistics_options(cfg: Any) -> None:
-    """Check the options of :class:`StatisticsOptions`.
+    """Check those of :class:`StatisticsOptions` that do not depend on where a task is set up.
 
     Raises:
         ValueError: names the option, its value and what is valid
     """
     _choice("norm_sync", cfg.norm_sync, SYNC)
-    if cfg.norm_record is not None:
-        check_target(cfg.norm_record, cfg.norm_record_interval)
 
 
 def check_norms(args: Any, model: Type[NormConstants] = NormOptions) -> None:

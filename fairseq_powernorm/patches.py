@@ -212,9 +212,11 @@ def check_ranks(begin_epoch, trainer, epoch):
 
 
 def check_task(init, trainer, cfg, task, model, *args, **kwargs):
-    """``Trainer.__init__``: a model of this package refuses a task that cannot train it."""
+    """``Trainer.__init__``: a model of this package refuses a task that cannot train it, and a task what it cannot do."""
     if hasattr(model, "check_training_task"):
         model.check_training_task(task)
+    if hasattr(task, "check_training"):
+        task.check_training()
     return init(trainer, cfg, task, model, *args, **kwargs)
 
 

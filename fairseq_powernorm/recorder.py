@@ -104,7 +104,10 @@ def read(path: str) -> List[Row]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            row["update"], row["norm"]
+            if type(row["update"]) is not int or type(row["norm"]) is not str:
+                raise TypeError
+            if not all(type(row.get(quantity, 0.0)) in (int, float) for quantity in PANELS):
+                raise TypeError
         except (ValueError, KeyError, TypeError, RecursionError):
             if number == len(lines) and not line.endswith("\n"):
                 break

@@ -1,8 +1,8 @@
-"""Running statistics that take one step per optimizer step, however the batch is cut.
+"""Running statistics that take one step per optimizer step, however the batch is divided.
 
-The recursions of all norms are linear in sums over rows. So the sums of every micro-batch and every process are added up
-first and applied once: k processes, k micro-batches and one batch k times as large give the same statistics, and a
-training step that is thrown away leaves none. In a training loop of one's own:
+The recursions of all norms are linear in sums over rows. Therefore the sums of all micro-batches and processes can be added
+up first and applied once: k processes, k micro-batches and one batch k times as large give the same statistics, and a
+training step that is skipped leaves no trace. In a training loop of your own:
 
 .. code-block:: python
 
@@ -92,15 +92,15 @@ def running_norms(model: nn.Module) -> Dict[str, RunningNorm]:
 
 
 class RunningStatistics:
-    """Takes over the running statistics of all norms of a model: gathers sums, applies them once per step.
+    """Takes over the running statistics of all norms of a model: collects their sums and applies them once per step.
 
-    Sums are kept in float64. A batch whose sums are not finite in a norm is left out of that norm's statistics.
+    Sums are kept in float64. If the sums of a batch are not finite in a norm, that norm's statistics leave the batch out.
 
     Args:
-        model: on its device already; its norms apply nothing by themselves from now on
-        sync: ``off`` keeps the statistics of each process to itself; ``step`` adds up the sums of all processes, with
-            one all-reduce a step; ``exact`` does so in every forward pass, too, where a norm divides by statistics of
-            the batch in progress (and in the backward pass of PN-V and BN), with blocking reductions in each norm
+        model: must already be on its device; from now on its norms no longer update their statistics themselves
+        sync: ``off`` keeps the statistics of each process separate; ``step`` adds up the sums of all processes, with
+            one all-reduce per step; ``exact`` also does so in every forward pass in which a norm divides by statistics of
+            the current batch (and in the backward pass of PN-V and BN), by blocking reductions in each norm
         group: process group of the processes that share a batch (default: all, if torch.distributed is in use)
 
     Raises:
@@ -348,20 +348,19 @@ def call(model: nn.Module, batch: Any) -> Any:
 def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] = call) -> int:
     """Replace the running statistics of a model's norms by those of the given batches, by forward passes only.
 
-    Averaged parameters have other statistics than the average of their statistics, and so have parameters that were
-    fine-tuned with frozen norms. Running moments become those of all batches together. The model is in training mode,
-    dropout included, and each norm divides by the moments of the batch in progress, so that the result does not depend on
-    the statistics that were there. Parameters, step counts and PN's nu (which evaluation does not use) stay as they are.
+    This is needed after averaging, because the statistics of averaged parameters are not the average of their statistics,
+    and after fine-tuning with frozen norms. The running moments become those of all batches together. The model runs in
+    training mode, including dropout, and each norm divides by the moments of the current batch, so that the result does not
+    depend on the previous statistics. Parameters, step counts and PN's nu (which evaluation does not use) stay as they are.
 
-    It stands in for ``torch.optim.swa_utils.update_bn``, which knows torch's batch norms only and passes over these norms
-    without a word.
+    Use it instead of ``torch.optim.swa_utils.update_bn``, which knows only torch's batch norms and silently skips these.
 
     Args:
-        model: put into training mode meanwhile, with all of its norms, also those that a ``train`` of the model's own would
-            leave frozen; then each module is in the mode that it was in
+        model: is put into training mode for the duration, with all of its norms, even those that its own ``train`` would
+            leave frozen; afterwards each module is in its previous mode
         batches: at least one; micro-batches of the usual training size
-        forward: called as ``forward(model, batch)`` for each; by default a mapping holds keyword arguments, a list or tuple
-            positional ones, anything else is the only argument: :func:`call`
+        forward: called as ``forward(model, batch)`` for each batch; by default, see :func:`call`, a mapping holds keyword
+            arguments, a list or tuple positional ones, and anything else is the only argument
 
     Returns:
         number of batches

@@ -1,7 +1,7 @@
 """``translation_pn`` and ``language_modeling_pn``: fairseq's tasks, driving the running statistics of the norms.
 
-A training step is what fairseq's trainer makes of it: statistics are gathered in every forward and backward pass,
-thrown away with the gradients and applied when the optimizer takes its step.
+A training step is what fairseq's trainer makes of it: statistics are collected in every forward and backward pass,
+discarded along with the gradients, and applied when the optimizer takes its step.
 """
 import logging
 import math
@@ -35,7 +35,7 @@ from .options import (
     given_flags,
 )
 from .probe import GradientProbe
-from .recorder import Recorder
+from .recorder import Recorder, check_target
 from .statistics import RunningStatistics, running_norms
 
 logger = logging.getLogger(__name__)
@@ -141,6 +141,15 @@ class RunningStatisticsTask:
                 metrics.log_scalar(PENALTY, total / max(1, size) / math.log(2), size, round=4)  # as fairseq's loss
 
     # ------------------------------------------------------------------ what the patched trainer calls, see patches
+
+    def check_training(self):
+        """Before any training, and only then: a checkpoint may be used where its record was not written.
+
+        Raises:
+            ValueError: the record cannot be written
+        """
+        if self.cfg.norm_record is not None:
+            check_target(self.cfg.norm_record, self.cfg.norm_record_interval)
 
     def forget_statistics(self):
         """The gradients are zeroed: what was gathered since the last step (overflow, out of memory) goes with them."""

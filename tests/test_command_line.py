@@ -1,5 +1,6 @@
 """The package's own commands, given files and names that are not what they should be: one line, and nothing is written."""
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -104,6 +105,20 @@ def test_figures(record, output, folder, capsys, monkeypatch):
     before = sorted(os.listdir(folder))
     refusal(recorder, [record, "--output", output], capsys)
     assert sorted(os.listdir(folder)) == before
+
+
+@pytest.mark.parametrize(
+    "change", [{"update": "1"}, {"update": None}, {"update": 1.5}, {"norm": 3}, {"size_psi2": 1}, {"distance_psi2": "much"}]
+)
+def test_records_of_other_kinds(change, tmp_path):
+    """An entry whose update is no whole number, or whose quantities are none, is refused by its line."""
+    path = tmp_path / "record.jsonl"
+    path.write_text("".join(json.dumps({"update": 1, "norm": "a", **each}) + "\n" for each in ({}, change)))
+    if "size_psi2" in change:
+        assert len(recorder.read(str(path))) == 2
+    else:
+        with pytest.raises(ValueError, match="line 2 is no entry of a record"):
+            recorder.read(str(path))
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is full")

@@ -13,7 +13,7 @@ import toy
 from fairseq_cli.train import cli_main
 
 from fairseq_powernorm import recorder
-from fairseq_powernorm.tasks import MAX_SKIPPED_UPDATES
+from fairseq_powernorm.tasks import MAX_SKIPPED_UPDATES, TranslationPNConfig, TranslationPNTask
 
 pytestmark = pytest.mark.slow
 
@@ -477,6 +477,14 @@ def test_bad_options(option, toy_data, tmp_path, monkeypatch, capsys):
     said = f"{refusal.type.__name__}: {refusal.value}\n{capsys.readouterr().err}"
     assert re.search(message, said, re.S), said
     assert files(tmp_path) == [] and not (toy.ROOT / "record").exists()
+
+
+def test_a_record_that_is_elsewhere(toy_data):
+    """What only uses a model, and takes the task's options from the checkpoint, does not ask for its record's directory."""
+    cfg = TranslationPNConfig(data=str(toy_data), source_lang="de", target_lang="en", norm_record="nowhere/record")
+    task = TranslationPNTask.setup_task(cfg)
+    with pytest.raises(ValueError, match="--norm-record 'nowhere/record': its directory does not exist"):
+        task.check_training()
 
 
 def test_exact_with_layers_dropped(run, toy_data):

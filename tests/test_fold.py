@@ -289,6 +289,32 @@ def test_hooks_see_what_they_saw():
         torch.testing.assert_close(one, other)
 
 
+def test_hooks_of_what_reads_a_norm():
+    """An adapter that adds to a linear map by a hook, from its input: outputs stay; the other norm is folded as ever."""
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, norm_first=True, batch_first=True)
+    layer, _ = replace_norms(layer, "power:groups=0")
+    layer.eval().norm1.running_phi.fill_(3.0)
+    layer.norm2.running_phi.fill_(5.0)
+    x, adapter = torch.randn(2, 5, 8), torch.nn.Linear(8, 16)
+    layer.linear1.register_forward_hook(lambda linear, args, y: y + adapter(args[0]))
+    expected = layer(x)
+    torch.testing.assert_close(fold_norms(layer)(x), expected)
+    assert layer.norm1.scale is None and layer.norm2.scale is not None
+
+
+def test_frozen_models_pass_gradients_on():
+    """A gradient of the input reaches no parameter that learns nothing: those that were folded into stay frozen."""
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, norm_first=True, batch_first=True)
+    layer, _ = replace_norms(layer, "power:groups=0")
+    layer.eval().requires_grad_(False)
+    gradients = []
+    for each in (layer, fold_norms(layer)):
+        x = torch.ones(2, 5, 8, requires_grad=True)
+        each(x).square().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
+
+
 def test_pruned_norms():
     """What is folded is the parameter of now, not of the last pass; the norm itself stays as it is."""
     norm, x = PowerNorm(8).eval(), torch.randn(5, 8)

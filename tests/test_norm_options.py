@@ -6,12 +6,14 @@ from typing import Optional
 import pytest
 import toy
 from fairseq import checkpoint_utils
+from fairseq.dataclass import utils
 from fairseq_cli import train
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, ValidationError
 from torch import nn
 
 from fairseq_powernorm.norms import NORMS, build_norm, default_groups, norm_options, parse_norm
 from fairseq_powernorm.options import NormOptions
+from fairseq_powernorm.tasks import LanguageModelingPNConfig, TranslationPNConfig
 
 LM = {name: value for name, value in toy.SIZES.items() if not name.startswith("encoder")}
 
@@ -75,6 +77,18 @@ def test_the_length_of_the_run(options, expected):
             toy.build(**options)
     else:
         assert norms(**options)["self"].total_updates == expected
+
+
+@pytest.mark.parametrize("config", [TranslationPNConfig, LanguageModelingPNConfig])
+@pytest.mark.parametrize("text, expected", [("off", "off"), ("'off'", "off"), ("step", "step"), ("on", None)])
+def test_words_that_yaml_reads_as_something_else(config, text, expected):
+    """``norm_sync`` in a YAML file is what the flag is, though YAML reads off without quotes as false."""
+    options = OmegaConf.create(f"norm_sync: {text}\n_name: x")
+    if expected is None:
+        with pytest.raises(ValidationError, match=r"expected one of \[off, step, exact\]"):
+            utils.merge_with_parent(config(), options)
+    else:
+        assert str(utils.merge_with_parent(config(), options).norm_sync) == expected
 
 
 @pytest.mark.parametrize("arch", ["transformer_lm_pn", "tensorized_lm_pn"])

@@ -22,8 +22,8 @@
             optimizer.step()
             optimizer.zero_grad()
 
-Checkpoints need nothing more: the statistics are buffers of the model. :mod:`~fairseq_powernorm.integrations.steps` tells of
-the scale of nu.
+Checkpoints need nothing more: the statistics are buffers of the model. :mod:`~fairseq_powernorm.integrations.steps`
+explains the scale of nu.
 """
 from contextlib import contextmanager
 from typing import Any, Iterator, Optional
@@ -58,7 +58,7 @@ def check_parallelism(owner: str, kind: Any, config: Any) -> None:
 class AcceleratedStatistics(OptimizerStatistics, Joinable):
     """One step of the running statistics with each step of the optimizer, in a loop written with ``accelerate``.
 
-    Serves all norms with running statistics, under DDP and FSDP, too. Where ranks may have different numbers of batches,
+    Supports all norms with running statistics, under DDP and FSDP, too. Where ranks may have different numbers of batches,
     pass this after the model: ``Join([model, statistics])``, or ``accelerator.join_uneven_inputs([model, statistics])``.
 
     Args:

@@ -25,9 +25,9 @@
     )
     Trainer(Model(), arguments, train_dataset=data, callbacks=[RunningStatisticsCallback()]).train()
 
-Checkpoints need nothing more: the statistics are buffers of the model. :mod:`~fairseq_powernorm.integrations.steps` tells of
-the scale of nu. For micro-batches to equal one batch their losses must add up to its loss. Those of transformers' causal
-language models do, as they divide by the tokens of the whole step; a model that averages over each micro-batch, as
+Checkpoints need nothing more: the statistics are buffers of the model. :mod:`~fairseq_powernorm.integrations.steps`
+explains the scale of nu. Micro-batches equal one batch only if their losses add up to its. Those of transformers' causal
+language models do, because they divide by the tokens of the whole step; a model that averages over each micro-batch, as
 ``BertForMaskedLM`` does, needs a ``compute_loss_func`` that divides by ``num_items_in_batch``.
 """
 from typing import Any, Optional
@@ -46,9 +46,9 @@ _MODES = (ParallelMode.NOT_PARALLEL, ParallelMode.DISTRIBUTED)
 class RunningStatisticsCallback(TrainerCallback):  # type: ignore[misc]
     """One step of the running statistics with each step of the optimizer, for ``Trainer(..., callbacks=[...])``.
 
-    Serves all norms with running statistics. Gradient accumulation (the last, shorter one of an epoch, too), loss scaling,
-    DDP, FSDP and evaluation in between are taken into account. After a training that ended with an error the norms apply
-    nothing until the next one, or until :meth:`release`.
+    Supports all norms with running statistics. It takes gradient accumulation (including the last,
+    shorter one of an epoch), loss scaling, DDP, FSDP and evaluation during training into account. After a training that
+    ended with an error, the norms do not update their statistics until the next one, or until :meth:`release`.
 
     Args:
         sync: ``step``, ``exact`` or ``off``, see :class:`~fairseq_powernorm.statistics.RunningStatistics`

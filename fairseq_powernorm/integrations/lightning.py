@@ -29,9 +29,9 @@
     )
     trainer.fit(Model(), batches)
 
-Checkpoints need nothing more: the statistics are buffers of the model. :mod:`~fairseq_powernorm.integrations.steps` tells of
-the scale of nu. Lightning divides by ``accumulate_grad_batches`` in a last step of an epoch with fewer micro-batches, too;
-its gradient, and with it nu, is that of the loss so divided.
+Checkpoints need nothing more: the statistics are buffers of the model. :mod:`~fairseq_powernorm.integrations.steps`
+explains the scale of nu. Lightning divides by ``accumulate_grad_batches`` even if the last step of an epoch has fewer
+micro-batches; the gradient of that step, and with it nu, is that of the loss divided in this way.
 """
 from typing import Any, Optional
 
@@ -49,8 +49,8 @@ _STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelPara
 class RunningStatisticsCallback(Callback):  # type: ignore[misc]
     """One step of the running statistics with each step of the optimizer, for ``Trainer(callbacks=[...])``.
 
-    Serves all norms with running statistics. Gradient accumulation, loss scaling (``precision="16-mixed"``), DDP, FSDP,
-    ``ModelParallelStrategy``, the sanity check and validation in between are taken into account. A module with manual
+    Supports all norms with running statistics. It takes gradient accumulation, loss scaling (``precision="16-mixed"``),
+    DDP, FSDP, ``ModelParallelStrategy``, the sanity check and validation during training into account. A module with manual
     optimization decides itself what a step is: there, use
     :class:`~fairseq_powernorm.integrations.steps.OptimizerStatistics` in its ``training_step``.
 

@@ -1,14 +1,14 @@
 """Running statistics that follow an optimizer, in a training loop that somebody else runs.
 
-The loop says when a micro-batch begins and ends. The optimizer says by itself, through a hook of torch's, that it has taken
-a step, and the statistics take theirs: after gradient accumulation as without, and not in a step that a loss scaler skips.
+The loop tells when a micro-batch begins and ends. The optimizer itself signals, through a hook of torch's, that it has taken
+a step, and the statistics then take theirs: with and without gradient accumulation, and not if a loss scaler skips the step.
 
 **The scale of nu.** PN's nu is a mean of gradients, so it has the unit of the loss that the optimizer minimizes. Trainers
 divide the loss of a micro-batch by the number of micro-batches, or sum it and divide by the number of tokens of the whole
-step: either way the gradients of the micro-batches add up to that of the step, and nothing is to be compensated. A loss
+step: either way the gradients of the micro-batches add up to that of the step, and there is nothing to correct. A loss
 scale multiplies them and is divided out before the step. Data parallelism, DDP as well as FSDP, *averages* over ranks: what
-arrives at a norm is the number of ranks times its share of the optimizer's gradient. :class:`OptimizerStatistics` takes out
-both. So nu, and with Algorithm 2 the parameters, are the same for k ranks, k micro-batches and one batch.
+arrives at a norm is the number of ranks times its share of the optimizer's gradient. :class:`OptimizerStatistics` corrects
+for both. So nu, and with Algorithm 2 the parameters, are the same for k ranks, k micro-batches and one batch.
 """
 import logging
 from contextlib import contextmanager

@@ -1,6 +1,6 @@
 """The arithmetic of the norms, without autograd and without state, and the choice among the backends that compute it.
 
-``eager`` is plain torch and runs everywhere; what a backend offers stands in :mod:`.interface`.
+``eager`` is plain torch and runs everywhere; :mod:`.interface` says what a backend offers.
 ``python -m fairseq_powernorm.kernels`` says which one is in use, and why.
 """
 import logging

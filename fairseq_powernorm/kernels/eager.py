@@ -310,7 +310,8 @@ def power_backward(
         x, weight: as in the forward pass
         r, saved: what the forward pass gave
         valid: of the forward pass. With ``spec.skip_padding`` the other rows do not count and receive no gradient; without
-            it they do, but for those that are not finite, which count as zero
+            it they do, but for the channel groups (without layer scale: channels) in which x or dy is not finite: these
+            count as zero and receive none
         nu: ``C``; ``spec.nu_scale * nu`` is the paper's nu(t-1)
         spec: constants of the call
         want_x: is the gradient of ``x`` wanted?
@@ -343,12 +344,25 @@ def _power_backward(
         if torch.isfinite(found.weight).all():
             return found
     rows, grads = x.reshape(-1, x.size(-1)), grad_y.reshape(-1, x.size(-1))
-    if r is None:
-        grads, rows = finite_padding(valid, grads, rows)
-    else:
-        grads, rows, r = finite_padding(valid, grads, rows, r)
+    grads, rows, r = _finite_parts(valid, grads, rows, r)
     found = _rows_backward(grads, rows, r, weight, None, saved, nu, spec, want_x=want_x)
     return found if found.x is None else found._replace(x=found.x.view(x.shape))
+
+
+def _finite_parts(
+    valid: Tensor, grad: Tensor, x: Tensor, r: Optional[Tensor]
+) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+    """dy, x (``N x C``) and r of a backward pass in which padding counts, with zeros for what is not finite in it: for the
+    channel group of a row, whose gradients depend on each other, or without layer scale for the channel.
+    """
+    finite = torch.isfinite(grad) & torch.isfinite(x)
+    if r is None:
+        bad = valid.unsqueeze(1).logical_or(finite).logical_not()
+    else:
+        by_group = _by_group(finite, r.size(1)).all(-1) & torch.isfinite(r)
+        few = valid.unsqueeze(1).logical_or(by_group).logical_not()
+        bad, r = few.repeat_interleave(x.size(1) // r.size(1), dim=1), r.masked_fill(few, 0)
+    return grad.masked_fill(bad, 0), x.masked_fill(bad, 0), r
 
 
 def _rows_backward(

@@ -148,7 +148,7 @@ class Backward(NamedTuple):
 
 
 class Backend(Protocol):
-    """A kernel backend: a module with these functions. ``docs`` of the arguments stand in :mod:`.eager`.
+    """A kernel backend: a module with these functions. :mod:`.eager` documents their arguments.
 
     ``power_forward``, ``power_backward``, ``second_moment`` and ``evaluate`` take tensors that :func:`readable` lets
     through; ``advance_forward`` and ``advance_backward`` write to statistics that :func:`writable` lets through. A pass with

@@ -220,7 +220,7 @@ def power_backward(
     """See :func:`.eager.power_backward`."""
     x, grad_y, rows, channels = x.contiguous(), grad_y.contiguous(), *_shape(x)
     nu = nu.contiguous()
-    weight, valid = _contiguous(weight, valid if spec.skip_padding else None)
+    weight, valid = _contiguous(weight, valid)
     scale = spec.gradient_scale
     run = _code.launch(x.device, rows, channels, spec.groups, _code.BACKWARD_PROGRAMS)
     on_device = isinstance(scale, Tensor) and scale.device == x.device  # then the host does not wait for it
@@ -233,12 +233,12 @@ def power_backward(
         _code.backward[run.grid](
             grad_y, x, r, valid, saved, weight, nu, grad_x, sums, rows, channels, run.size, scale, spec.nu_scale,
             SCALE_THERE=on_device, LAYER_SCALE=spec.groups > 0, OUTPUT=want_x, HAS_VALID=valid is not None,
-            HAS_WEIGHT=weight is not None, TILE_ROWS=run.tile_rows, TILE_COLUMNS=run.tile_columns, STAGES=run.stages,
-            num_warps=run.warps,
+            PADDING=not spec.skip_padding, HAS_WEIGHT=weight is not None, TILE_ROWS=run.tile_rows,
+            TILE_COLUMNS=run.tile_columns, STAGES=run.stages, num_warps=run.warps,
         )  # fmt: skip
         _code.backward_end[(_blocks(channels),)](
             sums, saved, weight, grad_weight, grad_bias, tally, rows, channels, run.grid[0], scale,
-            SCALE_THERE=on_device, HAS_VALID=valid is not None, HAS_WEIGHT=weight is not None,
+            SCALE_THERE=on_device, HAS_VALID=valid is not None and spec.skip_padding, HAS_WEIGHT=weight is not None,
             CHANNELS=_code.END_CHANNELS, PARTS=_code.END_PARTS, num_warps=4,
         )  # fmt: skip
     if step is not None:

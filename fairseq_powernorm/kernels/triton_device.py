@@ -228,9 +228,11 @@ def backward(
     grad_ptr, x_ptr, r_ptr, valid_ptr, saved_ptr, weight_ptr, nu_ptr, grad_x_ptr, sums_ptr,
     rows, channels, size, gradient_scale, nu_scale,
     SCALE_THERE: tl.constexpr, LAYER_SCALE: tl.constexpr, OUTPUT: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    PADDING: tl.constexpr, HAS_WEIGHT: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The sweep of a backward pass: dL/dx, and partial sums of dy and dy * u over the rows that count.
+    """The sweep of a backward pass: dL/dx, and partial sums of dy and dy * u over the rows that count: with PADDING all of
+    them, but for what is not finite in padding.
 
     gradient_scale is a number, or (SCALE_THERE) a pointer to it.
     """
@@ -262,6 +264,11 @@ def backward(
             # padding enters no sum and gets no gradient, whatever stands there
             counts = tl.load(valid_ptr + row, mask=row < rows, other=0) != 0
             number += counts.to(tl.int32)
+            if PADDING:
+                finite = is_finite(grad) & is_finite(u)
+                if LAYER_SCALE:
+                    finite = tl.sum((there & (finite == 0)).to(tl.int32), axis=1, keep_dims=True) == 0
+                counts = counts | finite
             grad = tl.where(counts, grad, 0.0)
             u = tl.where(counts, u, 0.0)
         grad_sum += grad

@@ -69,6 +69,11 @@ def check_kind(arch: str, model: type, task: type) -> None:
             )
 
 
+#: options that fairseq compares with numbers in the settings themselves, which nothing fills in where the model's own name
+#: stands for an architecture; no architecture of this package sets them
+READ_BY_FAIRSEQ = ("base_layers",)
+
+
 def flat_fields(
     config: type, *architectures: Callable, nested: Mapping[str, type] = {}, without: Collection[str] = ()
 ) -> List[Tuple[str, Any, Any]]:
@@ -95,7 +100,7 @@ def flat_fields(
             kind = str if name.endswith("_layers_to_keep") else inner.type  # fairseq splits these at commas
             default: Any = inner.default
             own = not _is_interpolation(default) or default.startswith("${model.")  # else an option of task or command
-            if name in by_architecture and own:
+            if name in by_architecture and own and name not in READ_BY_FAIRSEQ:
                 default = None
             if default is None:
                 kind = Optional[kind]

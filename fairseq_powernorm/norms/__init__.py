@@ -5,10 +5,9 @@ All are drop-in ``nn.Module``s called as ``norm(x, padding_mask=None)`` with ``x
 They need torch and nothing else. Statistics are kept and computed in float32 (float64 for float64 input) whatever the dtype
 of the input and of the parameters.
 
-A norm with running statistics applies those of each training batch by itself. Where somebody else decides what a
-training step is (several batches, several processes, steps that are skipped),
-:class:`~fairseq_powernorm.statistics.RunningStatistics` takes over: it gives each norm a :class:`Stage`,
-into which the norm adds its sums, and applies them once per step.
+A norm with running statistics updates them with each training batch. If a training step is something else (several
+batches, several processes, steps that are skipped), :class:`~fairseq_powernorm.statistics.RunningStatistics` takes over:
+it gives each norm a :class:`Stage`, to which the norm adds its sums, and applies them once per step.
 """
 from .ada import AdaNorm
 from .base import RunningNorm

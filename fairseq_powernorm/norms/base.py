@@ -32,9 +32,9 @@ def _widened(value: Tensor) -> Tensor:
 class RunningNorm(Norm):
     """Base of the norms with running statistics.
 
-    A training batch yields sums, named in ``SUMS``; ``advance`` says what the running statistics become by them. Either
-    the norm applies them itself, or its ``stage`` takes them. Statistics are float32 or wider: narrower values are widened
-    wherever they come from. Several threads may use one norm: each pass takes its step of the statistics undisturbed.
+    A training batch yields sums, named in ``SUMS``; ``advance`` computes the new running statistics from them. Either the
+    norm applies them itself, or its ``stage`` takes them over. Statistics are float32 or wider: narrower values are widened
+    wherever they come from. Several threads may share a norm: each pass takes its step of the statistics undisturbed.
 
     Args:
         dim: number of channels C
@@ -181,9 +181,9 @@ class RunningNorm(Norm):
         """A statistic is widened to float32; one in place of a meta tensor may still be without a value."""
         if name != "iters" and name not in self.STATISTICS:
             return super()._arriving(name, value)
-        from_meta = self._buffers[name].is_meta and not value.is_meta
+        in_doubt = loading.in_doubt(self, name, value)
         value = super()._arriving(name, value)
-        if from_meta:
+        if in_doubt:
             self.__dict__["_from_meta"] = (*self._from_meta, name)
         return _widened(value)
 

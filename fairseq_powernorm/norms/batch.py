@@ -32,7 +32,7 @@ class MaskedBatchNorm(ExactNorm):
         \mu = \frac1L \sum_{\text{valid}} u, \qquad \sigma^2 = \frac1n \sum_{\text{valid}} (u - \mu)^2, \qquad
         \text{running variance} \leftarrow 0.95\, (\cdot) + 0.05\, \tfrac{n}{n - 1} \sigma^2
 
-    and what comes out at padding is ``bias``. In evaluation it fills the padding of a mask that is given, too.
+    and the output at padding is ``bias``. If a mask is given in evaluation, its padding is filled, too.
 
     Args:
         dim: number of channels C

@@ -35,8 +35,8 @@ def layout_of(batch_first: bool, layout: Optional[str]) -> str:
 class Norm(nn.Module):
     """Base of every norm: the layout of its input, and the padding mask that goes with it.
 
-    A norm computes on rows, ``... x C``, in ``_normalize``; this base brings the input there and the output back. Where the
-    channels come first and are not adjacent in memory, the output is contiguous, too; that takes a copy each way, unless the
+    A norm computes on rows, ``... x C``, in ``_normalize``; this base class converts the input and the output. If the
+    channels come first and are not adjacent in memory, the output is contiguous, too; this takes a copy each way, unless the
     norm reads and writes such memory itself, as PN, PN-V and BN do on a CPU. In ``torch.channels_last`` memory (or any other
     with adjacent channels) there is no copy, and the output keeps the format.
 
@@ -115,7 +115,8 @@ class Norm(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        loading.written(self, [name for name in (*self._unwritten, *self._from_meta) if prefix + name in state_dict])
+        if prefix or len(state_dict) > 1:  # else it may be Hugging Face's loading
+            loading.written(self, [name for name in (*self._unwritten, *self._from_meta) if prefix + name in state_dict])
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         batch_first = state.pop("batch_first", False)  # pickled by an earlier version

@@ -15,16 +15,23 @@ logger = logging.getLogger(__name__)
 MARK = "_is_hf_initialized"
 
 
+def in_doubt(norm: Any, name: str, value: Tensor) -> bool:
+    """May a tensor that is put in place of the parameter or buffer ``name`` be memory that nobody has written?"""
+    old = norm._buffers.get(name, norm._parameters.get(name))
+    if old is None or not old.is_meta or value.is_meta:
+        return False
+    return not (getattr(old, MARK, False) or getattr(value, MARK, False))
+
+
 def arriving(norm: Any, name: str, value: Tensor) -> Tensor:
     """What becomes of a tensor that is put in place of the parameter or buffer ``name``.
 
     In place of a meta tensor it may be memory that nobody has written, for what a checkpoint lacks: so Hugging Face's
     ``from_pretrained`` leaves it. Version 5 marks values that the checkpoint has, and puts them in place first. Version 4
     puts what is lacking in place first, then marks the tensors that the checkpoint has, on the meta device still, and says
-    of the module that it is done: :func:`begin_unwritten`.
+    of the module that it is done: :func:`begin_unwritten`. It puts each tensor in place by a ``load_state_dict`` of its own.
     """
-    old = norm._buffers.get(name, norm._parameters.get(name))
-    if old is None or not old.is_meta or value.is_meta or getattr(old, MARK, False) or getattr(value, MARK, False):
+    if not in_doubt(norm, name, value):
         return value
     if any(getattr(tensor, MARK, False) for tensor in (*norm._parameters.values(), *norm._buffers.values())):
         _begin(norm, name, value)
@@ -43,7 +50,7 @@ def begin_unwritten(norm: Any) -> None:
 
 
 def written(norm: Any, names: Collection[str]) -> None:
-    """These tensors have values, which nothing may overwrite: they were loaded from a state_dict."""
+    """These tensors have values, which nothing may overwrite: they were loaded from a state_dict of several."""
     for note in ("_unwritten", "_from_meta"):
         norm.__dict__[note] = tuple(name for name in getattr(norm, note) if name not in names)
 

@@ -62,20 +62,24 @@ class PowerNorm(SecondMomentNorm):
     second moment at every step; (3) the forward statistics skip padding, the backward statistics and the
     gradients of ``weight`` and ``bias`` do not, and padded rows receive a gradient.
 
-    **Without layer scale** (``groups=0``) PN as published can die, in two ways. (1) After the warm-up nothing but
-    psi(t-1) scales the output, and psi^2 follows the activations at ``alpha_fwd`` per step. When they grow faster, the
-    output grows with them, the next residual block receives more, and the excess multiplies from norm to norm through
-    the depth: in a Transformer whose learning rate is too high for it, second moments of 10^9 psi^2 in the third step.
-    Then psi^2 has taken in the spike and the output is nearly zero until it is forgotten, while nu, which decays only
-    where z^2 is not small, stays at the value of the spike: gradients explode, and the model is dead or NaN. (2) The
-    recursion of nu is stable only while the mean of z^2 is below ``2 / (1 - alpha_bkw)``. It exceeds that where psi^2
-    lags, and in ``reference`` wherever padded rows, which count in z^2 and not in psi^2, are several times as large as
-    the others: nu then grows geometrically. The layer scale prevents both, as it sets every row to the same size: no
-    excess gets past the next norm. Two bounds replace it, idle in a healthy run, whose arithmetic they leave as it is,
-    bit for bit: (1) a channel whose second moment in the batch exceeds ``JUMP / (1 - alpha_fwd)`` times psi^2(t-1),
-    which takes a growth of more than ``JUMP`` in one step, divides by the batch's own second moment, and psi^2 takes in
-    the threshold instead of it (not in the first step, nor in the warm-up; the batch is that of one process unless its
-    statistics are reduced in the forward pass); (2) the factor of nu(t-1) is kept at or above -1.
+    **Without layer scale** (``groups=0``) PN as published can die, in two ways.
+
+    (1) After the warm-up, only psi(t-1) scales the output, and psi^2 follows the activations at ``alpha_fwd`` per step. If
+    they grow faster, the output grows with them, the next residual block receives more, and the excess multiplies from
+    norm to norm through the depth: in a Transformer with too high a learning rate, second moments reach 10^9 psi^2 in the
+    third step. Then psi^2 has absorbed the spike, and the output is nearly zero until psi^2 has forgotten it. Meanwhile nu,
+    which decays only where z^2 is not small, keeps the value of the spike: gradients explode, and the model is dead or NaN.
+
+    (2) The recursion of nu is stable only while the mean of z^2 is below ``2 / (1 - alpha_bkw)``. The mean is larger where
+    psi^2 lags, and in ``reference`` wherever padded rows, which count in z^2 but not in psi^2, are several times as large
+    as the others: nu then grows geometrically.
+
+    The layer scale prevents both, because it gives every row the same size: no excess gets past the next norm. Without it,
+    two bounds do so. They change no bit in a healthy run. (1) If the second moment of a channel in the batch exceeds
+    ``JUMP / (1 - alpha_fwd)`` times psi^2(t-1), that is, if psi^2 would grow by a factor of more than ``JUMP`` in one step,
+    the channel is divided by the batch's own second moment, and psi^2 takes in the threshold instead. (This does not apply
+    in the first step or in the warm-up; the batch is that of one process unless its statistics are reduced in the forward
+    pass.) (2) The factor of nu(t-1) is kept at or above -1.
 
     Args:
         dim: number of channels C
@@ -96,10 +100,10 @@ class PowerNorm(SecondMomentNorm):
     Raises:
         ValueError: an argument is outside its range, or ``groups`` does not divide ``dim``
 
-    A forward pass in training mode takes one step of psi^2 and ``iters`` by itself, its backward pass one
-    step of nu, unless a ``stage`` takes them. Recomputation under activation checkpointing takes none and sees the same
-    statistics as the pass it repeats, which it knows by the sums of its input; where that is not certain it is refused.
-    A batch without a valid row leaves psi^2 as it is, and non-finite statistics enter neither psi^2 nor nu.
+    In training mode, a forward pass takes one step of psi^2 and ``iters``, and its backward pass one step of nu, unless a
+    ``stage`` takes them over. Recomputation under activation checkpointing takes no step and sees the same statistics as
+    the pass it repeats, which it recognizes by the sums of its input; if that is not certain, it is refused. A batch
+    without a valid row leaves psi^2 as it is, and values that are not finite enter neither psi^2 nor nu.
     """
 
     SUMS = {"forward": ("u^2",), "backward": ("weight * dy * z", "z^2")}

@@ -107,7 +107,7 @@ class RegularizedBatchNorm(FormulaNorm):
 
     where m' and v' are the running mean and variance after one step with this batch. P is added to the loss that is
     **summed** over tokens; its gradient flows through mu and sigma^2 only. The tasks of this package add it, scaled and
-    normalized like the loss, and log it as ``norm_penalty``; in a training loop of one's own :func:`penalty` gives it.
+    normalized like the loss, and log it as ``norm_penalty``; in a training loop of your own, :func:`penalty` returns it.
 
     The published values are ``p_mean`` 0.1 and ``p_var`` 0.01 for pre-norm Transformers on IWSLT14, 60 and 0 for post-norm.
 

@@ -5,20 +5,21 @@
 #
 #   TEST                tests for pytest; default: those of the norms and the models, in DEFAULT_TESTS
 #
-# That fairseq needs Python 3.8, 3.9 or 3.10 and can evaluate an encoder layer by a fused function that computes LayerNorm
-# whatever module stands there. Three checks, with a final line for each; the exit status is 0 if all of them pass:
-#   evaluation          each power norm is called and the outputs are those of the formula, and not with the fused path on
+# fairseq 0.12.2 needs Python 3.8, 3.9 or 3.10, and can evaluate an encoder layer by a fused function that computes LayerNorm
+# whatever norm the layer has. There are three checks, each ending with a line; the exit status is 0 if all of them pass:
+#   evaluation          each power norm is called, and the outputs are those of the formula; with the fused path on, they
+#                       are not
 #   training            fairseq-train for 20 updates on a toy corpus, averaging, fairseq-generate, and the first check again
 #   tests               pytest
 #
 # Environment variables:
 #   ENVIRONMENT_DIR     virtual environment, made on first use; default: .venv-fairseq-0.12.2 in the repository
 #   PYTHON              the Python to make it with; default: the first of python3.10, python3.9, python3.8 in PATH
-#   TORCH_SPEC          torch and torchaudio, words for pip; default: torch==2.4.1 torchaudio==2.4.1, the oldest torch that
+#   TORCH_SPEC          torch and torchaudio, as arguments of pip; default: torch==2.4.1 torchaudio==2.4.1, the oldest torch that
 #                       the package takes. PyPI's builds bring CUDA: a download of 2.5 GB, 5 GB on disk. Without CUDA:
 #                       TORCH_SPEC="torch==2.4.1 torchaudio==2.4.1 --index-url https://download.pytorch.org/whl/cpu"
 #
-# Run again, it uses the environment that is there. Remove that directory to get the space back.
+# Run again, it uses the same environment. Remove that directory to free the space.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 # -h is pytest's own among pytest's arguments; this script's is the first argument only.

@@ -5,10 +5,10 @@
 #
 # Environment variables:
 #   ENVIRONMENT_DIR     virtual environment, made on first use; default: .venv-integrations in the repository
-#   PYTHON              the Python to make it with, 3.11; default: python3
-#   TORCH_SPEC          torch, words for pip; default: torch==2.13.0
+#   PYTHON              the Python to make it with, which must be 3.11; default: python3
+#   TORCH_SPEC          torch, as arguments of pip; default: torch==2.13.0
 #
-# Run again, it uses the environment that is there. Remove that directory to get the space back.
+# Run again, it uses the same environment. Remove that directory to free the space.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 check_help "${BASH_SOURCE[0]}" "$@"

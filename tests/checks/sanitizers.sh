@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the C kernel with the compiler's sanitizers and runs it over odd shapes, element types, masks and instruction sets:
-# memory errors and undefined behaviour (address, undefined), then data races between its threads (thread).
+# Builds the C kernel with the compiler's sanitizers and runs it over odd shapes, element types, masks and instruction sets,
+# first for memory errors and undefined behaviour (address, undefined), then for data races between its threads (thread).
 #
 #   tests/checks/sanitizers.sh
 #

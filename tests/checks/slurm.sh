@@ -1,18 +1,17 @@
 #!/usr/bin/env bash
-# Proves on a real SLURM, started on this machine for the purpose, that runs submitted by scripts/slurm/submit.sh
-# survive preemption, time limits and the loss of a node: each ends with the parameters, bit for bit, of a run that
-# nobody disturbed.
+# Proves on a real SLURM, which it starts on this machine, that runs submitted by scripts/slurm/submit.sh survive
+# preemption, time limits and the loss of a node: each ends with the parameters of an undisturbed run, bit for bit.
 #
 #   tests/checks/slurm.sh [options]
 #
-#   --lean              the array with its disturbances only, without the other checks: ranks on two nodes, jobs that
-#                       fail, the rows of a table, hydra's launcher
+#   --lean              check only the disturbed array, and leave out ranks on two nodes, jobs that fail, the rows of
+#                       a table, and hydra's launcher
 #   --install           install Debian's packages slurmctld, slurmd and slurm-client first, if they are missing (as root)
 #   --record FILE       write what was done and seen to FILE
-#   --keep              leave the temporary directory, with all logs
+#   --keep              keep the temporary directory, with all logs
 #
-# Needs two processors, no GPU: SLURM counts two that nobody computes with. Minutes. Everything is made in a temporary
-# directory and ended and removed in the end.
+# It needs two processors and no GPU (SLURM is told of two GPUs, which nothing computes with), and takes minutes. Everything
+# is made in a temporary directory; at the end, all processes are stopped and the directory is removed.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 check_help "${BASH_SOURCE[0]}" "$@"

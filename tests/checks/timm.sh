@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# Checks models of timm with norms of this package: vision transformers, Swin, ConvNeXt.
+# Checks models of timm (vision transformers, Swin, ConvNeXt) with the norms of this package.
 #
 #   tests/checks/timm.sh [RECORD]
 #
-#   RECORD              a Markdown file to write the record to; it must not be there
+#   RECORD              a Markdown file to write the record to; it must not exist yet
 #
-# timm needs torchvision, whose build on PyPI does not load beside the torch for CPUs of the other tests: it gets an
-# environment of its own. For each model: the report names all norms; LayerNorm by LayerNorm gives the same logits, bit for
-# bit where timm calls torch's; PN trains with the layouts that were found; folded, it gives the same logits to 1e-5.
+# timm needs torchvision, whose build on PyPI does not load beside the CPU build of torch that the other tests use; so this
+# check has an environment of its own. For each model: the report names all norms; replacing LayerNorm by this package's
+# LayerNorm gives the same logits, to the bit where timm calls torch's; PN trains with the layouts that were found; and
+# folding PN gives the same logits to 1e-5.
 #
 # Environment variables:
 #   ENVIRONMENT_DIR     virtual environment, made on first use; default: .venv-timm in the repository
 #   PYTHON              the Python to make it with; default: python3
-#   TORCH_SPEC          torch and torchvision, words for pip; default: torch==2.14.1 torchvision==0.29.1, a download of
+#   TORCH_SPEC          torch and torchvision, as arguments of pip; default: torch==2.14.1 torchvision==0.29.1, a download of
 #                       some 3 GB, 5.5 GB on disk
 #
-# Run again, it uses the environment that is there. Remove that directory to get the space back.
+# Run again, it uses the same environment. Remove that directory to free the space.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 check_help "${BASH_SOURCE[0]}" "$@"

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# tests/checks/unchanged.sh REVISION [UPDATES]: does this checkout train as that revision of the repository did?
+# Checks that this checkout trains exactly as an earlier revision of the repository did.
 #
-# REVISION prepares the demo and trains LN and PN for UPDATES (60) with its own scripts; the same commands are then repeated
-# with the package of this checkout in its place. Every tensor of the models (parameters and running statistics), of the
-# optimizers, and every logged loss must be the same to the last bit. The words in which the two revisions' own command
-# lines differ are printed.
+#   tests/checks/unchanged.sh REVISION [UPDATES]      UPDATES: updates of each run; default: 60
+#
+# REVISION prepares the demo and trains LN and PN with its own scripts; the same commands are then repeated with the package
+# of this checkout in its place. Every tensor of the models (parameters and running statistics) and of the optimizers, and
+# every logged loss, must be the same to the last bit. Differences between the two revisions' own command lines are printed.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 case ${1:-} in

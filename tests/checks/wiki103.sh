@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the WikiText-103 model of Baevski & Auli with PN, 247M parameters, with a vocabulary of the real size, takes
-# one training step of one block on the CPU through the whole pipeline, and states the time and the peak memory.
+# Builds the WikiText-103 model of Baevski & Auli with PN (247M parameters, a vocabulary of the real size), takes one
+# training step of one block on the CPU through the whole pipeline, and reports the time and the peak memory.
 #
 #   tests/checks/wiki103.sh [TOKENS]      TOKENS: length of the block; default 512
 #

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Trains PN without layer scale (--norm-groups 0) on Multi30k at the authors' learning rate, 1.5e-3, for 3,000 updates, of
-# which the last 2,000 use running statistics, and checks that it stays healthy: no update skipped, every loss finite, and
-# the loss falling to the end.
+# Trains PN without layer scale (--norm-groups 0) on Multi30k at the authors' learning rate, 1.5e-3, for 3,000 updates, the
+# last 2,000 of which use running statistics, and checks that training stays healthy: no update is skipped, every loss is
+# finite, and the loss falls until the end.
 #
-#   tests/checks/without_layer_scale.sh [--record FILE]    FILE: where to write the record of the run, too
+#   tests/checks/without_layer_scale.sh [--record FILE]    FILE: a file that gets a copy of the run's record
 #
-# About an hour on one core; run again, it goes on where it was interrupted.
+# It takes about an hour on one core. Run again, it continues where it was interrupted.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 check_help "${BASH_SOURCE[0]}" "$@"

@@ -120,6 +120,23 @@ def test_what_stands_in_padding(groups):
             assert torch.equal(found[name], clean[name]), name
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("groups", [0, 2])
+def test_padding_that_counts_and_is_not_finite(groups, bad):
+    """What is not finite there is left out by its channel group (without layer scale: its channel), as eager does."""
+    for place in range(2):
+        given_ = given((40, 24), torch.float32)
+        valid, spec = masked("some", 40), REFERENCE._replace(groups=groups)
+        given_[place][~valid.repeat_interleave(24).view(40, 24) & (torch.arange(24, device=DEVICE) < 5)] = bad
+        x, dy, *others = given_
+        got, want = (both_passes(each, x, dy, *others, valid, spec) for each in (kernel, eager))
+        for name in ("backward x", "backward weight", "backward bias"):
+            assert torch.isfinite(got[name]).all()
+            assert_close(got[name], want[name].double(), 1e-5, name)
+        assert_close(got["backward tally"][:24], want["backward tally"][:24], 1e-5)
+        assert float(got["backward tally"][-2]) == float(want["backward tally"][-2]) == 40
+
+
 def test_odd_tensors():
     """Per-channel tensors with gaps are read as they are; of a wrong size or kind they are refused, and so are masks."""
     x, dy, weight, bias, psi2, nu = given((6, 16), torch.float32)
@@ -344,6 +361,7 @@ OTHERS = [  # with what differs from FLAGS
     ("forward", dict(HAS_INV=True, HAS_PSI2=False, psi2_ptr=None, SUMS=False, LAYER_SCALE=False)),
     ("forward", dict(PADDING=True, OUTPUT=False, HAS_PSI2=False, psi2_ptr=None, y_ptr=None)),
     ("backward", dict(SCALE_THERE=True, LAYER_SCALE=False, r_ptr=None)),
+    ("backward", dict(PADDING=True)), ("backward", dict(PADDING=True, LAYER_SCALE=False, r_ptr=None)),
     ("backward", dict(TILE_ROWS=1, TILE_COLUMNS=4096)), ("backward", dict(TILE_ROWS=1, TILE_COLUMNS=16384, STAGES=1)),
 ]
 

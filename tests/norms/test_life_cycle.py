@@ -54,10 +54,11 @@ def test_narrow_copies_of_statistics_are_widened(name, variant, cast):
     if cast in ("half", "bfloat16", "to", "type", "parent"):
         assert all(torch.equal(one, other) for one, other in zip(norm.buffers(), plain.buffers()))
     norm.float()
+    tolerance = 1e-2 if cast in ("bfloat16", "type") else 1e-3  # as weight, or the statistics, have been rounded
     train(norm, steps=1)
     for one, other in zip(norm.buffers(), train(plain, steps=1)[-len(list(plain.buffers())):]):
         assert one.dtype == torch.float32
-        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -335,13 +336,40 @@ def test_values_of_a_state_dict_stay(name, variant):
             value.fill_(2.5 if key == "iters" else 0.0)
     saved = copy.deepcopy(norm.state_dict())
     loaded = make(name, variant).to("meta")
-    loaded.load_state_dict(copy.deepcopy(saved), assign=True)
+    copies = {f"0.{key}": value.clone() for key, value in saved.items()}
+    nn.Sequential(loaded).load_state_dict(copies, assign=True)
     loaded._is_hf_initialized = True
     x = batch()[0]
     norm.eval(), loaded.eval()
     torch.testing.assert_close(loaded(x), norm(x), equal_nan=True, rtol=0, atol=0)
     for key, value in loaded.state_dict().items():
         assert torch.equal(value, saved[key]), key
+
+
+@pytest.mark.parametrize("name, variant", ALL)
+def test_loading_as_transformers_4_does(name, variant):
+    """Each tensor by a ``load_state_dict`` of its own: first memory for what the checkpoint lacks; then what it has is
+    marked, and the module is; then the values come. What was lacking begins as in a new norm, values stay.
+    """
+    for present in range(2):
+        norm, new_, filled = make(name, variant).to("meta"), make(name, variant), make(name, variant)
+        new_.reset_parameters()
+        if hasattr(filled, "iters"):
+            filled.iters.fill_(2.5)
+        saved = filled.state_dict()
+        lacking = list(saved)[present::2]
+        for key in lacking:
+            norm.load_state_dict({key: torch.full_like(saved[key], 7.0)}, strict=False, assign=True)
+        for key, tensor in norm.state_dict(keep_vars=True).items():
+            if key not in lacking:
+                tensor._is_hf_initialized = True
+        norm._is_hf_initialized = True
+        for key in saved:
+            if key not in lacking:
+                norm.load_state_dict({key: saved[key].clone()}, strict=False, assign=True)
+        norm.eval()(batch()[0])
+        for key, value in norm.state_dict().items():
+            assert torch.equal(value, (new_.state_dict() if key in lacking else saved)[key]), key
 
 
 @pytest.mark.parametrize("look", [lambda norm: norm.state_dict(), unfoldable])

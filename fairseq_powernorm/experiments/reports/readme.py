@@ -12,6 +12,8 @@ from .table import tables
 
 #: the files with tables of records
 READMES = ("README.md", "results/README.md")
+#: columns that their tables do without where all lines agree: the text above a table says it
+SAID = ("benchmark", "updates", "seeds")
 BLOCK = re.compile(r"(<!-- records: (.*?) -->\n)(.*?)(<!-- end of records -->)", re.S)
 
 
@@ -39,4 +41,4 @@ def tables_of(patterns: Sequence[str]) -> str:
     contents = [read_json(path) for path in paths]
     if isinstance(contents[0], dict) and contents[0].get("kind") == "benchmark":
         return "\n".join(speed.summary(schema.check(content, path), path.parent) for content, path in zip(contents, paths))
-    return tables({relative(path): schema.read_record(path) for path in paths})
+    return tables({relative(path): schema.read_record(path) for path in paths}, SAID)

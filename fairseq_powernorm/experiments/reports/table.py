@@ -240,8 +240,16 @@ def markdown(headings: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def tables(records: Mapping[str, Record]) -> str:
-    """The Markdown tables of records (name -> record), translation first."""
+def tables(records: Mapping[str, Record], said: Sequence[str] = ()) -> str:
+    """The Markdown tables of records (name -> record), translation first.
+
+    Args:
+        said: headings of columns that are left out where all lines agree, because the text around the table says it
+    """
     found = [cells(line) for line in lines(records)]
     kinds = [[row for row in found if ("perplexity" in row) == lm] for lm in (False, True)]
-    return "\n".join(markdown(list(rows[0]), [row.values() for row in rows]) for rows in kinds if rows)
+    texts = []
+    for rows in filter(None, kinds):
+        headings = [name for name in rows[0] if name not in said or len({row[name] for row in rows}) > 1]
+        texts.append(markdown(headings, [[row[name] for name in headings] for row in rows]))
+    return "\n".join(texts)
