@@ -90,7 +90,7 @@ def test_training_and_evaluation(kind, dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_set_of_instructions(kind):
-    """The same with the plainer instructions of this processor, and with several threads."""
+    """The same with the plainer instructions of this processor, with several threads, and with rows taken one by one."""
     shape = (200, 1, 72)
     x, dy, weight, bias = inputs(shape)
     mask = padding(shape)
@@ -100,11 +100,16 @@ def test_each_set_of_instructions(kind):
         for number in (0, 1, -1):
             c.use_instructions(number)
             torch.set_num_threads(2)
-            got = steps(kind, 4, x, dy, weight, bias, mask)
-            for part in range(3):
-                for one, other in zip(got[part], want[part]):
-                    assert_near(one, other, 8e-6)
+            for size in (1 << 60, 0):
+                c.far_from(size)
+                c.stream_from(size)
+                got = steps(kind, 4, x, dy, weight, bias, mask)
+                for part in range(3):
+                    for one, other in zip(got[part], want[part]):
+                        assert_near(one, other, 8e-6)
     finally:
+        c.far_from(16 << 20)
+        c.stream_from(2 << 20)
         c.use_instructions(-1)
         torch.set_num_threads(threads)
 

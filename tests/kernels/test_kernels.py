@@ -161,17 +161,28 @@ def test_the_batch_divides(groups, dtype, kernel):
 
 @needs_c
 @pytest.mark.parametrize("dtype", DTYPES[c])
-def test_c_stores_past_the_caches(dtype):
-    """Large tensors are stored in another way: the same bits."""
-    x, dy, weight, bias, psi2, nu = inputs((41, 128), dtype)
-    spec = PowerNormSpec(4, 1e-5, 0.1, 1.0, False, True, False)
-    want = both_passes(c, x, dy, weight, bias, psi2, nu, None, spec)
-    c.stream_from(0)
-    try:
-        got = both_passes(c, x, dy, weight, bias, psi2, nu, None, spec)
-    finally:
-        c.stream_from(2 << 20)
-    assert all(torch.equal(got[name], want[name]) for name in want)
+@pytest.mark.parametrize("groups", [0, 4])
+def test_c_and_large_tensors(groups, dtype):
+    """Large tensors are stored past the caches, with the same bits; the rows of larger ones are taken one by one, which adds
+    up sums in another order.
+    """
+    x, dy, weight, bias, psi2, nu = inputs((150, 1, 128), dtype)
+    for mask in (None, padding(150)):
+        spec = PowerNormSpec(groups, 1e-5, 0.1, 1.0, False, True, False)
+        found = []
+        try:
+            for far in (16 << 20, 0):
+                c.far_from(far)
+                compare(c, x, dy, weight, bias, psi2, nu, mask, spec, None)
+                for size in (2 << 20, 0):
+                    c.stream_from(size)
+                    found.append(both_passes(c, x, dy, weight, bias, psi2, nu, mask, spec))
+        finally:
+            c.far_from(16 << 20)
+            c.stream_from(2 << 20)
+        for want, got in zip(found[::2], found[1::2]):
+            assert all(torch.equal(got[name], want[name]) for name in want)
+        assert any(not torch.equal(found[0][name], found[2][name]) for name in found[0])
 
 
 @needs_c

@@ -256,7 +256,8 @@ EXPORT int pn_batch_forward(
     float *const acc[2] = {spare, spare + C};
     int64_t counted[2];
     struct batch job = {
-        .x = in, .channels = C, .blocks = blocks, .width = width, .scaled = groups > 0, .centre = mean ? centre : NULL,
+        .x = in, .channels = C, .blocks = blocks, .width = width, .scaled = groups > 0, .single = one_by_one(dtype, rows, C),
+        .centre = mean ? centre : NULL,
     };
     if (mean)
         sample_mean(set, dtype, &job, valid, rows, centre, acc, scratch, tile);
@@ -355,8 +356,8 @@ EXPORT int pn_batch_backward(
     struct batch job = {
         .x = {x, inner, outer_stride, inner_stride, channel_stride},
         .dy = {dy, dy_inner, dy_outer_stride, dy_inner_stride, dy_channel_stride},
-        .channels = C, .blocks = blocks, .width = width, .scaled = groups > 0, .known = 1, .centre = centre, .scale = scale,
-        .shift = shift, .b = b, .r = groups > 0 ? r : NULL,
+        .channels = C, .blocks = blocks, .width = width, .scaled = groups > 0, .known = 1, .single = one_by_one(dtype, rows, C),
+        .centre = centre, .scale = scale, .shift = shift, .b = b, .r = groups > 0 ? r : NULL,
     };
     struct batch_work first = {
         .job = &job, .valid_rows = set->gradient_sums[dtype], .others = set->gradient_sums[dtype], .valid = fill ? valid : NULL,
@@ -427,7 +428,7 @@ EXPORT int pn_batch_evaluate(
     const struct batch job = {
         .x = {x, inner, outer_stride, inner_stride, channel_stride}, .channels = C, .blocks = blocks, .width = width,
         .scaled = groups > 0, .centre = centre, .scale = scale, .shift = shift, .out = y, .out_stride = C,
-        .stream = streams(dtype, rows, C, channel_stride == 1 ? width : 0, y),
+        .stream = streams(dtype, rows, C, channel_stride == 1 ? width : 0, y), .single = one_by_one(dtype, rows, C),
     };
     struct batch_work work = {.job = &job, .valid_rows = instructions()->outputs[dtype], .dtype = dtype, .rows = rows};
     int64_t counted[2];

@@ -302,7 +302,7 @@ static void NAME(zeros)(const struct batch *job, const int64_t *rows, int64_t n,
 static void NAME(moments)(const struct batch *job, const int64_t *rows, int64_t n, float *const *acc, float *scratch)
 {
     int64_t i = 0;
-    for (; i + 4 <= n; i += 4)
+    for (; !job->single && i + 4 <= n; i += 4)
         if (job->centre)
             NAME(moments_rows)(4, 1, job, rows + i, AHEAD, acc, scratch);
         else
@@ -318,19 +318,22 @@ static void NAME(outputs)(const struct batch *job, const int64_t *rows, int64_t 
 {
     (void)acc;
     int64_t i = 0;
-    for (; i + 4 <= n; i += 4)
+    for (; !job->single && i + 4 <= n; i += 4)
         if (job->stream)
             NAME(output_rows)(4, 1, job, rows + i, AHEAD, scratch);
         else
             NAME(output_rows)(4, 0, job, rows + i, AHEAD, scratch);
     for (; i < n; i++)
-        NAME(output_rows)(1, 0, job, rows + i, 0, scratch);
+        if (job->stream)
+            NAME(output_rows)(1, 1, job, rows + i, 0, scratch);
+        else
+            NAME(output_rows)(1, 0, job, rows + i, 0, scratch);
 }
 
 static void NAME(gradient_sums)(const struct batch *job, const int64_t *rows, int64_t n, float *const *acc, float *scratch)
 {
     int64_t i = 0;
-    for (; i + 4 <= n; i += 4)
+    for (; !job->single && i + 4 <= n; i += 4)
         NAME(gradient_sums_rows)(4, job, rows + i, AHEAD, acc, scratch);
     for (; i < n; i++)
         NAME(gradient_sums_rows)(1, job, rows + i, 0, acc, scratch);
@@ -340,11 +343,14 @@ static void NAME(gradients)(const struct batch *job, const int64_t *rows, int64_
 {
     (void)acc;
     int64_t i = 0;
-    for (; i + 4 <= n; i += 4)
+    for (; !job->single && i + 4 <= n; i += 4)
         if (job->stream)
             NAME(gradient_rows)(4, 1, job, rows + i, AHEAD, scratch);
         else
             NAME(gradient_rows)(4, 0, job, rows + i, AHEAD, scratch);
     for (; i < n; i++)
-        NAME(gradient_rows)(1, 0, job, rows + i, 0, scratch);
+        if (job->stream)
+            NAME(gradient_rows)(1, 1, job, rows + i, 0, scratch);
+        else
+            NAME(gradient_rows)(1, 0, job, rows + i, 0, scratch);
 }

@@ -63,7 +63,7 @@ INLINE int64_t offset(const struct input *in, int64_t row)
 struct forward {
     struct input x;
     int64_t channels, blocks, width; /* blocks: channel groups of the layer scale, 1 if it is off; width: channels of each */
-    int scaled, stream;
+    int scaled, stream, single; /* single: one row at a time, see one_by_one() */
     double scale_eps; /* added to the mean square of the layer scale */
     const float *scale, *shift;
     void *y; /* may be NULL */
@@ -74,7 +74,7 @@ struct forward {
 struct backward {
     struct input x, dy;
     int64_t channels, blocks, width;
-    int stream;
+    int stream, single;
     const float *r, *a, *b; /* r is NULL without layer scale */
     void *dx;               /* may be NULL */
     int64_t dx_stride;
@@ -84,7 +84,7 @@ struct backward {
 struct batch {
     struct input x, dy;
     int64_t channels, blocks, width;
-    int scaled, known, stream; /* known: r is there already */
+    int scaled, known, stream, single; /* known: r is there already */
     const float *centre;       /* subtracted from u; NULL: nothing, where that is allowed */
     const float *scale, *shift, *b;
     const uint8_t *valid; /* NULL: all rows count in the statistics */
@@ -481,6 +481,15 @@ EXPORT void pn_stream_from(int64_t bytes)
     stream_bytes = bytes;
 }
 
+/* Rows of so many bytes together come from where no cache holds them. */
+static int64_t far_bytes = 16 << 20;
+
+/* Change that. */
+EXPORT void pn_far_from(int64_t bytes)
+{
+    far_bytes = bytes;
+}
+
 static size_t element_size(int dtype)
 {
     return dtype == BFLOAT16 ? 2 : 4;
@@ -506,6 +515,15 @@ static int is_fresh(const void *memory, int64_t bytes)
     (void)memory, (void)bytes;
     return 0;
 #endif
+}
+
+/*
+ * Are rows taken one by one instead of four at a time? Four save work on what is kept per channel, but one row after the other is
+ * what memory is fastest at.
+ */
+static int one_by_one(int dtype, int64_t rows, int64_t channels)
+{
+    return rows * channels * (int64_t)element_size(dtype) >= far_bytes;
 }
 
 static int streams(int dtype, int64_t rows, int64_t channels, int64_t width, const void *out)
@@ -602,14 +620,14 @@ static void set_shift(const struct order *order, const float *bias, float *shift
 }
 
 static int sweep(
-    int dtype, int64_t rows, int64_t channels, int64_t groups, double scale_eps, int threads, const struct input *x, const uint8_t *valid,
-    const float *scale, const float *shift, void *y, float *r, double *const totals[2], int64_t *counted)
+    int dtype, int64_t rows, int64_t channels, int64_t groups, double scale_eps, int threads, const struct input *x,
+    const uint8_t *valid, const float *scale, const float *shift, void *y, float *r, double *const totals[2], int64_t *counted)
 {
     const int64_t blocks = groups > 0 ? groups : 1, width = channels / blocks;
     const struct forward job = {
         .x = *x, .channels = channels, .blocks = blocks, .width = width, .scaled = groups > 0,
-        .scale_eps = scale_eps, .stream = streams(dtype, rows, channels, x->channel_stride == 1 ? width : 0, y), .scale = scale, .shift = shift, .y = y,
-        .y_stride = channels, .r = r,
+        .scale_eps = scale_eps, .stream = streams(dtype, rows, channels, x->channel_stride == 1 ? width : 0, y),
+        .single = one_by_one(dtype, rows, channels), .scale = scale, .shift = shift, .y = y, .y_stride = channels, .r = r,
     };
     struct work work = {
         .forward = &job, .forward_list = instructions()->forward[dtype], .valid = valid, .sums = totals[0] != NULL,
@@ -623,7 +641,8 @@ static int sweep(
 
 /*
  * Evaluation: y = u * scale + bias, scale = weight / sqrt(psi2 + eps). weight, bias, psi2: C or NULL. Without psi2 the scale
- * is the weight, and eps is that of the layer scale. y: rows x C, contiguous; or B x C x inner as x, where the channels of x are not adjacent.
+ * is the weight, and eps is that of the layer scale. y: rows x C, contiguous; or B x C x inner as x, where the channels of x are
+ * not adjacent.
  */
 EXPORT int pn_evaluate(
     int dtype, int64_t rows, int64_t channels, int64_t groups, int threads, const void *x, int64_t inner,
@@ -820,7 +839,7 @@ EXPORT int pn_backward(
         .x = {x, inner, outer_stride, inner_stride, channel_stride},
         .dy = {dy, dy_inner, dy_outer_stride, dy_inner_stride, dy_channel_stride},
         .channels = C, .blocks = blocks, .width = width,
-        .stream = streams(dtype, rows, C, channel_stride == 1 ? width : 0, dx),
+        .stream = streams(dtype, rows, C, channel_stride == 1 ? width : 0, dx), .single = one_by_one(dtype, rows, C),
         .r = groups > 0 ? r : NULL, .a = a, .b = b, .dx = dx, .dx_stride = C,
     };
     struct work work = {

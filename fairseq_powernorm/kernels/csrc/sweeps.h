@@ -343,11 +343,11 @@ INLINE void NAME(backward_rows)(
     }
 }
 
-/* n rows of one kind, four at a time; AHEAD more stand behind them. */
+/* n rows of one kind, four at a time or one by one; AHEAD more stand behind them. */
 static void NAME(forward_list)(const struct forward *job, const int64_t *rows, int64_t n, float *acc, float *scratch)
 {
     int64_t i = 0;
-    for (; i + 4 <= n; i += 4) {
+    for (; !job->single && i + 4 <= n; i += 4) {
         if (!job->y)
             NAME(forward_rows)(4, 0, 0, job, rows + i, AHEAD, acc, scratch);
         else if (job->stream)
@@ -356,10 +356,12 @@ static void NAME(forward_list)(const struct forward *job, const int64_t *rows, i
             NAME(forward_rows)(4, 1, 0, job, rows + i, AHEAD, acc, scratch);
     }
     for (; i < n; i++) {
-        if (job->y)
-            NAME(forward_rows)(1, 1, 0, job, rows + i, 0, acc, scratch);
-        else
+        if (!job->y)
             NAME(forward_rows)(1, 0, 0, job, rows + i, 0, acc, scratch);
+        else if (job->stream)
+            NAME(forward_rows)(1, 1, 1, job, rows + i, 0, acc, scratch);
+        else
+            NAME(forward_rows)(1, 1, 0, job, rows + i, 0, acc, scratch);
     }
 }
 
@@ -367,7 +369,7 @@ static void NAME(backward_list)(
     const struct backward *job, const int64_t *rows, int64_t n, float *acc_g, float *acc_gu, float *scratch)
 {
     int64_t i = 0;
-    for (; i + 4 <= n; i += 4) {
+    for (; !job->single && i + 4 <= n; i += 4) {
         if (!job->dx)
             NAME(backward_rows)(4, 0, 0, job, rows + i, AHEAD, acc_g, acc_gu, scratch);
         else if (job->stream)
@@ -376,10 +378,12 @@ static void NAME(backward_list)(
             NAME(backward_rows)(4, 1, 0, job, rows + i, AHEAD, acc_g, acc_gu, scratch);
     }
     for (; i < n; i++) {
-        if (job->dx)
-            NAME(backward_rows)(1, 1, 0, job, rows + i, 0, acc_g, acc_gu, scratch);
-        else
+        if (!job->dx)
             NAME(backward_rows)(1, 0, 0, job, rows + i, 0, acc_g, acc_gu, scratch);
+        else if (job->stream)
+            NAME(backward_rows)(1, 1, 1, job, rows + i, 0, acc_g, acc_gu, scratch);
+        else
+            NAME(backward_rows)(1, 1, 0, job, rows + i, 0, acc_g, acc_gu, scratch);
     }
 }
 
