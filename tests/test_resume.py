@@ -198,6 +198,7 @@ def test_the_newest_whole_checkpoint_is_chosen(save, tmp_path, caplog):
     for name in ("averaged.pt", "checkpoint_4_50-b.pt", "checkpoint_4_50.pt.tmp", "checkpoint.best_loss_4.6011-b.pt"):
         save(name, 50)
     truncate(save("checkpoint_4_60.pt", 60))
+    save("checkpoint_best.pt", 40)  # the same, under a name that another file may soon have
     caplog.clear()
     assert resume.choose(str(tmp_path)) == "checkpoint3"
     assert len(caplog.records) == 1

@@ -169,6 +169,21 @@ def test_every_norm_gets_its_mask(norm, post_norm):
         assert (rows, calls) == (int(tokens.ne(toy.PAD).sum()), 1), name
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_decoder_layer_gets_its_mask_either_way(by_name):
+    """fairseq's layers take the padding mask by name and by position."""
+    layer = toy.build(**toy.ALL_POWER).train().decoder.layers[0]
+    x, mask = torch.randn(5, 2, 16), torch.tensor([[False] * 5, [False] * 2 + [True] * 3])
+    encoder_out, others = torch.randn(4, 2, 16), (None, None, None, None, None)
+    with RunningStatistics(layer).batch():
+        if by_name:
+            layer(x, encoder_out, self_attn_padding_mask=mask)
+        else:
+            layer(x, encoder_out, *others, mask)
+        counted = [norm.stage.parts["forward"][-2:].tolist() for _, norm in norms_of(layer)]
+    assert counted == [[7, 1]] * 3
+
+
 @pytest.mark.parametrize("post_norm", [False, True])
 def test_wider_padding_changes_nothing(post_norm):
     """algorithm2: more padding changes no buffer, no unpadded output and no gradient."""

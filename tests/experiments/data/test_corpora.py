@@ -21,7 +21,7 @@ from pipelines import Scripts, contents
 from toy import ROOT
 
 from fairseq_powernorm.experiments import files
-from fairseq_powernorm.experiments.data import archives, corpora as corpora_table, moses, prepare, stages, workers
+from fairseq_powernorm.experiments.data import archives, corpora as corpora_table, moses, prepare, sources, stages, workers
 from fairseq_powernorm.experiments.errors import UserError
 from fairseq_powernorm.experiments.tools import cpus
 
@@ -629,6 +629,16 @@ def test_another_archive_after_a_download(direct, tmp_path, monkeypatch, capsys)
         stamp = json.loads((left / "prepared.json").read_text())
         assert stamp["sources"] == {"de-en.tgz": files.sha256(archive or downloaded)}
         assert (left / "corpus" / "train.de").read_text().startswith(first) and said in capsys.readouterr().out
+
+
+def test_archive_directory(tmp_path):
+    """A benchmark's own directory is searched before the one around it, and the first name before the second."""
+    for name in ("a", "b"):
+        write(tmp_path / name, b"-")
+    write(tmp_path / "iwslt14" / "b", b"-")
+    folder = sources.ArchiveDir(tmp_path, "iwslt14")
+    assert folder.find("b", "a") == folder.find("a", "b") == folder.find("b") == tmp_path / "iwslt14" / "b"
+    assert folder.find("a") == tmp_path / "a" and folder.find("c") is None
 
 
 def test_every_address():
