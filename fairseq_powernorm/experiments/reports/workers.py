@@ -266,9 +266,15 @@ def call(
     if state.stopped:
         process.terminate()
     last = ""
-    for line in cast(TextIO, process.stdout):
-        state.progress.say(prefix + line.rstrip("\n"))
-        last = line.strip() or last
-    status = process.wait()
-    state.processes.discard(process)
+    try:
+        for line in cast(TextIO, process.stdout):
+            state.progress.say(prefix + line.rstrip("\n"))
+            last = line.strip() or last
+    except BaseException:  # nobody takes the output any more; the next run must not begin beside this one
+        process.terminate()
+        raise
+    finally:
+        cast(TextIO, process.stdout).close()  # before the wait: it may be writing
+        status = process.wait()
+        state.processes.discard(process)
     return f"{command[1]} ended with exit status {status}: {last}" if status else None

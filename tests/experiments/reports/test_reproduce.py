@@ -290,6 +290,22 @@ def test_interrupted_while_another_prepares(here):
     assert state.stopped and not state.failed and not (here / "data" / "demo").exists()
 
 
+def test_output_that_nobody_takes_any_more(here, monkeypatch):
+    """A run whose output cannot be shown is ended, not left at work beside the next one."""
+    state = workers.State(collections.deque(), 1, here)
+    started = []
+
+    def say(line):
+        started.extend(state.processes)
+        if started:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(state.progress, "say", say)
+    with pytest.raises(BrokenPipeError):
+        workers.call(state, ["bash", "-c", "echo; exec sleep 60"], dict(os.environ))
+    assert started[0].returncode == -signal.SIGTERM and not state.processes
+
+
 def test_places_that_fairseq_cannot_be_given(here, monkeypatch):
     """Runs and data in a directory with a colon, which fairseq reads as a border between paths, are refused at once."""
     for name in ("PN_RUNS_ROOT", "PN_DATA_ROOT"):
