@@ -1,5 +1,5 @@
 """Where the channels of an input are: ``Norm``, the base of every norm."""
-from typing import Any, Dict, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +58,13 @@ class Norm(nn.Module):
 
     #: does ``_normalize`` take rows whose channels are not adjacent, and give its output in the layout of the norm?
     OWN_LAYOUT = False
+    if TYPE_CHECKING:  # torch.jit.script would read annotations that are there
+        _unwritten: Tuple[str, ...]
+        _from_meta: Tuple[str, ...]
     #: tensors that a loader has put in place of meta tensors, perhaps without a value, see loading.arriving()
-    _unwritten: Tuple[str, ...] = ()
+    _unwritten = ()
     #: statistics among them, and among those that were there before others were marked, see loading.check_values()
-    _from_meta: Tuple[str, ...] = ()
+    _from_meta = ()
     #: torch.jit.script would compile a property
     __jit_unused_properties__ = ["batch_first"]
 

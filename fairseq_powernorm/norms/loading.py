@@ -52,7 +52,8 @@ def begin_unwritten(norm: Any) -> None:
 def written(norm: Any, names: Collection[str]) -> None:
     """These tensors have values, which nothing may overwrite: they were loaded from a state_dict of several."""
     for note in ("_unwritten", "_from_meta"):
-        norm.__dict__[note] = tuple(name for name in getattr(norm, note) if name not in names)
+        if getattr(norm, note):
+            norm.__dict__[note] = tuple(name for name in getattr(norm, note) if name not in names)
 
 
 def _begin(norm: Any, name: str, tensor: Tensor) -> None:

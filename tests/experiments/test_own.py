@@ -436,5 +436,5 @@ def test_reproduce_takes_them(home, tmp_path):
 def test_help_says_what_is_expected():
     """prepare.sh --help shows both forms and the files."""
     text = " ".join(command.parser().format_help().split())
-    for each in ("--source de --target en --text-dir DIR", "--lm --text-dir DIR", "train.de, train.en", "UTF-8", "missing"):
+    for each in ("--source de --target en --text-dir DIR", "--lm --text-dir DIR", "train.de, train.en", "UTF-8", "optional"):
         assert each in text

@@ -447,7 +447,7 @@ def test_evaluate_refuses(trained, tmp_path):
     newest.write_bytes(whole)
     (tmp_path / "a:b").symlink_to(run)
     assert "fairseq reads ':' as the border" in trained.refuses("evaluate", "demo", tmp_path / "a:b")
-    assert "is not a directory that can be written to" in trained.refuses(
+    assert f"{run / 'run.json'} is not a directory" in trained.refuses(
         "evaluate", "demo", run, "--record", run / "run.json" / "record.json")
     reference = trained.data / "demo" / "tok" / "test.en"
     text = reference.read_bytes()

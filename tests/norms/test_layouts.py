@@ -159,10 +159,16 @@ def test_folded_and_scripted(name, variant, shape):
 
 @pytest.mark.parametrize("name", ["layer", "rms"])
 def test_scripted_norms_of_torch(name):
-    """LayerNorm and RMSNorm are scripted as they are, in either mode."""
+    """LayerNorm and RMSNorm are scripted as they are, in either mode, also where a loader has put their tensors."""
     norm = make(name, layout="channels_first")
     x = channels_first(rows_of((3, 5))[0])
     torch.testing.assert_close(torch.jit.script(norm)(x), norm(x))
+    loaded = make(name, layout="channels_first").to("meta")
+    for key, parameter in norm.named_parameters():
+        setattr(loaded, key, parameter)
+    torch.testing.assert_close(torch.jit.script(loaded)(x), norm(x))
+    loaded.load_state_dict(norm.state_dict())
+    torch.testing.assert_close(torch.jit.script(loaded)(x), norm(x))
 
 
 @pytest.mark.slow
