@@ -255,10 +255,10 @@ def evaluate(
         found: Tensor = y
         return found
     backend = eager if wants_gradient(x, weight, bias) else choose(x, weight, bias, psi2, mean)
-    if mean is None or psi2 is None:
+    if mean is None:
         return backend.evaluate(x, weight, bias, psi2, groups, eps)
     sweeps = batch_backend(backend)
-    if sweeps is None:
+    if sweeps is None or psi2 is None:
         return eager.evaluate(x, weight, bias, psi2, groups, eps, mean)
     return sweeps.batch_evaluate(x, weight, bias, mean, psi2, groups, eps)
 

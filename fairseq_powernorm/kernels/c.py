@@ -52,8 +52,8 @@ def _load(library: Path) -> ctypes.CDLL:
     loaded.pn_advance_forward.argtypes = [size, size, *[pointer] * 3, *[real] * 5]
     loaded.pn_advance_backward.argtypes = [size, size, pointer, pointer, real, real]
     loaded.pn_use_instructions.argtypes, loaded.pn_use_instructions.restype = [number], ctypes.c_char_p
-    loaded.pn_stream_from.argtypes, loaded.pn_stream_from.restype = [size], None
-    loaded.pn_far_from.argtypes, loaded.pn_far_from.restype = [size], None
+    loaded.pn_stream_from.argtypes, loaded.pn_stream_from.restype = [size], size
+    loaded.pn_far_from.argtypes, loaded.pn_far_from.restype = [size], size
     loaded.pn_use_threads.argtypes, loaded.pn_use_threads.restype = [pointer, pointer, pointer], None
     _instructions = loaded.pn_use_instructions(-1).decode()
     _threaded = _use_torchs_threads(loaded)
@@ -111,14 +111,14 @@ def use_instructions(number: int) -> str:
     return str(_library.pn_use_instructions(number).decode())
 
 
-def stream_from(size: int) -> None:
-    """Store tensors of so many bytes or more past the caches; for tests and measurements."""
-    _library.pn_stream_from(size)
+def stream_from(size: int) -> int:
+    """Store tensors of so many bytes or more past the caches, and say how many it was; for tests and measurements."""
+    return int(_library.pn_stream_from(size))
 
 
-def far_from(size: int) -> None:
-    """Take the rows of tensors of so many bytes or more one by one; for tests and measurements."""
-    _library.pn_far_from(size)
+def far_from(size: int) -> int:
+    """Take the rows of tensors of so many bytes or more one by one, and say how many it was; for tests and measurements."""
+    return int(_library.pn_far_from(size))
 
 
 def autograd() -> Any:

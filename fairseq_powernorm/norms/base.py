@@ -173,7 +173,8 @@ class RunningNorm(Norm):
         """As in any norm; a setting that has changed is no part of what was prepared for calls."""
         if name == "variant":
             check_choice(name, value, getattr(self, "VARIANTS", (value,)))
-        if not isinstance(value, Tensor) and not name.startswith("_"):
+        was_setting = isinstance(vars(self).get(name), (numbers.Number, str))
+        if (was_setting or not isinstance(value, Tensor)) and not name.startswith("_"):
             self.__dict__["_constants"] = {}
         super().__setattr__(name, value)
 

@@ -49,7 +49,7 @@ def check_updates(**options: int) -> None:
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:
     """Raise ValueError for a value that is none of the choices."""
-    if value not in choices:
+    if not (isinstance(value, str) and value in choices):
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}")
 
 

@@ -95,7 +95,7 @@ def test_each_set_of_instructions(kind):
     x, dy, weight, bias = inputs(shape)
     mask = padding(shape)
     want = steps(kind, 4, x, dy, weight, bias, mask, dtype=torch.float64)
-    threads = torch.get_num_threads()
+    threads, usual = torch.get_num_threads(), (c.far_from(0), c.stream_from(0))
     try:
         for number in (0, 1, -1):
             c.use_instructions(number)
@@ -108,8 +108,8 @@ def test_each_set_of_instructions(kind):
                     for one, other in zip(got[part], want[part]):
                         assert_near(one, other, 8e-6)
     finally:
-        c.far_from(16 << 20)
-        c.stream_from(2 << 20)
+        c.far_from(usual[0])
+        c.stream_from(usual[1])
         c.use_instructions(-1)
         torch.set_num_threads(threads)
 

@@ -4,6 +4,7 @@ import inspect
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from norm_cases import ALL, CASES, C, assert_all_close, make, new
@@ -283,6 +284,19 @@ def test_wrong_use(name, case):
     with pytest.raises(ValueError, match=message):
         norm = new(name, **options)
         norm(torch.zeros(shape), None if mask is None else torch.zeros(mask, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor, np.float32])
+@pytest.mark.parametrize("name, variant", CASES)
+def test_numbers_that_are_set_later(name, variant, kind):
+    """An eps that is set between two passes serves the next one, whatever holds the number."""
+    x = rows_of((3, 5))[0]
+    for train in (False, True):
+        changed, built = make(name, variant).train(train), make(name, variant, eps=0.5).train(train)
+        changed(x)
+        built.load_state_dict(changed.state_dict())
+        changed.eps = kind(0.5)
+        assert torch.equal(changed(x), built(x))
 
 
 @pytest.mark.parametrize("name, variant", CASES)

@@ -475,19 +475,23 @@ static int run(struct work *work, int threads, double *const totals[2], int64_t 
 /* Outputs of at least so many bytes are written past the caches: larger than what a core has to itself. */
 static int64_t stream_bytes = 2 << 20;
 
-/* Change that. */
-EXPORT void pn_stream_from(int64_t bytes)
+/* Change that; returns what it was. */
+EXPORT int64_t pn_stream_from(int64_t bytes)
 {
+    const int64_t before = stream_bytes;
     stream_bytes = bytes;
+    return before;
 }
 
 /* Rows of so many bytes together come from where no cache holds them. */
 static int64_t far_bytes = 16 << 20;
 
-/* Change that. */
-EXPORT void pn_far_from(int64_t bytes)
+/* Change that; returns what it was. */
+EXPORT int64_t pn_far_from(int64_t bytes)
 {
+    const int64_t before = far_bytes;
     far_bytes = bytes;
+    return before;
 }
 
 static size_t element_size(int dtype)
