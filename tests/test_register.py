@@ -279,9 +279,8 @@ utils.import_user_module(Namespace(user_dir={str(toy.ROOT / "fairseq_powernorm")
 @pytest.mark.parametrize(
     "configuration",
     [
-        tasks.TranslationPNConfig, tasks.LanguageModelingPNConfig, transformer_pn.TransformerPNConfig,
-        transformer_lm_pn.TransformerLMPNConfig, tensorized_lm_pn.TensorizedLMPNConfig, options.NormOptions,
-        options.StatisticsOptions,
+        tasks.TranslationPNConfig, transformer_pn.TransformerPNConfig, transformer_lm_pn.TransformerLMPNConfig,
+        tensorized_lm_pn.TensorizedLMPNConfig, options.NormOptions,
     ],
 )  # fmt: skip
 def test_pickled_configurations(configuration, run, tmp_path):

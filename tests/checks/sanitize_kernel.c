@@ -303,12 +303,18 @@ static void check_advance(int64_t norms, int64_t C, int first_kind, float steps_
         free(all[i]);
 }
 
-int main(void)
+/* With a number: the first so many shapes only, in a fraction of the time. */
+int main(int count, char **arguments)
 {
     static const int64_t shapes[][2] = {{0, 8}, {1, 1}, {3, 1}, {1, 257}, {5, 64}, {70, 257}, {130, 96}, {140, 256}, {67, 1104}};
     static const int64_t channels[] = {1, 5, 257};
     static const int others[] = {ROWS, APART, GRADIENT_CHANNELS_FIRST};
+    const size_t all = sizeof(shapes) / sizeof(shapes[0]), taken = count > 1 ? strtoul(arguments[1], NULL, 10) : all;
     const char *before = "";
+    if (!taken || taken > all) {
+        fprintf(stderr, "error: %s: must be from 1 to %zu\n", arguments[1], all);
+        return 2;
+    }
     for (size_t c = 0; c < sizeof(channels) / sizeof(channels[0]); c++)
         for (int step = 0; step < 3; step++)
             for (int kind = 0; kind < KINDS; kind++)
@@ -323,7 +329,7 @@ int main(void)
         for (int large = 0; large < 3; large++) {
             pn_stream_from(large ? 0 : INT64_MAX);
             pn_far_from(large > 1 ? 0 : INT64_MAX);
-            for (size_t s = 0; s < sizeof(shapes) / sizeof(shapes[0]); s++)
+            for (size_t s = 0; s < taken; s++)
                 for (int64_t groups = 0; groups <= 8; groups = groups ? 4 * groups - groups % 2 * 2 : 1) /* 0, 1, 2, 8 */
                     if (!groups || shapes[s][1] % groups == 0)
                         for (int dtype = 0; dtype < 2; dtype++)

@@ -22,7 +22,7 @@ from torch import multiprocessing
 
 pytestmark = pytest.mark.slow
 RANKS = 2
-STEPS = 20
+STEPS = 10
 HALF = STEPS // 2
 RATE = 0.3
 
@@ -289,7 +289,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("name, kind, fsdp", CASES)
 def test_two_ranks_equal_one(name, kind, fsdp, found, alone):
-    """20 steps on two ranks, with DDP and with FSDP2: parameters and statistics of one process, the same on both ranks."""
+    """10 steps on two ranks, with DDP and with FSDP2: parameters and statistics of one process, the same on both ranks."""
     one, other = (each[name, kind, fsdp] for each in found)
     assert_same(one, other)
     assert_same(one, alone[name, kind], rtol=1e-5, atol=1e-7)

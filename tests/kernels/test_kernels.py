@@ -542,27 +542,21 @@ def test_a_build_without_a_compiler_says_so(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="setuptools is not installed")
-@pytest.mark.parametrize("has_compiler", [True, False])
-def test_installing_builds_the_kernel_or_says_that_it_does_not(root, tmp_path, has_compiler):
-    """setup.py's build, as pip runs it: the library beside the modules; without a compiler a line, and no failure."""
-    if has_compiler and not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
-        pytest.skip("no C compiler")
+def test_installing_without_a_compiler(root, tmp_path):
+    """setup.py's build, as pip runs it, without a compiler: a line, and no failure. tests/test_packaging.py has one."""
     shutil.copytree(
         root / "fairseq_powernorm", tmp_path / "fairseq_powernorm", ignore=shutil.ignore_patterns("*.so", "__pycache__")
     )
     for name in ("setup.py", "README.md"):
         shutil.copy(root / name, tmp_path)
-    environment = {k: v for k, v in os.environ.items() if k != "CC"}
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build", "--build-lib", "built"], cwd=tmp_path, capture_output=True, text=True,
-        env=environment if has_compiler else {**environment, "CC": "no-such-compiler"},
+        env={**os.environ, "CC": "no-such-compiler"},
     )
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "built" / "fairseq_powernorm" / "kernels"
-    assert (folder / "csrc" / "powernorm.c").exists()
-    assert build.is_current(folder / build.NAME) == has_compiler
-    message = "the C kernel is not built, the torch kernel will serve: CC='no-such-compiler' is not a command"
-    assert (message in done.stdout) != has_compiler
+    assert (folder / "csrc" / "powernorm.c").exists() and not (folder / build.NAME).exists()
+    assert "the C kernel is not built, the torch kernel will serve: CC='no-such-compiler' is not a command" in done.stdout
 
 
 def test_tensors_that_are_not_plain_memory_go_to_torch():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import toy
-from fairseq import checkpoint_utils, models, tasks
+from fairseq import checkpoint_utils, models, tasks, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from omegaconf import OmegaConf
 from packaging.version import Version
@@ -185,8 +185,10 @@ def test_a_decoder_layer_gets_its_mask_either_way(by_name):
 
 
 @pytest.mark.parametrize("post_norm", [False, True])
-def test_wider_padding_changes_nothing(post_norm):
+def test_wider_padding_changes_nothing(post_norm, monkeypatch):
     """algorithm2: more padding changes no buffer, no unpadded output and no gradient."""
+    # fairseq's own is of float32; how it rounds depends on the number of keys and on how many the processor adds at once
+    monkeypatch.setattr(utils, "softmax", lambda x, dim, onnx_trace: torch.softmax(x, dim))
     results = []
     for extra in (0, 3):
         model = toy.build(post_norm=post_norm, norm_variant="algorithm2", **toy.ALL_POWER).double()

@@ -25,6 +25,14 @@ def defaults(dtype=None, device=None):
         torch.set_default_dtype(before)
 
 
+TRITON = pytest.param("triton", "power", "algorithm2", marks=pytest.mark.slow)
+#: backend, norm, variant. Triton's interpreter takes a second for each: one norm, of those that it is made for
+each_norm = pytest.mark.parametrize(
+    "kernel, name, variant", [*((kernel, *case) for kernel in ("eager", "c") for case in CASES), TRITON],
+    indirect=["kernel"],
+)  # fmt: skip
+
+
 @pytest.fixture(params=["eager", "c", pytest.param("triton", marks=pytest.mark.slow)])
 def kernel(request):
     """Each backend in turn; Triton's in its interpreter."""
@@ -44,7 +52,7 @@ def plain(kernel, name, variant, dtype=torch.float32):
 @pytest.mark.parametrize(
     "dtype, device", [(torch.float64, None), (torch.bfloat16, None), (torch.float16, None), (None, "meta")]
 )
-@pytest.mark.parametrize("name, variant", CASES)
+@each_norm
 @pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16])
 def test_defaults_of_torch_change_no_number(kernel, name, variant, dtype, device, input_dtype):
     """A norm used under another default dtype or device computes, bit for bit, what it computes without."""
@@ -74,7 +82,7 @@ class Sub(torch.Tensor):
 
 
 @pytest.mark.parametrize("kind", GRADIENTS)
-@pytest.mark.parametrize("name, variant", CASES)
+@each_norm
 def test_gradients_of_any_make(kernel, name, variant, kind):
     """A gradient that is lazy, strided or of a subclass gives what its dense copy gives."""
     make_dy, dense = GRADIENTS[kind]
@@ -93,7 +101,7 @@ INPUTS = {
 
 
 @pytest.mark.parametrize("kind", INPUTS)
-@pytest.mark.parametrize("name, variant", CASES)
+@each_norm
 def test_inputs_of_any_make(kernel, name, variant, kind):
     """The same for the input."""
     assert_all_close(train(make(name, variant), make_x=INPUTS[kind]), plain(kernel, name, variant))
@@ -125,7 +133,7 @@ def from_inference(value):
 
 
 @pytest.mark.parametrize("place", [in_column, in_row, in_wider, as_subclass, from_inference])
-@pytest.mark.parametrize("name, variant", CASES)
+@each_norm
 def test_statistics_in_memory_of_others(kernel, name, variant, place):
     """A statistic that is a part of another tensor, or of another kind, takes its steps, and nothing beside it changes."""
     expected = plain(kernel, name, variant)
@@ -138,7 +146,7 @@ def test_statistics_in_memory_of_others(kernel, name, variant, place):
 
 
 @pytest.mark.parametrize("place", [in_column, in_row, in_wider, as_subclass])
-@pytest.mark.parametrize("name, variant", CASES)
+@each_norm
 def test_parameters_in_memory_of_others(kernel, name, variant, place):
     """The same for weight and bias."""
     expected = plain(kernel, name, variant)
@@ -186,7 +194,7 @@ HOOKS = {
 
 
 @pytest.mark.parametrize("hooks", HOOKS)
-@pytest.mark.parametrize("name, variant", CASES)
+@each_norm
 def test_saved_tensors_that_come_back_otherwise(kernel, name, variant, hooks):
     """Hooks on saved tensors give back other memory, another layout or dtype: the same gradients and statistics."""
     expected = plain(kernel, name, variant)
@@ -195,7 +203,7 @@ def test_saved_tensors_that_come_back_otherwise(kernel, name, variant, hooks):
     assert_all_close(found, expected)
 
 
-@pytest.mark.parametrize("name, variant", CASES)
+@each_norm
 def test_parametrized_weights(kernel, name, variant):
     """A weight that is computed (parametrizations, pruning) is as good as a parameter."""
 

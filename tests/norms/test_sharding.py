@@ -67,4 +67,6 @@ def work(rank, meeting):
 @pytest.mark.slow
 def test_fully_sharded(tmp_path):
     """Statistics are the same on both ranks, and those of algorithm2 those of one process with both batches."""
-    multiprocessing.spawn(work, (tmp_path / "meeting",), RANKS)
+    # a fork has torch loaded already, but CUDA does not survive it
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    multiprocessing.start_processes(work, (tmp_path / "meeting",), RANKS, start_method=method)
