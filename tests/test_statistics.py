@@ -1,15 +1,13 @@
 """The statistics engine at layer level, in float64: one step per training step, however the batch is cut."""
 import copy
-import os
-import subprocess
-import sys
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.utils.checkpoint
-import toy
-from torch import nn
+from torch import multiprocessing, nn
 
 from fairseq_powernorm.norms import (
     BatchRenorm,
@@ -419,34 +417,29 @@ def test_recorded_term_of_nu_is_that_of_the_gradient(variant):
 # ---------------------------------------------------------------- two processes
 
 
-def two_ranks(body):
-    """Run Python code in two processes joined by gloo; ``rank`` and this module's names are defined. Returns the output."""
-    program = (
-        "import datetime, os, sys, time, torch.distributed as dist\n"
-        "from test_statistics import *\n"
-        "torch.set_num_threads(1)\n"
-        "dist.init_process_group('gloo', timeout=datetime.timedelta(seconds=120)); rank = dist.get_rank()\n"
-        f"{body}\n"
-        # leave together and without gloo's shutdown, in which a rank can wait for ever for one that is gone
-        "store = dist.distributed_c10d._get_default_store(); store.add('left', 1); sys.stdout.flush()\n"
-        "try:\n"
-        "    while store.add('left', 0) < 2: time.sleep(0.05)\n"
-        "except RuntimeError: pass  # the process that holds the store has left: it has seen both\n"
-        "os._exit(0)\n"
+def begin(rank, work, folder):
+    """One of the processes: what ``work`` returns in the first is kept in the folder."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=120)
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python",
-         sys.executable, "-c", program],
-        capture_output=True, text=True, timeout=300, cwd=toy.ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},  # this module, too
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    return done.stdout
+    found = work(rank)
+    if rank == 0:
+        torch.save(found, folder / "found")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
-TRAIN_ON_TWO_RANKS = """
-def train_rank(kind, sync, padding):
-    '''Each rank has half of the sentences of each batch; at every third step the second has a dummy batch.'''
+def two_ranks(work, folder):
+    """What ``work(rank)``, carried out in two processes joined by gloo, returns in the first."""
+    # a fork has torch loaded already, but CUDA does not survive it
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    multiprocessing.start_processes(begin, (work, folder), 2, start_method=method)
+    return torch.load(folder / "found")
+
+
+def train_rank(rank, kind, sync, padding):
+    """Each rank has half of the sentences of each batch; at every third step the second has a dummy batch."""
     model = stack(kind)
     statistics = RunningStatistics(model, sync)
     for step in range(8):
@@ -463,9 +456,11 @@ def train_rank(kind, sync, padding):
                 parameter -= 1e-5 * parameter.grad
     return model
 
+
 def train_whole(kind, padding):
+    """The same in one process: without the half that was a dummy batch."""
     model = stack(kind)
-    statistics = RunningStatistics(model, 'off')
+    statistics = RunningStatistics(model, "off")
     for step in range(8):
         model.zero_grad()
         x, mask = data(step, padding=padding)
@@ -479,36 +474,43 @@ def train_whole(kind, padding):
                 parameter -= 1e-5 * parameter.grad
     return model
 
+
 def difference(a, b):
     return max(float((p - q).abs().max() / q.abs().max()) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+
 
 def equal_on_both(model):
     whole = torch.cat([t.reshape(-1) for t in model.state_dict().values()])
     both = [torch.empty_like(whole) for _ in range(2)]
     dist.all_gather(both, whole)
     return torch.equal(*both)
-"""
+
+
+TWO_RANKS = [
+    ("batch", "exact", True), ("power-v", "exact", True), ("reference", "exact", False), ("algorithm2", "exact", True),
+    ("algorithm2", "step", True), ("batch", "step", True), ("power-v", "step", True), ("reference", "step", False),
+    ("algorithm2", "off", True),
+    *((kind, sync, True) for sync in ("exact", "step")
+      for kind in ("batch-renorm", "mabn", "un", "un-outliers", "rbn", "prepbn")),
+]  # fmt: skip
+
+
+def compare_with_one(rank):
+    """(kind, sync) -> how far two ranks are from one process, and whether they are the same."""
+    found = {}
+    for kind, sync, padding in TWO_RANKS:
+        model = train_rank(rank, kind, sync, padding)
+        found[kind, sync] = difference(model, train_whole(kind, padding)), equal_on_both(model)
+    return found
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one_batch():
+def test_two_ranks_equal_one_batch(tmp_path):
     """Two processes, each with half of every batch, one of them sometimes with a dummy batch: parameters and buffers of
     one process to 1e-10, identical on both. All norms with ``exact`` from the first step (``reference``, which counts
     padding in nu, without padding), Algorithm 2 with ``step``; and where that is not promised, they differ.
     """
-    output = two_ranks(TRAIN_ON_TWO_RANKS + """
-for kind, sync, padding in [('batch', 'exact', True), ('power-v', 'exact', True), ('reference', 'exact', False),
-                            ('algorithm2', 'exact', True), ('algorithm2', 'step', True),
-                            ('batch', 'step', True), ('power-v', 'step', True), ('reference', 'step', False),
-                            ('algorithm2', 'off', True),
-                            *[(kind, sync, True) for sync in ('exact', 'step')
-                              for kind in ('batch-renorm', 'mabn', 'un', 'un-outliers', 'rbn', 'prepbn')]]:
-    model = train_rank(kind, sync, padding)
-    same = equal_on_both(model)
-    if rank == 0:
-        print(kind, sync, difference(model, train_whole(kind, padding)), same)
-""")
-    found = {tuple(words[:2]): (float(words[2]), words[3] == "True") for words in map(str.split, output.splitlines())}
+    found = two_ranks(compare_with_one, tmp_path)
     assert len(found) == 21
     for (kind, sync), (difference, same) in found.items():
         assert same == (sync != "off"), (kind, sync)
@@ -518,22 +520,24 @@ for kind, sync, padding in [('batch', 'exact', True), ('power-v', 'exact', True)
             assert difference > 1e-6, (kind, sync, difference)
 
 
+def count_reductions(rank):
+    """sync -> number of all-reduces of a step with two micro-batches."""
+    found, calls, all_reduce = {}, [], dist.all_reduce
+    for sync in ("off", "step", "exact"):
+        model = stack("reference")
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(dist, "all_reduce", lambda *words, **more: (calls.append(1), all_reduce(*words, **more)))
+            train(model, 2, steps=1, statistics=RunningStatistics(model, sync))
+        found[sync] = len(calls)
+        calls.clear()
+    return found
+
+
 @pytest.mark.slow
-def test_one_all_reduce_per_step():
+def test_one_all_reduce_per_step(tmp_path):
     """With ``step`` two micro-batches cost one all-reduce for all norms together, with ``off`` none."""
-    output = two_ranks("""
-calls = []
-all_reduce = dist.all_reduce
-dist.all_reduce = lambda *a, **k: (calls.append(1), all_reduce(*a, **k))
-for sync in ('off', 'step', 'exact'):
-    model = stack('reference')
-    calls.clear()
-    train(model, 2, steps=1, statistics=RunningStatistics(model, sync))
-    if rank == 0:
-        print(sync, len(calls))
-""")
     # exact: two norms, two micro-batches, one reduction in each forward pass
-    assert output.split() == ["off", "0", "step", "1", "exact", "5"]
+    assert two_ranks(count_reductions, tmp_path) == {"off": 0, "step": 1, "exact": 5}
 
 
 def test_a_step_is_reduced_once():
