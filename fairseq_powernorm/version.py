@@ -1,2 +1,2 @@
 """The package's version, readable without importing torch or fairseq."""
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
