@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 from .. import trust
 from ..errors import UserError
 from ..overrides import Settings, by_key, check, quiet, quote
+from ..own import task_of
 from ..paths import PLUGIN
 from ..settings import NORM_OPTIONS, PLACEMENTS, architectures, placements, recipe
 from ..tools import within_memory
@@ -58,10 +59,15 @@ def compose(subject: str, overrides: Sequence[str]) -> Any:
     GlobalHydra.instance().clear()
     try:
         with quiet(), api.initialize_config_dir(config_dir=str(found.folder)):
-            return api.compose(config_name=found.base, overrides=overrides)
+            composition = api.compose(config_name=found.base, overrides=overrides)
     except Exception as error:  # hydra's errors share no base class
         reason = " ".join(f"{error}: {error.__cause__}".split() if error.__cause__ else str(error).split())
         raise UserError(f"{found.where} does not take these overrides: {' '.join(overrides)}: {reason}") from None
+    for key, wanted in task_of(found.data)[1].get("task", {}).items():
+        if composition.task.get(key) != wanted:
+            raise UserError(f"task.{key}={composition.task.get(key)}: that of the data {found.data} is {wanted}, and their "
+                            f"translations would be scored by the text of another language; leave it out")
+    return composition
 
 
 def check_values(composition: Any) -> None:

@@ -14,7 +14,7 @@ from ..evaluation import perplexity
 from ..files import sha256
 from ..overrides import by_key, quote
 from ..paths import for_fairseq, runs_root
-from ..recipes import is_lm, prepared
+from ..recipes import LARGEST_COMPARED, check_outputs, is_lm, prepared
 from ..settings import architectures, load, norm_in_names, placements, recipe
 from ..tools import threads, tool
 from . import batch, checkpoints, compose, records, watch
@@ -50,7 +50,7 @@ def train(options: Namespace, config: Any, launcher: Optional[Launcher] = None) 
     else:
         launcher.check_overrides(options.overrides)
     found = recipe(options.benchmark)
-    data, _ = prepared(found.data)
+    data, stamp = prepared(found.data)
     run = for_fairseq("run directory", run_directory(options, config))
     for_fairseq("data directory (PN_DATA_ROOT)", data)
     leads = launcher is None or launcher.leads
@@ -65,6 +65,8 @@ def train(options: Namespace, config: Any, launcher: Optional[Launcher] = None) 
         facts = started(options, data, run, launcher)
         if is_finished(run, facts["overrides"]):
             return 0
+        if leads:
+            check_outputs(data, stamp, "data-bin/", largest=LARGEST_COMPARED)
         complete, resolved, facts["parameters"] = composed(options, config, facts, data, run)
         world = check_world(resolved, by_key(facts["overrides"]), launcher)
         complete += [] if launcher else [f"{WORLD_SIZE}={world}"]

@@ -187,6 +187,7 @@ def test_odd_names(scripts, tmp_path):
     (["+unknown.key=1"], "there is no setting unknown.key"),
     (["common.user_dir=/tmp"], "common.user_dir is this command's own; use another checkout"),
     (["common.seed=1\ncommon.seed=2"], "has characters that cannot be printed"),
+    (["task.source_lang=en", "task.target_lang=de"], "task.source_lang=en: that of the data demo is de"),
     (["--run-dir", "a:b"], "fairseq reads ':' as the border between two paths"),
     (["--run-dir", "a\nb"], "has characters that cannot be printed"),
     (["--run-dir", ""], "--run-dir DIR needs a value"),
@@ -207,3 +208,21 @@ def test_refused_before_any_work(scripts, monkeypatch, words, message):
         assert message in str(refusal.value) and "\n" not in str(refusal.value)
     assert {name: there for name, there in contents(scripts.runs).items() if not name.endswith(".lock")} == {
         name: there for name, there in before.items() if not name.endswith(".lock")}
+
+
+@pytest.mark.parametrize("name, message", [
+    ("train.de-en.de.bin", "is not what scripts/prepare.sh made; --force"), ("dict.en.txt", "is not what scripts/prepare.sh"),
+    ("train1.de-en.de.bin", "is not what scripts/prepare.sh made, and fairseq would read it as more text of train; move")])
+def test_data_changed_since(scripts, tmp_path, monkeypatch, name, message):
+    """Binarized data that are no longer what was prepared are not trained on, whichever command is to train."""
+    monkeypatch.setenv("PN_DATA_ROOT", str(tmp_path / "data"))
+    monkeypatch.setenv("PN_RUNS_ROOT", str(scripts.runs))
+    shutil.copytree(scripts.data, tmp_path / "data")
+    changed = tmp_path / "data" / "demo" / "data-bin" / name
+    with open(changed, "ab") as stream:
+        stream.write(b"\0")
+    new = ["--run-dir", str(tmp_path / "new")]
+    for command, more in ((train, new), (launch, [*new, "--ranks", "1", "common.cpu=true"]), (submit, ["--dry-run"])):
+        with pytest.raises(UserError) as refusal:
+            command.command(["demo", "power", *more])
+        assert str(refusal.value).startswith(f"{changed} {message}")
