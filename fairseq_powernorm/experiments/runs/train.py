@@ -56,6 +56,8 @@ def train(options: Namespace, config: Any, launcher: Optional[Launcher] = None) 
     leads = launcher is None or launcher.leads
     if leads and begun(run) and not options.resume:
         raise UserError(f"{run} exists already; --resume goes on with it, --run-dir DIR chooses another")
+    from omegaconf import OmegaConf
+
     with contextlib.ExitStack() as stack:
         lock = None
         if leads:
@@ -68,6 +70,7 @@ def train(options: Namespace, config: Any, launcher: Optional[Launcher] = None) 
         if leads:
             check_outputs(data, stamp, "data-bin/", largest=LARGEST_COMPARED)
         complete, resolved, facts["parameters"] = composed(options, config, facts, data, run)
+        trust.check_places(run, (OmegaConf.select(resolved, key) for key in trust.FILES))
         world = check_world(resolved, by_key(facts["overrides"]), launcher)
         complete += [] if launcher else [f"{WORLD_SIZE}={world}"]
         complete += batch.overrides(resolved, world)
@@ -132,6 +135,7 @@ def started(options: Namespace, data: Path, run: Path, launcher: Optional[Launch
              "placement": options.placement, "prepared_sha256": sha256(data / "prepared.json"),
              "overrides": list(by_key(options.overrides).values()), **({"recipe": told} if told else {}), "sessions": []}
     keys = {**trust.OURS, **(dict.fromkeys(PLACES, "--ranks, --nodes, --node-rank and --master") if launcher else {})}
+    trust.check_places(run)
     return resumed(run, facts, keys, found.architectures()[0]) if begun(run) else facts
 
 
