@@ -324,6 +324,7 @@ def test_bases(home, tmp_path):
     ("data: talks\noptimizer: {adam_betas: \"__import__('os')\"}", "reads like Python code, which fairseq evaluates"),
     ("data: talks\ncommon: {log_file: /etc/x}", "must be the name of a file in the run's directory"),
     ("data: talks\noptimization: {clip_norm: .nan}", "nan"),
+    ("data: talks\noptimization: {lr: [0x" + "F" * 5000 + "]}", "optimization.lr: Exceeds the limit"),
     ("data: talks\ndistributed_training: {distributed_world_size: 4}", "is this command's own; use an override, or --ranks"),
     ("data: talks\nhydra: {run: {dir: /tmp}}", "there is no group 'hydra'"),
     ("data: talks\nmodel: {'dropout=1,model.x': 1}", "there is no setting model.dropout=1,model.x"),

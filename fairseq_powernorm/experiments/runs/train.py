@@ -32,10 +32,21 @@ def checked(options: Namespace) -> Any:
         raise UserError(f"--placement 'encoder': {recipe(options.benchmark).name} trains a language model, which has no "
                         f"encoder; valid: {', '.join(valid)}")
     options.placement = choose("--placement", options.placement or valid[0], valid)
+    check_norm(options.norm)
     watch.check(options)
     trust.check_overrides(options.overrides, trust.OURS)
     seed_of(options.overrides, config.common.seed)
     return config
+
+
+def check_norm(text: str) -> None:
+    """Refuses a norm with options that it has not; they are a part of the run directory's name."""
+    from ...norms import parse_norm
+
+    try:
+        parse_norm(text)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def train(options: Namespace, config: Any, launcher: Optional[Launcher] = None) -> int:

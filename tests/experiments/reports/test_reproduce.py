@@ -234,6 +234,7 @@ def test_the_lines_of_the_readme(line, here, capsys):
     (["table1", "--gpus", "0,1,2,3"], "--gpus '0,1,2,3': must be a number, 1 to 65535; which GPUs of"),
     (["table1", "--benchmark", "demo", "--slurm", "--jobs", "2"], "--jobs and --slurm exclude each other"),
     (["table1", "--benchmark", "demo", "--slurm", "--report-only"], "--report-only and --slurm exclude each other"),
+    (["table1", "--benchmark", "demo", "--report-only", "--dry-run"], "--report-only and --dry-run exclude each other"),
     (["table1", "--benchmark", "demo", "--time", "60"], "--time goes with --slurm only"),
     (["table1", "--benchmark", "demo", "--slurm", "--gpus", "0,1"], "--gpus '0,1': must be a number, 1 to 65535"),
     (["table1", "--benchmark", "demo", "--slurm", "--gpus", "3", "--nodes", "2"], "--gpus 3 cannot be divided among"),
@@ -263,6 +264,24 @@ def test_wrong_options(arguments, message, here):
         reproduce.command(arguments)
     assert message in str(error.value)
     assert not list(here.iterdir())
+
+
+def test_relative_paths(here, monkeypatch, capsys):
+    """A relative path, of an option or in the environment, is one from where the user is, as for every other script."""
+    (here / "at" / "work").mkdir(parents=True)
+    (here / "at" / "site.sh").write_text("PN_GRES=\n")
+    monkeypatch.chdir(here / "at" / "work")
+    for name, value in (("PN_RUNS_ROOT", "../runs"), ("PN_DATA_ROOT", "../data"), ("PN_SLURM_SITE", "../other.sh")):
+        monkeypatch.setenv(name, value)
+    options = reproduce.parse(["table1", *DEMO, "--slurm", "--site", "../site.sh", "--log-dir", "logs", "--results", "out"])
+    assert (options.site, options.log_dir) == (str(here / "at" / "site.sh"), str(here / "at" / "work" / "logs"))
+    reproduce.command(["table1", *DEMO, *SMALL, "--dry-run", "--results", "out"])
+    shown = capsys.readouterr().out
+    assert f"--run-dir {here}/at/runs/demo/power-12-seed1 " in shown
+    assert f"--record {here}/at/work/out/demo/power-12-seed1.json" in shown
+    with pytest.raises(UserError, match=f"site file {here}/at/other.sh does not exist"):
+        monkeypatch.chdir(here / "at" / "work")
+        reproduce.command(["table1", *DEMO, *SMALL, "--dry-run", "--slurm"])
 
 
 def test_batches_of_sentences(here):
