@@ -517,7 +517,11 @@ def again(scripts, *overrides, runs=None):
         for name, value in {**scripts.environment, "PN_RUNS_ROOT": str(runs or scripts.runs)}.items():
             patch.setenv(name, value)
         patch.chdir(ROOT)
-        status = reproduce.command(["table1", *scripts.arguments, *overrides])
+        arguments = list(scripts.arguments)
+        if "--seeds" in overrides:  # each option is given once
+            place = arguments.index("--seeds")
+            del arguments[place : place + 2]
+        status = reproduce.command(["table1", *arguments, *overrides])
     return status, output.getvalue(), errors.getvalue()
 
 
