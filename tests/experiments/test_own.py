@@ -202,6 +202,30 @@ def test_wrong_text(change, message, tmp_path):
     assert message.format(tmp_path) in found and str(tmp_path) in found
 
 
+@pytest.mark.parametrize("bpe, line, message", [
+    ("subword_nmt", "ein Ha@@ us", "@@ at the end of a word"), ("subword_nmt", "Haus@@", "@@ at the end of a word"),
+    ("sentencepiece", "\u2581ein \u2581Haus", "the character \u2581 (U+2581)"),
+    ("subword_nmt", "a@@b @@c \u2581", None), ("sentencepiece", "ein Ha@@ us", None), (None, "ein Ha@@ us \u2581", None)])
+def test_text_that_is_split_already(bpe, line, message, tmp_path):
+    """Without a tokenizer, the marks of another BPE would be taken out of translations with those of ours, but stay in the
+    reference; in a language model's text they are part of the words."""
+    (tmp_path / "text").write_text(f"gut\n{line}\n", encoding="utf-8")
+    words = dict(sentences=bpe is not None, plain=True, bpe=bpe)
+    if message is None:
+        assert own_text.check_text(tmp_path / "text", **words) == 2
+    else:
+        assert f"text, line 2: has {message}" in refusal(own_text.check_text, tmp_path / "text", **words)
+
+
+def test_texts_that_are_the_same(tmp_path, capsys):
+    """Nobody is told a score of the training text without a word."""
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text("another\n" if split == "test" else "the same\n")
+    (tmp_path / "copy").mkdir()
+    own_text.UserText(tmp_path, ["txt"]).write(tmp_path / "copy")
+    assert capsys.readouterr().out == "  NOTE: train.txt and valid.txt are the same text\n"
+
+
 def test_packed_and_endless_text(tmp_path, monkeypatch):
     """Files that are packed are named; a line without an end is refused when it is longer than a line may be; a language
     model's text may have empty lines, and --clean forgives them in training text.
