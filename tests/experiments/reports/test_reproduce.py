@@ -25,7 +25,7 @@ from fairseq_powernorm.experiments import reproduce, settings  # noqa: E402
 from fairseq_powernorm.experiments.directories import locked  # noqa: E402
 from fairseq_powernorm.experiments.errors import UserError  # noqa: E402
 from fairseq_powernorm.experiments.evaluate import parse as parse_evaluation  # noqa: E402
-from fairseq_powernorm.experiments.files import write_json  # noqa: E402
+from fairseq_powernorm.experiments.files import sha256, write_json  # noqa: E402
 from fairseq_powernorm.experiments.overrides import by_key  # noqa: E402
 from fairseq_powernorm.experiments.paths import runs_root  # noqa: E402
 from fairseq_powernorm.experiments.reports import matrix, reproduce as reproduction, schema, workers  # noqa: E402
@@ -371,6 +371,24 @@ def test_going_on_with_a_run(here, monkeypatch):
     write_json(run.directory / "run.json", {**facts, "overrides": [*run.overrides, "optimization.lr=[0.1]"]})
     with pytest.raises(UserError, match=r"with other overrides \(optimization.lr=\[0.1\], asked for none"):
         workers.carry_out(state, run, {})
+
+
+def test_a_run_on_other_data(here):
+    """A run that is done is not compared with those that would be trained on data that were prepared otherwise since."""
+    run = next(run for run in of("demo", "transformer_pn_tiny", 12, SMALL) if run.row_name == "power")
+    record = json.loads((ROOT / "results" / "multi30k" / "power-seed1.json").read_text())
+    (here / "data" / "demo").mkdir(parents=True)
+    (here / "data" / "demo" / "prepared.json").write_text("{}")
+    facts = {"schema": 1, "benchmark": "demo", "norm": "power", "placement": "encoder", "sessions": [],
+             "overrides": list(run.overrides), "prepared_sha256": sha256(here / "data" / "demo" / "prepared.json")}
+    for path in (run.directory / "evaluation" / "record.json", run.record(here / "results")):
+        path.parent.mkdir(parents=True)
+        write_json(path, {**record, "overrides": list(run.overrides)})
+    write_json(run.directory / "run.json", facts)
+    assert workers.done(run, run.record(here / "results"))
+    write_json(run.directory / "run.json", {**facts, "prepared_sha256": "0"})
+    with pytest.raises(UserError, match="was trained on other data than .*/data/demo holds now"):
+        workers.done(run, run.record(here / "results"))
 
 
 @pytest.mark.slow
