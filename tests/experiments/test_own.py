@@ -21,7 +21,7 @@ from fairseq_powernorm.experiments import (
     settings,
     train,
 )
-from fairseq_powernorm.experiments.data import own_text, stages
+from fairseq_powernorm.experiments.data import bpe, own_text, stages
 from fairseq_powernorm.experiments.data.prepare import prepare
 from fairseq_powernorm.experiments.directories import resumable_directory
 from fairseq_powernorm.experiments.errors import UserError
@@ -202,19 +202,28 @@ def test_wrong_text(change, message, tmp_path):
     assert message.format(tmp_path) in found and str(tmp_path) in found
 
 
-@pytest.mark.parametrize("bpe, line, message", [
+@pytest.mark.parametrize("kind, line, message", [
     ("subword_nmt", "ein Ha@@ us", "@@ at the end of a word"), ("subword_nmt", "Haus@@", "@@ at the end of a word"),
     ("sentencepiece", "\u2581ein \u2581Haus", "the character \u2581 (U+2581)"),
     ("subword_nmt", "a@@b @@c \u2581", None), ("sentencepiece", "ein Ha@@ us", None), (None, "ein Ha@@ us \u2581", None)])
-def test_text_that_is_split_already(bpe, line, message, tmp_path):
+def test_text_that_is_split_already(kind, line, message, tmp_path):
     """Without a tokenizer, the marks of another BPE would be taken out of translations with those of ours, but stay in the
     reference; in a language model's text they are part of the words."""
     (tmp_path / "text").write_text(f"gut\n{line}\n", encoding="utf-8")
-    words = dict(sentences=bpe is not None, plain=True, bpe=bpe)
+    words = dict(sentences=kind is not None, plain=True, bpe=kind)
     if message is None:
         assert own_text.check_text(tmp_path / "text", **words) == 2
     else:
         assert f"text, line 2: has {message}" in refusal(own_text.check_text, tmp_path / "text", **words)
+
+
+@pytest.mark.parametrize("text", ["a b \u4e2d", "ab cd"])
+def test_nothing_to_merge(text, tmp_path):
+    """A text in which no word has two characters, or no two of them come twice, makes a BPE without merges."""
+    (tmp_path / "text").write_text(f"{text}\n", encoding="utf-8")
+    bpe.learn_subword_nmt([tmp_path / "text"], tmp_path, 10)
+    assert (tmp_path / "codes").read_text() == "#version: 0.2\n"
+    assert bpe.apply_subword_nmt(tmp_path, ["a \u4e2d bc"]) == ["a \u4e2d b@@ c"]
 
 
 def test_texts_that_are_the_same(tmp_path, capsys):
