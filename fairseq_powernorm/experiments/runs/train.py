@@ -147,7 +147,14 @@ def started(options: Namespace, data: Path, run: Path, launcher: Optional[Launch
              "overrides": list(by_key(options.overrides).values()), **({"recipe": told} if told else {}), "sessions": []}
     keys = {**trust.OURS, **(dict.fromkeys(PLACES, "--ranks, --nodes, --node-rank and --master") if launcher else {})}
     trust.check_places(run)
-    return resumed(run, facts, keys, found.architectures()[0]) if begun(run) else facts
+    if not begun(run):
+        return facts
+    going_on = resumed(run, facts, keys, found.architectures()[0])
+    usual = load(options.benchmark).common.seed
+    seed, now = seed_of(records.read_run(run, keys)["overrides"], usual), seed_of(going_on["overrides"], usual)
+    if seed != now:
+        raise UserError(f"cannot go on with {run}: it was started with common.seed={seed}, not {now}")
+    return going_on
 
 
 def resumed(run: Path, wanted: Dict[str, Any], keys: Mapping[str, Optional[str]], arch: str) -> Dict[str, Any]:

@@ -141,6 +141,26 @@ def test_a_directory_of_somebody_else(scripts, tmp_path):
     assert not mark.exists()
 
 
+def test_overrides_with_which_it_does_not_go_on(scripts, tmp_path):
+    """A finished run that new overrides let fail at once is what it was before: finished, and to be gone on with. Another
+    seed is none to go on with."""
+    run = tmp_path / "run"
+    shutil.copytree(scripts.run, run, ignore=shutil.ignore_patterns(".*"))
+    before = contents(run)
+    resume = ["train", *TRAIN[:2], "--run-dir", run, "--resume"]
+    assert "it was started with common.seed=1, not 2" in scripts.refuses(*resume, "common.seed=2")
+    assert contents(run) == before
+    status, output = scripts(*resume, "+model.encoder_layers=2", "optimization.max_update=20")
+    assert status == 1 and output.splitlines()[-1].endswith("; the run is left as it was, without the new overrides"), output
+    after = contents(run)
+    assert {name for name in before if before[name] != after[name]} == {"run.json", "command.txt", "train.log", *(
+        name for name in before if name.startswith("hydra"))}
+    facts = [json.loads((each / "run.json").read_text()) for each in (scripts.run, run)]
+    assert facts[0]["overrides"] == facts[1]["overrides"] and [len(each["sessions"]) for each in facts] == [1, 2]
+    assert "has finished (15 updates); nothing to do" in scripts.here(*resume)
+    assert "nothing to do" in scripts.here("evaluate", run, *AVERAGE)
+
+
 def test_a_checkpoint_on_a_full_disk(scripts, tmp_path):
     """A disk that is full while a checkpoint is written is the last line; no part of one stays, and --resume goes on."""
     words = ["demo", "power", *TRAIN[2:], "--run-dir", tmp_path / "run", "--resume"]
