@@ -134,6 +134,7 @@ def check_run(options: argparse.Namespace, run: matrix.Run) -> None:
         ],
     )
     compose.check_values(config)
+    compose.check_languages(run.subject, config)
     try:
         told = batch.described(config, options.gpus if options.slurm else 1)
     except UserError as error:

@@ -59,15 +59,20 @@ def compose(subject: str, overrides: Sequence[str]) -> Any:
     GlobalHydra.instance().clear()
     try:
         with quiet(), api.initialize_config_dir(config_dir=str(found.folder)):
-            composition = api.compose(config_name=found.base, overrides=overrides)
+            return api.compose(config_name=found.base, overrides=overrides)
     except Exception as error:  # hydra's errors share no base class
         reason = " ".join(f"{error}: {error.__cause__}".split() if error.__cause__ else str(error).split())
         raise UserError(f"{found.where} does not take these overrides: {' '.join(overrides)}: {reason}") from None
-    for key, wanted in task_of(found.data)[1].get("task", {}).items():
-        if composition.task.get(key) != wanted:
-            raise UserError(f"task.{key}={composition.task.get(key)}: that of the data {found.data} is {wanted}, and their "
-                            f"translations would be scored by the text of another language; leave it out")
-    return composition
+
+
+def check_languages(subject: str, composition: Any) -> None:
+    """Refuses a composed configuration whose languages are not those of the data, by whose text it would be scored."""
+    data = recipe(subject).data
+    for key, wanted in task_of(data)[1].get("task", {}).items():
+        found = composition.task.get(key)
+        if found != wanted:
+            raise UserError(f"task.{key}={found}: that of the data {data} is {wanted}; leave it out, or prepare the text for "
+                            f"the other direction, under a name of its own")
 
 
 def check_values(composition: Any) -> None:
@@ -162,6 +167,7 @@ def resolved(
             raise UserError(f"{group}.{key} {str(path)!r}: hydra reads it as {read!r}; move it, or give the path of a "
                             f"link to it")
     check_values(composition)
+    check_languages(subject, composition)
     limits.check_references(composition, data, save_dir)
     config, _, model, _ = build(composition)
     return complete, config, sum(parameter.numel() for parameter in model.parameters())

@@ -249,6 +249,7 @@ def test_the_lines_of_the_readme(line, here, capsys):
         ("x", "how large a batch is"), ("null", "how large a batch is"), ("${no.thing}", "how large a batch is"),
         ("-3", "dataset.max_tokens=-3: must be from 1"), ("9" * 400, "must be from 1"))),
     (["table1", "--benchmark", "demo", "optimization.update_freq=[[1]]"], "must be a list of numbers, 1 or more"),
+    (["table1", "--benchmark", "demo", "task.target_lang=fr"], "task.target_lang=fr: that of the data demo is en"),
     (["table1", "--benchmark", "demo", "checkpoint.no_save=1"], "a run is what its checkpoints are"),
     (["table1", "--benchmark", "demo", "--seeds", "1,01"], "--seeds '1,01' names something twice"),
     (["table1", "--benchmark", "demo", "--results", "/dev/null/x"], "--results /dev/null/x: /dev/null is not a directory"),
