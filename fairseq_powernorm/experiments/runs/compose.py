@@ -71,8 +71,8 @@ def check_languages(subject: str, composition: Any) -> None:
     for key, wanted in task_of(data)[1].get("task", {}).items():
         found = composition.task.get(key)
         if found != wanted:
-            raise UserError(f"task.{key}={found}: that of the data {data} is {wanted}; leave it out, or prepare the text for "
-                            f"the other direction, under a name of its own")
+            raise UserError(f"task.{key}={found}: that of the data {data} is {wanted}; leave it out, or prepare the text "
+                            f"for the other direction, under a name of its own")
 
 
 def check_values(composition: Any) -> None:
