@@ -30,8 +30,11 @@ def run(
     """
     _open_streams()
     stopped = _stoppable()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not _has_place() and not {"-h", "--help"}.intersection(words):
+        _refuse("the current directory has been removed; change to one that is there")
     try:
-        status = command(list(sys.argv[1:] if arguments is None else arguments))
+        status = command(words)
         if stopped:  # and something has swallowed it
             raise KeyboardInterrupt
         sys.stdout.flush()
@@ -47,6 +50,15 @@ def run(
         _refuse(f"{in_one_line(str(error.filename or 'cannot write'))}: {error.strerror}")
     except KeyboardInterrupt as error:
         _refuse("; ".join(["interrupted", *map(str, error.args)]), 128 + (stopped or [signal.SIGINT])[0])
+
+
+def _has_place() -> bool:
+    """Is there a current directory, from which relative paths lead?"""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _open_streams() -> None:

@@ -3,7 +3,7 @@ import re
 import sys
 from argparse import Namespace
 from dataclasses import dataclass, field, fields
-from typing import Any, Dict, Iterable, Mapping, MutableMapping, Optional, Sequence, Tuple, Type
+from typing import Any, Collection, Dict, Iterable, Mapping, MutableMapping, Optional, Sequence, Tuple, Type
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
@@ -17,6 +17,9 @@ SyncName: Any = ChoiceEnum(list(SYNC))
 NORM_SYNTAX = f"one of {', '.join(NORMS)}; with options of its own NAME:OPTION=VALUE,..., as in batch:variant=reference"
 _NORM_OPTION = re.compile(r"(encoder_|decoder_)?norm(_|$)")
 _CHECKED_OPTION = re.compile(rf"{_NORM_OPTION.pattern}|tensorized(_|$)")
+#: options that say whether norms stand before or behind a block
+ORDERS = ("post_norm", "encoder_normalize_before", "decoder_normalize_before")
+TRUE = ("true", "yes", "on", "y", "1")  # as omegaconf reads them
 
 
 @dataclass
@@ -69,6 +72,7 @@ class NormConstants(FairseqDataclass):
     def check_keys(cls, options: Mapping[str, Any]) -> None:
         """Called before options from YAML are merged with the defaults; see :func:`reject_unknown`."""
         reject_unknown(options, cls)
+        reject_both_orders({name for name in ORDERS if str(options.get(name)).lower() in TRUE})
 
     @classmethod
     def from_namespace(cls, args):
@@ -175,6 +179,17 @@ def reject_unknown(options: Mapping[str, Any], model: Type[NormConstants]) -> No
                 problem = "unknown norm option" if _NORM_OPTION.match(name) else "unknown option"
             value = options[name]
             raise ValueError(f"{problem} {name!r} = {value!r} ({flag(name)}): must be one of {', '.join(valid)}")
+
+
+def reject_both_orders(given: Collection[str]) -> None:
+    """Raise ValueError for options that ask for both orders, of which ``post_norm`` would win without a word.
+
+    Args:
+        given: names of the options that a user has set to true
+    """
+    for name in ORDERS[1:]:
+        if "post_norm" in given and name in given:
+            raise ValueError(f"{flag('post_norm')} and {flag(name)} exclude each other; give one of them")
 
 
 def given_flags(argv: Optional[Sequence[str]] = None) -> Dict[str, str]:

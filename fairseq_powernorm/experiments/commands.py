@@ -234,6 +234,7 @@ class Parser(argparse.ArgumentParser):
         places: List[str] = []
         found: List[str] = []
         unknown: List[Tuple[str, Optional[str]]] = []
+        given: Dict[str, str] = {}
         words = list(arguments)
         while words:
             word = words.pop(0)
@@ -247,12 +248,12 @@ class Parser(argparse.ArgumentParser):
                         raise UserError(f"{name} takes no value, got {value!r}")
                     options.append(word)
                     continue
-                if action.nargs == "?" and not equals:  # an empty one for argparse, which would take the next word
-                    options.append(f"{name}=")
-                    continue
-                if not equals and words and not _is_option(words[0]):
+                optional = action.nargs == "?" and not equals  # empty then; argparse would take the next word
+                if not equals and not optional and words and not _is_option(words[0]):
                     value = words.pop(0)
-                if not value:
+                if not isinstance(action.default, list) and given.setdefault(action.dest, value) != value:
+                    raise UserError(f"{name} is given twice, as {given[action.dest]!r} and {value!r}; give one of them")
+                if not value and not optional:
                     raise UserError(f"{name} {action.metavar} needs a value: {(action.help or '').replace('%%', '%')}")
                 options.append(f"{name}={value}")
             elif _is_option(word):
@@ -314,6 +315,8 @@ def add_norm(parser: Parser, nargs: Optional[str] = None) -> None:
 
     def read(option: str, text: str) -> str:
         choose("norm", norm_name(text), NORMS)
+        if not text.isprintable() or " " in text:
+            raise UserError(f"norm {text!r}: has blanks; valid: NAME, or NAME:OPTION=VALUE,...")
         return text
 
     parser.add("norms" if nargs else "norm", metavar="NORM", nargs=nargs, read=read,

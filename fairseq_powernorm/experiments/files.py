@@ -27,6 +27,8 @@ def write_bytes(path: AnyPath, content: bytes) -> None:
     if os.path.exists(path) and not os.path.isfile(path):  # as root, a device would be replaced as well
         raise UserError(f"cannot write {path}: it is there, and not a file")
     try:
+        if partial.is_symlink() or partial.exists() and not partial.is_file():  # somebody else's
+            partial.unlink()
         partial.write_bytes(content)
         os.replace(partial, path)
     except BaseException as error:  # of the disk, or of who interrupts it

@@ -269,7 +269,7 @@ def _override(settings: Any, key: str, value: Any, where: str) -> str:
         raise UserError(f"{where}: {key} is a list: [{value}]")
     try:
         override = f"{settings.plus(key)}{key}={text_of(value)}"
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # an object, a number of thousands of digits
         raise UserError(f"{where}: {key}: {error}") from None
     if trust.value_of(override) != value:
         raise UserError(f"{where}: {key}: hydra cannot be told {value!r}")

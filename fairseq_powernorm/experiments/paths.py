@@ -5,6 +5,8 @@ from pathlib import Path
 
 from .errors import UserError
 
+#: variables of the environment that hold a path
+VARIABLES = ("PN_DATA_ROOT", "PN_RUNS_ROOT", "PN_SLURM_SITE", "DATA_ARCHIVES", "MOSES")
 PLUGIN = Path(__file__).resolve().parents[1]
 ROOT = PLUGIN.parent
 
@@ -17,6 +19,15 @@ def data_root() -> Path:
 def runs_root() -> Path:
     """Where runs lie: $PN_RUNS_ROOT, else runs/ in the checkout."""
     return Path(os.path.abspath(os.environ.get("PN_RUNS_ROOT") or ROOT / "runs"))
+
+
+def go_to_root() -> None:
+    """Makes the checkout the current directory, here and of what is started; paths in the environment still lead where they
+    led.
+    """
+    for name in filter(os.environ.get, VARIABLES):
+        os.environ[name] = os.path.abspath(os.environ[name])
+    os.chdir(ROOT)
 
 
 def for_fairseq(what: str, path: Path) -> Path:

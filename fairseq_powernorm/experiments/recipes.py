@@ -1,17 +1,20 @@
 """The settings of a training: those of a file in configs/, and what is changed of them."""
 
 import functools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 from . import trust
 from .errors import UserError
-from .files import read_json
+from .files import read_json, sha256
 from .paths import PLUGIN, ROOT, data_root
 
 CONFIGS = ROOT / "configs"
 LM_TASK = "language_modeling_pn"
+#: bytes of a file of prepared data; of a larger one training does not compare the content
+LARGEST_COMPARED = 1 << 30
 
 
 def benchmarks() -> List[str]:
@@ -115,3 +118,30 @@ def read_stamp(path: Path) -> Dict[str, Any]:
         raise UserError(f"{path} was not written by scripts/prepare.sh: it has no settings")
     trust.check_config(stamp["settings"], str(path))
     return stamp
+
+
+def check_outputs(data: Path, stamp: Dict[str, Any], *read: str, largest: Optional[int] = None) -> None:
+    """Refuses prepared data that are no longer what was prepared.
+
+    Args:
+        read: beginnings of the names, from `data`, of the files that are read
+        largest: bytes of a file whose content is compared; None: of any
+    """
+    outputs = stamp.get("outputs")
+    if not isinstance(outputs, dict):
+        raise UserError(f"{data / 'prepared.json'} was not written by scripts/prepare.sh: it has no checksums of what was "
+                        f"made; prepare the data again")
+    for name, digest in outputs.items():
+        path = data / name
+        if name.startswith(read) and not (path.is_file() and _is(path, digest, largest)):
+            raise UserError(f"{path} is not what scripts/prepare.sh made; --force prepares the data again")
+    for path in (data / "data-bin").glob("*"):
+        name = f"data-bin/{path.name}"
+        part = re.match(r"data-bin/([a-z]+)[0-9]+\.", name)
+        if part and name not in outputs and f"data-bin/{part[1]}.".startswith(read):
+            raise UserError(f"{path} is not what scripts/prepare.sh made, and fairseq would read it as more text of "
+                            f"{part[1]}; move it away")
+
+
+def _is(path: Path, digest: str, largest: Optional[int]) -> bool:
+    return largest is not None and path.stat().st_size > largest or sha256(path) == digest

@@ -107,6 +107,9 @@ def parse(arguments: List[str]) -> argparse.Namespace:
     options = parser(subject).parse(arguments[1:])
     options.subject = subject
     options.results = Path(os.path.abspath(options.results or ROOT / "results"))
+    for name in ("site", "log_dir"):  # a relative path is one from where the user is
+        if getattr(options, name):
+            setattr(options, name, os.path.abspath(getattr(options, name)))
     return options
 
 

@@ -6,6 +6,7 @@ fairseq would evaluate, or omegaconf look up in the environment, are refused.
 
 import ast
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any, Iterable, Iterator, List, Mapping, Optional, Tuple
@@ -23,6 +24,8 @@ WRITTEN = ("run.json", "run.json.partial", "finished.json", "finished.json.parti
            "command.txt", "train.log")
 #: its folders
 FOLDERS = ("checkpoints", "logs", "hydra", "tensorboard", "wandb", "evaluation")
+#: those of them in which a training writes, and removes, under names that are known before
+TRAINED = ("checkpoints", "logs", "hydra")
 #: keys whose files a run has in its own directory
 FILES = ("common.log_file", "common.aim_repo", "task.norm_record", "common_eval.results_path")
 #: (key, value) of what would let a run end without its result, or an error look like a success
@@ -209,3 +212,20 @@ def check_files(directory: Path, names: Iterable[str]) -> None:
             raise UserError(f"{path} is a link; a run's records are files of its own directory")
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is not a file, which a run's records are")
+
+
+def check_places(directory: Path, names: Iterable[Any] = ()) -> None:
+    """Refuses links, pipes and the like in a run's directory: training would change, or wait for, what is elsewhere.
+
+    Args:
+        names: values of FILES, None for none
+    """
+    places = [directory / folder for folder in TRAINED]
+    places += [Path(place, name) for folder in TRAINED for place, folders, files in os.walk(directory / folder)
+               for name in (*folders, *files)]
+    for path in (directory / name for name in names if name):
+        places += [path, *(parent for parent in path.parents if directory in parent.parents)]
+    for path in places:
+        if path.is_symlink() or path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"{path} is {'a link' if path.is_symlink() else 'no file'}; training writes, and removes, files "
+                            f"of the run's own directory only. A link may lead to the whole run")

@@ -35,6 +35,7 @@ from ..options import (
     given_flags,
     norm_options,
     norm_sides,
+    reject_both_orders,
     reject_unknown,
 )
 from .pruning import KeptLayers, kept_layers, prune
@@ -214,6 +215,7 @@ class PowerNormModel(_Mixin):
         flags = given_flags()
         if ARCH_MODEL_REGISTRY.get(flags.get("arch")) is cls:  # fairseq calls this for every model of a --user-dir
             reject_unknown(flags, cls.options)
+            reject_both_orders(flags)
             task = TASK_REGISTRY.get(flags.get("task", "translation"))  # fairseq's default
             if task is not None:
                 check_kind(flags["arch"], cls, task)

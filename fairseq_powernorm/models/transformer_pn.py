@@ -151,7 +151,9 @@ class TransformerPNModel(PowerNormModel, TransformerModelBase):
 
 
 def _pre_norm(args: Namespace) -> None:
-    fill(args, encoder_normalize_before=True, decoder_normalize_before=True)
+    """Norms before each block, unless ``post_norm`` is asked for: a checkpoint's options do not say both."""
+    before = not getattr(args, "post_norm", False)
+    fill(args, encoder_normalize_before=before, decoder_normalize_before=before)
 
 
 @register_architecture("transformer_pn", "transformer_pn_tiny")

@@ -7,7 +7,8 @@ pn_script=$(cd "$(dirname "$0")" && pwd)/$(basename "$0")
 pn_script=${pn_script#"$PN_ROOT/"}
 
 pn_die() {
-    printf '%s: error: %s\n' "$pn_script" "$*" >&2
+    local what=$*
+    printf '%s: error: %s\n' "$pn_script" "${what//[[:cntrl:]]/?}" >&2
     exit 2
 }
 

@@ -5,15 +5,20 @@
 # 3. .venv in the repository, made on first use; TORCH_SPEC (words for pip) chooses another torch, for instance
 #    TORCH_SPEC="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu".
 
-# pn_missing PYTHON: the modules that the project needs and this interpreter lacks.
+# pn_missing PYTHON: the modules that the project needs and this interpreter lacks; fails if it is none.
 pn_missing() {
-    "$1" - <<PYTHON
+    local said
+    said=$("$1" - <<PYTHON
 $pn_safe
 from importlib.util import find_spec
 needed = """torch fairseq hydra omegaconf sacrebleu sacremoses regex subword_nmt sentencepiece jinja2 matplotlib pytest xdist
             onnx onnxruntime""".split()
-print(" ".join(name for name in needed if find_spec(name) is None))
+print("lacks:", *(name for name in needed if find_spec(name) is None))
 PYTHON
+    ) || return
+    case $said in lacks:*) ;; *) return 1 ;; esac    # other programs may end well, too
+    said=${said#lacks:}
+    printf '%s\n' "${said# }"
 }
 
 # The first Python that fairseq can be installed for: "COMMAND MINOR".

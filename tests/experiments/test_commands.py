@@ -101,7 +101,7 @@ def test_help_of_a_script(script):
 def test_a_signal_before_python(sent, tmp_path):
     """A script that is still looking after its environment ends with one line, and what it has started does, too."""
     fake = tmp_path / "python"
-    fake.write_text('#!/bin/sh\ncase "$*" in *build.py*) echo "at work" >&2; exec sleep 600 ;; esac\n')
+    fake.write_text('#!/bin/sh\ncase "$*" in *build.py*) echo "at work" >&2; exec sleep 600 ;; *) echo lacks: ;; esac\n')
     fake.chmod(0o755)
     start = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
     words = [sys.executable, "-c", start, "bash", str(ROOT / "scripts" / "status.sh")]
@@ -177,6 +177,7 @@ def made():
         (["a", "--number", "--lr", "3"], "--number N needs a value: how many"),
         (["a", "--number", ""], "--number N needs a value: how many"),
         (["a", "--number="], "--number N needs a value: how many"),
+        (["a", "--number", "1", "--number=2"], "--number is given twice, as '1' and '2'; give one of them"),
         (["a", "--res"], "unknown option --res; did you mean --resume?"),
         (["a", "--resume=yes"], "--resume takes no value, got 'yes'"),
         (["a", "--resum"], "unknown option --resum; did you mean --resume?"),
@@ -277,6 +278,28 @@ def test_paths_that_lead_nowhere(words, name, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.endswith("\n") and said[:-1].isprintable(), said
     assert [path.name for path in tmp_path.iterdir()] == ["loop"]
+
+
+def test_a_directory_that_has_been_removed(tmp_path, monkeypatch, capsys):
+    """Where the current directory is gone, relative paths lead nowhere: one line, even if none is given."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for words in (["x"], []):
+        with pytest.raises(SystemExit) as end:
+            commands.main(module("status").command, words)
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and said.endswith("error: the current directory has been removed; change to one that is "
+                                                     "there\n") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("program", ["true", "echo"])
+def test_a_python_that_is_none(program):
+    """PYTHON may not be another program, which would do nothing and end well."""
+    done = plain(ROOT / "scripts" / "status.sh", PYTHON=f"/bin/{program}")
+    assert (done.returncode, done.stdout) == (2, f"scripts/status.sh: error: PYTHON=/bin/{program} does not run\n")
+    done = plain(ROOT / "scripts" / "status.sh", PYTHON="a\nb")
+    assert (done.returncode, done.stdout) == (2, "scripts/status.sh: error: PYTHON=a?b is not an executable\n")
 
 
 @pytest.mark.parametrize("command", ["table", "plot_curves"])

@@ -21,7 +21,7 @@ from fairseq_powernorm.experiments import (
     settings,
     train,
 )
-from fairseq_powernorm.experiments.data import own_text, stages
+from fairseq_powernorm.experiments.data import bpe, own_text, stages
 from fairseq_powernorm.experiments.data.prepare import prepare
 from fairseq_powernorm.experiments.directories import resumable_directory
 from fairseq_powernorm.experiments.errors import UserError
@@ -202,6 +202,39 @@ def test_wrong_text(change, message, tmp_path):
     assert message.format(tmp_path) in found and str(tmp_path) in found
 
 
+@pytest.mark.parametrize("kind, line, message", [
+    ("subword_nmt", "ein Ha@@ us", "@@ at the end of a word"), ("subword_nmt", "Haus@@", "@@ at the end of a word"),
+    ("sentencepiece", "\u2581ein \u2581Haus", "the character \u2581 (U+2581)"),
+    ("subword_nmt", "a@@b @@c \u2581", None), ("sentencepiece", "ein Ha@@ us", None), (None, "ein Ha@@ us \u2581", None)])
+def test_text_that_is_split_already(kind, line, message, tmp_path):
+    """Without a tokenizer, the marks of another BPE would be taken out of translations with those of ours, but stay in the
+    reference; in a language model's text they are part of the words."""
+    (tmp_path / "text").write_text(f"gut\n{line}\n", encoding="utf-8")
+    words = dict(sentences=kind is not None, plain=True, bpe=kind)
+    if message is None:
+        assert own_text.check_text(tmp_path / "text", **words) == 2
+    else:
+        assert f"text, line 2: has {message}" in refusal(own_text.check_text, tmp_path / "text", **words)
+
+
+@pytest.mark.parametrize("text", ["a b \u4e2d", "ab cd"])
+def test_nothing_to_merge(text, tmp_path):
+    """A text in which no word has two characters, or no two of them come twice, makes a BPE without merges."""
+    (tmp_path / "text").write_text(f"{text}\n", encoding="utf-8")
+    bpe.learn_subword_nmt([tmp_path / "text"], tmp_path, 10)
+    assert (tmp_path / "codes").read_text() == "#version: 0.2\n"
+    assert bpe.apply_subword_nmt(tmp_path, ["a \u4e2d bc"]) == ["a \u4e2d b@@ c"]
+
+
+def test_texts_that_are_the_same(tmp_path, capsys):
+    """Nobody is told a score of the training text without a word."""
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text("another\n" if split == "test" else "the same\n")
+    (tmp_path / "copy").mkdir()
+    own_text.UserText(tmp_path, ["txt"]).write(tmp_path / "copy")
+    assert capsys.readouterr().out == "  NOTE: train.txt and valid.txt are the same text\n"
+
+
 def test_packed_and_endless_text(tmp_path, monkeypatch):
     """Files that are packed are named; a line without an end is refused when it is longer than a line may be; a language
     model's text may have empty lines, and --clean forgives them in training text.
@@ -324,6 +357,7 @@ def test_bases(home, tmp_path):
     ("data: talks\noptimizer: {adam_betas: \"__import__('os')\"}", "reads like Python code, which fairseq evaluates"),
     ("data: talks\ncommon: {log_file: /etc/x}", "must be the name of a file in the run's directory"),
     ("data: talks\noptimization: {clip_norm: .nan}", "nan"),
+    ("data: talks\noptimization: {lr: [0x" + "F" * 5000 + "]}", "optimization.lr: Exceeds the limit"),
     ("data: talks\ndistributed_training: {distributed_world_size: 4}", "is this command's own; use an override, or --ranks"),
     ("data: talks\nhydra: {run: {dir: /tmp}}", "there is no group 'hydra'"),
     ("data: talks\nmodel: {'dropout=1,model.x': 1}", "there is no setting model.dropout=1,model.x"),

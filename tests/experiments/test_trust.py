@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fairseq_powernorm.experiments import trust
 from fairseq_powernorm.experiments.errors import UserError
+from fairseq_powernorm.experiments.files import write_text
 from fairseq_powernorm.experiments.paths import for_fairseq
 from fairseq_powernorm.experiments.runs import records
 
@@ -161,3 +162,39 @@ def test_paths(tmp_path):
     os.mkfifo(tmp_path / "train.log")
     with pytest.raises(UserError, match="train.log is not a file"):
         trust.check_files(tmp_path, records.WRITTEN)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/checkpoint_last.pt", "checkpoints/a/b", "logs/rank1.log",
+                                  "hydra/config.yaml", "a/norm.jsonl", "a"])
+def test_places(name, tmp_path):
+    """Through a link in a run's directory, or a pipe, nothing is written: not where training writes by itself, nor where a
+    setting says so. A link to the run is none in it."""
+    run, victim = tmp_path / "run", tmp_path / "victim"
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
+    victim.mkdir()
+    (tmp_path / "link").symlink_to(run)
+    for place in (run, tmp_path / "link"):
+        trust.check_places(place, (None, "a/norm.jsonl"))
+        (run / name).symlink_to(victim)
+        with pytest.raises(UserError, match=f"/{name} is a link; training writes"):
+            trust.check_places(place, (None, "a/norm.jsonl"))
+        (run / name).unlink()
+        os.mkfifo(run / name)
+        with pytest.raises(UserError, match=f"/{name} is no file; training writes"):
+            trust.check_places(place, (None, "a/norm.jsonl"))
+        (run / name).unlink()
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "file"])
+def test_a_file_that_stands_in_the_way(kind, tmp_path):
+    """What is there under the name by which a file is written at first is replaced; what a link leads to stays."""
+    partial = tmp_path / "run.json.partial"
+    (tmp_path / "victim").write_text("theirs")
+    if kind == "link":
+        partial.symlink_to(tmp_path / "victim")
+    elif kind == "pipe":
+        os.mkfifo(partial)
+    else:
+        partial.touch()
+    write_text(tmp_path / "run.json", "{}")
+    assert sorted(os.listdir(tmp_path)) == ["run.json", "victim"] and (tmp_path / "victim").read_text() == "theirs"

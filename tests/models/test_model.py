@@ -1,4 +1,5 @@
 """``transformer_pn``: norm positions, masks, checkpointing, incremental decoding, options, golden traces."""
+import argparse
 import copy
 import json
 from argparse import Namespace
@@ -8,7 +9,8 @@ import pytest
 import torch
 import toy
 from fairseq import checkpoint_utils, models, tasks, utils
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf, merge_with_parent
+from fairseq.models import ARCH_MODEL_NAME_REGISTRY, MODEL_DATACLASS_REGISTRY
 from omegaconf import OmegaConf
 from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -140,6 +142,23 @@ def test_post_norm(options):
         train_pass(model, toy.batch())
         assert all(torch.isfinite(p.grad).all() for p in model.parameters())
         assert torch.isfinite(model.eval()(*toy.batch())[0]).all()
+
+
+@pytest.mark.parametrize("text", ["true", "yes", "1"])
+@pytest.mark.parametrize("arch", ["transformer_pn_tiny", "transformer_lm_pn_ptb"])
+def test_both_orders_at_once(arch, text, monkeypatch):
+    """Post-norm and pre-norm together are refused, as flags and in YAML; what an architecture fills in is no such wish."""
+    config = type(MODEL_DATACLASS_REGISTRY[ARCH_MODEL_NAME_REGISTRY[arch]]())
+    options = OmegaConf.create(f"post_norm: {text}\ndecoder_normalize_before: {text}\n_name: {arch}")
+    with pytest.raises(ValueError, match="^--post-norm and --decoder-normalize-before exclude each other"):
+        merge_with_parent(config(), options)
+    monkeypatch.setattr("sys.argv", ["fairseq-train", "data", "--arch", arch, "--post-norm", "--decoder-normalize-before"])
+    with pytest.raises(ValueError, match="^--post-norm and --decoder-normalize-before exclude each other"):
+        models.ARCH_MODEL_REGISTRY[arch].add_args(argparse.ArgumentParser())
+    filled = Namespace(post_norm=True)
+    models.ARCH_CONFIG_REGISTRY[arch](filled)
+    assert filled.decoder_normalize_before is False
+    config.check_keys(vars(filled))
 
 
 def test_layer_norm_model_equals_fairseqs_transformer():

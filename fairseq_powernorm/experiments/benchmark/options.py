@@ -4,7 +4,7 @@ from argparse import Namespace
 from typing import List, Sequence, Tuple
 
 from ..commands import Parser, one_of, words_of
-from ..errors import UserError, number
+from ..errors import UserError, listed, number
 
 LEVELS = ("accuracy", "layer", "encoder", "step", "generation")
 #: those that are measured unless others are named
@@ -14,6 +14,8 @@ DEVICES = ("cpu", "cuda")
 PASSES = {"train": 5, "forward": 2, "eval": 2}
 DTYPES = ("float32", "bfloat16", "float16")
 SHAPES = {"cpu": "1x512,16x512,512x512,2048x512,4096x512,65536x512", "cuda": "4096x512,16384x512,16384x1024"}
+#: of rows, and of channels, groups and threads: more than any machine measures
+MOST_ROWS, MOST = 1 << 30, 1 << 16
 #: how freed memory is kept: as glibc does by itself, or as in a long training under the scripts, which tell it to keep it
 MEMORIES = ("default", "recycled")
 #: those that are measured unless others are named
@@ -24,18 +26,20 @@ SLOW, SLOW_ROWS = ("power-torch", "authors"), 4096
 
 
 def numbers(option: str, text: str) -> List[int]:
-    """Positive numbers with commas between them."""
-    return [number(option, word, 1) for word in text.split(",")]
+    """Positive numbers with commas between them, none twice."""
+    return [number(option, word, 1, MOST) for word in listed(option, text, None, ())]
 
 
 def shapes(option: str, text: str) -> List[Tuple[int, int]]:
     """ROWSxCHANNELS, several with commas between them."""
     found = []
-    for word in text.split(","):
+    for word in listed(option, text, None, ()):
         rows, _, channels = word.partition("x")
-        if not (rows.isdigit() and channels.isdigit() and int(rows) and int(channels)):
-            raise UserError(f"{option} {word!r}: must be ROWSxCHANNELS, several with commas between them")
-        found.append((int(rows), int(channels)))
+        try:
+            found.append((number(option, rows, 1, MOST_ROWS), number(option, channels, 1, MOST)))
+        except UserError:
+            raise UserError(f"{option} {word!r}: must be ROWSxCHANNELS, several with commas between them, {MOST_ROWS:,} and "
+                            f"{MOST:,} at most") from None
     return found
 
 
@@ -124,4 +128,9 @@ def parse(arguments: Sequence[str]) -> Namespace:
     if options.fast:
         options.shapes, options.seconds = list(dict.fromkeys((min(rows, 32), 64) for rows, _ in options.shapes)), 0.0
         options.contenders = [name for name in options.contenders if name != "layer-compiled"]
+    sizes = sorted({channels for _, channels in options.shapes})
+    for groups in options.groups:
+        if all(channels % groups for channels in sizes):
+            raise UserError(f"--groups {groups}: must divide the channels of a shape, {' or '.join(map(str, sizes))}; with "
+                            f"none that does PN is not measured")
     return options

@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tupl
 from ..directories import check_writable, in_use
 from ..errors import UserError
 from ..paths import ROOT, data_root, for_fairseq, runs_root
-from ..recipes import prepared
+from ..recipes import LARGEST_COMPARED, check_outputs, prepared
 from ..runs import batch, claims, launchers, train
 from ..settings import recipe
 from ..train import parse
@@ -87,7 +87,10 @@ class Submission:
                      str(self.site.path)):
             if not word.isprintable():
                 raise UserError(f"{word!r} has characters that cannot be printed; a job's arguments are a line of a file")
-        data = {name: prepared(recipe(name).data)[0] for name in sorted({run.benchmark for run in self.runs})}
+        data: Dict[str, Path] = {}
+        for name in sorted({run.benchmark for run in self.runs}):
+            data[name], stamp = prepared(recipe(name).data)
+            check_outputs(data[name], stamp, "data-bin/", largest=LARGEST_COMPARED)
         for run in self.runs:
             for_fairseq("run directory", run.directory)
         for what, path in (("submission's directory (PN_RUNS_ROOT)", self.directory), ("log directory", self.logs)):

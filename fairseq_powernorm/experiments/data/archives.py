@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import lzma
 import os
+import re
 import stat
 import tarfile
 import urllib.error
@@ -150,7 +151,7 @@ def fetch(address: str, partial: Path, size: Optional[int], *, secure: bool = Fa
         # 206: the server goes on where we stopped; else it begins anew.
         start = start if answer.status == 206 else 0
         length = answer.headers.get("Content-Length")
-        total = size if length is None else start + int(length)
+        total = start + int(length) if length and re.fullmatch("[0-9]{1,18}", length.strip()) else size
         if size is not None and total != size:
             raise Unreachable(f"it has {total:,} bytes there, expected {size:,}")
         done, name = start, target_of(partial)
@@ -291,6 +292,8 @@ def tar_members(archive: Path) -> Iterator[Member]:
                 info = packed.next()
             if info is None:
                 break
+            if info.size < 0:  # Python 3.11 would go back, and never come to an end
+                raise tarfile.ReadError(f"{info.name} has a size of {info.size}")
             yield info.name, functools.partial(packed.extractfile, info) if info.isfile() else None
         stream: Any = packed.fileobj
         for _ in iter(lambda: read(stream), b""):

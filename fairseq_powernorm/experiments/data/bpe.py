@@ -44,7 +44,11 @@ def learn_subword_nmt(train: Sequence[Path], directory: Path, size: int) -> None
 
     print("  counting words", flush=True)
     with open(directory / "codes", "w", encoding="utf-8") as write, Progress("learning", size, "merges") as progress:
-        learn_bpe(lines_of(train), Counted(write, progress), size)
+        try:
+            learn_bpe(lines_of(train), Counted(write, progress), size)
+        except ValueError as error:
+            if "empty" not in str(error):  # that of max(): no word has two characters, and there is nothing to merge
+                raise
 
 
 def learn_sentencepiece(train: Sequence[Path], directory: Path, size: int) -> None:
@@ -68,7 +72,8 @@ def subword_nmt(directory: Path) -> Any:
     from subword_nmt.apply_bpe import BPE
 
     with open(directory / "codes", encoding="utf-8") as codes:
-        return BPE(codes)
+        is_empty = sum(1 for _ in codes) < 2  # of the version alone, subword-nmt would say that it is damaged
+        return BPE(codes, merges=0 if is_empty else -1)
 
 
 @functools.lru_cache(maxsize=None)

@@ -1,5 +1,6 @@
 """Text of the user's own, looked through line by line before anything is made of it."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import BinaryIO, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
@@ -16,17 +17,29 @@ LONGEST_SENTENCE, MOST_CHARACTERS = 1000, 10_000  # words, characters
 BOM = b"\xef\xbb\xbf"
 #: fairseq's own symbols, which would not be words; a tokenizer takes them apart
 SYMBOLS = {b"<s>", b"<pad>", b"</s>"}
+#: by which a BPE marks its pieces; what translations have of them is taken out, and the reference would keep its own
+MARKS = {"subword_nmt": ("@@ at the end of a word", re.compile(rb"@@(?=\s|$)")),
+         "sentencepiece": ("the character ▁ (U+2581)", re.compile("▁".encode()))}
 
 
 class UserText:
     """SPLIT.LANGUAGE (or SPLIT.txt for a language model) in one directory; `test` need not be there.
 
     clean: pairs of the training text that have an empty or a huge side are not refused, because the recipe drops them;
-    plain: the text is used as it is, without a tokenizer
+    plain: the text is used as it is, without a tokenizer; bpe: what splits such words, a key of MARKS, if anything does
     """
 
-    def __init__(self, directory: Path, languages: Sequence[str], *, clean: bool = False, plain: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        languages: Sequence[str],
+        *,
+        clean: bool = False,
+        plain: bool = False,
+        bpe: Optional[str] = None,
+    ) -> None:
         self.directory, self.languages, self.clean, self.plain = directory, languages, clean, plain
+        self.bpe = bpe if plain else None
         self.is_translation = len(languages) > 1
 
     @property
@@ -51,7 +64,8 @@ class UserText:
         for name in self.names:
             path, split = self.directory / name, name.partition(".")[0]
             forgiving = self.clean and split == "train"
-            lines[name] = check_text(path, sentences=self.is_translation, forgiving=forgiving, plain=self.plain)
+            lines[name] = check_text(path, sentences=self.is_translation, forgiving=forgiving, plain=self.plain,
+                                     bpe=self.bpe)
             digests[name] = sha256(path)
         if self.is_translation:
             for source, target in pairs(lines, self.languages):
@@ -61,9 +75,13 @@ class UserText:
         return digests
 
     def write(self, directory: Path) -> None:
-        """Copies the texts."""
+        """Copies the texts; says which of them are the same, of which scores say little."""
+        first: Dict[str, str] = {}
         for name in self.names:
             shutil.copyfile(self.directory / name, directory / name)
+            same = first.setdefault(sha256(directory / name), name)
+            if same != name:
+                print(f"  NOTE: {same} and {name} are the same text", flush=True)
 
 
 def pairs(names: Mapping[str, int], languages: Sequence[str]) -> Iterator[Tuple[str, str]]:
@@ -73,13 +91,16 @@ def pairs(names: Mapping[str, int], languages: Sequence[str]) -> Iterator[Tuple[
             yield f"{split}.{languages[0]}", f"{split}.{languages[1]}"
 
 
-def check_text(path: Path, *, sentences: bool, forgiving: bool = False, plain: bool = False) -> int:
+def check_text(
+    path: Path, *, sentences: bool, forgiving: bool = False, plain: bool = False, bpe: Optional[str] = None
+) -> int:
     """The number of lines of a text.
 
     Args:
         sentences: each line is one, not empty and not huge, of a text for translation
         forgiving: but for these two, which are dropped later
         plain: no tokenizer takes words apart that are fairseq's symbols
+        bpe: what splits the words, whose marks none of them has
 
     Raises:
         UserError: the text is empty, not UTF-8, has CR or null characters, or a line that cannot be
@@ -94,6 +115,9 @@ def check_text(path: Path, *, sentences: bool, forgiving: bool = False, plain: b
                 if symbols:
                     symbol = next(iter(symbols)).decode()
                     raise UserError(f"{path}, line {number}: the word {symbol!r} is fairseq's own; replace it in the text")
+                if bpe and MARKS[bpe][1].search(line):
+                    raise UserError(f"{path}, line {number}: has {MARKS[bpe][0]}, the mark of a BPE, as which it would be "
+                                    f"taken out of translations; undo the BPE of the text, which --bpe replaces")
                 if sentences and not forgiving:
                     check_sentence(line, found, f"{path}, line {number}")
     except OSError as error:

@@ -93,7 +93,7 @@ def prepare(
         origin = {"task": task}
         perl = moses.perl(settings) if settings.get("tokenizer") == "moses" else None
         text = UserText(Path(text_dir), settings.get("languages", ["txt"]), clean=clean,
-                        plain=settings.get("tokenizer", "none") == "none")
+                        plain=settings.get("tokenizer", "none") == "none", bpe=settings.get("bpe"))
     if perl:
         settings["moses"] = perl.digests()
     try:

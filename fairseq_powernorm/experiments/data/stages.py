@@ -272,6 +272,7 @@ def binarize(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        errors="replace",
         pass_fds=(lock.fileno(),),
     )
     if done.returncode:

@@ -71,6 +71,11 @@ def evaluate(
         check_copy(copy, target / "record.json", force=force)
     config = load_config(run)
     records.check_stamp(stamp, data / "prepared.json", lm=is_lm(config))
+    if not is_lm(config):
+        pair, text = [config.task.source_lang, config.task.target_lang], stamp["settings"]["languages"]
+        if pair != text:
+            raise UserError(f"{run / 'config.yaml'}: a model from {pair[0]} to {pair[1]}, but {data} holds text from "
+                            f"{text[0]} to {text[1]}")
     with locked(run) as lock:
         directory = run / "checkpoints"
         if is_lm(config) and average is None:

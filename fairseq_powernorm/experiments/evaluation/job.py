@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, TextIO
 
-from ..errors import UserError
-from ..files import sha256
 from ..progress import Progress
+from ..recipes import check_outputs
 from ..tools import call
 
 Command = List[str]
@@ -37,11 +36,7 @@ class Job:
         Args:
             texts: beginnings of the names of those that it reads beside the binarized ones
         """
-        read = ("data-bin/dict.", f"data-bin/{self.subset}.", *texts)
-        for name, digest in self.stamp["outputs"].items():
-            path = self.data / name
-            if name.startswith(read) and not (path.is_file() and sha256(path) == digest):
-                raise UserError(f"{path} is not what scripts/prepare.sh made; --force prepares the data again")
+        check_outputs(self.data, self.stamp, "data-bin/dict.", f"data-bin/{self.subset}.", *texts)
 
     def averaged(self, directory: Path) -> "Averaged":
         """Averages the checkpoints into averaged.pt in a directory."""

@@ -13,7 +13,7 @@ from ..cluster import slurm, submission
 from ..directories import check_writable, in_use
 from ..errors import UserError, choose, listed
 from ..overrides import by_key
-from ..paths import ROOT, data_root, for_fairseq, runs_root
+from ..paths import data_root, for_fairseq, go_to_root, runs_root
 from ..recipes import benchmarks, is_lm
 from ..runs import batch, claims, compose, watch
 from ..settings import architectures, load, recipe
@@ -34,7 +34,8 @@ def check(options: argparse.Namespace) -> None:
     options.seeds = options.seeds or list(seeds)
     trust.check_overrides(options.overrides, trust.OURS)
     watch.check(options)
-    for several in (("jobs", "slurm"), ("report_only", "slurm"), ("gpu_ids", "jobs"), ("gpu_ids", "slurm")):
+    for several in (("jobs", "slurm"), ("report_only", "slurm"), ("report_only", "dry_run"), ("gpu_ids", "jobs"),
+                    ("gpu_ids", "slurm")):
         if all(getattr(options, name) for name in several):
             raise UserError(" and ".join("--" + name.replace("_", "-") for name in several) + " exclude each other")
     if options.slurm:
@@ -95,7 +96,7 @@ def reproduce(options: argparse.Namespace) -> Optional[int]:
     """Makes what the options of a command line ask for; gives the exit status."""
     check(options)
     runs = chosen(options)
-    os.chdir(ROOT)  # the commands' paths are relative to it
+    go_to_root()  # the commands' paths are relative to it
     if options.report_only:
         return finish(options, runs, {})  # from the records that there are
     for_fairseq("runs directory (PN_RUNS_ROOT)", runs_root())
@@ -133,6 +134,7 @@ def check_run(options: argparse.Namespace, run: matrix.Run) -> None:
         ],
     )
     compose.check_values(config)
+    compose.check_languages(run.subject, config)
     try:
         told = batch.described(config, options.gpus if options.slurm else 1)
     except UserError as error:

@@ -144,12 +144,27 @@ def lines(records: Mapping[str, Record]) -> List[Line]:
         double = seeds.setdefault((key, record["seed"]), name)
         if double != name:
             raise UserError(f"{double} and {name} are records of equal runs: the same settings, seed {record['seed']}")
+        other = differing_data(line.records[0], record) if line.records else None
+        if other:
+            raise UserError(f"{line.names[0]} and {name} are records of the same settings and other data, of which a mean "
+                            f"says nothing: {other}")
         line.records.append(record)
         line.names.append(name)
     for line in found.values():
         order = sorted(range(len(line.records)), key=lambda i: line.records[i]["seed"])
         line.records, line.names = [line.records[i] for i in order], [line.names[i] for i in order]
     return sorted(found.values(), key=lambda line: (line.first["benchmark"], arch_of(line.first), position(line.row)))
+
+
+def differing_data(one: Record, other: Record) -> Optional[str]:
+    """In what the data of two runs with the same settings differ as far as their records show it, in words."""
+    facts: Dict[str, Callable[[Record], Any]] = {"parameters of the model": lambda record: record["parameters"]}
+    if is_lm_record(one):
+        facts["tokens of the text"] = lambda record: record["tokens"]["scored"]
+    else:
+        facts["words of the reference"] = lambda record: record["bleu_tokenized"]["reference_length"]
+    differing = [f"{fact(one):,} and {fact(other):,} {what}" for what, fact in facts.items() if fact(one) != fact(other)]
+    return ", ".join(differing) or None
 
 
 def position(row: Row) -> Tuple[int, bool, int, bool]:

@@ -18,7 +18,7 @@ from .. import own
 from ..cluster import slurm
 from ..directories import Busy, lock_path, locked
 from ..errors import UserError
-from ..files import read_json
+from ..files import read_json, sha256
 from ..paths import data_root
 from ..progress import Progress
 from ..runs import claims
@@ -227,6 +227,12 @@ def done(run: matrix.Run, record: Path) -> bool:
         return False
     content = schema.read_record(record)
     refuse_others(content, run, matrix.relative(record))
+    stamp = data_root() / recipe(run.subject).data / "prepared.json"
+    if (run.directory / "run.json").is_file() and stamp.is_file() and (
+        read_run(run.directory)["prepared_sha256"] != sha256(stamp)
+    ):
+        raise UserError(f"{matrix.relative(run.directory)} was trained on other data than {stamp.parent} holds now, for "
+                        f"the others; prepare the data as they were, or move the run away")
     evaluated = run.directory / "evaluation" / "record.json"
     return not run.directory.exists() or evaluated.is_file() and read_json(evaluated) == content
 

@@ -75,8 +75,9 @@ def last(config: Any, directory: Path, number: Optional[int], available: bool = 
     if available and not paths and newest.is_file():
         paths = [newest]
     if len(paths) < number and not (available and paths):
+        fewer = "--average N takes fewer" if paths else f"--available takes {newest.name}"
         raise UserError(f"{directory} has {len(paths)} of the {number} checkpoints to average "
-                        f"({', '.join(path.name for path in paths) or 'none'}); --average N takes fewer")
+                        f"({', '.join(path.name for path in paths) or 'none'}); {fewer}")
     return refuse_damaged(paths[-number:])
 
 

@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 from .. import trust
 from ..errors import UserError
 from ..overrides import Settings, by_key, check, quiet, quote
+from ..own import task_of
 from ..paths import PLUGIN
 from ..settings import NORM_OPTIONS, PLACEMENTS, architectures, placements, recipe
 from ..tools import within_memory
@@ -62,6 +63,16 @@ def compose(subject: str, overrides: Sequence[str]) -> Any:
     except Exception as error:  # hydra's errors share no base class
         reason = " ".join(f"{error}: {error.__cause__}".split() if error.__cause__ else str(error).split())
         raise UserError(f"{found.where} does not take these overrides: {' '.join(overrides)}: {reason}") from None
+
+
+def check_languages(subject: str, composition: Any) -> None:
+    """Refuses a composed configuration whose languages are not those of the data, by whose text it would be scored."""
+    data = recipe(subject).data
+    for key, wanted in task_of(data)[1].get("task", {}).items():
+        found = composition.task.get(key)
+        if found != wanted:
+            raise UserError(f"task.{key}={found}: that of the data {data} is {wanted}; leave it out, or prepare the text "
+                            f"for the other direction, under a name of its own")
 
 
 def check_values(composition: Any) -> None:
@@ -156,6 +167,7 @@ def resolved(
             raise UserError(f"{group}.{key} {str(path)!r}: hydra reads it as {read!r}; move it, or give the path of a "
                             f"link to it")
     check_values(composition)
+    check_languages(subject, composition)
     limits.check_references(composition, data, save_dir)
     config, _, model, _ = build(composition)
     return complete, config, sum(parameter.numel() for parameter in model.parameters())

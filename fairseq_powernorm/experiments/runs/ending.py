@@ -35,7 +35,7 @@ def of_success(run: Path, lines: List[str]) -> Ending:
         lines: what it has logged
     """
     reached = max((each.updates for each in checkpoints.accounts(run / "checkpoints")), default=0)
-    done = _updates(lines)
+    done = updates(lines)
     newest = newest_whole(run)
     try:
         diverged = losses(lines) or (weights(newest.path) if newest else None)
@@ -59,7 +59,7 @@ def of_failure(lines: List[str]) -> Ending:
              for match in (ERROR.search(line.rstrip()) for line in lines) if match]
     floating = [text for name, text in found if name == "FloatingPointError"]
     if floating:
-        return Ending(diverged="; ".join(filter(None, [diverged, f"{floating[0]} (after {_updates(lines):,} updates)"])))
+        return Ending(diverged="; ".join(filter(None, [diverged, f"{floating[0]} (after {updates(lines):,} updates)"])))
     full = next(filter(None, (DISK.search(line.rstrip()) for line in reversed(lines))), None)
     problem = full[0] if full else ": ".join(filter(None, found[-1])) if found else None
     return Ending(diverged=None if full else diverged, problem=problem)
@@ -101,7 +101,7 @@ def weights(path: Path) -> Optional[str]:
     return None
 
 
-def _updates(lines: List[str]) -> int:
+def updates(lines: List[str]) -> int:
     """The updates that a log reaches."""
     entries: List[Dict[str, Any]] = list(filter(None, map(trainlog.parse_line, lines)))
     keys = ("num_updates", "train_num_updates", "valid_num_updates")

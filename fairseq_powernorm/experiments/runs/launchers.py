@@ -128,6 +128,8 @@ class Slurm(Launcher):
                 "PROCID", "STEP_NUM_TASKS", "LOCALID", "STEP_NUM_NODES"))
         except KeyError as error:
             raise UserError(f"--submission is for tasks of train.sbatch: {error.args[0]} is not set") from None
+        except ValueError as error:
+            raise UserError(f"--submission is for tasks of train.sbatch, to which SLURM gives numbers: {error}") from None
         self.submission, self.master = submission, master
         self.leads, self.here = self.rank == 0, self.world // nodes
 

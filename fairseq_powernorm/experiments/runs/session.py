@@ -22,7 +22,7 @@ from ..files import write_json, write_text
 from ..progress import Progress
 from ..recipes import is_lm
 from ..tools import processor_settings, threads, tied
-from . import checkpoints, ending, trainlog
+from . import checkpoints, ending, records, trainlog
 from .launchers import Launcher
 
 LONGEST_PATIENCE = 1_000_000  # seconds
@@ -64,6 +64,7 @@ def session(
     if lock is None:  # another process leads the run, and writes its records
         return follow(command, environment)
     run.mkdir(parents=True, exist_ok=True)
+    before = Before(run, facts["overrides"])
     with contextlib.suppress(FileNotFoundError):
         (run / "finished.json").unlink()
     this = {"command": [word for word in command if word not in watched.overrides],
@@ -72,7 +73,7 @@ def session(
             "wall_s": None, "cpu_s": None, "exit_status": None}  # null to the end of a session that is killed
     begun = 0
     if facts["sessions"]:
-        begun = max((each.updates for each in checkpoints.accounts(run / "checkpoints")), default=0)
+        begun = reached(run)
         drop_statistics(run, config)
         trainlog.complete(run / "train.log", checkpoints.validations(run / "checkpoints", config))
     facts["sessions"].append(this)
@@ -117,10 +118,16 @@ def session(
         status, this["diverged"] = ending.DIVERGED, end.diverged
     elif status == 0 and end.problem:
         status = 1
+    failed = status > 0 and not stopped and not end.diverged
+    left = failed and before.changed and max(reached(run), ending.updates(lines)) <= begun
+    if left:
+        facts["overrides"] = before.overrides
     counted = launcher is None or launcher.counts_cpu
     this.update(wall_s=round(time.time() - begin, 1), cpu_s=round(children_cpu() - cpu, 1) if counted else None,
                 exit_status=status)
     write_json(run / "run.json", facts)
+    if left:
+        before.put_back()
     if status == 0:
         write_json(run / "finished.json", {"updates": end.updates, "overrides": facts["overrides"]})
         print(f"finished {run}: {end.updates:,} updates in {this['wall_s'] / 60:.1f} min")
@@ -132,10 +139,32 @@ def session(
     else:
         if not end.problem:
             show_last_lines(run, tail, begin)
-        message = (f"training stopped with exit status {status}{f': {end.problem}' if end.problem else ''}; "
-                   f"--resume goes on with it")
+        more = "the run is left as it was, without the new overrides" if left else "--resume goes on with it"
+        message = f"training stopped with exit status {status}{f': {end.problem}' if end.problem else ''}; {more}"
     print(f"{called_as()}: error: {message}", file=sys.stderr)
     return status if status > 0 else 128 - status
+
+
+class Before:
+    """A run as it was before a session with other overrides, to which it returns if they let training fail at once."""
+
+    def __init__(self, run: Path, overrides: List[str]):
+        self.run, self.overrides = run, overrides
+        if (run / "run.json").is_file():
+            self.overrides = records.read_run(run)["overrides"]
+        self.changed = self.overrides != overrides
+        self.files = {name: (run / name).read_text(encoding="utf-8") for name in ("config.yaml", "finished.json")
+                      if self.changed and (run / name).is_file()}
+
+    def put_back(self) -> None:
+        """What the session has replaced and removed is there again, but for the overrides, which are in run.json."""
+        for name, text in self.files.items():
+            write_text(self.run / name, text)
+
+
+def reached(run: Path) -> int:
+    """The updates of the newest checkpoint that can be read."""
+    return max((each.updates for each in checkpoints.accounts(run / "checkpoints")), default=0)
 
 
 def show(

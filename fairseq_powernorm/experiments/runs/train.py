@@ -14,7 +14,7 @@ from ..evaluation import perplexity
 from ..files import sha256
 from ..overrides import by_key, quote
 from ..paths import for_fairseq, runs_root
-from ..recipes import is_lm, prepared
+from ..recipes import LARGEST_COMPARED, check_outputs, is_lm, prepared
 from ..settings import architectures, load, norm_in_names, placements, recipe
 from ..tools import threads, tool
 from . import batch, checkpoints, compose, records, watch
@@ -32,10 +32,21 @@ def checked(options: Namespace) -> Any:
         raise UserError(f"--placement 'encoder': {recipe(options.benchmark).name} trains a language model, which has no "
                         f"encoder; valid: {', '.join(valid)}")
     options.placement = choose("--placement", options.placement or valid[0], valid)
+    check_norm(options.norm)
     watch.check(options)
     trust.check_overrides(options.overrides, trust.OURS)
     seed_of(options.overrides, config.common.seed)
     return config
+
+
+def check_norm(text: str) -> None:
+    """Refuses a norm with options that it has not; they are a part of the run directory's name."""
+    from ...norms import parse_norm
+
+    try:
+        parse_norm(text)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def train(options: Namespace, config: Any, launcher: Optional[Launcher] = None) -> int:
@@ -50,12 +61,14 @@ def train(options: Namespace, config: Any, launcher: Optional[Launcher] = None) 
     else:
         launcher.check_overrides(options.overrides)
     found = recipe(options.benchmark)
-    data, _ = prepared(found.data)
+    data, stamp = prepared(found.data)
     run = for_fairseq("run directory", run_directory(options, config))
     for_fairseq("data directory (PN_DATA_ROOT)", data)
     leads = launcher is None or launcher.leads
     if leads and begun(run) and not options.resume:
         raise UserError(f"{run} exists already; --resume goes on with it, --run-dir DIR chooses another")
+    from omegaconf import OmegaConf
+
     with contextlib.ExitStack() as stack:
         lock = None
         if leads:
@@ -65,7 +78,10 @@ def train(options: Namespace, config: Any, launcher: Optional[Launcher] = None) 
         facts = started(options, data, run, launcher)
         if is_finished(run, facts["overrides"]):
             return 0
+        if leads:
+            check_outputs(data, stamp, "data-bin/", largest=LARGEST_COMPARED)
         complete, resolved, facts["parameters"] = composed(options, config, facts, data, run)
+        trust.check_places(run, (OmegaConf.select(resolved, key) for key in trust.FILES))
         world = check_world(resolved, by_key(facts["overrides"]), launcher)
         complete += [] if launcher else [f"{WORLD_SIZE}={world}"]
         complete += batch.overrides(resolved, world)
@@ -130,7 +146,15 @@ def started(options: Namespace, data: Path, run: Path, launcher: Optional[Launch
              "placement": options.placement, "prepared_sha256": sha256(data / "prepared.json"),
              "overrides": list(by_key(options.overrides).values()), **({"recipe": told} if told else {}), "sessions": []}
     keys = {**trust.OURS, **(dict.fromkeys(PLACES, "--ranks, --nodes, --node-rank and --master") if launcher else {})}
-    return resumed(run, facts, keys, found.architectures()[0]) if begun(run) else facts
+    trust.check_places(run)
+    if not begun(run):
+        return facts
+    going_on = resumed(run, facts, keys, found.architectures()[0])
+    usual = load(options.benchmark).common.seed
+    seed, now = seed_of(records.read_run(run, keys)["overrides"], usual), seed_of(going_on["overrides"], usual)
+    if seed != now:
+        raise UserError(f"cannot go on with {run}: it was started with common.seed={seed}, not {now}")
+    return going_on
 
 
 def resumed(run: Path, wanted: Dict[str, Any], keys: Mapping[str, Optional[str]], arch: str) -> Dict[str, Any]:

@@ -246,6 +246,16 @@ def test_flipped_bits(pack, tmp_path):
     assert (tmp_path / "text").read_bytes() == texts["d/text"]
 
 
+def test_a_size_below_zero(tmp_path):
+    """An archive whose members have negative sizes, which would lead back to its beginning for ever, is damaged."""
+    header = bytearray(tarfile.TarInfo("d/other").tobuf())
+    header[124:136] = (-1024).to_bytes(12, "big", signed=True)
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:]))
+    (tmp_path / "a.tar").write_bytes(tarfile.TarInfo("d/first").tobuf() + bytes(header) + bytes(1024))
+    with pytest.raises(UserError, match="cannot unpack .*a.tar: "):
+        archives.unpack(tmp_path / "a.tar", {"d/text": "text"}, tmp_path)
+
+
 @pytest.mark.parametrize("kind, message", [
     ("truncated", "cannot unpack .*de-en.tgz"),
     ("corrupt", "cannot unpack .*de-en.tgz"),
@@ -511,7 +521,7 @@ def test_real_dictionary(corpora, tmp_path):
 class Server(http.server.BaseHTTPRequestHandler):
     """Serves `content`, but not to Python's own name; breaks off after `most` bytes; understands Range if `ranges`."""
 
-    content, most, ranges, asked = b"", None, True, []
+    content, most, ranges, asked, length = b"", None, True, [], None
 
     def do_GET(self):
         if "urllib" in self.headers["User-Agent"]:  # as some servers do
@@ -526,7 +536,7 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(self.content) - start))
+        self.send_header("Content-Length", self.length or str(len(self.content) - start))
         self.end_headers()
         self.wfile.write(self.content[start:][:self.most])
 
@@ -585,6 +595,14 @@ def test_download_of_another_size(server, direct, tmp_path):
     with pytest.raises(UserError, match=f"{server.url}a.tgz: it has 17 bytes there, expected 99"):
         download("a.tgz", (server.url,), tmp_path, size=99)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("length", ["many", "9" * 5000])
+def test_download_of_a_length_that_is_none(length, server, direct, tmp_path):
+    """A server that does not say how long a file is, or something else, is taken at its bytes."""
+    server.content, server.length = b"the text", length
+    fetched = archives.download("a.tgz", (server.url,), tmp_path, is_verified=True)
+    assert fetched.read_bytes() == b"the text"
 
 
 def test_download_is_verified(server, direct, tmp_path):

@@ -12,6 +12,7 @@ pytest.importorskip("fairseq")
 
 from omegaconf import OmegaConf
 
+from fairseq_powernorm.experiments import recipes
 from fairseq_powernorm.experiments.errors import UserError
 from fairseq_powernorm.experiments.evaluation import evaluate
 from fairseq_powernorm.experiments.evaluation.job import Job, words_of
@@ -116,6 +117,24 @@ def test_data_that_are_not_what_was_prepared(name, is_read, damage, tmp_path):
         return
     with pytest.raises(UserError, match=f"{name} is not what scripts/prepare.sh made; --force prepares the data again"):
         job.check_data("tok/test.", "raw/test.")
+
+
+def test_data_before_a_training(tmp_path):
+    """Of huge files a training compares no content; those that prepare.sh did not make must not be read with the others."""
+    (tmp_path / "data-bin").mkdir()
+    path = tmp_path / "data-bin" / "train.de-en.en.bin"
+    path.write_text("prepared")
+    stamp = {"outputs": {"data-bin/train.de-en.en.bin": "another"}}
+    recipes.check_outputs(tmp_path, stamp, "data-bin/", largest=7)
+    with pytest.raises(UserError, match="is not what scripts/prepare.sh made"):
+        recipes.check_outputs(tmp_path, stamp, "data-bin/", largest=8)
+    for wrong in ({}, {"outputs": [1]}):
+        with pytest.raises(UserError, match="has no checksums of what was made"):
+            recipes.check_outputs(tmp_path, wrong, "data-bin/")
+    path.rename(path.with_name("train12.de-en.en.bin"))
+    recipes.check_outputs(tmp_path, {"outputs": {}}, "data-bin/test.")
+    with pytest.raises(UserError, match="fairseq would read it as more text of train"):
+        recipes.check_outputs(tmp_path, {"outputs": {}}, "data-bin/train.")
 
 
 @pytest.mark.parametrize("run, word, shown", [

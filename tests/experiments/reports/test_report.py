@@ -671,6 +671,21 @@ def test_significance_belongs_to_its_records(texts, tmp_path, monkeypatch):
     assert significance(runs, records, tests) == {}
 
 
+@pytest.mark.parametrize("key, message", [
+    (("parameters",), "parameters of the model"),
+    (("bleu_tokenized", "reference_length"), "words of the reference")])
+def test_seeds_on_other_data(key, message):
+    """Runs whose data were prepared anew, otherwise, in between have no mean in common."""
+    other = copy.deepcopy(RECORD)
+    other["seed"] += 1
+    assert len(table.lines({"one": RECORD, "other": other})) == 1
+    place = other[key[0]] if key[1:] else other
+    place[key[-1]] = 5
+    with pytest.raises(UserError, match="^one and other are records of the same settings and other data") as caught:
+        table.lines({"one": RECORD, "other": other})
+    assert f" and 5 {message}" in str(caught.value)
+
+
 def test_settings_that_differ_are_said(written):
     """A row that was trained with another learning rate is not compared in silence."""
     results, _ = written

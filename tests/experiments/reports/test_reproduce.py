@@ -25,7 +25,7 @@ from fairseq_powernorm.experiments import reproduce, settings  # noqa: E402
 from fairseq_powernorm.experiments.directories import locked  # noqa: E402
 from fairseq_powernorm.experiments.errors import UserError  # noqa: E402
 from fairseq_powernorm.experiments.evaluate import parse as parse_evaluation  # noqa: E402
-from fairseq_powernorm.experiments.files import write_json  # noqa: E402
+from fairseq_powernorm.experiments.files import sha256, write_json  # noqa: E402
 from fairseq_powernorm.experiments.overrides import by_key  # noqa: E402
 from fairseq_powernorm.experiments.paths import runs_root  # noqa: E402
 from fairseq_powernorm.experiments.reports import matrix, reproduce as reproduction, schema, workers  # noqa: E402
@@ -234,6 +234,7 @@ def test_the_lines_of_the_readme(line, here, capsys):
     (["table1", "--gpus", "0,1,2,3"], "--gpus '0,1,2,3': must be a number, 1 to 65535; which GPUs of"),
     (["table1", "--benchmark", "demo", "--slurm", "--jobs", "2"], "--jobs and --slurm exclude each other"),
     (["table1", "--benchmark", "demo", "--slurm", "--report-only"], "--report-only and --slurm exclude each other"),
+    (["table1", "--benchmark", "demo", "--report-only", "--dry-run"], "--report-only and --dry-run exclude each other"),
     (["table1", "--benchmark", "demo", "--time", "60"], "--time goes with --slurm only"),
     (["table1", "--benchmark", "demo", "--slurm", "--gpus", "0,1"], "--gpus '0,1': must be a number, 1 to 65535"),
     (["table1", "--benchmark", "demo", "--slurm", "--gpus", "3", "--nodes", "2"], "--gpus 3 cannot be divided among"),
@@ -248,6 +249,7 @@ def test_the_lines_of_the_readme(line, here, capsys):
         ("x", "how large a batch is"), ("null", "how large a batch is"), ("${no.thing}", "how large a batch is"),
         ("-3", "dataset.max_tokens=-3: must be from 1"), ("9" * 400, "must be from 1"))),
     (["table1", "--benchmark", "demo", "optimization.update_freq=[[1]]"], "must be a list of numbers, 1 or more"),
+    (["table1", "--benchmark", "demo", "task.target_lang=fr"], "task.target_lang=fr: that of the data demo is en"),
     (["table1", "--benchmark", "demo", "checkpoint.no_save=1"], "a run is what its checkpoints are"),
     (["table1", "--benchmark", "demo", "--seeds", "1,01"], "--seeds '1,01' names something twice"),
     (["table1", "--benchmark", "demo", "--results", "/dev/null/x"], "--results /dev/null/x: /dev/null is not a directory"),
@@ -263,6 +265,24 @@ def test_wrong_options(arguments, message, here):
         reproduce.command(arguments)
     assert message in str(error.value)
     assert not list(here.iterdir())
+
+
+def test_relative_paths(here, monkeypatch, capsys):
+    """A relative path, of an option or in the environment, is one from where the user is, as for every other script."""
+    (here / "at" / "work").mkdir(parents=True)
+    (here / "at" / "site.sh").write_text("PN_GRES=\n")
+    monkeypatch.chdir(here / "at" / "work")
+    for name, value in (("PN_RUNS_ROOT", "../runs"), ("PN_DATA_ROOT", "../data"), ("PN_SLURM_SITE", "../other.sh")):
+        monkeypatch.setenv(name, value)
+    options = reproduce.parse(["table1", *DEMO, "--slurm", "--site", "../site.sh", "--log-dir", "logs", "--results", "out"])
+    assert (options.site, options.log_dir) == (str(here / "at" / "site.sh"), str(here / "at" / "work" / "logs"))
+    reproduce.command(["table1", *DEMO, *SMALL, "--dry-run", "--results", "out"])
+    shown = capsys.readouterr().out
+    assert f"--run-dir {here}/at/runs/demo/power-12-seed1 " in shown
+    assert f"--record {here}/at/work/out/demo/power-12-seed1.json" in shown
+    with pytest.raises(UserError, match=f"site file {here}/at/other.sh does not exist"):
+        monkeypatch.chdir(here / "at" / "work")
+        reproduce.command(["table1", *DEMO, *SMALL, "--dry-run", "--slurm"])
 
 
 def test_batches_of_sentences(here):
@@ -352,6 +372,24 @@ def test_going_on_with_a_run(here, monkeypatch):
     write_json(run.directory / "run.json", {**facts, "overrides": [*run.overrides, "optimization.lr=[0.1]"]})
     with pytest.raises(UserError, match=r"with other overrides \(optimization.lr=\[0.1\], asked for none"):
         workers.carry_out(state, run, {})
+
+
+def test_a_run_on_other_data(here):
+    """A run that is done is not compared with those that would be trained on data that were prepared otherwise since."""
+    run = next(run for run in of("demo", "transformer_pn_tiny", 12, SMALL) if run.row_name == "power")
+    record = json.loads((ROOT / "results" / "multi30k" / "power-seed1.json").read_text())
+    (here / "data" / "demo").mkdir(parents=True)
+    (here / "data" / "demo" / "prepared.json").write_text("{}")
+    facts = {"schema": 1, "benchmark": "demo", "norm": "power", "placement": "encoder", "sessions": [],
+             "overrides": list(run.overrides), "prepared_sha256": sha256(here / "data" / "demo" / "prepared.json")}
+    for path in (run.directory / "evaluation" / "record.json", run.record(here / "results")):
+        path.parent.mkdir(parents=True)
+        write_json(path, {**record, "overrides": list(run.overrides)})
+    write_json(run.directory / "run.json", facts)
+    assert workers.done(run, run.record(here / "results"))
+    write_json(run.directory / "run.json", {**facts, "prepared_sha256": "0"})
+    with pytest.raises(UserError, match="was trained on other data than .*/data/demo holds now"):
+        workers.done(run, run.record(here / "results"))
 
 
 @pytest.mark.slow
@@ -498,7 +536,11 @@ def again(scripts, *overrides, runs=None):
         for name, value in {**scripts.environment, "PN_RUNS_ROOT": str(runs or scripts.runs)}.items():
             patch.setenv(name, value)
         patch.chdir(ROOT)
-        status = reproduce.command(["table1", *scripts.arguments, *overrides])
+        arguments = list(scripts.arguments)
+        if "--seeds" in overrides:  # each option is given once
+            place = arguments.index("--seeds")
+            del arguments[place : place + 2]
+        status = reproduce.command(["table1", *arguments, *overrides])
     return status, output.getvalue(), errors.getvalue()
 
 

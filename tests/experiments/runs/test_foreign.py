@@ -242,6 +242,10 @@ def test_another_evaluation(tmp_path, monkeypatch):
         (run / "evaluation" / "record.json").write_text(text)
         with pytest.raises(UserError, match="--force evaluates again"):
             evaluate.evaluate(run, record=tmp_path / "copy.json")
+    turned = {**STAMP, "settings": {**STAMP["settings"], "languages": ["en", "de"]}}
+    monkeypatch.setattr(evaluate, "prepared", lambda _: (tmp_path, turned))
+    with pytest.raises(UserError, match="config.yaml: a model from de to en, but .* holds text from en to de"):
+        evaluate.evaluate(run, record=tmp_path / "copy.json", force=True)
     assert not (tmp_path / "copy.json").exists()
 
 

@@ -141,6 +141,26 @@ def test_a_directory_of_somebody_else(scripts, tmp_path):
     assert not mark.exists()
 
 
+def test_overrides_with_which_it_does_not_go_on(scripts, tmp_path):
+    """A finished run that new overrides let fail at once is what it was before: finished, and to be gone on with. Another
+    seed is none to go on with."""
+    run = tmp_path / "run"
+    shutil.copytree(scripts.run, run, ignore=shutil.ignore_patterns(".*"))
+    before = contents(run)
+    resume = ["train", *TRAIN[:2], "--run-dir", run, "--resume"]
+    assert "it was started with common.seed=1, not 2" in scripts.refuses(*resume, "common.seed=2")
+    assert contents(run) == before
+    status, output = scripts(*resume, "+model.encoder_layers=2", "optimization.max_update=20")
+    assert status == 1 and output.splitlines()[-1].endswith("; the run is left as it was, without the new overrides"), output
+    after = contents(run)
+    assert {name for name in before if before[name] != after[name]} == {"run.json", "command.txt", "train.log", *(
+        name for name in before if name.startswith("hydra"))}
+    facts = [json.loads((each / "run.json").read_text()) for each in (scripts.run, run)]
+    assert facts[0]["overrides"] == facts[1]["overrides"] and [len(each["sessions"]) for each in facts] == [1, 2]
+    assert "has finished (15 updates); nothing to do" in scripts.here(*resume)
+    assert "nothing to do" in scripts.here("evaluate", run, *AVERAGE)
+
+
 def test_a_checkpoint_on_a_full_disk(scripts, tmp_path):
     """A disk that is full while a checkpoint is written is the last line; no part of one stays, and --resume goes on."""
     words = ["demo", "power", *TRAIN[2:], "--run-dir", tmp_path / "run", "--resume"]
@@ -187,6 +207,7 @@ def test_odd_names(scripts, tmp_path):
     (["+unknown.key=1"], "there is no setting unknown.key"),
     (["common.user_dir=/tmp"], "common.user_dir is this command's own; use another checkout"),
     (["common.seed=1\ncommon.seed=2"], "has characters that cannot be printed"),
+    (["task.source_lang=en", "task.target_lang=de"], "task.source_lang=en: that of the data demo is de"),
     (["--run-dir", "a:b"], "fairseq reads ':' as the border between two paths"),
     (["--run-dir", "a\nb"], "has characters that cannot be printed"),
     (["--run-dir", ""], "--run-dir DIR needs a value"),
@@ -207,3 +228,21 @@ def test_refused_before_any_work(scripts, monkeypatch, words, message):
         assert message in str(refusal.value) and "\n" not in str(refusal.value)
     assert {name: there for name, there in contents(scripts.runs).items() if not name.endswith(".lock")} == {
         name: there for name, there in before.items() if not name.endswith(".lock")}
+
+
+@pytest.mark.parametrize("name, message", [
+    ("train.de-en.de.bin", "is not what scripts/prepare.sh made; --force"), ("dict.en.txt", "is not what scripts/"),
+    ("train1.de-en.de.bin", "is not what scripts/prepare.sh made, and fairseq would read it as more text of train; move")])
+def test_data_changed_since(scripts, tmp_path, monkeypatch, name, message):
+    """Binarized data that are no longer what was prepared are not trained on, whichever command is to train."""
+    monkeypatch.setenv("PN_DATA_ROOT", str(tmp_path / "data"))
+    monkeypatch.setenv("PN_RUNS_ROOT", str(scripts.runs))
+    shutil.copytree(scripts.data, tmp_path / "data")
+    changed = tmp_path / "data" / "demo" / "data-bin" / name
+    with open(changed, "ab") as stream:
+        stream.write(b"\0")
+    new = ["--run-dir", str(tmp_path / "new")]
+    for command, more in ((train, new), (launch, [*new, "--ranks", "1", "common.cpu=true"]), (submit, ["--dry-run"])):
+        with pytest.raises(UserError) as refusal:
+            command.command(["demo", "power", *more])
+        assert str(refusal.value).startswith(f"{changed} {message}")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from fairseq_powernorm.experiments import tools
+from fairseq_powernorm.experiments import tools, train as command
 from fairseq_powernorm.experiments.errors import UserError
 from fairseq_powernorm.experiments.overrides import Settings
 from fairseq_powernorm.experiments.runs import batch, limits, train
@@ -104,6 +104,19 @@ def test_seeds(override, seed):
         return
     with pytest.raises(UserError, match="seed.*0 to 4294967295"):
         train.seed_of([override], 3)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("power:eps=../../z", "norm 'power:eps=../../z': eps='../../z' must be a number"), ("power:", "'' is no OPTION=VALUE"),
+    ("power:x=/etc/y", "norm 'power:x=/etc/y': option 'x' is unknown"), ("power: eps=1", "norm 'power: eps=1': has blanks"),
+    ("power:eps=1\n", "has blanks")])
+def test_norms(text, message, tmp_path, monkeypatch):
+    """A norm's options, which name the run's directory, are looked at before that is made, or its lock, anywhere."""
+    monkeypatch.setenv("PN_RUNS_ROOT", str(tmp_path / "runs"))
+    with pytest.raises(UserError, match=message):
+        command.parse(["demo", text])
+    command.parse(["demo", "power:eps=1e-3,variant=algorithm2"])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name, value", [
