@@ -38,6 +38,7 @@ from typing import (
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from .kernels import eager as kernel
 from .norms import RunningNorm, Stage, Sums, Switches
@@ -323,7 +324,7 @@ class RunningStatistics:
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """``model(**batch)`` for a mapping, ``model(*batch)`` for a list or tuple, else ``model(batch)``.
+    """``model(**batch)`` for a mapping, ``model(*batch)`` for a list or tuple, else (or if it is packed) ``model(batch)``.
 
     Tensors are brought to the device of the model's first parameter.
     """
@@ -334,14 +335,17 @@ def call(model: nn.Module, batch: Any) -> Any:
             return value.to(device)
         if isinstance(value, Mapping):
             return {name: there(each) for name, each in value.items()}
+        if isinstance(value, PackedSequence):
+            return value.to(device)
         if isinstance(value, (list, tuple)):
-            return [there(each) for each in value]
+            items = [there(each) for each in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         return value
 
     batch = there(batch)
     if isinstance(batch, dict):
         return model(**batch)
-    return model(*batch) if isinstance(batch, list) else model(batch)
+    return model(*batch) if isinstance(batch, (list, tuple)) and not isinstance(batch, PackedSequence) else model(batch)
 
 
 @torch.no_grad()
@@ -374,10 +378,10 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.
     if not statistics.kinds:
         raise ValueError("no norm of the model has running statistics: there is nothing to estimate")
     statistics.switches.batch_statistics = True
-    model.train()
-    for norm in statistics.norms().values():
-        norm.train()
     try:
+        model.train()
+        for norm in statistics.norms().values():
+            norm.train()
         for batch in batches:
             with statistics.batch():
                 forward(model, batch)
