@@ -3,6 +3,7 @@ import copy
 import os
 import subprocess
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -638,15 +639,28 @@ def test_a_backward_pass_outside_of_its_batch_is_refused(kind):
         loss.backward()
 
 
-def test_settings_that_are_numbers_of_numpy_keep_norms_apart():
+def test_settings_that_are_no_numbers_of_python_keep_norms_apart():
     """Norms that differ in such a number only take the steps of their own: the same as with Python's numbers."""
     found = []
-    for number in (np.float32, float):
-        model = nn.Sequential(*(MaskedBatchNorm(2, alpha_fwd=number(alpha)) for alpha in (0.25, 0.75)))
+    for number in (np.float32, torch.tensor, Fraction, float):
+        model = nn.Sequential(*(MaskedBatchNorm(2) for _ in range(2)))
+        for norm, alpha in zip(model, (0.25, 0.75)):
+            norm.alpha_fwd = number(alpha)
         statistics = RunningStatistics(model)
         with statistics.batch():
             model(torch.arange(8.0).view(4, 2))
         statistics.commit()
         found.append([norm.running_mean for norm in model])
-    for one, other in zip(*found):
-        torch.testing.assert_close(one, other)
+    for each in found[:-1]:
+        torch.testing.assert_close(each, found[-1])
+
+
+def test_a_gradient_scale_of_each_batch_is_not_kept():
+    """A loop that weights each micro-batch otherwise takes no more memory the longer it runs."""
+    norm = KINDS["reference"]()
+    statistics, sizes = RunningStatistics(norm), set()
+    for scale in (1.0, 0.5, 0.25, 0.125):
+        with statistics.batch(gradient_scale=scale):
+            norm(data(0)[0]).sum().backward()
+        sizes.add(len(norm._constants))
+    assert len(sizes) == 1
