@@ -387,7 +387,7 @@ def batch_norm_formula(
     rows = x.reshape(-1, x.size(-1)).to(dtype)
     row_valid = None if valid is None else valid.unsqueeze(1)
     if row_valid is not None:
-        bad = row_valid.logical_or(torch.isfinite(rows).all(1, keepdim=True)).logical_not()
+        bad = row_valid.logical_or(torch.isfinite(rows.square()).all(1, keepdim=True)).logical_not()
         rows = rows.masked_fill(bad, 0.0)
     u = eager.layer_scale(rows, spec.groups)
     positions = u.new_full((), u.size(0))
