@@ -117,11 +117,15 @@ class RunningStatistics:
         self.batches = 0
         self.switches = Switches()
         kinds: Dict[Hashable, List[Tuple[str, RunningNorm]]] = {}
-        for name, norm in running_norms(model).items():
+        norms = running_norms(model)
+        short = {name: _WRAPPERS.sub("", name) for name in norms}
+        if len(set(short.values())) < len(short):  # "module" is a part of the model's own
+            short = {name: name for name in norms}
+        for name, norm in norms.items():
             if norm.stage is not None:
                 raise ValueError(f"{name}: RunningStatistics have taken this norm over already; release() them first")
             key = type(norm), norm.settings(), norm.iters.dtype, norm.iters.device
-            kinds.setdefault(key, []).append((_WRAPPERS.sub("", name), norm))
+            kinds.setdefault(key, []).append((short[name], norm))
         devices = {str(norm.iters.device): name for named in kinds.values() for name, norm in named}
         if len(devices) > 1:
             places = ", ".join(f"{name} on {device}" for device, name in devices.items())

@@ -592,6 +592,18 @@ def test_norms_on_several_devices_are_refused():
         RunningStatistics(nn.Sequential(build_norm("power", C), build_norm("batch", C, device="meta")))
 
 
+def test_a_part_that_is_called_module():
+    """Names lose what wrappers put before them, unless two norms would have the same."""
+    model = nn.Sequential(build_norm("power", C))
+    model.module = nn.Sequential(build_norm("power", C))
+    statistics = RunningStatistics(model)
+    assert list(statistics.norms()) == ["0", "module.0"]
+    with statistics.batch():
+        model(data(0)[0].float())
+    assert statistics.passes() == {"0": 1.0, "module.0": 1.0}
+    assert list(RunningStatistics(nn.DataParallel(nn.Sequential(build_norm("power", C)))).norms()) == ["0"]
+
+
 def test_classes_of_one_name_are_kept_apart():
     """Two classes whose norms print alike and step otherwise: each by its own rule, however they are arranged."""
 

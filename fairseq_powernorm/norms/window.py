@@ -84,6 +84,14 @@ class WindowNorm(FormulaNorm):
             raise ValueError(f"window={value!r}: must stay {steps}, the number of steps in its buffers; or build a new norm")
         super()._check_setting(name, value)
 
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """A state_dict of another norm, loaded with ``strict=False``, may have the steps and no window of them."""
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        has_window, *others = (prefix + name in state_dict for name in ("window_m2", "iters", "running_var"))
+        if all(others) and not has_window and not self.running_var.is_meta:
+            with torch.no_grad():
+                self.window_m2.copy_(self.running_var)  # zeros would draw the mean over the window to zero
+
     @property
     def SUMS(self) -> Mapping[str, Tuple[str, ...]]:  # type: ignore[override]
         return {"forward": ("u^2",), "backward": ("dz * z", "outliers") if self.filter_outliers else ("dz * z",)}

@@ -342,6 +342,19 @@ def test_a_window_of_another_shape_is_refused():
     assert torch.equal(norm.window_m2[:, 0], torch.arange(4.0))
 
 
+@pytest.mark.parametrize("name", ["mabn", "un"])
+def test_the_state_of_another_norm_has_no_window(name):
+    """Training goes on from its running variance, not from a window of zeros: outputs keep their size."""
+    other = new("rbn")
+    x = 3.0 * torch.randn(200, C)
+    for _ in range(200):
+        other(x - x.mean(0))
+    state = {key: value for key, value in other.state_dict().items() if key != "running_mean"}
+    norm = new(f"{name}:window=4,warmup_updates=0,rescale_after=0")
+    norm.load_state_dict(state, strict=False)
+    assert 0.9 < float(norm(x).std()) < 1.1
+
+
 @pytest.mark.parametrize("value", [float("nan"), 0, 1.5, "8"])
 @pytest.mark.parametrize("name", NORMS)
 def test_what_is_no_number_of_channels_is_refused(name, value):
