@@ -19,6 +19,7 @@ training step that is skipped leaves no trace. In a training loop of your own:
 """
 import re
 from contextlib import contextmanager
+from numbers import Real
 from typing import (
     Any,
     Callable,
@@ -144,7 +145,8 @@ class RunningStatistics:
         total = sum(n * (size + 1) for n, size in sizes)
         first = kinds[0][1][0].iters if kinds else torch.zeros(())
         dtype = kernel.sum_dtype(first)
-        self._batch, self._step = (torch.zeros(total, dtype=dtype, device=first.device) for _ in range(2))
+        with torch.inference_mode(mode=False):  # or no batch could be added to them outside of it
+            self._batch, self._step = (torch.zeros(total, dtype=dtype, device=first.device) for _ in range(2))
         allocated, start = [], 0
         for names, norms in kinds:
             parts = {}
@@ -192,9 +194,14 @@ class RunningStatistics:
             gradient_scale: factor of the loss that is differentiated (the loss scale of fp16 training)
 
         Raises:
-            RuntimeError: a batch is in progress already, or the sums of this step have been added up by :meth:`reduce`
+            RuntimeError: a batch is in progress already, the sums of this step have been added up by :meth:`reduce`, or a
+                norm has been released since, or taken over by others
+            ValueError: ``gradient_scale`` is neither a number nor a tensor of one
         """
         switches = self.switches
+        one = gradient_scale.numel() == 1 if isinstance(gradient_scale, Tensor) else isinstance(gradient_scale, Real)
+        if not one:
+            raise ValueError(f"gradient_scale={gradient_scale!r}: must be a number, or a tensor of one")
         if switches.open:
             raise RuntimeError("RunningStatistics.batch(): a batch is in progress already, here or in another thread")
         if self._calls is not None:
@@ -202,6 +209,13 @@ class RunningStatistics:
                 "RunningStatistics.batch(): the step has been reduced, and a second time would count its sums once for each "
                 "process: call reduce() after the last batch of a step, then commit() or discard()"
             )
+        for kind in self.kinds:
+            for name, norm in zip(kind.names, kind.norms):
+                if norm.stage is None or norm.stage.switches is not switches:
+                    raise RuntimeError(
+                        f"RunningStatistics.batch(): {name} is not in its charge any more (release(), or others have taken "
+                        "it over), or never was (a copy): make new RunningStatistics of the model"
+                    )
         switches.open, switches.counting, switches.gradient_scale = True, counts, gradient_scale
         self._forget_batch()
         try:
@@ -234,7 +248,15 @@ class RunningStatistics:
         Returns:
             name of a norm -> number of forward and backward passes of the step (over all processes) that were left
             out of its statistics because they were not finite; norms without any are not listed
+
+        Raises:
+            RuntimeError: a batch is in progress, whose sums would come too late
         """
+        if self.switches.open:
+            raise RuntimeError(
+                "RunningStatistics.reduce(): a batch is in progress, whose sums would count in the next step: call reduce() "
+                "and commit() after the 'with statistics.batch():' block"
+            )
         if self._calls is None:
             if self._shared:
                 dist.all_reduce(self._step, group=self._group)

@@ -592,6 +592,43 @@ def test_norms_on_several_devices_are_refused():
         RunningStatistics(nn.Sequential(build_norm("power", C), build_norm("batch", C, device="meta")))
 
 
+def test_a_step_in_the_middle_of_a_batch_is_refused():
+    """Its sums would count in the next step; the batch, and the step after it, are as if nobody had asked."""
+    norm = KINDS["batch"]()
+    statistics = RunningStatistics(norm)
+    with statistics.batch():
+        norm(data(0)[0])
+        for step in (statistics.reduce, statistics.commit, statistics.replace):
+            with pytest.raises(RuntimeError, match=r"commit\(\) after the 'with statistics.batch\(\):' block"):
+                step()
+    statistics.commit()
+    assert norm.iters == 1
+
+
+@pytest.mark.parametrize("how", ["released", "copied"])
+def test_norms_that_are_in_nobodys_charge(how):
+    """Statistics that are released, or copied along with a model, say so, as their norms take their steps by themselves."""
+    norm = KINDS["batch"]()
+    statistics = RunningStatistics(norm)
+    if how == "copied":
+        norm, statistics = copy.deepcopy((norm, statistics))
+    else:
+        statistics.release()
+    with pytest.raises(RuntimeError, match="not in its charge"), statistics.batch():
+        pass
+    with RunningStatistics(norm).batch():
+        norm(data(0)[0])
+
+
+@pytest.mark.parametrize("scale", [None, "8", torch.ones(2)])
+def test_a_gradient_scale_is_one_number(scale):
+    """By name and value, before the batch."""
+    statistics = RunningStatistics(KINDS["reference"]())
+    with pytest.raises(ValueError, match="gradient_scale=.*: must be a number"), statistics.batch(gradient_scale=scale):
+        pass
+    assert not statistics.switches.open
+
+
 def test_a_part_that_is_called_module():
     """Names lose what wrappers put before them, unless two norms would have the same."""
     model = nn.Sequential(build_norm("power", C))
