@@ -197,7 +197,7 @@ def average_checkpoints(paths: Sequence[str]) -> State:
             if not tensor.is_floating_point() or name.endswith(OF_THE_LAST):
                 sums[name] = tensor
             elif name in sums:
-                sums[name] += tensor.double()
+                sums[name] = sums[name] + tensor.double()  # not in place: tied ones in float64 are the same memory
             else:
                 sums[name] = tensor.double()
     last = state["model"]

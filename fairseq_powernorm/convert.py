@@ -13,6 +13,7 @@ import re
 from fnmatch import fnmatchcase
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type, Union
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -272,6 +273,7 @@ def _check_where(where: Where, names: Sequence[Sequence[str]], kinds: Tuple[Type
         raise ValueError(f"replace_norms: {there if where is None or not everything else f'where chooses none: {there}'}")
 
 
+@torch.inference_mode(mode=False)  # what is made here is trained later
 def replace_norms(
     model: nn.Module,
     norm: str = "power",

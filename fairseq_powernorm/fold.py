@@ -111,6 +111,7 @@ class FoldedNorm(Norm):
         refuse_loading()
 
 
+@torch.inference_mode(mode=False)  # what is made here may be differentiated later
 def fold_norms(model: nn.Module) -> nn.Module:
     """Fold the norms with running statistics of a model, in place, for inference.
 

@@ -98,7 +98,7 @@ def read(path: str) -> List[Row]:
     """
     if not os.path.isfile(path):
         raise ValueError(f"record {path!r}: no such file")
-    with open(path, encoding="utf-8") as stream:
+    with open(path, encoding="utf-8", errors="replace") as stream:
         lines = stream.readlines()
     rows = []
     for number, line in enumerate(lines, 1):

@@ -1,5 +1,6 @@
 """Modules that a model holds outside of its tree as well: in lists, dictionaries and attributes that torch does not see."""
 import functools
+from collections import deque
 from typing import Any, Dict, List, Optional, Set
 
 from torch import Tensor, nn
@@ -40,7 +41,11 @@ def _swapped(value: Any, new_of: Dict[int, nn.Module], seen: Set[int]) -> Any:
             found = _swapped(each, new_of, seen)
             if found is not each:
                 value[key] = found
-    elif isinstance(value, list):
+        if any(id(key) in new_of for key in value):
+            items = [(new_of.get(id(key), key), each) for key, each in value.items()]
+            value.clear()
+            value.update(items)
+    elif isinstance(value, (list, deque)):
         seen.add(id(value))
         for i, each in enumerate(value):
             found = _swapped(each, new_of, seen)
@@ -75,7 +80,7 @@ def bound(model: nn.Module, modules: Dict[int, str]) -> Optional[str]:
             left.extend((f"{type(value).__name__}.{name}", each) for name, each in vars(value).items())
         elif isinstance(value, dict):
             left.extend((where, each) for each in value.values())
-        elif isinstance(value, (list, tuple, set, frozenset)):
+        elif isinstance(value, (list, tuple, set, frozenset, deque)):
             left.extend((where, each) for each in value)
         elif isinstance(value, functools.partial):
             left.extend((where, each) for each in (value.func, *value.args, *value.keywords.values()))

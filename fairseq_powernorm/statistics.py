@@ -19,6 +19,7 @@ training step that is skipped leaves no trace. In a training loop of your own:
 """
 import re
 from contextlib import contextmanager
+from numbers import Real
 from typing import (
     Any,
     Callable,
@@ -38,6 +39,7 @@ from typing import (
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from .kernels import eager as kernel
 from .norms import RunningNorm, Stage, Sums, Switches
@@ -116,11 +118,15 @@ class RunningStatistics:
         self.batches = 0
         self.switches = Switches()
         kinds: Dict[Hashable, List[Tuple[str, RunningNorm]]] = {}
-        for name, norm in running_norms(model).items():
+        norms = running_norms(model)
+        short = {name: _WRAPPERS.sub("", name) for name in norms}
+        if len(set(short.values())) < len(short):  # "module" is a part of the model's own
+            short = {name: name for name in norms}
+        for name, norm in norms.items():
             if norm.stage is not None:
                 raise ValueError(f"{name}: RunningStatistics have taken this norm over already; release() them first")
             key = type(norm), norm.settings(), norm.iters.dtype, norm.iters.device
-            kinds.setdefault(key, []).append((_WRAPPERS.sub("", name), norm))
+            kinds.setdefault(key, []).append((short[name], norm))
         devices = {str(norm.iters.device): name for named in kinds.values() for name, norm in named}
         if len(devices) > 1:
             places = ", ".join(f"{name} on {device}" for device, name in devices.items())
@@ -139,7 +145,8 @@ class RunningStatistics:
         total = sum(n * (size + 1) for n, size in sizes)
         first = kinds[0][1][0].iters if kinds else torch.zeros(())
         dtype = kernel.sum_dtype(first)
-        self._batch, self._step = (torch.zeros(total, dtype=dtype, device=first.device) for _ in range(2))
+        with torch.inference_mode(mode=False):  # or no batch could be added to them outside of it
+            self._batch, self._step = (torch.zeros(total, dtype=dtype, device=first.device) for _ in range(2))
         allocated, start = [], 0
         for names, norms in kinds:
             parts = {}
@@ -187,9 +194,14 @@ class RunningStatistics:
             gradient_scale: factor of the loss that is differentiated (the loss scale of fp16 training)
 
         Raises:
-            RuntimeError: a batch is in progress already, or the sums of this step have been added up by :meth:`reduce`
+            RuntimeError: a batch is in progress already, the sums of this step have been added up by :meth:`reduce`, or a
+                norm has been released since, or taken over by others
+            ValueError: ``gradient_scale`` is neither a number nor a tensor of one
         """
         switches = self.switches
+        one = gradient_scale.numel() == 1 if isinstance(gradient_scale, Tensor) else isinstance(gradient_scale, Real)
+        if not one:
+            raise ValueError(f"gradient_scale={gradient_scale!r}: must be a number, or a tensor of one")
         if switches.open:
             raise RuntimeError("RunningStatistics.batch(): a batch is in progress already, here or in another thread")
         if self._calls is not None:
@@ -197,6 +209,13 @@ class RunningStatistics:
                 "RunningStatistics.batch(): the step has been reduced, and a second time would count its sums once for each "
                 "process: call reduce() after the last batch of a step, then commit() or discard()"
             )
+        for kind in self.kinds:
+            for name, norm in zip(kind.names, kind.norms):
+                if norm.stage is None or norm.stage.switches is not switches:
+                    raise RuntimeError(
+                        f"RunningStatistics.batch(): {name} is not in its charge any more (release(), or others have taken "
+                        "it over), or never was (a copy): make new RunningStatistics of the model"
+                    )
         switches.open, switches.counting, switches.gradient_scale = True, counts, gradient_scale
         self._forget_batch()
         try:
@@ -229,7 +248,15 @@ class RunningStatistics:
         Returns:
             name of a norm -> number of forward and backward passes of the step (over all processes) that were left
             out of its statistics because they were not finite; norms without any are not listed
+
+        Raises:
+            RuntimeError: a batch is in progress, whose sums would come too late
         """
+        if self.switches.open:
+            raise RuntimeError(
+                "RunningStatistics.reduce(): a batch is in progress, whose sums would count in the next step: call reduce() "
+                "and commit() after the 'with statistics.batch():' block"
+            )
         if self._calls is None:
             if self._shared:
                 dist.all_reduce(self._step, group=self._group)
@@ -323,7 +350,7 @@ class RunningStatistics:
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """``model(**batch)`` for a mapping, ``model(*batch)`` for a list or tuple, else ``model(batch)``.
+    """``model(**batch)`` for a mapping, ``model(*batch)`` for a list or tuple, else (or if it is packed) ``model(batch)``.
 
     Tensors are brought to the device of the model's first parameter.
     """
@@ -334,14 +361,17 @@ def call(model: nn.Module, batch: Any) -> Any:
             return value.to(device)
         if isinstance(value, Mapping):
             return {name: there(each) for name, each in value.items()}
+        if isinstance(value, PackedSequence):
+            return value.to(device)
         if isinstance(value, (list, tuple)):
-            return [there(each) for each in value]
+            items = [there(each) for each in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         return value
 
     batch = there(batch)
     if isinstance(batch, dict):
         return model(**batch)
-    return model(*batch) if isinstance(batch, list) else model(batch)
+    return model(*batch) if isinstance(batch, (list, tuple)) and not isinstance(batch, PackedSequence) else model(batch)
 
 
 @torch.no_grad()
@@ -374,10 +404,10 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.
     if not statistics.kinds:
         raise ValueError("no norm of the model has running statistics: there is nothing to estimate")
     statistics.switches.batch_statistics = True
-    model.train()
-    for norm in statistics.norms().values():
-        norm.train()
     try:
+        model.train()
+        for norm in statistics.norms().values():
+            norm.train()
         for batch in batches:
             with statistics.batch():
                 forward(model, batch)

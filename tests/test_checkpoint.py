@@ -138,6 +138,17 @@ def test_averaging_does_not_change_its_inputs_dtype(tmp_path):
     torch.testing.assert_close(value, torch.full((2,), 7 / 3, dtype=torch.float16))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tied_parameters_are_averaged_once(dtype, tmp_path):
+    """Two names of one memory have the average that each of them would have by itself."""
+    paths = []
+    for number in (1.0, 2.0):
+        tied = torch.full((2,), number, dtype=dtype)
+        paths.append(write(tmp_path / f"{number}.pt", {"a": tied, "b": tied}))
+    for value in checkpoint.average_checkpoints(paths)["model"].values():
+        assert value.tolist() == [1.5, 1.5]
+
+
 @pytest.mark.parametrize(
     "damage,message",
     [

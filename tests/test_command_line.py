@@ -121,6 +121,14 @@ def test_records_of_other_kinds(change, tmp_path):
             recorder.read(str(path))
 
 
+def test_a_record_that_is_no_text(tmp_path):
+    """Bytes that are no UTF-8 are no entry, and the message names the file."""
+    path = tmp_path / "record.jsonl"
+    path.write_bytes(b"\x89PNG\n")
+    with pytest.raises(ValueError, match="record '.*record.jsonl': line 1 is no entry of a record"):
+        recorder.read(str(path))
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is full")
 def test_no_place_for_output():
     """A closed standard output does no harm, one that is full or that nobody reads ends a command with one line, ^C too."""

@@ -2,6 +2,7 @@
 import copy
 import functools
 import pickle
+from collections import deque
 from typing import NamedTuple
 
 import pytest
@@ -12,6 +13,7 @@ from fairseq_powernorm.convert import replace_norms
 from fairseq_powernorm.fold import FoldedNorm, fold_norms
 from fairseq_powernorm.masks import attach_mask, padding_mask
 from fairseq_powernorm.norms import NORMS, LayerNorm, MaskedBatchNorm, PowerNorm, RMSNorm, RunningNorm, build_norm
+from fairseq_powernorm.statistics import RunningStatistics
 
 C, HEADS = 16, 4
 
@@ -357,13 +359,16 @@ class Holder(nn.Module):
         self.listed, self.named = [self.one, [self.other]], {"one": self.one, 3: (self.other, "text")}
         self.pair, self.several = Pair(self.one, self.other), frozenset([self.one, self.linear])
         self.__dict__["hidden"] = self.one
+        self.names, self.queue = {self.other: "other", self.linear: "linear"}, deque([self.linear, self.one])
         self.helpers = [nn.Sequential(self.other)]  # a module beside the tree
         self.listed.append(self.listed)  # which holds itself
         self.__dict__["extra"] = extra(self.one, self.other)
 
 
 def test_norms_beside_the_tree():
-    """Norms that a model also holds in lists, dictionaries, tuples, sets and attributes are the new ones there, too."""
+    """Norms that a model also holds in lists, dictionaries (as keys, too), tuples, sets, queues and attributes are the new
+    ones there, too.
+    """
     model = Holder()
     untouched = model.named[3][1], model.linear
     replace_norms(model, "power", where="one")
@@ -373,6 +378,28 @@ def test_norms_beside_the_tree():
     assert model.named["one"] is model.one and model.named[3] == (model.other, untouched[0])
     assert model.pair == Pair(model.one, model.other) and model.several == {model.one, untouched[1]}
     assert model.hidden is model.one and model.helpers[0][0] is model.other
+    assert model.names == {model.other: "other", untouched[1]: "linear"} and list(model.names)[0] is model.other
+    assert list(model.queue) == [untouched[1], model.one]
+
+
+def test_replaced_under_inference_mode():
+    """What is made there can be trained and, folded there, differentiated: nothing of it belongs to that mode."""
+    layer = nn.TransformerEncoderLayer(C, 2, 16, norm_first=True, batch_first=True, dropout=0.0)
+    with torch.inference_mode():
+        model, _ = replace_norms(nn.ModuleList([layer, ShiftedNorm()]), "power")
+        statistics = RunningStatistics(model)
+    x = torch.randn(2, 3, C)
+    with statistics.batch():
+        model[1](model[0](x)).sum().backward()
+    statistics.commit()
+    expected = model.eval()[0](x)
+    with torch.inference_mode():
+        fold_norms(model)
+    leaf = x.clone().requires_grad_()
+    y = model.requires_grad_(requires_grad=False)[0](leaf)
+    y.sum().backward()
+    torch.testing.assert_close(y, expected)
+    assert torch.isfinite(leaf.grad).all()
 
 
 @pytest.mark.parametrize(

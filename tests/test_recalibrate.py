@@ -1,6 +1,7 @@
 """Estimating running statistics anew: the function and the command."""
 import copy
 import re
+from collections import namedtuple
 
 import pytest
 import test_cli
@@ -8,6 +9,7 @@ import torch
 import toy
 from torch import nn
 
+from fairseq_powernorm.fold import refuse_training
 from fairseq_powernorm.norms import LayerNorm, MaskedBatchNorm, PowerNorm, PowerNormV, build_norm
 from fairseq_powernorm.statistics import recalibrate
 
@@ -97,6 +99,43 @@ def test_any_iterable_of_batches(kind):
         torch.testing.assert_close(model[1].running_mean, model[0](torch.cat(rows)).mean(0))
 
 
+Sizes = namedtuple("Sizes", "shift, scales")
+
+
+class Shifted(nn.Module):
+    """Takes a named tuple with a tuple in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = MaskedBatchNorm(C, groups=0)
+
+    def forward(self, x, sizes):
+        assert type(sizes.scales) is tuple
+        return self.norm(x * sizes.scales[0] + sizes.shift)
+
+
+class Packed(nn.Module):
+    """Takes a packed sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = MaskedBatchNorm(C, groups=0)
+
+    def forward(self, packed):
+        return self.norm(packed.data)
+
+
+def test_batches_with_tuples_in_them():
+    """Named tuples and tuples reach the model as what they are, and a packed sequence is one argument."""
+    rows = torch.randn(5, C)
+    model = Shifted()
+    recalibrate(model, [(rows, Sizes(torch.ones(C), (2.0,)))])
+    torch.testing.assert_close(model.norm.running_mean, 2 * rows.mean(0) + 1)
+    model = Packed()
+    recalibrate(model, [nn.utils.rnn.pack_sequence([rows])])
+    torch.testing.assert_close(model.norm.running_mean, rows.mean(0))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_norm_that_is_not_reached_keeps_its_statistics(kind):
     """Of a layer that no batch goes through nothing is known: to the last bit what was there."""
@@ -154,6 +193,10 @@ def test_bad_calls_are_named_and_change_nothing():
     with pytest.raises(ValueError, match="statistics of 1 are not finite"):
         recalibrate(model, [(x * float("nan"), mask) for x, mask in batches()], forward)
     assert torch.equal(model[1].running_phi, torch.ones(C, dtype=torch.float64)) and model[1].stage is None
+    model.train = refuse_training
+    with pytest.raises(RuntimeError, match="cannot be trained"):
+        recalibrate(model, batches(), forward)
+    assert model[1].stage is None
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The statistics engine at layer level, in float64: one step per training step, however the batch is cut."""
 import copy
 from datetime import timedelta
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -595,6 +596,55 @@ def test_norms_on_several_devices_are_refused():
         RunningStatistics(nn.Sequential(build_norm("power", C), build_norm("batch", C, device="meta")))
 
 
+def test_a_step_in_the_middle_of_a_batch_is_refused():
+    """Its sums would count in the next step; the batch, and the step after it, are as if nobody had asked."""
+    norm = KINDS["batch"]()
+    statistics = RunningStatistics(norm)
+    with statistics.batch():
+        norm(data(0)[0])
+        for step in (statistics.reduce, statistics.commit, statistics.replace):
+            with pytest.raises(RuntimeError, match=r"commit\(\) after the 'with statistics.batch\(\):' block"):
+                step()
+    statistics.commit()
+    assert norm.iters == 1
+
+
+@pytest.mark.parametrize("how", ["released", "copied"])
+def test_norms_that_are_in_nobodys_charge(how):
+    """Statistics that are released, or copied along with a model, say so, as their norms take their steps by themselves."""
+    norm = KINDS["batch"]()
+    statistics = RunningStatistics(norm)
+    if how == "copied":
+        norm, statistics = copy.deepcopy((norm, statistics))
+    else:
+        statistics.release()
+    with pytest.raises(RuntimeError, match="not in its charge"), statistics.batch():
+        pass
+    with RunningStatistics(norm).batch():
+        norm(data(0)[0])
+
+
+@pytest.mark.parametrize("scale", [None, "8", torch.ones(2)])
+def test_a_gradient_scale_is_one_number(scale):
+    """By name and value, before the batch."""
+    statistics = RunningStatistics(KINDS["reference"]())
+    with pytest.raises(ValueError, match="gradient_scale=.*: must be a number"), statistics.batch(gradient_scale=scale):
+        pass
+    assert not statistics.switches.open
+
+
+def test_a_part_that_is_called_module():
+    """Names lose what wrappers put before them, unless two norms would have the same."""
+    model = nn.Sequential(build_norm("power", C))
+    model.module = nn.Sequential(build_norm("power", C))
+    statistics = RunningStatistics(model)
+    assert list(statistics.norms()) == ["0", "module.0"]
+    with statistics.batch():
+        model(data(0)[0].float())
+    assert statistics.passes() == {"0": 1.0, "module.0": 1.0}
+    assert list(RunningStatistics(nn.DataParallel(nn.Sequential(build_norm("power", C)))).norms()) == ["0"]
+
+
 def test_classes_of_one_name_are_kept_apart():
     """Two classes whose norms print alike and step otherwise: each by its own rule, however they are arranged."""
 
@@ -642,15 +692,28 @@ def test_a_backward_pass_outside_of_its_batch_is_refused(kind):
         loss.backward()
 
 
-def test_settings_that_are_numbers_of_numpy_keep_norms_apart():
+def test_settings_that_are_no_numbers_of_python_keep_norms_apart():
     """Norms that differ in such a number only take the steps of their own: the same as with Python's numbers."""
     found = []
-    for number in (np.float32, float):
-        model = nn.Sequential(*(MaskedBatchNorm(2, alpha_fwd=number(alpha)) for alpha in (0.25, 0.75)))
+    for number in (np.float32, torch.tensor, Fraction, float):
+        model = nn.Sequential(*(MaskedBatchNorm(2) for _ in range(2)))
+        for norm, alpha in zip(model, (0.25, 0.75)):
+            norm.alpha_fwd = number(alpha)
         statistics = RunningStatistics(model)
         with statistics.batch():
             model(torch.arange(8.0).view(4, 2))
         statistics.commit()
         found.append([norm.running_mean for norm in model])
-    for one, other in zip(*found):
-        torch.testing.assert_close(one, other)
+    for each in found[:-1]:
+        torch.testing.assert_close(each, found[-1])
+
+
+def test_a_gradient_scale_of_each_batch_is_not_kept():
+    """A loop that weights each micro-batch otherwise takes no more memory the longer it runs."""
+    norm = KINDS["reference"]()
+    statistics, sizes = RunningStatistics(norm), set()
+    for scale in (1.0, 0.5, 0.25, 0.125):
+        with statistics.batch(gradient_scale=scale):
+            norm(data(0)[0]).sum().backward()
+        sizes.add(len(norm._constants))
+    assert len(sizes) == 1

@@ -1,5 +1,5 @@
 """Normalization by statistics of the batch, with its exact gradient: PN-V and batch normalization."""
-from typing import Any, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -172,15 +172,11 @@ def _eager_backward(
     return grad_x, None if weight is None else grad_c_sum * inv, grad_sum if wanted[2] else None
 
 
-def _finite_padding(
-    valid: Tensor, u: Tensor, grad: Tensor, r: Optional[Tensor]
-) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
-    """See :func:`.eager.finite_padding`; ``r`` is the root of the layer scale, if there is one."""
-    if r is None:
-        u, grad = eager.finite_padding(valid, u, grad)
-        return u, grad, None
-    u, grad, root = eager.finite_padding(valid, u, grad, r)
-    return u, grad, root
+def _finite_padding(valid: Tensor, *rows: Optional[Tensor]) -> List[Any]:
+    """The given tensors (``N x ...``, or None) with those padded rows zeroed in which any of them is not finite."""
+    finite = torch.stack([torch.isfinite(each).all(1) for each in rows if each is not None]).all(0)
+    bad = valid.logical_or(finite).logical_not().unsqueeze(1)
+    return [None if each is None else each.masked_fill(bad, 0) for each in rows]
 
 
 def _formula_backward(
@@ -391,7 +387,7 @@ def batch_norm_formula(
     rows = x.reshape(-1, x.size(-1)).to(dtype)
     row_valid = None if valid is None else valid.unsqueeze(1)
     if row_valid is not None:
-        bad = row_valid.logical_or(torch.isfinite(rows).all(1, keepdim=True)).logical_not()
+        bad = row_valid.logical_or(torch.isfinite(rows.square()).all(1, keepdim=True)).logical_not()
         rows = rows.masked_fill(bad, 0.0)
     u = eager.layer_scale(rows, spec.groups)
     positions = u.new_full((), u.size(0))

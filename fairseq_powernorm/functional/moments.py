@@ -12,7 +12,7 @@ class Moments(NamedTuple):
     """Rows after the layer scale, and their statistics.
 
     Attributes:
-        u: ``... x C``, in the precision of the computation; padded rows that were not finite are zero
+        u: ``... x C``, in the precision of the computation; padded rows whose squares were not finite are zero
         valid: ``... x 1`` bool, False marks padding; None if there is none
         own: scalar, number of this process's rows that count
         total: scalar, that of all processes that share the batch
@@ -65,7 +65,7 @@ def scaled_rows(x: Tensor, valid: Optional[Tensor], groups: int) -> Tuple[Tensor
     rows = x.to(eager.compute_dtype(x))
     column = None if valid is None else valid.view(*x.shape[:-1], 1)
     if column is not None:
-        finite = torch.isfinite(rows).all(-1, keepdim=True)
+        finite = torch.isfinite(rows.square()).all(-1, keepdim=True)
         rows = rows.masked_fill(column.logical_or(finite).logical_not(), 0.0)
     return eager.layer_scale(rows, groups), column
 

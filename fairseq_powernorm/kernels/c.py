@@ -133,6 +133,8 @@ def _check(status: int) -> None:
 
 def _shape(x: Tensor, groups: int) -> Tuple[int, int, int, int, int]:
     channels = x.size(-1)
+    if groups < 0 or (groups > 0 and channels % groups):
+        raise ValueError(f"groups={groups}: must be 0 (no layer scale) or divide the {channels} channels")
     return _DTYPES[x.dtype], x.numel() // channels if channels else 0, channels, groups, torch.get_num_threads()
 
 

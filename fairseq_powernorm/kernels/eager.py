@@ -4,7 +4,7 @@ Notation as in :mod:`.interface`. Everything is computed in float32, or in float
 are kept for the backward pass: ``u`` and ``z`` are cheaper to recompute than to store.
 """
 import math
-from typing import Iterator, List, NamedTuple, Optional, Tuple
+from typing import Iterator, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -79,7 +79,9 @@ def layer_scale(x: Tensor, groups: int, eps: float = LAYER_SCALE_EPS) -> Tensor:
         tensor of ``x``'s shape and dtype
     """
     rows = x.reshape(-1, x.size(-1))
-    return scale_rows(rows, layer_scale_rsqrt(rows, groups, eps)).view(x.shape)
+    # not by layer_scale_rsqrt: the Euclidean norm has no second derivative at zero
+    r = torch.rsqrt(_by_group(rows, groups).square().mean(-1) + eps) if groups else None
+    return scale_rows(rows, r).view(x.shape)
 
 
 def scale_rows_backward(grad_u: Tensor, u: Tensor, r: Optional[Tensor], spare: Optional[Tensor] = None) -> Tensor:
@@ -119,13 +121,6 @@ def masked_column_sum(q: Tensor, valid: Optional[Tensor]) -> Tensor:
 def mask_rows_(q: Tensor, valid: Optional[Tensor]) -> Tensor:
     """Zero the rows of ``q`` (in place) where ``valid`` (``N``, bool) is False, whatever stood there."""
     return q if valid is None else q.masked_fill_(valid.logical_not().unsqueeze(1), 0)
-
-
-def finite_padding(valid: Tensor, *rows: Tensor) -> List[Tensor]:
-    """The given tensors (``N x ...``) with those padded rows zeroed in which any of them is not finite."""
-    finite = torch.stack([torch.isfinite(each).all(1) for each in rows]).all(0)
-    bad = valid.logical_or(finite).logical_not().unsqueeze(1)
-    return [each.masked_fill(bad, 0) for each in rows]
 
 
 def row_count(q: Tensor, valid: Optional[Tensor]) -> Tensor:

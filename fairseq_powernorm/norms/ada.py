@@ -1,4 +1,5 @@
 """AdaNorm: centred and divided, scaled by how far a channel stands out, nothing to learn."""
+from functools import partial
 from typing import Optional
 
 import torch
@@ -34,6 +35,12 @@ class AdaNorm(RowNorm):
         ValueError: an argument is outside its range; or ``forward`` is given an input or a mask that does not fit
     """
 
+    CHECKS = {
+        **RowNorm.CHECKS,
+        **dict.fromkeys(("eps", "scale"), partial(check_number, above=0.0)),
+        "k": partial(check_number, least=0.0),
+    }
+
     def __init__(
         self,
         dim: int,
@@ -48,9 +55,6 @@ class AdaNorm(RowNorm):
     ):
         if dim == 1:
             raise ValueError("dim=1: must be 2 or more, as one channel has no unbiased standard deviation")
-        check_number("eps", eps, above=0.0)
-        check_number("scale", scale, above=0.0)
-        check_number("k", k, least=0.0)
         super().__init__(dim, {}, batch_first=batch_first, layout=layout, device=device, dtype=dtype)
         self.eps = eps
         self.scale = scale

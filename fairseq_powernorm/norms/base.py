@@ -2,6 +2,7 @@
 import copy
 import numbers
 import threading
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Callable, Dict, Hashable, Mapping, Optional, Tuple, Union
 
@@ -20,7 +21,6 @@ from .staging import Stage, Sums
 
 State = Mapping[str, Tensor]
 Device = Union[torch.device, str, int, None]
-
 
 
 def _widened(value: Tensor) -> Tensor:
@@ -51,6 +51,7 @@ class RunningNorm(Norm):
         ValueError: an argument is outside its range, or ``groups`` does not divide ``dim``
     """
 
+    CHECKS = {**Norm.CHECKS, "eps": partial(check_number, least=0.0), "alpha_fwd": check_interval}
     #: names of the sums over rows that a batch yields, by part: what ``advance`` and ``describe`` take
     SUMS: Mapping[str, Tuple[str, ...]] = {"forward": (), "backward": ()}
     #: buffers -> their values at the beginning
@@ -86,13 +87,6 @@ class RunningNorm(Norm):
     ):
         super().__init__(dim, batch_first=batch_first, layout=layout)
         check_dim(dim)
-        check_number("eps", eps, least=0.0)
-        check_interval("alpha_fwd", alpha_fwd)
-        if not is_count(groups) or (groups > 0 and dim % groups):
-            divisors = [g for g in range(1, dim + 1) if dim % g == 0]
-            raise ValueError(
-                f"groups={groups!r}: must be 0 (no layer scale) or divide the {dim} channels, one of {divisors}"
-            )
         self.eps = eps
         self.alpha_fwd = alpha_fwd
         self.groups = groups
@@ -171,12 +165,20 @@ class RunningNorm(Norm):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As in any norm; a setting that has changed is no part of what was prepared for calls."""
-        if name == "variant":
-            check_choice(name, value, getattr(self, "VARIANTS", (value,)))
         was_setting = isinstance(vars(self).get(name), (numbers.Number, str))
         if (was_setting or not isinstance(value, Tensor)) and not name.startswith("_"):
             self.__dict__["_constants"] = {}
         super().__setattr__(name, value)
+
+    def _check_setting(self, name: str, value: Any) -> None:
+        if name == "groups" and (not is_count(value) or (value > 0 and self.dim % value)):
+            divisors = [g for g in range(1, self.dim + 1) if self.dim % g == 0]
+            raise ValueError(
+                f"groups={value!r}: must be 0 (no layer scale) or divide the {self.dim} channels, one of {divisors}"
+            )
+        if name == "variant":
+            check_choice(name, value, getattr(self, "VARIANTS", (value,)))
+        super()._check_setting(name, value)
 
     def _arriving(self, name: str, value: Tensor) -> Tensor:
         """A statistic is widened to float32; one in place of a meta tensor may still be without a value."""
@@ -220,7 +222,7 @@ class RunningNorm(Norm):
             loaded = state_dict.get(prefix + name)
             if isinstance(loaded, Tensor):
                 # the authors' code stores (1, C, 1, 1) and (1,)
-                if loaded.shape != buffer.shape and loaded.numel() == buffer.numel():
+                if [size for size in loaded.shape if size != 1] == [size for size in buffer.shape if size != 1]:
                     loaded = loaded.reshape(buffer.shape)
                 state_dict[prefix + name] = _widened(loaded)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -1,4 +1,5 @@
 """Batch Renormalization: ``BatchRenorm``."""
+from functools import partial
 from typing import Dict, Optional
 
 import torch
@@ -51,6 +52,12 @@ class BatchRenorm(FormulaNorm):
         ValueError: an argument is outside its range, or ``groups`` does not divide ``dim``
     """
 
+    CHECKS = {
+        **FormulaNorm.CHECKS,
+        "r_max": partial(check_number, least=1.0),
+        "d_max": partial(check_number, least=0.0),
+        **dict.fromkeys(("warmup_updates", "r_updates", "d_updates"), check_updates),
+    }
     STATISTICS = {"running_mean": 0.0, "running_std": 1.0}
     STEPS = {"forward": ("iters", "running_mean", "running_std"), "backward": ()}
     MOMENT = "running_std"
@@ -77,9 +84,6 @@ class BatchRenorm(FormulaNorm):
         device: Device = None,
         dtype: Optional[torch.dtype] = None,
     ):
-        check_updates(warmup_updates=warmup_updates, r_updates=r_updates, d_updates=d_updates)
-        check_number("r_max", r_max, least=1.0)
-        check_number("d_max", d_max, least=0.0)
         super().__init__(
             dim, eps=eps, alpha_fwd=alpha_fwd, groups=groups, affine=affine, batch_first=batch_first,
             layout=layout, device=device, dtype=dtype,

@@ -1,10 +1,13 @@
 """Checks of what norms are built with and called with; each raises ValueError, which says what is valid."""
 import math
 import numbers
-from typing import Any, Collection
+from typing import Any, Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
+
+#: settings of a norm -> what raises ValueError for a value that one cannot have, given its name and the value
+Checks = Mapping[str, Callable[[str, Any], None]]
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -15,6 +18,15 @@ MOST = 2**53
 def is_count(value: Any, *, least: int = 0) -> bool:
     """Is this a whole number, and neither too small nor too large to be counted to?"""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= int(value) < MOST
+
+
+def plain_number(value: Any) -> Any:
+    """A number or bool of NumPy's, a fraction or the like as Python's own; what is none stays as it is."""
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        return value.item()
+    if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    return value
 
 
 def _is_number(value: Any) -> bool:
@@ -40,11 +52,16 @@ def check_number(name: str, value: float, *, least: float = -math.inf, above: fl
         raise ValueError(f"{name}={value!r}: must be a finite number{limit}")
 
 
-def check_updates(**options: int) -> None:
+def check_updates(name: str, value: int) -> None:
     """Raise ValueError for a number of steps that is not zero or positive."""
-    for name, value in options.items():
-        if not is_count(value):
-            raise ValueError(f"{name}={value!r}: must be zero or a positive number of steps")
+    if not is_count(value):
+        raise ValueError(f"{name}={value!r}: must be zero or a positive number of steps")
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Raise ValueError for anything but a bool."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}: must be True or False")
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:

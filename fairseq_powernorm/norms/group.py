@@ -1,5 +1,6 @@
 """The norms over the channel groups of a row: ``GroupScaleNorm`` (PN's layer scale, alone) and ``GroupNorm``."""
-from typing import Optional
+from functools import partial
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -8,12 +9,16 @@ from torch import Tensor
 from .. import kernels
 from ..kernels.interface import LAYER_SCALE_EPS
 from .base import Device
-from .checks import check_dim, check_number, is_count
+from .checks import check_number, is_count
 from .row import RowNorm, weight_and_bias
 
 
 class _Grouped(RowNorm):
     """Base of both: groups, ``weight`` and ``bias``."""
+
+    CHECKS = {**RowNorm.CHECKS, "eps": partial(check_number, above=0.0)}
+    #: fewest channels in a group
+    SMALLEST = 1
 
     def __init__(
         self,
@@ -21,19 +26,12 @@ class _Grouped(RowNorm):
         *,
         eps: float,
         groups: int,
-        smallest: int,
         affine: bool,
         batch_first: bool,
         layout: Optional[str],
         device: Device,
         dtype: Optional[torch.dtype],
     ):
-        check_dim(dim)
-        check_number("eps", eps, above=0.0)
-        if not is_count(groups, least=1) or dim % groups or dim // groups < smallest:
-            valid = [g for g in range(1, dim // smallest + 1) if dim % g == 0]
-            size = f" into groups of {smallest} or more" if smallest > 1 else ""
-            raise ValueError(f"groups={groups!r}: must divide the {dim} channels{size}, one of {valid}")
         super().__init__(
             dim, weight_and_bias(dim, affine=affine), batch_first=batch_first, layout=layout, device=device, dtype=dtype
         )
@@ -47,6 +45,14 @@ class _Grouped(RowNorm):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, eps={self.eps}, groups={self.groups}, affine={self.weight is not None}"
+
+    def _check_setting(self, name: str, value: Any) -> None:
+        smallest = self.SMALLEST
+        if name == "groups" and (not is_count(value, least=1) or self.dim % value or self.dim // value < smallest):
+            valid = [g for g in range(1, self.dim // smallest + 1) if self.dim % g == 0]
+            size = f" into groups of {smallest} or more" if smallest > 1 else ""
+            raise ValueError(f"groups={value!r}: must divide the {self.dim} channels{size}, one of {valid}")
+        super()._check_setting(name, value)
 
     def _by_group(self, u: Tensor) -> Tensor:
         """``... x C`` -> ``... x groups x C / groups``"""
@@ -89,7 +95,7 @@ class GroupScaleNorm(_Grouped):
         dtype: Optional[torch.dtype] = None,
     ):
         super().__init__(
-            dim, eps=eps, groups=groups, smallest=1, affine=affine, batch_first=batch_first, layout=layout, device=device,
+            dim, eps=eps, groups=groups, affine=affine, batch_first=batch_first, layout=layout, device=device,
             dtype=dtype,
         )  # fmt: skip
 
@@ -126,6 +132,8 @@ class GroupNorm(_Grouped):
         ValueError: an argument is outside its range; or ``forward`` is given an input or a mask that does not fit
     """
 
+    SMALLEST = 2
+
     def __init__(
         self,
         dim: int,
@@ -139,7 +147,7 @@ class GroupNorm(_Grouped):
         dtype: Optional[torch.dtype] = None,
     ):
         super().__init__(
-            dim, eps=eps, groups=groups, smallest=2, affine=affine, batch_first=batch_first, layout=layout, device=device,
+            dim, eps=eps, groups=groups, affine=affine, batch_first=batch_first, layout=layout, device=device,
             dtype=dtype,
         )  # fmt: skip
 

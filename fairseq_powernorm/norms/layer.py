@@ -2,7 +2,8 @@
 
 They take a padding mask as the others do, check it, and do not need it.
 """
-from typing import Optional
+from functools import partial
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,14 @@ from torch import Tensor, nn
 
 from .. import kernels
 from .base import Device
+from .checks import check_dim, check_number
 from .layouts import Norm
+
+
+def _check_eps(name: str, value: Any) -> None:
+    """Raise ValueError for an eps that torch's RMSNorm cannot have; None is the smallest step of the input's dtype."""
+    if value is not None:
+        check_number(name, value, least=0.0)
 
 
 class LayerNorm(Norm, nn.LayerNorm):
@@ -24,8 +32,10 @@ class LayerNorm(Norm, nn.LayerNorm):
         device, dtype: of the parameters
 
     Raises:
-        ValueError: ``forward`` is given a padding mask that does not fit
+        ValueError: an argument is outside its range; or ``forward`` is given a padding mask that does not fit
     """
+
+    CHECKS = {**Norm.CHECKS, "eps": partial(check_number, least=0.0)}
 
     def __init__(
         self,
@@ -38,6 +48,7 @@ class LayerNorm(Norm, nn.LayerNorm):
         device: Device = None,
         dtype: Optional[torch.dtype] = None,
     ):
+        check_dim(dim)
         super().__init__(
             dim, batch_first=batch_first, layout=layout, normalized_shape=dim, eps=eps, elementwise_affine=affine,
             device=device, dtype=dtype,
@@ -60,8 +71,10 @@ class RMSNorm(Norm, nn.RMSNorm):
         device, dtype: of the parameters
 
     Raises:
-        ValueError: ``forward`` is given a padding mask that does not fit
+        ValueError: an argument is outside its range; or ``forward`` is given a padding mask that does not fit
     """
+
+    CHECKS = {**Norm.CHECKS, "eps": _check_eps}
 
     def __init__(
         self,
@@ -74,6 +87,7 @@ class RMSNorm(Norm, nn.RMSNorm):
         device: Device = None,
         dtype: Optional[torch.dtype] = None,
     ):
+        check_dim(dim)
         super().__init__(
             dim, batch_first=batch_first, layout=layout, normalized_shape=dim, eps=eps, elementwise_affine=affine,
             device=device, dtype=dtype,

@@ -1,4 +1,6 @@
 """Where the channels of an input are: ``Norm``, the base of every norm."""
+import numbers
+from functools import partial
 from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple
 
 import torch
@@ -6,7 +8,7 @@ from torch import Tensor, nn
 
 from ..kernels.interface import PLAIN
 from . import loading
-from .checks import check_choice, check_dense
+from .checks import Checks, check_choice, check_dense, plain_number
 from .masks import check_mask
 
 CHANNELS_FIRST = "channels_first"
@@ -56,6 +58,8 @@ class Norm(nn.Module):
         ValueError: ``layout`` is unknown or contradicts ``batch_first``; or ``forward`` is given what does not fit
     """
 
+    #: setting -> the check of its values, whenever it is set
+    CHECKS: Checks = {"layout": partial(check_choice, choices=LAYOUTS)}
     #: does ``_normalize`` take rows whose channels are not adjacent, and give its output in the layout of the norm?
     OWN_LAYOUT = False
     if TYPE_CHECKING:  # torch.jit.script would read annotations that are there
@@ -99,18 +103,24 @@ class Norm(nn.Module):
                 nn.init.constant_(parameter, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As in any module, but numbers of NumPy become Python's, which C++ and caches take for what they are; and a tensor
-        that a loader puts here without a value begins as in a new norm.
+        """As in any module, but settings are checked, and their numbers become Python's, which C++ and caches take for what
+        they are; and a tensor that a loader puts here without a value begins as in a new norm.
         """
-        if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        if isinstance(value, Tensor) and isinstance(vars(self).get(name), numbers.Number) and value.numel() == 1:
             value = value.item()
-        if name == "layout":
-            check_choice(name, value, LAYOUTS)
+        value = plain_number(value)
+        self._check_setting(name, value)
         if name == loading.MARK:
             loading.begin_unwritten(self)
         elif isinstance(value, Tensor) and (name in self._parameters or name in self._buffers):
             value = self._arriving(name, value)
         super().__setattr__(name, value)
+
+    def _check_setting(self, name: str, value: Any) -> None:
+        """Raise ValueError for a value that the setting ``name`` cannot have."""
+        check = self.CHECKS.get(name)
+        if check is not None:
+            check(name, value)
 
     def _arriving(self, name: str, value: Tensor) -> Tensor:
         """What ``value`` becomes as the parameter or buffer ``name``."""

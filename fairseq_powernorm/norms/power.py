@@ -9,7 +9,7 @@ from .. import functional, operators
 from ..kernels import choose, choose_for_step, eager, memory
 from ..kernels.interface import OwnStep, PowerNormSpec, StepSpec
 from .base import Device, RunningNorm, State
-from .checks import check_choice, check_interval, check_updates
+from .checks import check_interval, check_updates
 from .distances import discrepancy, size_of
 from .recomputation import Recomputations, inside_backward, recomputable
 from .staging import Sums
@@ -106,6 +106,7 @@ class PowerNorm(SecondMomentNorm):
     without a valid row leaves psi^2 as it is, and values that are not finite enter neither psi^2 nor nu.
     """
 
+    CHECKS = {**SecondMomentNorm.CHECKS, "alpha_bkw": check_interval, "warmup_updates": check_updates}
     SUMS = {"forward": ("u^2",), "backward": ("weight * dy * z", "z^2")}
     VARIANTS = VARIANTS
     STATISTICS = {"running_phi": 1.0, "ema_gz": 0.0}
@@ -132,9 +133,6 @@ class PowerNorm(SecondMomentNorm):
         device: Device = None,
         dtype: Optional[torch.dtype] = None,
     ):
-        check_interval("alpha_bkw", alpha_bkw)
-        check_updates(warmup_updates=warmup_updates)
-        check_choice("variant", variant, VARIANTS)
         super().__init__(
             dim, eps=eps, alpha_fwd=alpha_fwd, groups=groups, affine=affine, batch_first=batch_first,
             layout=layout, device=device, dtype=dtype,
@@ -198,9 +196,10 @@ class PowerNorm(SecondMomentNorm):
         if switches is not None:
             if isinstance(switches.gradient_scale, Tensor):
                 return self._spec().at(steps)
-            kind += switches.counting, switches.gradient_scale, switches.batch_statistics
+            kind += switches.counting, switches.batch_statistics
+        scale = 1.0 if switches is None else switches.gradient_scale
         known: Optional[PowerNormSpec] = self._constants.get(kind)
-        if known is None:
+        if known is None or known.gradient_scale != scale:  # one is kept, as each batch may have another scale
             known = self._constants[kind] = self._spec().at(steps)
         return known
 

@@ -1,5 +1,5 @@
 """From LayerNorm to batch normalization in the course of the training: ``ProgressiveBatchNorm``."""
-from typing import Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -74,11 +74,6 @@ class ProgressiveBatchNorm(FormulaNorm):
         device: Device = None,
         dtype: Optional[torch.dtype] = None,
     ):
-        if total_updates is None or not is_count(total_updates, least=1):
-            raise ValueError(
-                f"total_updates={total_updates!r}: must be the number of training steps after which LayerNorm is gone, 1 or "
-                "more; in fairseq --norm-total-updates or --max-update, if there is one, says it for all norms"
-            )
         check_number("alpha", alpha)
         super().__init__(
             dim, eps=eps, alpha_fwd=alpha_fwd, groups=groups, affine=affine, batch_first=batch_first,
@@ -92,6 +87,14 @@ class ProgressiveBatchNorm(FormulaNorm):
                 parameter = nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) if affine else None
                 self.register_parameter(name, parameter)
         self.reset_parameters()
+
+    def _check_setting(self, name: str, value: Any) -> None:
+        if name == "total_updates" and not is_count(value, least=1):
+            raise ValueError(
+                f"total_updates={value!r}: must be the number of training steps after which LayerNorm is gone, 1 or "
+                "more; in fairseq --norm-total-updates or --max-update, if there is one, says it for all norms"
+            )
+        super()._check_setting(name, value)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, total_updates={self.total_updates}, alpha={self.first_alpha}"

@@ -1,5 +1,6 @@
 """Regularized batch normalization, ``RegularizedBatchNorm``, and its penalty on the loss, ``penalty``."""
 import weakref
+from functools import partial
 from typing import Any, Dict, List, Optional
 
 import torch
@@ -137,6 +138,7 @@ class RegularizedBatchNorm(FormulaNorm):
             not been called since the last pass
     """
 
+    CHECKS = {**FormulaNorm.CHECKS, **dict.fromkeys(("p_mean", "p_var"), partial(check_number, least=0.0))}
     STATISTICS = {"running_mean": 0.0, "running_var": 1.0}
     STEPS = {"forward": ("iters", "running_mean", "running_var"), "backward": ()}
     ROOT = "clamped"
@@ -159,8 +161,6 @@ class RegularizedBatchNorm(FormulaNorm):
         device: Device = None,
         dtype: Optional[torch.dtype] = None,
     ):
-        check_number("p_mean", p_mean, least=0.0)
-        check_number("p_var", p_var, least=0.0)
         super().__init__(
             dim, eps=eps, alpha_fwd=alpha_fwd, groups=groups, affine=affine, batch_first=batch_first,
             layout=layout, device=device, dtype=dtype,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Device
-from .checks import check_dense, check_dim, check_dtype
+from .checks import check_dense, check_dim, check_dtype, plain_number
 from .layouts import Norm
 
 
@@ -51,7 +51,7 @@ class RowNorm(Norm):
     ):
         super().__init__(dim, batch_first=batch_first, layout=layout)
         check_dim(dim)
-        self._initial = {name: value for name, (_, value) in parameters.items()}
+        self._initial = {name: plain_number(value) for name, (_, value) in parameters.items()}
         with torch.inference_mode(mode=False):  # or they could never be trained
             for name, (size, _) in parameters.items():
                 new = nn.Parameter(torch.empty(size, device=device, dtype=dtype)) if size else None

@@ -1,4 +1,5 @@
 """ScaleNorm: a row divided by its length, times one number that is learned."""
+from functools import partial
 from typing import Optional
 
 import torch
@@ -26,6 +27,8 @@ class ScaleNorm(RowNorm):
         ValueError: an argument is outside its range; or ``forward`` is given an input or a mask that does not fit
     """
 
+    CHECKS = {**RowNorm.CHECKS, "eps": partial(check_number, above=0.0)}
+
     def __init__(
         self,
         dim: int,
@@ -38,7 +41,6 @@ class ScaleNorm(RowNorm):
         dtype: Optional[torch.dtype] = None,
     ):
         check_dim(dim)
-        check_number("eps", eps, above=0.0)
         # one element, not a scalar, which sharding does not take
         parameters = {"weight": (1 if affine else 0, dim**0.5)}
         super().__init__(dim, parameters, batch_first=batch_first, layout=layout, device=device, dtype=dtype)

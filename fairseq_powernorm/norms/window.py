@@ -8,7 +8,7 @@ from .. import functional
 from ..functional.moments import count_rows, scaled_rows, sum_rows
 from ..kernels import eager
 from .base import Device, State
-from .checks import check_interval, check_updates, is_count
+from .checks import check_flag, check_interval, check_updates, is_count
 from .distances import discrepancy, size_of
 from .formula import FormulaNorm
 from .staging import Sums
@@ -52,6 +52,7 @@ class WindowNorm(FormulaNorm):
     GEOMETRIC = False
     #: does ``r`` multiply the output, or the gradients only?
     RESCALE = True
+    CHECKS = {**FormulaNorm.CHECKS, **dict.fromkeys(("warmup_updates", "rescale_after"), check_updates)}
     MEAN = None
     STATISTICS = {"running_var": 1.0, "window_m2": 0.0, "window_gz": 0.0}
     STEPS = {"forward": ("iters", "running_var", "window_m2"), "backward": ("window_gz",)}
@@ -66,7 +67,6 @@ class WindowNorm(FormulaNorm):
     def __init__(self, dim: int, *, window: int, warmup_updates: int, rescale_after: int, **options: Any):
         if not is_count(window, least=1):
             raise ValueError(f"window={window!r}: must be 1 or more steps")
-        check_updates(warmup_updates=warmup_updates, rescale_after=rescale_after)
         super().__init__(dim, windows={"window_m2": window, "window_gz": window}, **options)
         self.window = window
         self.warmup_updates = warmup_updates
@@ -77,6 +77,20 @@ class WindowNorm(FormulaNorm):
             f"{super().extra_repr()}, window={self.window}, warmup_updates={self.warmup_updates}, "
             f"rescale_after={self.rescale_after}"
         )
+
+    def _check_setting(self, name: str, value: Any) -> None:
+        if name == "window" and not (is_count(value) and value == self.windows["window_m2"]):
+            steps = self.windows["window_m2"]
+            raise ValueError(f"window={value!r}: must stay {steps}, the number of steps in its buffers; or build a new norm")
+        super()._check_setting(name, value)
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """A state_dict of another norm, loaded with ``strict=False``, may have the steps and no window of them."""
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        has_window, *others = (prefix + name in state_dict for name in ("window_m2", "iters", "running_var"))
+        if all(others) and not has_window and not self.running_var.is_meta:
+            with torch.no_grad():
+                self.window_m2.copy_(self.running_var)  # zeros would draw the mean over the window to zero
 
     @property
     def SUMS(self) -> Mapping[str, Tuple[str, ...]]:  # type: ignore[override]
@@ -322,6 +336,9 @@ class UnifiedNorm(WindowNorm):
 
     GEOMETRIC = True
     RESCALE = False
+    CHECKS = {
+        **WindowNorm.CHECKS, "alpha_bkw": check_interval, "filter_outliers": check_flag, "masked": check_flag
+    }
     STATISTICS = {**WindowNorm.STATISTICS, "ema_gz": 0.0}
     STEPS = {**WindowNorm.STEPS, "backward": ("window_gz", "ema_gz")}
 
@@ -346,7 +363,6 @@ class UnifiedNorm(WindowNorm):
         device: Device = None,
         dtype: Optional[torch.dtype] = None,
     ):
-        check_interval("alpha_bkw", alpha_bkw)
         super().__init__(
             dim, eps=eps, alpha_fwd=alpha_fwd, window=window, warmup_updates=warmup_updates, rescale_after=rescale_after,
             groups=groups, affine=affine, batch_first=batch_first, layout=layout, device=device, dtype=dtype,

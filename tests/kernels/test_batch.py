@@ -149,6 +149,20 @@ def test_rows_that_do_not_count(kind, in_python):
                 assert_near(got, want, 4e-6)
 
 
+@pytest.mark.parametrize("in_python", [False, True], ids=["C++", "Python"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_that_is_very_large(kind, in_python):
+    """Its own gradient is what arrives, times the scale: nothing that would be infinite is taken times zero."""
+    x, dy, *_ = inputs((6, 1, 16))
+    mask = torch.tensor([[False] * 4 + [True] * 2])
+    x[4:], dy[4:] = 1e38, 0.0
+    x[:4] *= 1e-3  # so that the statistics' gradient is large
+    with native.in_python() if in_python else contextlib.nullcontext():
+        norm, leaf = build_norm(kind, 16, groups=0), x.clone().requires_grad_()
+        norm(leaf, mask).backward(dy)
+    assert torch.isfinite(leaf.grad[:4]).all() and (leaf.grad[4:] == 0.0).all()
+
+
 class Slow(MaskedBatchNorm):
     """A rule of its own for the running mean."""
 

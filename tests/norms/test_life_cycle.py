@@ -3,6 +3,7 @@ import copy
 import io
 import pickle
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -317,8 +318,45 @@ def test_what_is_no_count_is_refused(name, option, value):
         NORMS[name](C, **{**REQUIRED.get(name, {}), option: value})
 
 
+@pytest.mark.parametrize("name", NORMS)
+def test_settings_that_are_set_later_are_checked(name):
+    """As those of the constructor are: what is refused leaves the old value, and no kernel ever sees it."""
+    norm = new(name)
+    options = {*norm.CHECKS, *COUNTS, "variant"} & vars(norm).keys()
+    assert {"layout"} <= options and (hasattr(norm, "eps") <= ("eps" in options))
+    for option in options:
+        before = getattr(norm, option)
+        for value in ("typo", float("nan"), -1, C + 1 if option == "groups" else torch.ones(2)):
+            with pytest.raises(ValueError, match=f"{option}=.*: must"):
+                setattr(norm, option, value)
+        assert getattr(norm, option) == before
+
+
+def test_a_window_of_another_shape_is_refused():
+    """One that was saved as C x W has as many values, which would be those of other channels."""
+    norm = new("mabn:window=4", dim=8)
+    state = {**norm.state_dict(), "window_m2": torch.arange(32.0).view(8, 4)}
+    with pytest.raises(RuntimeError, match="size mismatch for window_m2"):
+        norm.load_state_dict(state)
+    norm.load_state_dict({**state, "window_m2": state["window_m2"].t().reshape(4, 1, 8)})
+    assert torch.equal(norm.window_m2[:, 0], torch.arange(4.0))
+
+
+@pytest.mark.parametrize("name", ["mabn", "un"])
+def test_the_state_of_another_norm_has_no_window(name):
+    """Training goes on from its running variance, not from a window of zeros: outputs keep their size."""
+    other = new("rbn")
+    x = 3.0 * torch.randn(200, C)
+    for _ in range(200):
+        other(x - x.mean(0))
+    state = {key: value for key, value in other.state_dict().items() if key != "running_mean"}
+    norm = new(f"{name}:window=4,warmup_updates=0,rescale_after=0")
+    norm.load_state_dict(state, strict=False)
+    assert 0.9 < float(norm(x).std()) < 1.1
+
+
 @pytest.mark.parametrize("value", [float("nan"), 0, 1.5, "8"])
-@pytest.mark.parametrize("name", [name for name in NORMS if name not in ("layer", "rms")])  # torch checks these
+@pytest.mark.parametrize("name", NORMS)
 def test_what_is_no_number_of_channels_is_refused(name, value):
     """By name and value."""
     with pytest.raises(ValueError, match=re.escape(f"dim={value!r}: must")):
@@ -428,14 +466,16 @@ def test_a_norm_with_computed_parameters_is_copied(name, variant):
 
 @pytest.mark.parametrize("name, option", [(n, o) for n in NORMS for o in norm_options(n) if o not in ("device", "dtype")])
 def test_numbers_of_numpy(name, option):
-    """As an option, and set later, they are Python's: the same passes, and norms that differ in one are told apart."""
+    """As an option, and set later, they (and fractions) are Python's: the same passes, and norms that differ in one are told
+    apart.
+    """
     plain = new(name)
     value = REQUIRED.get(name, {}).get(option, getattr(plain, option, None))
     if option in COUNTS and option != "groups":
         value = 3  # a boundary that three steps reach
     if not isinstance(value, (bool, int, float)):
         return
-    kinds = [np.bool_] if isinstance(value, bool) else [np.int64, np.int32] if isinstance(value, int) else [np.float64]
+    kinds = {bool: [np.bool_], int: [np.int64, np.int32], float: [np.float64, Fraction]}[type(value)]
     for kind in kinds:
         one, other = (NORMS[name](C, **{**REQUIRED.get(name, {}), option: each}) for each in (value, kind(value)))
         assert all(torch.equal(a, b) for a, b in zip(train(one), train(other)))

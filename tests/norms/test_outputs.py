@@ -73,6 +73,24 @@ def test_padding_that_is_not_finite(name, variant, where, bad):
     assert_all_close(*results)
 
 
+@pytest.mark.parametrize("groups", [0, 2])
+@pytest.mark.parametrize("name, variant", CASES)
+def test_padding_too_large_to_be_squared(name, variant, groups):
+    """The smallest float, by which others mark padding, without a gradient there: as if there were zeros."""
+    results = []
+    for value in (torch.finfo(torch.float32).min, 0.0):
+        norm = make(name, variant, groups=groups)
+        x, dy, mask = batch()
+        valid, padded = mask.t().logical_not(), mask.t().unsqueeze(-1)
+        x = x.masked_fill(padded, value).requires_grad_()
+        y = norm(x, mask)
+        y.backward(dy.masked_fill(padded, 0.0))
+        assert torch.isfinite(x.grad).all()
+        statistics = [b for k, b in norm.named_buffers() if k != "ema_gz" or variant != "reference"]
+        results.append([y[valid], x.grad[valid], *(p.grad for p in norm.parameters()), *statistics])
+    assert_all_close(*results)
+
+
 @pytest.mark.parametrize("name, variant", CASES)
 def test_a_batch_of_padding_only(name, variant):
     """No row counts: outputs and gradients are finite, statistics stay as they are."""

@@ -174,7 +174,7 @@ INLINE void NAME(gradient_sums_rows)(
 
 /*
  * R rows: du = dy * scale - through * ((u - centre) * b + shift), dx = r * (du - u * mean(du * u)). through: 1 for rows that count in
- * the statistics, else 0. R and stream are constants.
+ * the statistics, else 0, multiplied first, as b times a large number in padding may be infinite. R and stream are constants.
  */
 INLINE void NAME(gradient_rows)(
     const int R, const int stream, const struct batch *job, const int64_t *rows, int64_t ahead, float *scratch)
@@ -210,10 +210,10 @@ INLINE void NAME(gradient_rows)(
                         u.v[1] *= r[k];
                         g.v[0] *= NAME(floats)(job->scale + c);
                         g.v[1] *= NAME(floats)(job->scale + c + LANES);
-                        g.v[0] -= ((u.v[0] - NAME(floats)(job->centre + c)) * NAME(floats)(job->b + c)
-                                   + NAME(floats)(job->shift + c)) * through[k];
-                        g.v[1] -= ((u.v[1] - NAME(floats)(job->centre + c + LANES)) * NAME(floats)(job->b + c + LANES)
-                                   + NAME(floats)(job->shift + c + LANES)) * through[k];
+                        g.v[0] -= (u.v[0] - NAME(floats)(job->centre + c)) * through[k] * NAME(floats)(job->b + c)
+                            + NAME(floats)(job->shift + c) * through[k];
+                        g.v[1] -= (u.v[1] - NAME(floats)(job->centre + c + LANES)) * through[k] * NAME(floats)(job->b + c + LANES)
+                            + NAME(floats)(job->shift + c + LANES) * through[k];
                         s0 += u.v[0] * g.v[0];
                         s1 += u.v[1] * g.v[1];
                     }
@@ -221,8 +221,8 @@ INLINE void NAME(gradient_rows)(
                         const int64_t some = NAME(next)(end - c);
                         const vec u = NAME(load_part)(x[k] + c, some) * r[k];
                         vec g = NAME(load_part)(dy[k] + c, some) * NAME(floats_part)(job->scale + c, some);
-                        g -= ((u - NAME(floats_part)(job->centre + c, some)) * NAME(floats_part)(job->b + c, some)
-                              + NAME(floats_part)(job->shift + c, some)) * through[k];
+                        g -= (u - NAME(floats_part)(job->centre + c, some)) * through[k] * NAME(floats_part)(job->b + c, some)
+                            + NAME(floats_part)(job->shift + c, some) * through[k];
                         s0 += u * g;
                     }
                     total += NAME(lanes_sum)(s0 + s1);
@@ -244,8 +244,8 @@ INLINE void NAME(gradient_rows)(
                 }
                 u.v[0] *= r[k];
                 u.v[1] *= r[k];
-                g.v[0] = g.v[0] * scale0 - ((u.v[0] - centre0) * b0 + shift0) * through[k];
-                g.v[1] = g.v[1] * scale1 - ((u.v[1] - centre1) * b1 + shift1) * through[k];
+                g.v[0] = g.v[0] * scale0 - ((u.v[0] - centre0) * through[k] * b0 + shift0 * through[k]);
+                g.v[1] = g.v[1] * scale1 - ((u.v[1] - centre1) * through[k] * b1 + shift1 * through[k]);
                 g.v[0] = (g.v[0] - u.v[0] * mean[k]) * r[k];
                 g.v[1] = (g.v[1] - u.v[1] * mean[k]) * r[k];
                 NAME(store)(dx[k] + c, g, stream);
@@ -256,8 +256,8 @@ INLINE void NAME(gradient_rows)(
             for (int k = 0; k < R; k++) {
                 const vec u = NAME(load_part)(x[k] + c, some) * r[k];
                 vec g = NAME(load_part)(dy[k] + c, some) * NAME(floats_part)(job->scale + c, some);
-                g -= ((u - NAME(floats_part)(job->centre + c, some)) * NAME(floats_part)(job->b + c, some)
-                      + NAME(floats_part)(job->shift + c, some)) * through[k];
+                g -= (u - NAME(floats_part)(job->centre + c, some)) * through[k] * NAME(floats_part)(job->b + c, some)
+                    + NAME(floats_part)(job->shift + c, some) * through[k];
                 NAME(store_part)(dx[k] + c, (g - u * mean[k]) * r[k], some);
             }
         }
