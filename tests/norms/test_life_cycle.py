@@ -362,6 +362,12 @@ def test_the_state_of_another_norm_has_no_window(name):
         other(x - x.mean(0))
     state = {key: value for key, value in other.state_dict().items() if key != "running_mean"}
     norm = new(f"{name}:window=4,warmup_updates=0,rescale_after=0")
+    window = torch.rand(4, C)
+    norm.load_state_dict({"window_m2": window}, strict=False)
+    norm.load_state_dict(state, strict=False)
+    assert torch.equal(norm.window_m2, window)  # which came by itself before
+    norm.load_state_dict({**state, "window_m2": torch.zeros(4, C)}, strict=False)
+    assert not norm.window_m2.any()  # what is given is taken
     norm.load_state_dict(state, strict=False)
     assert 0.9 < float(norm(x).std()) < 1.1
 
