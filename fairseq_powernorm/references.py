@@ -1,6 +1,8 @@
 """Modules that a model holds outside of its tree as well: in lists, dictionaries and attributes that torch does not see."""
 import functools
 from collections import deque
+from dataclasses import is_dataclass
+from types import SimpleNamespace
 from typing import Any, Dict, List, Optional, Set
 
 from torch import Tensor, nn
@@ -14,8 +16,16 @@ HOOKS = (
 _PLAIN = (str, bytes, int, float, complex, type(None), Tensor)
 
 
+def _has_attributes(value: Any) -> bool:
+    """Is it a module, or an object that does nothing but hold others?"""
+    if isinstance(value, (nn.Module, SimpleNamespace)):
+        return True
+    return is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__")
+
+
 def swap(model: nn.Module, new_of: Dict[int, nn.Module]) -> None:
-    """Put new modules wherever ``model`` holds old ones: in its tree, in lists, tuples, sets, dictionaries and attributes.
+    """Put new modules wherever ``model`` holds old ones: in its tree, in lists, tuples, sets and dictionaries, and in
+    attributes, its own and those of data classes and namespaces.
 
     Args:
         model: changed in place
@@ -32,10 +42,7 @@ def _swapped(value: Any, new_of: Dict[int, nn.Module], seen: Set[int]) -> Any:
         return new_of[id(value)]
     if id(value) in seen:
         return value
-    if isinstance(value, nn.Module):
-        seen.add(id(value))
-        _swapped(vars(value), new_of, seen)
-    elif isinstance(value, dict):
+    if isinstance(value, dict):
         seen.add(id(value))
         for key, each in list(value.items()):
             found = _swapped(each, new_of, seen)
@@ -56,6 +63,9 @@ def _swapped(value: Any, new_of: Dict[int, nn.Module], seen: Set[int]) -> Any:
         found = [_swapped(each, new_of, seen) for each in items]
         if any(one is not other for one, other in zip(found, items)):
             return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)
+    elif _has_attributes(value):
+        seen.add(id(value))
+        _swapped(vars(value), new_of, seen)
     return value
 
 
@@ -76,9 +86,7 @@ def bound(model: nn.Module, modules: Dict[int, str]) -> Optional[str]:
         owner = getattr(value, "__self__", None) if callable(value) and not isinstance(value, nn.Module) else None
         if id(owner) in modules:
             return f"{where} holds a method of {modules[id(owner)]}"
-        if isinstance(value, nn.Module):
-            left.extend((f"{type(value).__name__}.{name}", each) for name, each in vars(value).items())
-        elif isinstance(value, dict):
+        if isinstance(value, dict):
             left.extend((where, each) for each in value.values())
         elif isinstance(value, (list, tuple, set, frozenset, deque)):
             left.extend((where, each) for each in value)
@@ -86,4 +94,6 @@ def bound(model: nn.Module, modules: Dict[int, str]) -> Optional[str]:
             left.extend((where, each) for each in (value.func, *value.args, *value.keywords.values()))
             if any(id(each) in modules for each in (value.func, *value.args, *value.keywords.values())):
                 return f"{where} holds a functools.partial of a norm"
+        elif _has_attributes(value):
+            left.extend((f"{type(value).__name__}.{name}", each) for name, each in vars(value).items())
     return None

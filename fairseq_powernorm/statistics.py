@@ -362,7 +362,7 @@ def call(model: nn.Module, batch: Any) -> Any:
         if isinstance(value, Mapping):
             return {name: there(each) for name, each in value.items()}
         if isinstance(value, PackedSequence):
-            return value.to(device)
+            return value.to(device)  # type: ignore[arg-type]  # torch declares the dtype only
         if isinstance(value, (list, tuple)):
             items = [there(each) for each in value]
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

@@ -3,6 +3,8 @@ import copy
 import functools
 import pickle
 from collections import deque
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -350,6 +352,11 @@ class Pair(NamedTuple):
     second: nn.Module
 
 
+@dataclass(frozen=True)
+class Data:
+    norm: nn.Module
+
+
 class Holder(nn.Module):
     """Norms in its tree, and beside it wherever Python can hold them."""
 
@@ -360,6 +367,7 @@ class Holder(nn.Module):
         self.pair, self.several = Pair(self.one, self.other), frozenset([self.one, self.linear])
         self.__dict__["hidden"] = self.one
         self.names, self.queue = {self.other: "other", self.linear: "linear"}, deque([self.linear, self.one])
+        self.space, self.data = SimpleNamespace(norm=self.one), Data(self.other)
         self.helpers = [nn.Sequential(self.other)]  # a module beside the tree
         self.listed.append(self.listed)  # which holds itself
         self.__dict__["extra"] = extra(self.one, self.other)
@@ -380,6 +388,7 @@ def test_norms_beside_the_tree():
     assert model.hidden is model.one and model.helpers[0][0] is model.other
     assert model.names == {model.other: "other", untouched[1]: "linear"} and list(model.names)[0] is model.other
     assert list(model.queue) == [untouched[1], model.one]
+    assert model.space.norm is model.one and model.data.norm is model.other
 
 
 def test_replaced_under_inference_mode():

@@ -609,6 +609,19 @@ def test_a_step_in_the_middle_of_a_batch_is_refused():
     assert norm.iters == 1
 
 
+@pytest.mark.parametrize("name, option, value", [("batch", "variant", "reference"), ("un", "filter_outliers", True)])
+def test_a_setting_that_needs_other_sums(name, option, value):
+    """It is refused in the next pass, with what is to be done."""
+    norm = build_norm(name, C)
+    statistics = RunningStatistics(norm)
+    setattr(norm, option, value)
+    with pytest.raises(RuntimeError, match="one of its settings was changed.*make new ones"), statistics.batch():
+        norm(data(0)[0].float().requires_grad_()).sum().backward()
+    statistics.release()
+    with RunningStatistics(norm).batch():
+        norm(data(0)[0].float().requires_grad_()).sum().backward()
+
+
 @pytest.mark.parametrize("how", ["released", "copied"])
 def test_norms_that_are_in_nobodys_charge(how):
     """Statistics that are released, or copied along with a model, say so, as their norms take their steps by themselves."""

@@ -24,8 +24,9 @@ Device = Union[torch.device, str, int, None]
 
 
 def _widened(value: Tensor) -> Tensor:
-    """A value for a statistic: as it is, or float32 if it is narrower (half precision, integers, bool)."""
+    """A value for a statistic: as it is, or float32 if it is narrower (half precision, integers, bool), without gradient."""
     wide = value.is_floating_point() and torch.finfo(value.dtype).bits >= 32
+    value = value.detach() if value.requires_grad else value
     return value if wide else value.to(torch.float32)
 
 
@@ -222,7 +223,8 @@ class RunningNorm(Norm):
             loaded = state_dict.get(prefix + name)
             if isinstance(loaded, Tensor):
                 # the authors' code stores (1, C, 1, 1) and (1,)
-                if [size for size in loaded.shape if size != 1] == [size for size in buffer.shape if size != 1]:
+                sizes, wanted = ([size for size in each.shape if size != 1] for each in (loaded, buffer))
+                if loaded.shape != buffer.shape and sizes == wanted:
                     loaded = loaded.reshape(buffer.shape)
                 state_dict[prefix + name] = _widened(loaded)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -79,7 +79,7 @@ class ProgressiveBatchNorm(FormulaNorm):
             dim, eps=eps, alpha_fwd=alpha_fwd, groups=groups, affine=affine, batch_first=batch_first,
             layout=layout, device=device, dtype=dtype,
         )
-        self.total_updates = total_updates
+        self.total_updates: int = total_updates  # type: ignore[assignment]  # None is refused
         self.first_alpha = alpha
         with torch.inference_mode(mode=False):  # or it could never be trained
             self.alpha = nn.Parameter(torch.empty(1, device=device, dtype=dtype))

@@ -55,9 +55,14 @@ class Stage:
         """Add the tally of one pass, ``[sums, rows, 1]``, if the batch counts.
 
         Raises:
-            RuntimeError: no batch is in progress
+            RuntimeError: no batch is in progress, or a setting has changed by which the norm yields other sums
         """
         self.switches.check_open(part)
+        if self.parts[part].shape != tally.shape:
+            raise RuntimeError(
+                "RunningStatistics: a norm yields other sums than when it was taken over, as one of its settings was changed"
+                " (variant, filter_outliers): release() the statistics and make new ones"
+            )
         if self.switches.counting:
             self.parts[part].add_(tally)
 

@@ -88,7 +88,8 @@ class WindowNorm(FormulaNorm):
         """A state_dict of another norm, loaded with ``strict=False``, may have the steps and no window of them."""
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         has_window, *others = (prefix + name in state_dict for name in ("window_m2", "iters", "running_var"))
-        if all(others) and not has_window and not self.running_var.is_meta:
+        known = not (self.running_var.is_meta or self.window_m2.is_meta)
+        if all(others) and known and not has_window and not bool(self.window_m2.any()):
             with torch.no_grad():
                 self.window_m2.copy_(self.running_var)  # zeros would draw the mean over the window to zero
 

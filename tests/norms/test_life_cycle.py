@@ -77,6 +77,17 @@ def test_loading_takes_the_values_of_the_file(name, variant, dtype, assign):
         assert buffer.dtype in (torch.float32, torch.float64) and torch.equal(buffer.double(), saved[key].double())
 
 
+@pytest.mark.parametrize("name, variant", CASES)
+def test_statistics_have_no_gradient(name, variant):
+    """Loaded with assign=True from parameters, as another package may keep them: they stay buffers, and train as such."""
+    norm = make(name, variant)
+    expected, state = train(copy.deepcopy(norm)), {key: value.clone() for key, value in norm.state_dict().items()}
+    norm.load_state_dict({key: nn.Parameter(value) for key, value in state.items()}, assign=True)
+    for one, other in zip(train(norm), expected):
+        assert torch.equal(one, other)
+    assert not any(buffer.requires_grad for buffer in norm.buffers())
+
+
 def materialized(norm, how):
     if how == "to_empty":
         return norm.to_empty(device="cpu")
@@ -351,6 +362,12 @@ def test_the_state_of_another_norm_has_no_window(name):
         other(x - x.mean(0))
     state = {key: value for key, value in other.state_dict().items() if key != "running_mean"}
     norm = new(f"{name}:window=4,warmup_updates=0,rescale_after=0")
+    window = torch.rand(4, C)
+    norm.load_state_dict({"window_m2": window}, strict=False)
+    norm.load_state_dict(state, strict=False)
+    assert torch.equal(norm.window_m2, window)  # which came by itself before
+    norm.load_state_dict({**state, "window_m2": torch.zeros(4, C)}, strict=False)
+    assert not norm.window_m2.any()  # what is given is taken
     norm.load_state_dict(state, strict=False)
     assert 0.9 < float(norm(x).std()) < 1.1
 
