@@ -523,14 +523,27 @@ def test_what_others_published_stands_beside_ours():
 
 @pytest.mark.slow
 def test_pictures_of_every_norm():
-    """Figures 5 and 6 from what records say, figure 4 for more norms than fit beside each other, each row its own colour."""
-    names = list(settings.NORMS)
-    series = {key: [1.0, 0.5] for key in ("mean", "smallest", "largest")}
+    """Figures 5 and 6 from what records say, figure 4 for more norms than fit beside each other; each row has a colour of
+    its own, which the picture still has where all lines have their ranges behind them.
+    """
+    from matplotlib.colors import to_rgb
+    from PIL import Image
+
+    names, draw = list(settings.NORMS), random.Random(1)
+    updates = list(range(100))
     for quantities in (figures.DISCREPANCIES, figures.THEORY):
-        found = {name: {"updates": [1, 2], "quantities": dict.fromkeys(quantities, series)} for name in names}
+        found = {}
+        for name in names:
+            middle = [2.0 ** draw.uniform(-3, 3) for _ in updates]
+            series = {"mean": middle, "smallest": [each / 2 for each in middle], "largest": [each * 2 for each in middle]}
+            found[name] = {"updates": updates, "quantities": dict.fromkeys(quantities, series)}
         colours = dict(zip(names, figures.COLOURS))
         assert len(set(colours.values())) == len(names)
-        assert figures.of_statistics(found, quantities, colours)[:4] == b"\x89PNG"
+        picture = Image.open(io.BytesIO(figures.of_statistics(found, quantities, colours))).convert("RGB")
+        pixels = {colour for _, colour in picture.getcolors()}
+        for colour in colours.values():
+            wanted = [round(255 * part) for part in to_rgb(colour)]
+            assert min(max(abs(a - b) for a, b in zip(wanted, each)) for each in pixels) <= 6, colour
     record = {"curve": {subset: [{"updates": 1, "loss": 2.0}] for subset in ("train", "valid")}}
     assert figures.of_curves({"layer": record}, {name: {name: record} for name in names[1:]})[:4] == b"\x89PNG"
 
