@@ -71,14 +71,12 @@ def pytest_collection_finish():
     gc.enable()
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_protocol():
     """Handlers of the log that a program in a test adds end with it: each would take part in what all later ones write."""
     before = list(logging.root.handlers)
-    try:
-        return (yield)
-    finally:
-        logging.root.handlers[:] = before
+    yield
+    logging.root.handlers[:] = before
 
 
 def pytest_unconfigure():

@@ -119,6 +119,49 @@ def test_links_lead_somewhere(name):
         assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), f"{target}#{anchor}"
 
 
+def read_off(name, after):
+    """quantity -> norm -> mean, smallest, largest over norms and updates, of a table's figures after some updates."""
+    found = {}
+    for run, each in json.loads((toy.ROOT / "results" / f"{name}.figures.json").read_text())["statistics"].items():
+        late = [i for i, update in enumerate(each["updates"]) if update > after]
+        for quantity, series in each["quantities"].items():
+            mean, low, high = ([series[key][i] for i in late] for key in ("mean", "smallest", "largest"))
+            found.setdefault(quantity, {})[run.split("/")[1].split("-seed")[0]] = sum(mean) / len(mean), min(low), max(high)
+    return found
+
+
+def percent(*values):
+    return f"{' to '.join(f'{100 * value:.0f}' for value in values)} %"
+
+
+@pytest.mark.parametrize("name, after", [("table1-demo", 200), ("figures-multi30k-605", 150)])
+def test_what_figures_5_and_6_say(name, after):
+    """The numbers in the paragraphs are those of the figures' data."""
+    text, found, whole = " ".join(TEXTS[RESULTS].split()), read_off(name, after), read_off(name, 0)
+    mean, deviation, ratio, smaller = (
+        {norm: values[0] for norm, values in found[quantity].items()}
+        for quantity in ("discrepancy_mean", "discrepancy_std", "gradient_ratio", "gradient_smaller")
+    )
+    above = {norm: round(values[2], 3) for norm, values in found["gradient_ratio"].items() if values[2] >= 1}
+    said = [f"{min(ratio.values()):.2f} to {max(ratio.values()):.2f} of BN's",
+            f"in {percent(min(smaller.values()), max(smaller.values()))} of the channels"]
+    if name == "table1-demo":
+        said += [f"deviations are on average {percent(min(deviation.values()), max(deviation.values()))} away",
+                 f"means are off by {percent(min(mean.values()), max(mean.values()))} of a standard deviation"]
+        assert above == {"mabn-800": 1.021} and "where one norm comes to 1.02;" in text
+        assert found["nu_largest"]["power-800"][2] < 0.004 < whole["nu_largest"]["power-800"][2] < 0.01
+    else:
+        renorm = percent(deviation.pop("batch-renorm-all-605"))
+        said += [f"deviations are on average {percent(min(deviation.values()), max(deviation.values()))} away",
+                 f"(batch renormalization: {renorm})", f"off by {percent(mean['rbn-all-605'])} (RBN)",
+                 f"{percent(mean['prepbn-all-605'])} (PRepBN) and {percent(mean['batch-renorm-all-605'])} (batch renorm"]
+        assert above == {"un-all-605": 1.001} and "one update (1.001)" in text
+        ranges = whole["gradient_ratio"].values()
+        said.append(f"vary from {min(low for _, low, _ in ranges):.2f} to {max(high for *_, high in ranges):.2f}.")
+    for words in said:
+        assert words in text
+
+
 @pytest.mark.slow
 def test_the_results_are_those_of_the_records(tmp_path):
     """The tables of results are what the command that the README names writes; it fails if a record says otherwise."""

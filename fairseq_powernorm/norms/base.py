@@ -14,7 +14,7 @@ from .. import functional, operators
 from ..kernels import eager
 from ..kernels.interface import PLAIN, transformed
 from . import loading
-from .checks import check_choice, check_dense, check_dim, check_dtype, check_interval, check_number, is_count
+from .checks import check_choice, check_dense, check_dim, check_dtype, check_flag, check_interval, check_number, is_count
 from .layouts import Norm
 from .masks import MaskSlot, valid_rows
 from .staging import Stage, Sums
@@ -88,6 +88,7 @@ class RunningNorm(Norm):
     ):
         super().__init__(dim, batch_first=batch_first, layout=layout)
         check_dim(dim)
+        check_flag("affine", affine)
         self.eps = eps
         self.alpha_fwd = alpha_fwd
         self.groups = groups

@@ -59,8 +59,8 @@ def check_updates(name: str, value: int) -> None:
 
 
 def check_flag(name: str, value: bool) -> None:
-    """Raise ValueError for anything but a bool."""
-    if not isinstance(value, bool):
+    """Raise ValueError for anything but a bool, Python's or NumPy's."""
+    if not isinstance(plain_number(value), bool):
         raise ValueError(f"{name}={value!r}: must be True or False")
 
 

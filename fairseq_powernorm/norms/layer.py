@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from .base import Device
-from .checks import check_dim, check_number
+from .checks import check_dim, check_flag, check_number
 from .layouts import Norm
 
 
@@ -49,6 +49,7 @@ class LayerNorm(Norm, nn.LayerNorm):
         dtype: Optional[torch.dtype] = None,
     ):
         check_dim(dim)
+        check_flag("affine", affine)
         super().__init__(
             dim, batch_first=batch_first, layout=layout, normalized_shape=dim, eps=eps, elementwise_affine=affine,
             device=device, dtype=dtype,
@@ -88,6 +89,7 @@ class RMSNorm(Norm, nn.RMSNorm):
         dtype: Optional[torch.dtype] = None,
     ):
         check_dim(dim)
+        check_flag("affine", affine)
         super().__init__(
             dim, batch_first=batch_first, layout=layout, normalized_shape=dim, eps=eps, elementwise_affine=affine,
             device=device, dtype=dtype,

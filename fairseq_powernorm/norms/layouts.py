@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..kernels.interface import PLAIN
 from . import loading
-from .checks import Checks, check_choice, check_dense, plain_number
+from .checks import Checks, check_choice, check_dense, check_flag, plain_number
 from .masks import check_mask
 
 CHANNELS_FIRST = "channels_first"
@@ -24,8 +24,9 @@ def layout_of(batch_first: bool, layout: Optional[str]) -> str:
     """The layout that two options name: ``batch_first=True`` is short for ``layout="batch_first"``.
 
     Raises:
-        ValueError: ``layout`` is unknown, or the two contradict each other
+        ValueError: ``layout`` is unknown, ``batch_first`` is no bool, or the two contradict each other
     """
+    check_flag("batch_first", batch_first)
     if layout is None:
         return "batch_first" if batch_first else "time_first"
     check_choice("layout", layout, LAYOUTS)

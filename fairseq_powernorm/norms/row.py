@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from .base import Device
-from .checks import check_dense, check_dim, check_dtype, plain_number
+from .checks import check_dense, check_dim, check_dtype, check_flag, plain_number
 from .layouts import Norm
 
 
 def weight_and_bias(dim: int, *, affine: bool) -> Dict[str, Tuple[int, float]]:
     """The ``parameters`` of a :class:`RowNorm` with ``weight`` and ``bias``, both None without ``affine``."""
+    check_flag("affine", affine)
     size = dim if affine else 0
     return {"weight": (size, 1.0), "bias": (size, 0.0)}
 

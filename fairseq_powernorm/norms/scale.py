@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .base import Device
-from .checks import check_dim, check_number
+from .checks import check_dim, check_flag, check_number
 from .row import RowNorm
 
 
@@ -41,6 +41,7 @@ class ScaleNorm(RowNorm):
         dtype: Optional[torch.dtype] = None,
     ):
         check_dim(dim)
+        check_flag("affine", affine)
         # one element, not a scalar, which sharding does not take
         parameters = {"weight": (1 if affine else 0, dim**0.5)}
         super().__init__(dim, parameters, batch_first=batch_first, layout=layout, device=device, dtype=dtype)

@@ -1,5 +1,6 @@
 """Built, moved, copied, saved, averaged, shared: statistics are float32 or wider, never lost and never uninitialized."""
 import copy
+import inspect
 import io
 import pickle
 import re
@@ -327,6 +328,18 @@ def test_what_is_no_count_is_refused(name, option, value):
     """By the class as well, which nobody has checked the types for: no comparison with it would ever be true."""
     with pytest.raises(ValueError, match=re.escape(f"{option}={value!r}: must")):
         NORMS[name](C, **{**REQUIRED.get(name, {}), option: value})
+
+
+@pytest.mark.parametrize("value", ["false", 0, 1.0, None])
+@pytest.mark.parametrize("name", NORMS)
+def test_what_is_no_flag_is_refused(name, value):
+    """Text that says "false" would count as true."""
+    defaults = {key: each.default for key, each in inspect.signature(NORMS[name].__init__).parameters.items()}
+    flags = [key for key, default in defaults.items() if isinstance(default, bool)]
+    assert "batch_first" in flags and ("affine" in flags or name == "ada")
+    for option in flags:
+        with pytest.raises(ValueError, match=re.escape(f"{option}={value!r}: must be True or False")):
+            NORMS[name](C, **{**REQUIRED.get(name, {}), option: value})
 
 
 @pytest.mark.parametrize("name", NORMS)

@@ -231,8 +231,8 @@ def done(run: matrix.Run, record: Path) -> bool:
     if (run.directory / "run.json").is_file() and stamp.is_file() and (
         read_run(run.directory)["prepared_sha256"] != sha256(stamp)
     ):
-        raise UserError(f"{matrix.relative(run.directory)} was trained on other data than {stamp.parent} holds now, for "
-                        f"the others; prepare the data as they were, or move the run away")
+        raise UserError(f"{matrix.relative(run.directory)} was trained on other data than {stamp.parent} holds now, "
+                        f"on which the others are trained; prepare the data as they were, or move the run away")
     evaluated = run.directory / "evaluation" / "record.json"
     return not run.directory.exists() or evaluated.is_file() and read_json(evaluated) == content
 

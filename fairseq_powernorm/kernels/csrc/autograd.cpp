@@ -607,7 +607,7 @@ PyObject *train(PyObject *, PyObject *const *arguments, Py_ssize_t count)
         || !(none[2] || is_mask(valid, rows))
         || !writable(psi2, channels, at::kFloat) || !writable(nu, channels, at::kFloat) || !writable(iters, 1, at::kFloat)
         || !place(forward_into, none[3], channels + 2) || !place(backward_into, none[4], 2 * channels + 2)
-        || (spec.groups > 0 && channels % spec.groups != 0))
+        || spec.groups < 0 || (spec.groups > 0 && channels % spec.groups != 0))
         Py_RETURN_NONE;
 
     const Rows x_rows(x);
@@ -689,7 +689,7 @@ PyObject *evaluate(PyObject *, PyObject *const *arguments, Py_ssize_t count)
         return is_none || (tensor.defined() && readable(tensor, channels));
     };
     if (!vector(weight, none[0]) || !vector(bias, none[1]) || !vector(psi2, none[2]) || !vector(mean, none[3])
-        || channels == 0 || (groups > 0 && channels % groups != 0))
+        || channels == 0 || groups < 0 || (groups > 0 && channels % groups != 0))
         Py_RETURN_NONE;
     const Rows x_rows(x);
     const Tensor wide_weight = floats(weight), wide_bias = floats(bias), wide_psi2 = floats(psi2), wide_mean = floats(mean);

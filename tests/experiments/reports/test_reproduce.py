@@ -269,19 +269,19 @@ def test_wrong_options(arguments, message, here):
 
 def test_relative_paths(here, monkeypatch, capsys):
     """A relative path, of an option or in the environment, is one from where the user is, as for every other script."""
-    (here / "at" / "work").mkdir(parents=True)
+    (here / "at" / "place").mkdir(parents=True)
     (here / "at" / "site.sh").write_text("PN_GRES=\n")
-    monkeypatch.chdir(here / "at" / "work")
+    monkeypatch.chdir(here / "at" / "place")
     for name, value in (("PN_RUNS_ROOT", "../runs"), ("PN_DATA_ROOT", "../data"), ("PN_SLURM_SITE", "../other.sh")):
         monkeypatch.setenv(name, value)
     options = reproduce.parse(["table1", *DEMO, "--slurm", "--site", "../site.sh", "--log-dir", "logs", "--results", "out"])
-    assert (options.site, options.log_dir) == (str(here / "at" / "site.sh"), str(here / "at" / "work" / "logs"))
+    assert (options.site, options.log_dir) == (str(here / "at" / "site.sh"), str(here / "at" / "place" / "logs"))
     reproduce.command(["table1", *DEMO, *SMALL, "--dry-run", "--results", "out"])
     shown = capsys.readouterr().out
     assert f"--run-dir {here}/at/runs/demo/power-12-seed1 " in shown
-    assert f"--record {here}/at/work/out/demo/power-12-seed1.json" in shown
+    assert f"--record {here}/at/place/out/demo/power-12-seed1.json" in shown
     with pytest.raises(UserError, match=f"site file {here}/at/other.sh does not exist"):
-        monkeypatch.chdir(here / "at" / "work")
+        monkeypatch.chdir(here / "at" / "place")
         reproduce.command(["table1", *DEMO, *SMALL, "--dry-run", "--slurm"])
 
 
