@@ -1,7 +1,9 @@
 """The kernels: each held to the torch kernel, the choice among them, and their threads."""
+import ctypes
 import importlib.util
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -187,6 +189,39 @@ def test_c_and_large_tensors(groups, dtype):
         for want, got in zip(found[::2], found[1::2]):
             assert all(torch.equal(got[name], want[name]) for name in want)
         assert any(not torch.equal(found[0][name], found[2][name]) for name in found[0])
+
+
+LARGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def flags_of(tensor):
+    """The flags of the mapping in which a tensor lies, as Linux names them."""
+    address, inside = tensor.data_ptr() + tensor.nbytes // 2, False
+    for line in pathlib.Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError("no such mapping")
+
+
+@needs_c
+@pytest.mark.skipif(not LARGE_PAGES.exists(), reason="the system has no large pages")
+def test_large_outputs_ask_for_large_pages():
+    """An output of 16 MiB, whose pages the system has yet to give, lies on large ones if there are any."""
+    libc, page, there = ctypes.CDLL(None), os.sysconf("SC_PAGESIZE"), ctypes.c_ubyte(1)
+    kept = []  # all free memory that has been used
+    while there.value & 1:
+        kept.append(torch.empty(8192, 512))
+        middle = kept[-1].data_ptr() + kept[-1].nbytes // 2
+        assert libc.mincore(ctypes.c_void_p(middle // page * page), ctypes.c_size_t(1), ctypes.byref(there)) == 0
+    x = torch.ones(8192, 512)
+    for norm in (PowerNorm(512, warmup_updates=0), build_norm("batch", 512)):
+        kept.append(x.clone().requires_grad_())
+        kept.append(norm(kept[-1]))
+        kept[-1].backward(x)
+        for tensor in (kept[-1], kept[-2].grad):
+            assert "hg" in flags_of(tensor)
 
 
 @needs_c

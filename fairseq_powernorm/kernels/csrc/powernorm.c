@@ -494,6 +494,9 @@ EXPORT int64_t pn_far_from(int64_t bytes)
     return before;
 }
 
+/* Outputs of so many bytes get large pages, as NumPy's arrays do. */
+static const int64_t large_page_bytes = 4 << 20;
+
 static size_t element_size(int dtype)
 {
     return dtype == BFLOAT16 ? 2 : 4;
@@ -530,13 +533,35 @@ static int one_by_one(int dtype, int64_t rows, int64_t channels)
     return rows * channels * (int64_t)element_size(dtype) >= far_bytes;
 }
 
+/*
+ * Ask the system to give these pages in large ones, which takes far fewer faults: the allocator hands most large blocks back as
+ * soon as they are free, so every call would pay for them again. A block is written from end to end, so this takes no more
+ * memory. Where large pages are switched off, nothing happens.
+ */
+static void ask_for_large_pages(const void *memory, int64_t bytes)
+{
+#if defined(__linux__)
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = (uintptr_t)memory & ~(page - 1);
+    madvise((void *)begin, (uintptr_t)memory + (uintptr_t)bytes - begin, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
+/* Is the output written past the caches? */
 static int streams(int dtype, int64_t rows, int64_t channels, int64_t width, const void *out)
 {
     const struct instructions *set = instructions();
     const int64_t vector = set->lanes * (int64_t)sizeof(float);
     const int64_t bytes = rows * channels * (int64_t)element_size(dtype);
-    return set->can_stream && out && bytes >= stream_bytes && width % (2 * set->lanes) == 0
-        && (uintptr_t)out % (uintptr_t)vector == 0 && !is_fresh(out, bytes);
+    if (!out || bytes < stream_bytes)
+        return 0;
+    if (is_fresh(out, bytes)) {
+        if (bytes >= large_page_bytes)
+            ask_for_large_pages(out, bytes);
+        return 0;
+    }
+    return set->can_stream && width % (2 * set->lanes) == 0 && (uintptr_t)out % (uintptr_t)vector == 0;
 }
 
 /*
