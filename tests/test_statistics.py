@@ -1,5 +1,6 @@
 """The statistics engine at layer level, in float64: one step per training step, however the batch is cut."""
 import copy
+import math
 from datetime import timedelta
 from fractions import Fraction
 
@@ -637,11 +638,14 @@ def test_norms_that_are_in_nobodys_charge(how):
         norm(data(0)[0])
 
 
-@pytest.mark.parametrize("scale", [None, "8", torch.ones(2)])
-def test_a_gradient_scale_is_one_number(scale):
-    """By name and value, before the batch."""
+@pytest.mark.parametrize(
+    "option, value",
+    [*(("gradient_scale", value) for value in (None, "8", torch.ones(2), 0.0, math.inf, math.nan)), ("counts", "false")],
+)
+def test_what_a_batch_cannot_take(option, value):
+    """A scale is one number by which can be divided, and counts a bool: by name and value, before the batch."""
     statistics = RunningStatistics(KINDS["reference"]())
-    with pytest.raises(ValueError, match="gradient_scale=.*: must be a number"), statistics.batch(gradient_scale=scale):
+    with pytest.raises(ValueError, match=f"{option}=.*: must be"), statistics.batch(**{option: value}):
         pass
     assert not statistics.switches.open
 
