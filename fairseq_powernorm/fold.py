@@ -21,6 +21,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from . import kernels
 from .kernels.interface import LAYER_SCALE_EPS
 from .norms import Norm, RunningNorm
+from .norms.layouts import CHANNELS_FIRST
 from .norms.scriptable import own_evaluation
 from .readers import LinearMap, linear_map, norm_readers
 from .references import HOOKS
@@ -148,7 +149,9 @@ def fold_norms(model: nn.Module) -> nn.Module:
             norm = owner.get_submodule(name)
             if any((norm in seen) != (reader in seen) for seen in watched for reader in readers):
                 continue
-            if isinstance(norm, RunningNorm) and _fold_into(readers, norm, times_used):
+            if not isinstance(norm, RunningNorm) or norm.layout == CHANNELS_FIRST:  # linear maps read rows
+                continue
+            if _fold_into(readers, norm, times_used):
                 _replace(owner, name, _in_place_of(norm))
     folded: Dict[RunningNorm, FoldedNorm] = {}
     for owner in list(model.modules()):

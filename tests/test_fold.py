@@ -344,6 +344,16 @@ def test_norms_that_evaluate_in_a_way_of_their_own():
         torch.jit.script(norm)
 
 
+def test_channels_that_linear_maps_do_not_read():
+    """A norm of another dimension than the linear maps', though of one size, keeps its scale."""
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, norm_first=True, batch_first=True)
+    layer.norm1, layer.norm2, layer.activation_relu_or_gelu = PowerNorm(8, layout="channels_first"), PowerNorm(8), 0
+    layer.eval().norm1.running_phi.copy_(torch.arange(1.0, 9.0))
+    x = torch.randn(2, 8, 8)
+    expected = layer(x)
+    torch.testing.assert_close(fold_norms(layer)(x), expected)
+
+
 def test_frozen_models_pass_gradients_on():
     """A gradient of the input reaches no parameter that learns nothing: those that were folded into stay frozen."""
     layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, norm_first=True, batch_first=True)
