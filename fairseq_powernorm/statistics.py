@@ -49,8 +49,10 @@ from .norms.staging import PARTS
 
 #: how the statistics of several processes are combined, see :class:`RunningStatistics`
 SYNC = ("off", "step", "exact")
-#: what wrappers for data parallelism put into the names of modules
-_WRAPPERS = re.compile(r"^(module\.)+|_fsdp_wrapped_module\.|_fpw_module\.")
+#: what wrappers for data parallelism, activation checkpointing and compilation put into the names of modules
+_WRAPPERS = re.compile(
+    r"^((module|_orig_mod)\.)+|_fsdp_wrapped_module\.|_fpw_module\.|_checkpoint_wrapped_module\.|\b_orig_mod\."
+)
 
 
 class _Part(NamedTuple):

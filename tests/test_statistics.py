@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import multiprocessing, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from fairseq_powernorm.norms import (
     BatchRenorm,
@@ -660,6 +661,8 @@ def test_a_part_that_is_called_module():
         model(data(0)[0].float())
     assert statistics.passes() == {"0": 1.0, "module.0": 1.0}
     assert list(RunningStatistics(nn.DataParallel(nn.Sequential(build_norm("power", C)))).norms()) == ["0"]
+    wrapped = nn.Sequential(checkpoint_wrapper(nn.Sequential(build_norm("power", C))))
+    assert list(RunningStatistics(nn.DataParallel(torch.compile(wrapped))).norms()) == ["0.0"]
 
 
 def test_classes_of_one_name_are_kept_apart():
