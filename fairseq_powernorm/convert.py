@@ -320,8 +320,8 @@ def replace_norms(
 
     Raises:
         ValueError: the norm, an option or a kind is unknown; a pattern matches nothing; no norm is chosen; or a norm that is
-            chosen cannot be replaced (over several dimensions, not initialized, sharded, or the model holds a method of it),
-            with its name
+            chosen cannot be replaced (over several dimensions, not initialized, sharded, or the model holds a method or
+            function of it), with its name
     """
     for name in ("device", "dtype"):
         if name in options:

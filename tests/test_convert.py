@@ -416,13 +416,15 @@ def test_replaced_under_inference_mode():
     [
         lambda one, other: [other.forward], lambda one, other: functools.partial(one),
         lambda one, other: {0: other.extra_repr},
+        lambda one, other: lambda x: one(x),
+        lambda one, other: [lambda x, norm=one: norm(x)],
     ],
-    ids=["list", "partial", "dict"],
+    ids=["list", "partial", "dict", "function", "default"],
 )
 def test_methods_of_norms_beside_the_tree(extra):
     """A method of a norm that the model has put aside would go on with the old norm: refused, with nothing changed."""
     model = Holder(extra)
-    with pytest.raises(ValueError, match=r"replace_norms: Holder.extra holds a (method of other|functools.partial)"):
+    with pytest.raises(ValueError, match=r"replace_norms: Holder.extra holds a (method of other|functools.partial|func)"):
         replace_norms(model)
     assert type(model.one) is type(model.other) is type(model.listed[0]) is nn.LayerNorm
 
