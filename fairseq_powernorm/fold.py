@@ -95,6 +95,8 @@ class FoldedNorm(Norm):
             unchanged = self.groups == 0 and self.scale is None
             if not torch.jit.is_tracing() and x.device.type == "cpu" and not unchanged:
                 return kernels.evaluate(x, self.scale, self.shift, groups=self.groups)
+            if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export() and not unchanged:  # which has no rms_norm
+                return kernels.eager.evaluate(x, self.scale, self.shift, None, self.groups, self.eps)
         dtype = x.dtype
         if self.groups > 0:
             shape, size = list(x.size()), self.dim // self.groups  # as sizes, which ONNX keeps open
