@@ -199,6 +199,8 @@ def _new_norm(
             if offset and id(value) not in tied:
                 tied[id(value)] = nn.Parameter(value.detach() + offset, requires_grad=value.requires_grad)
             setattr(new, key, tied[id(value)] if offset else value)  # the parameter itself: tied ones stay tied
+    if parameters and not any(each.requires_grad for each in parameters):
+        new.requires_grad_(False)  # noqa: FBT003  # what a frozen norm did not have is frozen, too
     if isinstance(old, _BatchNorm) and name == "batch" and old.running_mean is not None:
         new.load_state_dict({k: v for k, v in old.state_dict().items() if k not in ("weight", "bias")}, strict=False)
     if isinstance(old, _BatchNorm) and isinstance(new, RunningNorm):
@@ -290,7 +292,8 @@ def replace_norms(
     A module used in several places is replaced once and stays shared, also in lists, dictionaries and attributes outside the
     tree of modules. The parameters are kept, so that tied ones stay tied and an optimizer still has them; if a package
     stores ``weight - 1``, as Gemma's RMSNorm does, a new parameter holds the weight. Device, dtype, mode, and the hooks of
-    forward and backward passes are kept. If an error is raised, nothing has been changed.
+    forward and backward passes are kept; a norm whose parameters are frozen stays frozen, with the parameters that it gains.
+    If an error is raised, nothing has been changed.
 
     Norms of queries and keys (``q_norm``, ``k_norm``) stay as they are unless ``where`` names them, because the paper has no
     statistics over positions and heads together. So does Gemma's ``per_layer_projection_norm``, which sees a vector for
@@ -317,8 +320,8 @@ def replace_norms(
 
     Raises:
         ValueError: the norm, an option or a kind is unknown; a pattern matches nothing; no norm is chosen; or a norm that is
-            chosen cannot be replaced (over several dimensions, not initialized, sharded, or the model holds a method of it),
-            with its name
+            chosen cannot be replaced (over several dimensions, not initialized, sharded, or the model holds a method or
+            function of it), with its name
     """
     for name in ("device", "dtype"):
         if name in options:

@@ -142,32 +142,17 @@ def to_onnx(model: Model, path: str) -> Callable[[Inputs], Tensor]:
     decoder._future_mask = torch.full((longest, longest), float("-inf")).triu(1)
     inputs = examples(model)[0]
     axes = {"prev_output_tokens": "target", "src_tokens": "source", "log_probabilities": "target"}
-    torch.onnx.register_custom_op_symbolic("aten::rms_norm", _rms_norm, OPSET)
     exporter: Dict[str, Any] = {"dynamo": False} if "dynamo" in torch.onnx.export.__code__.co_varnames else {}
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # branches on padding: the example has some
-            torch.onnx.export(
-                LogProbabilities(model), tuple(inputs.values()), path, opset_version=OPSET, input_names=list(inputs),
-                output_names=["log_probabilities"],
-                dynamic_axes={name: {0: "batch", 1: axes[name]} for name in (*inputs, "log_probabilities")},
-                **exporter,
-            )
-    finally:
-        torch.onnx.unregister_custom_op_symbolic("aten::rms_norm", OPSET)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # branches on padding: the example has some
+        torch.onnx.export(
+            LogProbabilities(model), tuple(inputs.values()), path, opset_version=OPSET, input_names=list(inputs),
+            output_names=["log_probabilities"],
+            dynamic_axes={name: {0: "batch", 1: axes[name]} for name in (*inputs, "log_probabilities")},
+            **exporter,
+        )
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda inputs: torch.from_numpy(session.run(None, {name: each.numpy() for name, each in inputs.items()})[0])
-
-
-def _rms_norm(g, x, shape, weight, eps):
-    """ONNX graph of torch's rms_norm over the last dimension."""
-    from torch.onnx import symbolic_helper
-
-    eps = symbolic_helper._maybe_get_const(eps, "f")
-    mean = g.op("ReduceMean", g.op("Mul", x, x), axes_i=[-1])
-    root = g.op("Sqrt", g.op("Add", mean, g.op("Constant", value_t=torch.tensor(eps))))
-    y = g.op("Div", x, root)
-    return y if symbolic_helper._is_none(weight) else g.op("Mul", y, weight)
 
 
 FORMATS = {"torchscript": to_torchscript, "onnx": to_onnx}

@@ -21,6 +21,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from . import kernels
 from .kernels.interface import LAYER_SCALE_EPS
 from .norms import Norm, RunningNorm
+from .norms.layouts import CHANNELS_FIRST
+from .norms.scriptable import own_evaluation
 from .readers import LinearMap, linear_map, norm_readers
 from .references import HOOKS
 
@@ -93,6 +95,8 @@ class FoldedNorm(Norm):
             unchanged = self.groups == 0 and self.scale is None
             if not torch.jit.is_tracing() and x.device.type == "cpu" and not unchanged:
                 return kernels.evaluate(x, self.scale, self.shift, groups=self.groups)
+            if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export() and not unchanged:  # which has no rms_norm
+                return kernels.eager.evaluate(x, self.scale, self.shift, None, self.groups, self.eps)
         dtype = x.dtype
         if self.groups > 0:
             shape, size = list(x.size()), self.dim // self.groups  # as sizes, which ONNX keeps open
@@ -119,7 +123,8 @@ def fold_norms(model: nn.Module) -> nn.Module:
     ``transformer_pn``. Log-probabilities and the decoder's state stay the same. The encoder's output of a pre-norm model
     becomes that before its final norm, which the decoder's attention to it absorbs. Other norms, and models without norms
     of this package, stay as they are. Folding again changes nothing. Hooks are kept; if a hook of a forward pass, on the
-    norm or on what reads it, would see other values, the scale and shift stay in the norm.
+    norm or on what reads it, or a ``forward`` that was put on an instance of the latter, would see other values, the scale
+    and shift stay in the norm.
 
     Args:
         model: a model of this package, or any module that contains norms of this package
@@ -129,7 +134,8 @@ def fold_norms(model: nn.Module) -> nn.Module:
         ``train()`` or by a backward pass that reaches a parameter, and to load a state_dict.
 
     Raises:
-        ValueError: a norm is not an affine map (yet), see :func:`unfoldable`; nothing has been changed
+        ValueError: a norm is not an affine map (yet), or evaluates in a way of its own, see :func:`unfoldable`; nothing has
+            been changed
     """
     reason = unfoldable(model)
     if reason is not None:
@@ -145,7 +151,9 @@ def fold_norms(model: nn.Module) -> nn.Module:
             norm = owner.get_submodule(name)
             if any((norm in seen) != (reader in seen) for seen in watched for reader in readers):
                 continue
-            if isinstance(norm, RunningNorm) and _fold_into(readers, norm, times_used):
+            if not isinstance(norm, RunningNorm) or norm.layout == CHANNELS_FIRST:  # linear maps read rows
+                continue
+            if _fold_into(readers, norm, times_used):
                 _replace(owner, name, _in_place_of(norm))
     folded: Dict[RunningNorm, FoldedNorm] = {}
     for owner in list(model.modules()):
@@ -178,6 +186,9 @@ def unfoldable(model: nn.Module) -> Optional[str]:
             for key in _pruning(module):  # else its weight is that of the last pass
                 module._forward_pre_hooks[key](module, None)
             try:
+                own = own_evaluation(module, "scale_and_shift")
+                if own is not None:
+                    raise ValueError(f"cannot be folded without losing something, as it {own}")
                 module.scale_and_shift()
             except ValueError as error:
                 return f"{name}: {error}" if name else str(error)
@@ -209,11 +220,13 @@ def _pruning(norm: nn.Module) -> List[int]:
 
 
 def _watched(model: nn.Module) -> List[Set[nn.Module]]:
-    """The parts of each module whose forward pass has hooks, which see what goes in and comes out, and may add to it."""
+    """The parts of each module whose forward pass has hooks, or is one of that instance (adapters that wrap it): they see
+    what goes in and comes out, and may add to it.
+    """
     return [
         set(module.modules())
         for module in model.modules()
-        if module._forward_hooks or len(module._forward_pre_hooks) > len(_pruning(module))
+        if module._forward_hooks or len(module._forward_pre_hooks) > len(_pruning(module)) or "forward" in vars(module)
     ]
 
 

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from .fold import FoldedNorm
 from .norms import Norm
 from .norms.layouts import CHANNELS_FIRST
+from .norms.scriptable import own_evaluation
 from .references import HOOKS
 
 __all__ = ["Function", "Unknown", "function_of"]
@@ -65,6 +66,8 @@ def function_of(module: nn.Module) -> Optional[Function]:
     if isinstance(module, FoldedNorm):
         raise Unknown("was folded for inference")
     if isinstance(module, Norm):
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and own_evaluation(module, "_formula") is not None:
+            raise Unknown("is derived from a norm of this package and has a forward of its own")
         eps: Any = getattr(module, "eps", None)
         return Function(type(module), module.dim, weight, bias, eps=eps, channels_first=module.layout == CHANNELS_FIRST)
     parameters = list(module.parameters(recurse=False))
@@ -74,6 +77,8 @@ def function_of(module: nn.Module) -> Optional[Function]:
     if parametrize.is_parametrized(module) and isinstance(module, (_BatchNorm, nn.LayerNorm, nn.RMSNorm)):
         raise Unknown("has parameters that are computed: replace the norms before that is done to them", refused=True)
     if isinstance(module, _BatchNorm):
+        if type(module).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):  # timm's have an activation behind
+            raise Unknown("is derived from torch's and has a forward of its own, which may do more", refused=True)
         return Function(type(module), module.num_features, weight, bias, eps=module.eps, channels_first=True)
     if type(module) in (nn.LayerNorm, nn.RMSNorm):
         shape: Any = module.normalized_shape

@@ -2,7 +2,7 @@
 import functools
 from collections import deque
 from dataclasses import is_dataclass
-from types import SimpleNamespace
+from types import CellType, FunctionType, SimpleNamespace
 from typing import Any, Dict, List, Optional, Set
 
 from torch import Tensor, nn
@@ -69,8 +69,16 @@ def _swapped(value: Any, new_of: Dict[int, nn.Module], seen: Set[int]) -> Any:
     return value
 
 
+def _held(function: Any) -> List[Any]:
+    """What a partial or a function keeps for its calls: arguments, defaults, variables from around it."""
+    if isinstance(function, functools.partial):
+        return [function.func, *function.args, *function.keywords.values()]
+    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+    return [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+
+
 def bound(model: nn.Module, modules: Dict[int, str]) -> Optional[str]:
-    """Where ``model`` holds a method of one of these modules, which would go on with the old one; None if nowhere.
+    """Where ``model`` holds a method or function of one of these modules, which would go on with the old one, or None.
 
     Args:
         model: any
@@ -90,10 +98,12 @@ def bound(model: nn.Module, modules: Dict[int, str]) -> Optional[str]:
             left.extend((where, each) for each in value.values())
         elif isinstance(value, (list, tuple, set, frozenset, deque)):
             left.extend((where, each) for each in value)
-        elif isinstance(value, functools.partial):
-            left.extend((where, each) for each in (value.func, *value.args, *value.keywords.values()))
-            if any(id(each) in modules for each in (value.func, *value.args, *value.keywords.values())):
-                return f"{where} holds a functools.partial of a norm"
+        elif isinstance(value, (functools.partial, FunctionType)):
+            held = _held(value)
+            left.extend((where, each) for each in held)
+            if any(id(each) in modules for each in held):
+                kind = "functools.partial" if isinstance(value, functools.partial) else "function"
+                return f"{where} holds a {kind} of a norm"
         elif _has_attributes(value):
             left.extend((f"{type(value).__name__}.{name}", each) for name, each in vars(value).items())
     return None

@@ -17,6 +17,7 @@ training step that is skipped leaves no trace. In a training loop of your own:
 
 :mod:`fairseq_powernorm.tasks` does this for fairseq.
 """
+import math
 import re
 from contextlib import contextmanager
 from numbers import Real
@@ -43,12 +44,15 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .kernels import eager as kernel
 from .norms import RunningNorm, Stage, Sums, Switches
+from .norms.checks import check_flag
 from .norms.staging import PARTS
 
 #: how the statistics of several processes are combined, see :class:`RunningStatistics`
 SYNC = ("off", "step", "exact")
-#: what wrappers for data parallelism put into the names of modules
-_WRAPPERS = re.compile(r"^(module\.)+|_fsdp_wrapped_module\.|_fpw_module\.")
+#: what wrappers for data parallelism, activation checkpointing and compilation put into the names of modules
+_WRAPPERS = re.compile(
+    r"^((module|_orig_mod)\.)+|_fsdp_wrapped_module\.|_fpw_module\.|_checkpoint_wrapped_module\.|\b_orig_mod\."
+)
 
 
 class _Part(NamedTuple):
@@ -196,12 +200,16 @@ class RunningStatistics:
         Raises:
             RuntimeError: a batch is in progress already, the sums of this step have been added up by :meth:`reduce`, or a
                 norm has been released since, or taken over by others
-            ValueError: ``gradient_scale`` is neither a number nor a tensor of one
+            ValueError: ``gradient_scale`` is neither a number (finite, not 0) nor a tensor of one; or ``counts`` is no bool
         """
         switches = self.switches
-        one = gradient_scale.numel() == 1 if isinstance(gradient_scale, Tensor) else isinstance(gradient_scale, Real)
+        check_flag("counts", counts)
+        if isinstance(gradient_scale, Tensor):
+            one = gradient_scale.numel() == 1  # its value may be on another device
+        else:
+            one = isinstance(gradient_scale, Real) and math.isfinite(gradient_scale) and gradient_scale != 0
         if not one:
-            raise ValueError(f"gradient_scale={gradient_scale!r}: must be a number, or a tensor of one")
+            raise ValueError(f"gradient_scale={gradient_scale!r}: must be a number, finite and not 0, or a tensor of one")
         if switches.open:
             raise RuntimeError("RunningStatistics.batch(): a batch is in progress already, here or in another thread")
         if self._calls is not None:

@@ -416,13 +416,15 @@ def test_replaced_under_inference_mode():
     [
         lambda one, other: [other.forward], lambda one, other: functools.partial(one),
         lambda one, other: {0: other.extra_repr},
+        lambda one, other: lambda x: one(x),
+        lambda one, other: [lambda x, norm=one: norm(x)],
     ],
-    ids=["list", "partial", "dict"],
+    ids=["list", "partial", "dict", "function", "default"],
 )
 def test_methods_of_norms_beside_the_tree(extra):
     """A method of a norm that the model has put aside would go on with the old norm: refused, with nothing changed."""
     model = Holder(extra)
-    with pytest.raises(ValueError, match=r"replace_norms: Holder.extra holds a (method of other|functools.partial)"):
+    with pytest.raises(ValueError, match=r"replace_norms: Holder.extra holds a (method of other|functools.partial|func)"):
         replace_norms(model)
     assert type(model.one) is type(model.other) is type(model.listed[0]) is nn.LayerNorm
 
@@ -522,6 +524,15 @@ class Lazy(nn.Module):
         self.norm = nn.LazyBatchNorm1d()
 
 
+class Activated(nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class PlainBatchNorm(nn.BatchNorm1d):
+    pass
+
+
 def parametrized():
     model = nn.Sequential(nn.LayerNorm(C))
     nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
@@ -552,6 +563,7 @@ WRONG = {
     "none": (lambda: nn.Linear(2, 2), {}, "the model has no LayerNorm or RMSNorm, nor a norm that computes the same"),
     "dimensions": (lambda: nn.Sequential(nn.LayerNorm((4, 8))), {}, r"0: LayerNorm\(\(4, 8\).* over 2 dimensions.*where="),
     "lazy": (Lazy, dict(kinds=[nn.BatchNorm1d]), "norm: .* has no size yet"),
+    "more": (lambda: nn.Sequential(Activated(C)), dict(kinds=[nn.BatchNorm1d]), "0: .* has a forward of its own"),
     "parametrized": (parametrized, {}, "0: .* has parameters that are computed"),
     "accelerate": (hooked, {}, "0: LayerNorm has a forward of its own instance"),
     "folded": (folded, {}, "no LayerNorm"),
@@ -567,6 +579,29 @@ def test_wrong_use(case):
     with pytest.raises(ValueError, match=message):
         replace_norms(model, **options)
     assert repr(model) == before
+
+
+def test_derived_classes():
+    """A class that only has another name is replaced; one of this package's with a forward of its own is left, and named."""
+
+    class Doubled(LayerNorm):
+        def forward(self, x, padding_mask=None):
+            return 2 * super().forward(x, padding_mask)
+
+    model = nn.Sequential(PlainBatchNorm(C), Doubled(C), LayerNorm(C))
+    _, report = replace_norms(model, kinds=[nn.BatchNorm1d, nn.LayerNorm])
+    assert [type(each) for each in model] == [PowerNorm, Doubled, PowerNorm]
+    assert "has a forward of its own" in report.left[0].reason
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_frozen_norms_stay_frozen(name):
+    """With the parameters that they did not have; a norm that learns learns all of them."""
+    options = dict(total_updates=3) if name == "prepbn" else {}
+    model = nn.Sequential(nn.RMSNorm(C).requires_grad_(False), nn.RMSNorm(C))
+    replace_norms(model, name, **options)
+    assert not any(each.requires_grad for each in model[0].parameters())
+    assert all(each.requires_grad for each in model[1].parameters())
 
 
 def test_left_out_what_cannot_be_replaced():

@@ -289,17 +289,69 @@ def test_hooks_see_what_they_saw():
         torch.testing.assert_close(one, other)
 
 
-def test_hooks_of_what_reads_a_norm():
-    """An adapter that adds to a linear map by a hook, from its input: outputs stay; the other norm is folded as ever."""
+@pytest.mark.parametrize("how", ["hook", "forward"])
+def test_adapters_of_what_reads_a_norm(how):
+    """An adapter that adds to a linear map, from its input, by a hook or by a forward around that of the instance: outputs
+    stay; the other norm is folded as ever.
+    """
     layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, norm_first=True, batch_first=True)
     layer, _ = replace_norms(layer, "power:groups=0")
     layer.eval().norm1.running_phi.fill_(3.0)
     layer.norm2.running_phi.fill_(5.0)
     x, adapter = torch.randn(2, 5, 8), torch.nn.Linear(8, 16)
-    layer.linear1.register_forward_hook(lambda linear, args, y: y + adapter(args[0]))
+    if how == "hook":
+        layer.linear1.register_forward_hook(lambda linear, args, y: y + adapter(args[0]))
+    else:
+        original = layer.linear1.forward
+        layer.linear1.forward = lambda x: original(x) + adapter(x)
     expected = layer(x)
     torch.testing.assert_close(fold_norms(layer)(x), expected)
     assert layer.norm1.scale is None and layer.norm2.scale is not None
+
+
+class Clamped(PowerNorm):
+    """A norm with an evaluation of its own."""
+
+    def forward(self, x, padding_mask=None):
+        return super().forward(x, padding_mask).clamp(-0.1, 0.1)
+
+
+class Negated(PowerNorm):
+    """One that says what its evaluation is."""
+
+    def _evaluate(self, x, padding_mask):
+        return -super()._evaluate(x, padding_mask)
+
+    def scale_and_shift(self):
+        return tuple(-each for each in super().scale_and_shift())
+
+
+def test_norms_that_evaluate_in_a_way_of_their_own():
+    """They are refused by name, whether a class or an instance has the forward, when folded and when scripted; one that says
+    what its evaluation is folds.
+    """
+    wrapped = PowerNorm(8)
+    wrapped.forward = lambda x, original=wrapped.forward: original(x).clamp(-0.1, 0.1)
+    for norm, what in ((Clamped(8), "a Clamped, which has forward"), (wrapped, "has a forward of its own instance")):
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), norm).eval()
+        with pytest.raises(ValueError, match=f"^1: cannot be folded.*{what}"):
+            fold_norms(model)
+        with pytest.raises(RuntimeError, match=what):
+            torch.jit.script(norm)
+    x, norm = torch.randn(5, 8), Negated(8).eval()
+    torch.testing.assert_close(fold_norms(torch.nn.Sequential(norm))(x), norm(x))
+    with pytest.raises(RuntimeError, match="a Negated, which has _evaluate of its own"):
+        torch.jit.script(norm)
+
+
+def test_channels_that_linear_maps_do_not_read():
+    """A norm of another dimension than the linear maps', though of one size, keeps its scale."""
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, norm_first=True, batch_first=True)
+    layer.norm1, layer.norm2, layer.activation_relu_or_gelu = PowerNorm(8, layout="channels_first"), PowerNorm(8), 0
+    layer.eval().norm1.running_phi.copy_(torch.arange(1.0, 9.0))
+    x = torch.randn(2, 8, 8)
+    expected = layer(x)
+    torch.testing.assert_close(fold_norms(layer)(x), expected)
 
 
 def test_frozen_models_pass_gradients_on():

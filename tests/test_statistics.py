@@ -1,5 +1,6 @@
 """The statistics engine at layer level, in float64: one step per training step, however the batch is cut."""
 import copy
+import math
 from datetime import timedelta
 from fractions import Fraction
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import multiprocessing, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from fairseq_powernorm.norms import (
     BatchRenorm,
@@ -637,11 +639,14 @@ def test_norms_that_are_in_nobodys_charge(how):
         norm(data(0)[0])
 
 
-@pytest.mark.parametrize("scale", [None, "8", torch.ones(2)])
-def test_a_gradient_scale_is_one_number(scale):
-    """By name and value, before the batch."""
+@pytest.mark.parametrize(
+    "option, value",
+    [*(("gradient_scale", value) for value in (None, "8", torch.ones(2), 0.0, math.inf, math.nan)), ("counts", "false")],
+)
+def test_what_a_batch_cannot_take(option, value):
+    """A scale is one number by which can be divided, and counts a bool: by name and value, before the batch."""
     statistics = RunningStatistics(KINDS["reference"]())
-    with pytest.raises(ValueError, match="gradient_scale=.*: must be a number"), statistics.batch(gradient_scale=scale):
+    with pytest.raises(ValueError, match=f"{option}=.*: must be"), statistics.batch(**{option: value}):
         pass
     assert not statistics.switches.open
 
@@ -656,6 +661,8 @@ def test_a_part_that_is_called_module():
         model(data(0)[0].float())
     assert statistics.passes() == {"0": 1.0, "module.0": 1.0}
     assert list(RunningStatistics(nn.DataParallel(nn.Sequential(build_norm("power", C)))).norms()) == ["0"]
+    wrapped = nn.Sequential(checkpoint_wrapper(nn.Sequential(build_norm("power", C))))
+    assert list(RunningStatistics(nn.DataParallel(torch.compile(wrapped))).norms()) == ["0.0"]
 
 
 def test_classes_of_one_name_are_kept_apart():

@@ -34,7 +34,8 @@ class _Evaluation(Function):
             skip_padding=False,
         )
         y, r, saved, _ = backend.power_forward(x, weight, bias, None, psi2, spec)
-        ctx.save_for_backward(x, r, weight, bias, saved, psi2)
+        # a training pass before the backward pass changes psi^2 in place
+        ctx.save_for_backward(x, r, weight, bias, saved, psi2.clone())
         ctx.spec, ctx.kernel, ctx.channels_second = spec, backend, channels_second
         return memory.channels_second(y, x) if channels_second else y
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .base import Device
-from .checks import check_number
+from .checks import check_dim, check_number
 from .row import RowNorm
 
 
@@ -53,6 +53,7 @@ class AdaNorm(RowNorm):
         device: Device = None,
         dtype: Optional[torch.dtype] = None,
     ):
+        check_dim(dim)
         if dim == 1:
             raise ValueError("dim=1: must be 2 or more, as one channel has no unbiased standard deviation")
         super().__init__(dim, {}, batch_first=batch_first, layout=layout, device=device, dtype=dtype)

@@ -17,6 +17,7 @@ from . import loading
 from .checks import check_choice, check_dense, check_dim, check_dtype, check_flag, check_interval, check_number, is_count
 from .layouts import Norm
 from .masks import MaskSlot, valid_rows
+from .scriptable import Evaluation
 from .staging import Stage, Sums
 
 State = Mapping[str, Tensor]
@@ -232,15 +233,7 @@ class RunningNorm(Norm):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles in place of this module: its evaluation."""
-        from .scriptable import Evaluation
-
-        self._check_evaluation()
         return Evaluation(self)
-
-    def _check_evaluation(self) -> None:
-        """Raise RuntimeError if a norm in training is to be scripted."""
-        if self.training:
-            raise RuntimeError(f"torch.jit.script of a {type(self).__name__} in training: call eval() first")
 
     def settle(self) -> None:
         """Begin what a loader has put in place of meta tensors without a value; called before statistics are read."""

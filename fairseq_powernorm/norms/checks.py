@@ -11,6 +11,9 @@ Checks = Mapping[str, Callable[[str, Any], None]]
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+#: numbers of norms become float32: the largest there is, and the smallest above 0 that no processor takes for 0
+LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+
 #: counts are compared with the step count in float64, which knows each whole number below this
 MOST = 2**53
 
@@ -46,10 +49,10 @@ def check_dim(dim: int) -> None:
 
 
 def check_number(name: str, value: float, *, least: float = -math.inf, above: float = -math.inf) -> None:
-    """Raise ValueError unless ``value`` is finite, at least ``least`` and larger than ``above``."""
-    if not (_is_number(value) and least <= value < math.inf and value > above):
+    """Raise ValueError unless ``value`` is finite, at least ``least`` and larger than ``above``, also in float32."""
+    if not (_is_number(value) and abs(value) <= LARGEST and value >= max(least, above + SMALLEST)):
         limit = f", {least:g} or more" if least > -math.inf else f" above {above:g}" if above > -math.inf else ""
-        raise ValueError(f"{name}={value!r}: must be a finite number{limit}")
+        raise ValueError(f"{name}={value!r}: must be a finite number{limit}, in float32")
 
 
 def check_updates(name: str, value: int) -> None:

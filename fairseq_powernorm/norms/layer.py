@@ -102,5 +102,8 @@ class RMSNorm(Norm, nn.RMSNorm):
                 swept = kernels.layer_scale(x, self.weight, None, 1, self.eps)
                 if swept is not None:
                     return swept
+            if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():  # which has no rms_norm
+                eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+                return kernels.eager.evaluate(x, self.weight, None, None, 1, eps)
         # torch 2.4 gives the wider dtype of input and weight
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps).to(x.dtype)

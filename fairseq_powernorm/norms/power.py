@@ -239,7 +239,7 @@ class PowerNorm(SecondMomentNorm):
         """An ordinary pass by the autograd function in C++; None, with nothing done, where that does not serve."""
         stage, step, sums = self.stage, None, functional.NO_STAGE
         if stage is None:
-            if recomputable() or inside_backward():
+            if recomputable() or inside_backward() or not self._takes_known_step():
                 return None
             step = self._step_spec()
         elif stage.switches.reduce is not None:
@@ -267,7 +267,9 @@ class PowerNorm(SecondMomentNorm):
         steps = self.steps()
         spec = self._spec_at(steps)
         if not recomputable():
-            own = OwnStep(psi2, self.statistic("iters"), self.statistic("ema_gz"), self._step_spec())
+            own = None
+            if self._takes_known_step():
+                own = OwnStep(psi2, self.statistic("iters"), self.statistic("ema_gz"), self._step_spec())
             y = self._pass(x, valid, spec, psi2, own=own)
         else:
             with operators.outside_of_modes():
@@ -303,6 +305,11 @@ class PowerNorm(SecondMomentNorm):
 
     def _train_opaque(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
         """Training as operators that a compiler does not look into."""
+        if self.stage is None and not (x.is_meta or self._takes_known_step()):
+            raise RuntimeError(
+                f"compiling or tracing a {type(self).__name__} in training, which has a step of its own: let "
+                "fairseq_powernorm.statistics.RunningStatistics apply it"
+            )
         parts = self.stage.parts if self.stage is not None and self.stage.switches.counting else {}
         rows = x if x.stride(-1) == 1 else x.contiguous()
         y = operators.power_norm(
@@ -313,7 +320,15 @@ class PowerNorm(SecondMomentNorm):
 
     # ------------------------------------------------------------------ statistics
 
+    def _takes_known_step(self) -> bool:
+        """Is the step of the running statistics that which kernels know, and not the rule of a derived class?"""
+        rule = type(self)
+        return rule.advance is PowerNorm.advance and rule.step_ is PowerNorm.step_
+
     def step_(self, part: str, tally: Tensor, buffers: State) -> None:
+        if type(self).advance is not PowerNorm.advance:
+            super().step_(part, tally, buffers)
+            return
         backend = choose_for_step(tally, *(buffers[name] for name in self.STEPS[part]))
         if part == "forward":
             backend.advance_forward(tally, buffers["running_phi"], buffers["iters"], self._step_spec())

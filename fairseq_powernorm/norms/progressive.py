@@ -133,7 +133,6 @@ class ProgressiveBatchNorm(FormulaNorm):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """See :class:`RunningNorm`."""
-        self._check_evaluation()
         return MixedEvaluation(self)
 
     def scale_and_shift(self) -> Tuple[Tensor, Tensor]:

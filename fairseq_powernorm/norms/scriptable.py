@@ -9,6 +9,22 @@ from ..kernels.interface import LAYER_SCALE_EPS
 from .layouts import Norm
 
 
+def own_evaluation(norm: nn.Module, told_by: str) -> Optional[str]:
+    """What of a norm's evaluation is its own and would be left out by what this package knows of it: a phrase, or None.
+
+    That is a ``forward`` of the instance, or of a class derived outside of this package without the method ``told_by``.
+    """
+    if "forward" in vars(norm):
+        return "has a forward of its own instance, as wrappers and accelerate's hooks give it"
+    for kind in type(norm).__mro__:
+        if told_by in vars(kind) or kind.__module__.startswith(f"{__package__}."):
+            break
+        own = [name for name in ("forward", "_normalize", "_evaluate") if name in vars(kind)]
+        if own:
+            return f"is a {kind.__name__}, which has {own[0]} of its own, but no {told_by}"
+    return None
+
+
 class Evaluation(Norm):
     """Evaluation of a norm with running statistics, with its parameters and buffers under their own names.
 
@@ -17,6 +33,9 @@ class Evaluation(Norm):
 
     Shape:
         - input and output: those of ``norm``. A padding mask is accepted and not needed.
+
+    Raises:
+        RuntimeError: ``norm`` is in training, or evaluates in a way of its own
     """
 
     if TYPE_CHECKING:  # the compiler would read annotations that are there
@@ -26,6 +45,10 @@ class Evaluation(Norm):
         bias: Optional[nn.Parameter]
 
     def __init__(self, norm: Any):
+        if norm.training:
+            raise RuntimeError(f"torch.jit.script of a {type(norm).__name__} in training: call eval() first")
+        if (own := own_evaluation(norm, "__prepare_scriptable__")) is not None:
+            raise RuntimeError(f"torch.jit.script would lose something of a norm that {own}")
         super().__init__(norm.dim, layout=norm.layout)
         for name in ("weight", "bias"):
             self.register_parameter(name, getattr(norm, name))

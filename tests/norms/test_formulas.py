@@ -245,6 +245,7 @@ def test_folds(variant, groups, steps):
     ("mabn:masked=false", "option 'masked' is unknown; options of 'mabn': eps, alpha_fwd, window"),
     ("rbn:p_mean=-1", "p_mean=-1.0: must be a finite number, 0 or more"),
     ("rbn:p_var=inf", "p_var=inf: must be a finite number"),
+    ("rbn:eps=1e39", r"eps=1e\+39: must be a finite number, 0 or more, in float32"),
     ("prepbn", "total_updates=None: must be the number of training steps after which LayerNorm is gone, 1 or more"),
     ("prepbn:total_updates=0", "total_updates=0: must be"),
     ("prepbn:total_updates=5,alpha=nan", "alpha=nan: must be a finite number"),

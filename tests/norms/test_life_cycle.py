@@ -385,7 +385,7 @@ def test_the_state_of_another_norm_has_no_window(name):
     assert 0.9 < float(norm(x).std()) < 1.1
 
 
-@pytest.mark.parametrize("value", [float("nan"), 0, 1.5, "8"])
+@pytest.mark.parametrize("value", [float("nan"), 0, 1.5, "8", np.array([8, 8])])
 @pytest.mark.parametrize("name", NORMS)
 def test_what_is_no_number_of_channels_is_refused(name, value):
     """By name and value."""

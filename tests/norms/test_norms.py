@@ -1,6 +1,7 @@
 """The norms as stand-alone modules: against golden traces, equations, autograd and torch's own layers."""
 import copy
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from norm_cases import APPROXIMATE, RUNNING, new
 
 from fairseq_powernorm import functional
 from fairseq_powernorm.norms import NORMS, MaskedBatchNorm, PowerNorm, PowerNormV, build_norm
+from fairseq_powernorm.statistics import RunningStatistics
 
 EXACT = [name for name in RUNNING if name not in APPROXIMATE]
 TOLERANCE = {"f32": 2e-6, "f64": 1e-12}
@@ -329,6 +331,44 @@ def test_alpha_one_keeps_and_alpha_zero_replaces_the_running_statistics(kind):
     }
     for name in set(expected) & set(before):
         torch.testing.assert_close(replaced.get_buffer(name), expected[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", RUNNING)
+def test_a_derived_class_may_have_a_step_of_its_own(kind):
+    """Its ``advance`` is what the running statistics become, by the norm itself and by RunningStatistics: here, nothing."""
+
+    def advance(norm, part, state, sums, alpha_fwd):
+        return {"iters": state["iters"] + 1} if part == "forward" else {}
+
+    x, g, _ = random_batch(dtype=torch.float32)
+    for staged in (False, True):
+        norm = new(kind, dim=8)
+        norm.__class__ = type("Own", (type(norm),), {"advance": advance})
+        before = copy.deepcopy({name: value for name, value in norm.named_buffers() if name != "iters"})
+        statistics = RunningStatistics(norm) if staged else None
+        with statistics.batch() if statistics else nullcontext():
+            norm(x.requires_grad_()).backward(g)
+        if statistics:
+            statistics.commit()
+        assert norm.iters == 1
+        for name, value in before.items():
+            assert torch.equal(norm.get_buffer(name), value), (name, staged)
+
+
+@pytest.mark.parametrize("kind", RUNNING)
+def test_a_training_pass_between_an_evaluation_and_its_backward_pass(kind):
+    """The gradient of an evaluation is that of the statistics it saw, also the second derivative."""
+    norm, x = randomize(new(kind, dim=8, warmup_updates=0)).eval(), torch.randn(6, 8)
+    found = []
+    for between in (False, True):
+        leaf = x.clone().requires_grad_()
+        y = norm.eval()(leaf)
+        if between:
+            norm.train()(torch.randn(6, 8))
+        (first,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
+        found.append((first.detach(), *torch.autograd.grad(first.square().sum(), leaf)))
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other)
 
 
 # ---------------------------------------------------------------- padding

@@ -283,6 +283,8 @@ def test_compiled(name):
     [
         ("scale:eps=0", 8, r"norm 'scale:eps=0': eps=0.0: must be a finite number above 0"),
         ("scale:eps=inf", 8, "eps=inf: must be a finite number above 0"),
+        ("group-scale:eps=1e-46", 8, "eps=1e-46: must be a finite number above 0, in float32"),
+        ("dyt:alpha=1e39", 8, r"alpha=1e\+39: must be a finite number above 0, in float32"),
         ("group:groups=3", 8, r"groups=3: must divide the 8 channels into groups of 2 or more, one of \[1, 2, 4\]"),
         ("group:groups=8", 8, r"groups=8: must divide the 8 channels into groups of 2 or more, one of \[1, 2, 4\]"),
         ("group-scale:groups=0", 8, r"groups=0: must divide the 8 channels, one of \[1, 2, 4, 8\]"),

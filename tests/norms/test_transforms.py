@@ -3,6 +3,7 @@ compiling.
 """
 
 import copy
+import io
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 
+from fairseq_powernorm.fold import fold_norms
 from fairseq_powernorm.kernels.interface import StepSpec
 from fairseq_powernorm.norms import penalty
 from fairseq_powernorm.operators import OpaqueSpec
@@ -262,6 +264,21 @@ def test_tracing(name, variant):
     if name in dict(CASES):
         with pytest.raises(RuntimeError, match=r"in training: call eval\(\) first"):
             torch.jit.trace(norm.train(), x)
+
+
+@pytest.mark.parametrize("name", ["rms", "power", "batch"])
+def test_onnx(name):
+    """torch's exporter by tracing, of a norm and of what is left of it when folded: the same numbers for other sizes."""
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    norm, axes = make(name).eval(), {"x": {0: "time", 1: "batch"}}
+    (x, _, _), (other, _, _) = batch(), batch(1)
+    for module in (norm, fold_norms(nn.Sequential(copy.deepcopy(norm)))):
+        stream = io.BytesIO()
+        torch.onnx.export(module, (x,), stream, dynamo=False, opset_version=17, input_names=["x"], dynamic_axes=axes)
+        session = runtime.InferenceSession(stream.getvalue(), providers=["CPUExecutionProvider"])
+        (found,) = session.run(None, {"x": other[:2].numpy()})
+        assert_all_close([torch.from_numpy(found)], [norm(other[:2])])
 
 
 # ---------------------------------------------------------------- torch.compile
