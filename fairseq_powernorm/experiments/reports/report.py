@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from ..directories import locked
-from ..files import read_json, write_bytes, write_json
+from ..files import read_json, write_bytes, write_json, write_text
 from ..paths import runs_root
 from . import figures, render, schema, sections
 from .matrix import BASELINE, NORMS, Row, Run, relative
@@ -61,9 +61,9 @@ def write(subject: str, path: Path, runs: Sequence[Run], missing: Sequence[str],
             title = TITLES[subject]
             text = render.as_markdown(title, parts, missing, lambda part, i: f"{path.name}{picture_end(part, i)}")
             print(text)
-            write_bytes(wrote(".md"), text.encode())
-            write_bytes(wrote(".csv"), render.as_csv(parts).encode())
-            write_bytes(wrote(".html"), render.as_html(title, parts, missing, records).encode())
+            write_text(wrote(".md"), text)
+            write_text(wrote(".csv"), render.as_csv(parts))
+            write_text(wrote(".html"), render.as_html(title, parts, missing, records))
     print("report: " + ", ".join(relative(Path(name)) for name in written))
 
 
