@@ -28,7 +28,16 @@ from fairseq_powernorm.experiments import settings  # noqa: E402
 from fairseq_powernorm.experiments.errors import UserError  # noqa: E402
 from fairseq_powernorm.experiments.evaluation import score  # noqa: E402
 from fairseq_powernorm.experiments.files import json_text, read_json, write_json  # noqa: E402
-from fairseq_powernorm.experiments.reports import figures, matrix, plot_curves, render, schema, sections, table  # noqa: E402
+from fairseq_powernorm.experiments.reports import (  # noqa: E402
+    figures,
+    matrix,
+    plot_curves,
+    render,
+    report,
+    schema,
+    sections,
+    table,
+)
 from fairseq_powernorm.experiments.reports.significance import significance  # noqa: E402
 from fairseq_powernorm.experiments.runs import checkpoints  # noqa: E402
 from fairseq_powernorm.experiments.score import command as score_command  # noqa: E402
@@ -460,6 +469,20 @@ def test_page(written):
         f"multi30k/{path.name}" for path in (results / "multi30k").iterdir()}
     assert any(EVIL in data for data in page.text), "commands are shown as they are"
     assert not re.search(r"(src|href)=\"(https?:)?//|@import|url\(", text)
+
+
+@pytest.mark.parametrize("key, value", [("benchmark", "demo"), ("norm", "layer"), ("seed", 2), ("arch", "other")])
+def test_a_record_in_the_place_of_another(key, value, tmp_path):
+    """A report takes no record of another run, whatever its file is called."""
+    run = next(run for run in matrix.runs("multi30k", "transformer_pn_tiny", [1], 4000, []) if run.row_name == "power")
+    (tmp_path / "multi30k").mkdir()
+    record = record_of(run, 0)
+    run.record(tmp_path).write_text(json.dumps(record))
+    assert report.record_of(run, tmp_path) == record
+    record["config"]["model"]["_name"] = value if key == "arch" else run.arch
+    run.record(tmp_path).write_text(json.dumps({**record, **({} if key == "arch" else {key: value})}))
+    with pytest.raises(UserError, match=f"power-4000-seed1.json is the record of another run: its {key} is {value!r}"):
+        report.record_of(run, tmp_path)
 
 
 def test_table_of_the_report(written):
