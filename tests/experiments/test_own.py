@@ -87,7 +87,7 @@ def test_prepared_data_say_what_they_are(home):
     assert {line.split()[0] for line in dictionary} >= words
 
 
-def test_prepared_again(home, capsys):
+def test_prepared_again(home, capsys, monkeypatch):
     """The same once more, also by name alone, is nothing to do; other options, text or task are refused; nothing changes."""
     before = contents(home / "data")
     prepare("talks", text_dir=str(home / "text"), bpe_size=60, separate_dictionaries=True, **SIDES)
@@ -97,6 +97,9 @@ def test_prepared_again(home, capsys):
     assert "bpe_size is 60, asked for 10000" in refusal(prepare, "talks", **again)
     assert "for translation, asked for language_model" in refusal(prepare, "talks", lm=True, text_dir=str(home / "novels"))
     assert contents(home / "data") == before
+    monkeypatch.setattr("fairseq_powernorm.experiments.data.prepare.locked", None)  # data that are shared need no lock
+    prepare("novels", text_dir=str(home / "novels"), lm=True)
+    assert "nothing to do" in capsys.readouterr().out
 
 
 def test_interrupted(home, tmp_path, monkeypatch, capsys):
