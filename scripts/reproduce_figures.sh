@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # Draws the paper's figures, and trains and evaluates the runs that they need; --help says more.
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
+. "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/lib/common.sh"
 pn_python reproduce figures "$@"

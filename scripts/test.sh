@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests; --help says more.
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/lib/common.sh"
+. "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/lib/common.sh"
 case ${1:-} in # among pytest's arguments these are pytest's own
     -h | --help)
         cat <<'TEXT'

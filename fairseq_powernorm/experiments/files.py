@@ -40,8 +40,8 @@ def write_bytes(path: AnyPath, content: bytes) -> None:
 
 
 def write_text(path: AnyPath, text: str) -> None:
-    """The same of a text."""
-    write_bytes(path, text.encode("utf-8"))
+    """The same of a text. Half of a surrogate pair, which foreign JSON can hold, stays the escape that it is there."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: AnyPath, content: Any) -> None:

@@ -99,6 +99,7 @@ class Settings:
             from fairseq.dataclass.configs import FairseqConfig
         self.config = config
         self.known: Dict[str, Setting] = {}
+        self.dataclasses: Dict[str, Any] = {}  # group -> what its settings are declared by, where that is known
         self.chosen: Dict[str, Optional[str]] = {}  # group -> implementation, for the groups that have several
         self.open: List[str] = []  # groups whose implementation says nothing of its settings
         given = by_key(overrides)
@@ -107,6 +108,7 @@ class Settings:
                 continue
             if dataclasses.is_dataclass(field.type):
                 self.known.update(fields(field.name, field.type))
+                self.dataclasses[field.name] = field.type
                 continue
             in_file = None if config is None else (config.get(field.name) or {}).get("_name")
             name = self.chosen[field.name] = (
@@ -115,8 +117,22 @@ class Settings:
             dataclass = None if name is None else implementations(field.name).get(name)
             if dataclass is not None:
                 self.known.update(fields(field.name, dataclass))
+                self.dataclasses[field.name] = dataclass
             else:
                 self.open.append(field.name)
+
+    def problem(self, key: str, value: Any) -> Optional[str]:
+        """Why a setting cannot have a value, which is of another type; None if it can, or nothing is known of it."""
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        group, _, name = key.partition(".")
+        if key in self.known:
+            try:
+                OmegaConf.structured(self.dataclasses[group])[name] = value
+            except OmegaConfBaseException as error:
+                return str(error).split("\n")[0]
+        return None
 
     def stated(self, group: str) -> List[str]:
         """The keys that the configuration's file gives in a group, such as ``optimizer.adam_betas``."""

@@ -7,7 +7,7 @@ import functools
 import os
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from . import recipes, trust
 from .errors import UserError, choose
@@ -211,6 +211,7 @@ def _checked(content: Mapping[str, Any], wanted: Mapping[str, Mapping[str, Any]]
     stated: Dict[str, Dict[str, Any]] = {group: dict(values) for group, values in wanted.items()}
     for group, values in content.items():
         if values is None:
+            stated.setdefault(group, {})
             continue
         if not isinstance(values, dict):
             raise UserError(f"{where}: {group}: {values!r} is not a group of settings; valid: {', '.join(OWN_KEYS)}, which "
@@ -218,9 +219,9 @@ def _checked(content: Mapping[str, Any], wanted: Mapping[str, Mapping[str, Any]]
         for key, value in values.items():
             if value == UNSAID:
                 continue
-            asked = wanted.get(group, {}).get(key, value)
-            if value != asked:
-                raise UserError(f"{where}: {group}.{key} is {value!r}, but that of the data is {asked!r}; leave it out")
+            asked = wanted.get(group, {})
+            if key in asked and value != asked[key]:
+                raise UserError(f"{where}: {group}.{key} is {value!r}, but that of the data is {asked[key]!r}; leave it out")
             stated.setdefault(group, {})[key] = value
     return stated
 
@@ -241,17 +242,39 @@ def _overrides(base: Any, stated: Mapping[str, Mapping[str, Any]], where: str) -
             raise UserError(f"{where}: there is no group {group!r}; valid: {', '.join([*OWN_KEYS, *valid])}"
                             + (f"; did you mean {near[0]}?" if near else ""))
         name = values.get("_name")
+        if "_name" in values and not isinstance(name, str):
+            raise UserError(f"{where}: {group}._name is {name!r}; valid: a name, or leave it out")
         if name is not None and name != ((base.get(group) or {}).get("_name")):
             if group == "task":
                 raise UserError(f"{where}: task._name {name!r}: the data are for {base.task._name}; leave it out")
-            choose(f"{where}: {group}._name", str(name), sorted(implementations(group)) or [str(name)])
+            choose(f"{where}: {group}._name", name, sorted(implementations(group)) or [name])
             found += settings.choice(group, name).split(" ")
         for key, value in values.items():
             if key != "_name":
                 found.append(_override(settings, f"{group}.{key}", value, where))
     ranks = dict.fromkeys(PLACES, "an override, or --ranks of scripts/launch.sh")
     trust.check_overrides(found, {**trust.OURS, **ranks}, where)
+    for group, values in stated.items():
+        for key, value in values.items():
+            problem = settings.problem(f"{group}.{key}", _resolved(base, found, f"{group}.{key}", value, where))
+            if problem:
+                raise UserError(f"{where}: {group}.{key} is {value!r}: {problem}")
     return found
+
+
+def _resolved(base: Any, overrides: Sequence[str], key: str, value: Any, where: str) -> Any:
+    """A value, that of another setting where it is an interpolation; refuses one that leads nowhere."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if "${" not in str(value):
+        return value
+    try:
+        found = OmegaConf.select(recipes.apply(base, overrides), key)
+        return OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+    except OmegaConfBaseException as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{where}: {key} is {value!r}, which leads to no setting: {reason}") from None
 
 
 def _override(settings: Any, key: str, value: Any, where: str) -> str:

@@ -1,9 +1,10 @@
 # Sourced by every script: the root of the repository, errors, and how a command is started.
 
-PN_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+unset CDPATH    # with which cd would go elsewhere, and print where
+PN_ROOT=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.." && pwd)
 
-# what the user called, as the repository has it: errors begin with it
-pn_script=$(cd "$(dirname "$0")" && pwd)/$(basename "$0")
+# what the user called, as the repository has it, and not a link to it: errors begin with it
+pn_script=$(readlink -f "$0" || printf '%s' "$0")
 pn_script=${pn_script#"$PN_ROOT/"}
 
 pn_die() {

@@ -39,6 +39,12 @@ pn_find_python() {
 pn_make_venv() {
     local venv=$PN_ROOT/.venv unfinished=$PN_ROOT/.venv.unfinished found base minor torch stamp
     local -a words
+    # One script at a time: another one would take a .venv that is being made for one that was left unfinished.
+    exec 9<"$PN_ROOT/setup.py"
+    if command -v flock >/dev/null && ! flock -n 9; then
+        echo "waiting for another script that is making .venv"
+        pn_wait flock 9 || true    # of a file system without locks
+    fi
     if [ -e "$unfinished" ]; then
         rm -rf "$venv"
     elif [ -d "$venv" ] && [ ! -f "$venv/installed" ]; then
@@ -79,6 +85,7 @@ print(sys.argv[2], hashlib.sha256(open(sys.argv[1], 'rb').read()).hexdigest())" 
         printf '%s\n' "$stamp" >"$venv/installed"
         rm "$unfinished"
     fi
+    exec 9<&-
     PYTHON=$venv/bin/python
 }
 

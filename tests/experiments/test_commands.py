@@ -97,6 +97,39 @@ def test_help_of_a_script(script):
     assert not (ROOT / ".venv.unfinished").exists()
 
 
+def test_scripts_are_found_through_links(tmp_path):
+    """A link to a script is the script, and CDPATH, by which cd would go elsewhere, changes nothing."""
+    link = tmp_path / "other name"
+    link.symlink_to(ROOT / "scripts" / "slurm" / "submit.sh")
+    for place, script in ((tmp_path, link.name), (ROOT, "scripts/slurm/submit.sh")):
+        done = subprocess.run(["bash", script, "--none"], cwd=place, stderr=subprocess.PIPE, text=True,
+                              env={**os.environ, "PYTHON": sys.executable, "CDPATH": f".:{ROOT}"})
+        assert done.returncode == 2 and done.stderr.startswith("scripts/slurm/submit.sh: error: unknown option"), done.stderr
+
+
+def test_two_scripts_make_one_environment(tmp_path):
+    """A script waits for another one that is making .venv, and takes what that has made."""
+    (tmp_path / "setup.py").touch()
+    (tmp_path / "python3.11").write_text(f"""#!/bin/sh
+        case "$*" in
+            *"-m venv"*) echo made >>"{tmp_path}/log"; mkdir -p "$4/bin"; sleep 0.3; cp "$0" "$4/bin/python" ;;
+            *"-m pip"*) sleep 0.1; test -x "$0" ;;
+            *ensurepip*) ;;
+            -) cat >/dev/null; echo lacks: ;;
+            *) exec {sys.executable} "$@" ;;
+        esac""")
+    (tmp_path / "python3.11").chmod(0o755)
+    lib = ROOT / "scripts" / "lib"
+    shell = (f"set -euo pipefail; . {lib / 'common.sh'}; . <(sed '/^pn_environment$/,$d' {lib / 'environment.sh'}); "
+             f"PN_ROOT={tmp_path}; pn_make_venv; $PYTHON -c 'print(1 + 1)'")
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    started = [subprocess.Popen(["bash", "-c", shell, "x.sh"], env=environment, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=60)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0] and all(each.endswith("2\n") for each in said), said
+    assert (tmp_path / "log").read_text() == "made\n"
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_before_python(sent, tmp_path):
     """A script that is still looking after its environment ends with one line, and what it has started does, too."""

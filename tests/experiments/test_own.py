@@ -87,7 +87,7 @@ def test_prepared_data_say_what_they_are(home):
     assert {line.split()[0] for line in dictionary} >= words
 
 
-def test_prepared_again(home, capsys):
+def test_prepared_again(home, capsys, monkeypatch):
     """The same once more, also by name alone, is nothing to do; other options, text or task are refused; nothing changes."""
     before = contents(home / "data")
     prepare("talks", text_dir=str(home / "text"), bpe_size=60, separate_dictionaries=True, **SIDES)
@@ -97,6 +97,9 @@ def test_prepared_again(home, capsys):
     assert "bpe_size is 60, asked for 10000" in refusal(prepare, "talks", **again)
     assert "for translation, asked for language_model" in refusal(prepare, "talks", lm=True, text_dir=str(home / "novels"))
     assert contents(home / "data") == before
+    monkeypatch.setattr("fairseq_powernorm.experiments.data.prepare.locked", None)  # data that are shared need no lock
+    prepare("novels", text_dir=str(home / "novels"), lm=True)
+    assert "nothing to do" in capsys.readouterr().out
 
 
 def test_interrupted(home, tmp_path, monkeypatch, capsys):
@@ -356,7 +359,17 @@ def test_bases(home, tmp_path):
     ("data: talks\ncommon: {seed: '${oc.env:HOME}'}", "an interpolation must be all of a value, and that of another"),
     ("data: talks\noptimizer: {adam_betas: \"__import__('os')\"}", "reads like Python code, which fairseq evaluates"),
     ("data: talks\ncommon: {log_file: /etc/x}", "must be the name of a file in the run's directory"),
-    ("data: talks\noptimization: {clip_norm: .nan}", "nan"),
+    ("data: talks\noptimization: {clip_norm: .nan}", "optimization.clip_norm: hydra cannot be told nan"),
+    ("data: talks\noptimisation:", "there is no group 'optimisation'; valid: base, "),
+    ("data: talks\nmodel: {_name: null}", "model._name is None; valid: a name"),
+    ("data: talks\noptimizer: {_name: [adam]}", "optimizer._name is ['adam']; valid: a name"),
+    ("data: talks\ncommon: {seed: many}", "common.seed is 'many': Value 'many' of type 'str' could not be converted to"),
+    ("data: talks\ncheckpoint: {keep_interval_updates: null}", "keep_interval_updates is None: field"),
+    ("data: talks\nlr_scheduler: {warmup_updates: 1.5}", "lr_scheduler.warmup_updates is 1.5: Value '1.5' of type"),
+    ("data: talks\noptimization: {update_freq: many}", "optimization.update_freq is 'many': Invalid value"),
+    ("data: talks\ncommon: {seed: '${no.thing}'}", "common.seed is '${no.thing}', which leads to no setting"),
+    ("data: talks\ncommon: {seed: '${common.seed}'}", "common.seed is '${common.seed}', which leads to no setting"),
+    ("data: talks\noptimization: {max_update: '${model._name}'}", "max_update is '${model._name}': Value 'transformer"),
     ("data: talks\noptimization: {lr: [0x" + "F" * 5000 + "]}", "optimization.lr: Exceeds the limit"),
     ("data: talks\ndistributed_training: {distributed_world_size: 4}", "is this command's own; use an override, or --ranks"),
     ("data: talks\nhydra: {run: {dir: /tmp}}", "there is no group 'hydra'"),
@@ -455,6 +468,10 @@ def test_reproduce_takes_them(home, tmp_path):
     assert run.name == "layer-30-seed1" and run.train_command()[:4] == ["bash", "scripts/train.sh", path, "layer"]
     assert "optimization.max_update=30" in run.overrides and run.evaluate_command(tmp_path)[2].endswith("my/layer-30-seed1")
     assert "about" in matrix.plan_line(run, tmp_path)
+    for base, kept, average in (("iwslt14", "keep_last_epochs: 0", 1), ("demo", "keep_interval_updates: -1", 1),
+                                ("demo", "keep_last_epochs: 7", 5)):  # demo has no checkpoints of epochs
+        config = settings.load(write(tmp_path, f"data: talks\nbase: {base}\ncheckpoint: {{{kept}}}\n", "few.yaml"))
+        assert matrix.average(str(tmp_path / "few.yaml"), config, 30) == average
     for subject, benchmark, message in (
         ("table2", path, "my is translation; its table is scripts/reproduce_table1.sh"),
         ("table1", "novels", "novels is a language model; its table is scripts/reproduce_table2.sh"),

@@ -98,11 +98,12 @@ def prepare(
         settings["moses"] = perl.digests()
     try:
         request = {"schema": SCHEMA, "benchmark": benchmark, **origin, "settings": settings, "sources": text.identity()}
+        # without the lock, which needs a place that can be written: data may be shared
+        if (place / STAMP).is_file() and is_done(place, request, force=force):
+            return
         with locked(place) as lock:
             put_back(place)
-            if place.exists() and not force:
-                refuse_other(place, request)
-                print(f"{place} is prepared already; nothing to do (--force prepares it again)")
+            if is_done(place, request, force=force):
                 return
             request["versions"] = versions(DATA_TOOLS)
             with Workers() as workers, resumable_directory(place, request) as directory:
@@ -157,6 +158,15 @@ def outputs(directory: Path) -> Dict[str, str]:
     """file -> SHA-256 of what was made."""
     paths = (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != STAMP)
     return {str(path.relative_to(directory)): sha256(path) for path in paths}
+
+
+def is_done(place: Path, request: Mapping[str, Any], *, force: bool) -> bool:
+    """Is what is asked for there already? Says so; refuses what was made otherwise, unless it is to be replaced."""
+    if force or not place.exists():
+        return False
+    refuse_other(place, request)
+    print(f"{place} is prepared already; nothing to do (--force prepares it again)")
+    return True
 
 
 def refuse_other(place: Path, request: Mapping[str, Any]) -> None:

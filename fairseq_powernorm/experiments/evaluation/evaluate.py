@@ -268,10 +268,13 @@ def finite(curve: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def commit() -> Optional[str]:
-    """The checkout's commit, with "+changes" if files other than records differ; None without git or a repository."""
+    """The checkout's commit, with "+changes" if files other than records differ; None without git or a repository of its own
+    (a copy may lie in somebody else's).
+    """
 
     def git(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, errors="replace")
+        own = [f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}"]  # whatever GIT_DIR says
+        return subprocess.run(["git", "-C", str(ROOT), *own, *arguments], capture_output=True, text=True, errors="replace")
 
     try:
         head = git("rev-parse", "HEAD")

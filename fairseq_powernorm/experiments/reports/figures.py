@@ -61,7 +61,8 @@ def rounded(value: float) -> float:
 def singular_values(path: Path) -> List[float]:
     """Singular values, largest first, of the input embedding (words x channels) of the model in a checkpoint.
 
-    With adaptive inputs, of the table of all words, each band projected as the model does.
+    With adaptive inputs, of the table of all words, each band projected as the model does. Raises ValueError if the file is
+    damaged, or its model has no such table of finite numbers.
     """
     import torch
 
@@ -73,13 +74,16 @@ def singular_values(path: Path) -> List[float]:
     whole = model.get(f"{side}.embed_tokens.weight")
     bands = [whole] if whole is not None else []
     prefix = f"{side}.embed_tokens.embeddings"
-    while f"{prefix}.{len(bands)}.0.weight" in model:
-        words, projection = (model[f"{prefix}.{len(bands)}.{part}.weight"].double() for part in (0, 1))
-        bands.append(words @ projection.T)
-    # By the square of the table: words are many, channels few.
-    square = sum(band.double().T @ band.double() for band in bands)
-    values = torch.linalg.eigvalsh(square).clamp(min=0).sqrt().flip(0)
-    return [float(f"{value:.6g}") for value in values]
+    try:
+        while f"{prefix}.{len(bands)}.0.weight" in model:
+            words, projection = (model[f"{prefix}.{len(bands)}.{part}.weight"].double() for part in (0, 1))
+            bands.append(words @ projection.mT)
+        # By the square of the table: words are many, channels few.
+        square: Any = sum(band.double().mT @ band.double() for band in bands)
+        values = torch.linalg.eigvalsh(square).clamp(min=0).sqrt().flip(0)
+        return [float(f"{value:.6g}") for value in values]
+    except (KeyError, TypeError, RuntimeError) as error:  # no table, or NaN in it
+        raise ValueError(f"checkpoint {str(path)!r}: its model has no embedding of words x channels ({error})") from None
 
 
 def of_file(read_from: Callable[[Path], Any], path: Path) -> Any:

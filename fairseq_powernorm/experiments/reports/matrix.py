@@ -247,14 +247,18 @@ def average(subject: str, config: Any, updates: Optional[int]) -> Optional[int]:
     """The number of checkpoints to average of a run of so many updates; None: what its YAML file, or an LM, has.
 
     Epochs do not get shorter, so fewer of them are averaged, in proportion. Checkpoints that are saved after a number of
-    updates follow one another faster: see SCALED.
+    updates follow one another faster: see SCALED. A run that keeps none of both has its last one.
     """
-    if updates is None or is_lm(config):
+    if is_lm(config):
         return None
-    epochs = int(config.checkpoint.get("keep_last_epochs", 0))
-    if epochs > 0:
-        return max(1, min(epochs, epochs * updates // whole(subject, config)))
-    return int(config.checkpoint.keep_interval_updates)
+    saving = config.checkpoint
+    epochs = 0 if saving.get("no_epoch_checkpoints") else int(saving.get("keep_last_epochs", 0))
+    kept = int(saving.get("keep_interval_updates", 0))
+    if max(epochs, kept) < 1:
+        return 1
+    if updates is None:
+        return None
+    return max(1, min(epochs, epochs * updates // whole(subject, config))) if epochs > 0 else kept
 
 
 def runs(

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from ..directories import locked
-from ..files import read_json, write_bytes, write_json
+from ..errors import UserError
+from ..files import read_json, write_bytes, write_json, write_text
 from ..paths import runs_root
 from . import figures, render, schema, sections
 from .matrix import BASELINE, NORMS, Row, Run, relative
 from .significance import significance
-from .table import Record, lines
+from .table import Record, arch_of, lines
 
 #: tables -> their titles; of the figures there are pictures only
 TITLES = {"table1": "Table 1: machine translation", "table2": "Table 2: language modelling"}
@@ -34,7 +35,7 @@ def write(subject: str, path: Path, runs: Sequence[Run], missing: Sequence[str],
         results: directory of the records
     """
     results.mkdir(parents=True, exist_ok=True)
-    records = {run.key: schema.read_record(run.record(results)) for run in runs}
+    records = {run.key: record_of(run, results) for run in runs}
     is_table = subject in TITLES
     with locked(runs_root() / f"report-{path.name}", patience=math.inf):
         written: List[str] = []
@@ -61,10 +62,22 @@ def write(subject: str, path: Path, runs: Sequence[Run], missing: Sequence[str],
             title = TITLES[subject]
             text = render.as_markdown(title, parts, missing, lambda part, i: f"{path.name}{picture_end(part, i)}")
             print(text)
-            write_bytes(wrote(".md"), text.encode())
-            write_bytes(wrote(".csv"), render.as_csv(parts).encode())
-            write_bytes(wrote(".html"), render.as_html(title, parts, missing, records).encode())
+            write_text(wrote(".md"), text)
+            write_text(wrote(".csv"), render.as_csv(parts))
+            write_text(wrote(".html"), render.as_html(title, parts, missing, records))
     print("report: " + ", ".join(relative(Path(name)) for name in written))
+
+
+def record_of(run: Run, results: Path) -> Record:
+    """The record of a run; refuses that of another run in its place."""
+    path = run.record(results)
+    record = schema.read_record(path)
+    wanted = {"benchmark": run.benchmark, "arch": run.arch, "norm": run.row.norm, "seed": run.seed}
+    for key, value in wanted.items():
+        found = arch_of(record) if key == "arch" else record[key]
+        if found != value:
+            raise UserError(f"{path} is the record of another run: its {key} is {found!r}, not {value!r}; move it away")
+    return record
 
 
 def picture_end(part: sections.Section, number: int) -> str:

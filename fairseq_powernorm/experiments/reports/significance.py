@@ -1,7 +1,9 @@
 """Paired bootstrap tests of runs against LN of the same seed."""
 
+from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
+from ..errors import UserError
 from ..evaluation import score
 from .matrix import BASELINE, Run
 from .table import Record, is_lm_record
@@ -45,6 +47,11 @@ def significance(
         ours, reference = lines(baseline, "hyp.detok"), lines(baseline, "ref.detok")
         if not systems or not ours or not reference:
             continue
+        for run in (baseline, *(others[key] for key in systems)):
+            found_lines = len(systems.get(run.key, ours))
+            if found_lines != len(reference):
+                raise UserError(f"{translations(run)} has {found_lines:,} lines, but the reference {len(reference):,}; "
+                                f"without it the run is not tested")
         print(f"testing {len(systems)} runs against {baseline.key} (paired bootstrap)", flush=True)
         lowercase = "case:lc" in records[baseline.key]["sacrebleu"]["signature"]
         for key, found in score.paired_bootstrap(ours, systems, reference, lowercase=lowercase).items():
@@ -56,5 +63,10 @@ def significance(
 
 def lines(run: Run, name: str) -> Optional[List[str]]:
     """A text that the evaluation of a run left; None if it is not there."""
-    path = run.directory / "evaluation" / name
+    path = translations(run, name)
     return score.lines_of(path) if path.is_file() else None
+
+
+def translations(run: Run, name: str = "hyp.detok") -> Path:
+    """Where the evaluation of a run leaves a text."""
+    return run.directory / "evaluation" / name

@@ -126,10 +126,13 @@ class Slurm(Launcher):
         try:
             self.rank, self.world, self.local, nodes = (int(os.environ[f"SLURM_{name}"]) for name in (
                 "PROCID", "STEP_NUM_TASKS", "LOCALID", "STEP_NUM_NODES"))
+            job()
         except KeyError as error:
             raise UserError(f"--submission is for tasks of train.sbatch: {error.args[0]} is not set") from None
         except ValueError as error:
             raise UserError(f"--submission is for tasks of train.sbatch, to which SLURM gives numbers: {error}") from None
+        if self.world > 1 and master is None:
+            raise UserError(f"--submission {submission!r}: {self.world} tasks need --master HOST:PORT, where they meet")
         self.submission, self.master = submission, master
         self.leads, self.here = self.rank == 0, self.world // nodes
 

@@ -65,22 +65,28 @@ def session(
         return follow(command, environment)
     run.mkdir(parents=True, exist_ok=True)
     before = Before(run, facts["overrides"])
-    with contextlib.suppress(FileNotFoundError):
-        (run / "finished.json").unlink()
     this = {"command": [word for word in command if word not in watched.overrides],
             "threads": threads(environment or os.environ),
             **(launcher.facts() if launcher else {}),
             "wall_s": None, "cpu_s": None, "exit_status": None}  # null to the end of a session that is killed
     begun = 0
-    if facts["sessions"]:
-        begun = reached(run)
-        drop_statistics(run, config)
-        trainlog.complete(run / "train.log", checkpoints.validations(run / "checkpoints", config))
-    facts["sessions"].append(this)
-    write_json(run / "run.json", facts)
-    write_text(run / "config.yaml", OmegaConf.to_yaml(config))
-    with open(run / "command.txt", "a", encoding="utf-8") as stream:
-        stream.write(shlex.join(command) + "\n")
+    try:
+        if facts["sessions"]:
+            begun = reached(run)
+            trainlog.complete(run / "train.log", checkpoints.validations(run / "checkpoints", config))
+            drop_statistics(run, config)
+        facts["sessions"].append(this)
+        write_json(run / "run.json", facts)
+        write_text(run / "config.yaml", OmegaConf.to_yaml(config))
+        for name, line in (("command.txt", shlex.join(command) + "\n"), ("train.log", "")):
+            with open(run / name, "a", encoding="utf-8") as stream:
+                stream.write(line)
+    except BaseException:  # a disk that is full, a file that cannot be written: nothing has been trained
+        with contextlib.suppress(UserError):
+            before.put_back(*before.facts)
+        raise
+    with contextlib.suppress(FileNotFoundError):
+        (run / "finished.json").unlink()
     remark = perplexity.remark(config.model) if is_lm(config) else ""
     if remark:
         print(f"these perplexities are {remark}", flush=True)
@@ -153,12 +159,15 @@ class Before:
         if (run / "run.json").is_file():
             self.overrides = records.read_run(run)["overrides"]
         self.changed = self.overrides != overrides
-        self.files = {name: (run / name).read_text(encoding="utf-8") for name in ("config.yaml", "finished.json")
-                      if self.changed and (run / name).is_file()}
+        self.facts = self._texts("run.json")
+        self.files = self._texts("config.yaml", "finished.json") if self.changed else {}
 
-    def put_back(self) -> None:
+    def _texts(self, *names: str) -> Dict[str, str]:
+        return {name: (self.run / name).read_text(encoding="utf-8") for name in names if (self.run / name).is_file()}
+
+    def put_back(self, *more: str) -> None:
         """What the session has replaced and removed is there again, but for the overrides, which are in run.json."""
-        for name, text in self.files.items():
+        for name, text in {**self.files, **{name: self.facts[name] for name in more}}.items():
             write_text(self.run / name, text)
 
 

@@ -4,7 +4,7 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, Optional, Sequence, Tuple
 
 from ..cluster import slurm
 from ..directories import in_use
@@ -40,7 +40,9 @@ def status(directories: Sequence[str]) -> None:
 
 
 def found(place: Path) -> Iterator[Path]:
-    """The run directories in a place, those that only a job knows included; not what lies within a run."""
+    """The run directories in a place, those that only a job knows included; not what lies within a run. Of a link, the run
+    to which it leads, and those that lie side by side there: further down, a link could lead around in a circle.
+    """
     if (place / "run.json").is_file():
         yield place
         return
@@ -48,7 +50,15 @@ def found(place: Path) -> Iterator[Path]:
         if "run.json" in files:
             yield Path(directory)
             names.clear()
-        yield from (Path(directory, name[1:-4]) for name in files if re.fullmatch(r"\..+\.job", name))
+        yield from claimed(Path(directory), files)
+        for link in (path for path in (Path(directory, name) for name in names) if path.is_symlink()):
+            yield from (path.parent for path in (link / "run.json", *link.glob("*/run.json")) if path.is_file())
+            yield from claimed(link, (path.name for path in link.glob(".*.job")))
+
+
+def claimed(directory: Path, files: Iterable[str]) -> Iterator[Path]:
+    """The runs of a directory to which jobs lay claim by its files."""
+    return (directory / name[1:-4] for name in files if re.fullmatch(r"\..+\.job", name))
 
 
 def row(run: Path, name: str, queue: Optional[slurm.Queue]) -> Tuple[str, ...]:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,20 @@ def test_facts_of_something_else(content, missing, run):
 def test_the_commit_of_a_machine_without_git(monkeypatch, tmp_path):
     """Without git the commit is unknown, which is no error."""
     monkeypatch.setenv("PATH", str(tmp_path))
+    assert evaluate.commit() is None
+
+
+def test_the_commit_of_another_repository(monkeypatch, tmp_path):
+    """The commit is never that of a repository in which a copy without one of its own lies, or that GIT_DIR names."""
+    identity = ["-c", "user.name=x", "-c", "user.email=x@x"]
+    for words in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    ours = evaluate.commit()
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert evaluate.commit() == ours
+    monkeypatch.delenv("GIT_DIR")
+    (tmp_path / "copy").mkdir()
+    monkeypatch.setattr(evaluate, "ROOT", tmp_path / "copy")
     assert evaluate.commit() is None
 
 

@@ -27,8 +27,17 @@ for module in ("fairseq", "sacrebleu", "jinja2", "matplotlib"):
 from fairseq_powernorm.experiments import settings  # noqa: E402
 from fairseq_powernorm.experiments.errors import UserError  # noqa: E402
 from fairseq_powernorm.experiments.evaluation import score  # noqa: E402
-from fairseq_powernorm.experiments.files import json_text  # noqa: E402
-from fairseq_powernorm.experiments.reports import figures, matrix, plot_curves, render, schema, sections, table  # noqa: E402
+from fairseq_powernorm.experiments.files import json_text, read_json, write_json  # noqa: E402
+from fairseq_powernorm.experiments.reports import (  # noqa: E402
+    figures,
+    matrix,
+    plot_curves,
+    render,
+    report,
+    schema,
+    sections,
+    table,
+)
 from fairseq_powernorm.experiments.reports.significance import significance  # noqa: E402
 from fairseq_powernorm.experiments.runs import checkpoints  # noqa: E402
 from fairseq_powernorm.experiments.score import command as score_command  # noqa: E402
@@ -338,6 +347,18 @@ def test_figures_of_damaged_files(tmp_path, monkeypatch):
         (run.directory / name).unlink()
 
 
+@pytest.mark.parametrize("model", [
+    {}, {"embed_tokens.weight": torch.full((4, 3), math.nan)}, {"embed_tokens.weight": torch.ones(4)},
+    {"embed_tokens.weight": torch.ones(2, 2, 2)}, {"embed_tokens.embeddings.0.0.weight": torch.ones(4, 3)},
+    {"embed_tokens.embeddings.0.0.weight": torch.ones(4, 3), "embed_tokens.embeddings.0.1.weight": torch.ones(4, 4)}])
+def test_checkpoints_without_an_embedding(model, tmp_path):
+    """A model whose embedding is not there, or no table of finite numbers, is refused by the checkpoint's path."""
+    torch.save({"model": {f"encoder.{name}": tensor for name, tensor in model.items()}}, tmp_path / "some.pt")
+    with pytest.raises(UserError, match=r"some.pt': its model has no embedding of words x .* \(.*; without ") as caught:
+        figures.of_file(figures.singular_values, tmp_path / "some.pt")
+    assert "\n" not in str(caught.value)
+
+
 # ---- figures' data ---------------------------------------------------------------------------------------------------
 
 
@@ -448,6 +469,20 @@ def test_page(written):
         f"multi30k/{path.name}" for path in (results / "multi30k").iterdir()}
     assert any(EVIL in data for data in page.text), "commands are shown as they are"
     assert not re.search(r"(src|href)=\"(https?:)?//|@import|url\(", text)
+
+
+@pytest.mark.parametrize("key, value", [("benchmark", "demo"), ("norm", "layer"), ("seed", 2), ("arch", "other")])
+def test_a_record_in_the_place_of_another(key, value, tmp_path):
+    """A report takes no record of another run, whatever its file is called."""
+    run = next(run for run in matrix.runs("multi30k", "transformer_pn_tiny", [1], 4000, []) if run.row_name == "power")
+    (tmp_path / "multi30k").mkdir()
+    record = record_of(run, 0)
+    run.record(tmp_path).write_text(json.dumps(record))
+    assert report.record_of(run, tmp_path) == record
+    record["config"]["model"]["_name"] = value if key == "arch" else run.arch
+    run.record(tmp_path).write_text(json.dumps({**record, **({} if key == "arch" else {key: value})}))
+    with pytest.raises(UserError, match=f"power-4000-seed1.json is the record of another run: its {key} is {value!r}"):
+        report.record_of(run, tmp_path)
 
 
 def test_table_of_the_report(written):
@@ -677,6 +712,9 @@ def test_significance_belongs_to_its_records(texts, tmp_path, monkeypatch):
     tests = significance(runs, records)
     assert set(tests) == {names[1]} and tests[names[1]]["against"] == names[0]
     assert not schema.problems({"schema": 1, "kind": "significance", "tests": tests}, schema.SIGNIFICANCE)
+    (runs[1].directory / "evaluation" / "hyp.detok").write_text("one line\n")
+    with pytest.raises(UserError, match=r"power-4000-seed1/evaluation/hyp.detok has 1 lines, but the reference 60; without"):
+        significance(runs, records)
     for each in runs:
         (each.directory / "evaluation" / "hyp.detok").unlink()
     assert significance(runs, records, tests) == tests
@@ -714,10 +752,12 @@ def test_settings_that_differ_are_said(written):
     {"row": {"a": 1, "b": [0.25] * 200, "c": {"d": "e" * 150}}, "next": [{"n": i, "name": "ü" * 60} for i in range(5)]},
     RECORD,
 ], ids=lambda content: str(content)[:20])
-def test_json_of_records(content):
+def test_json_of_records(content, tmp_path):
     """What is written reads as what was given; what fits into a line is one; only texts and lists of numbers are longer."""
     text = json_text(content)
     assert json.loads(text) == content
+    write_json(tmp_path / "some.json", [content, "\ud800"])  # a half of a pair, as foreign files may have it
+    assert read_json(tmp_path / "some.json") == [content, "\ud800"]
     assert "\n" in text or len(text) <= 160
     for line in text.splitlines():
         assert len(line) <= 163 or re.fullmatch(r'\s*("\w+": )?("[^"]*"|\[[^"{\[]*\]),?', line), line

@@ -152,6 +152,17 @@ def test_names(tmp_path, capsys):
     assert "a?[2Jb?c" in one_line(capsys, tmp_path)
 
 
+def test_links_to_runs(tmp_path):
+    """Runs that are elsewhere are shown where links to them, or to the place in which they lie, are; a circle ends."""
+    write(tmp_path / "disk" / "demo" / "one")
+    (tmp_path / "disk" / "demo" / ".two.job").touch()
+    (tmp_path / "runs").mkdir()
+    for name, place in (("bench", "disk/demo"), ("run", "disk/demo/one"), ("circle", "runs"), ("nothing", "none")):
+        (tmp_path / "runs" / name).symlink_to(tmp_path / place)
+    found = sorted(str(run.relative_to(tmp_path / "runs")) for run in status.found(tmp_path / "runs"))
+    assert found == ["bench/one", "bench/two", "circle/run", "run"]
+
+
 def test_identity_of_wandb_is_no_setting(tmp_path):
     """A run.json with what wandb calls the run is valid; it is checked where it is used (test_watch.py)."""
     run = write(tmp_path / "run", **{"run.json": json.dumps({**FACTS, "wandb": "../x"})})

@@ -143,12 +143,17 @@ def test_a_directory_of_somebody_else(scripts, tmp_path):
 
 def test_overrides_with_which_it_does_not_go_on(scripts, tmp_path):
     """A finished run that new overrides let fail at once is what it was before: finished, and to be gone on with. Another
-    seed is none to go on with."""
+    seed is none to go on with, and on a full disk nothing changes."""
     run = tmp_path / "run"
     shutil.copytree(scripts.run, run, ignore=shutil.ignore_patterns(".*"))
     before = contents(run)
     resume = ["train", *TRAIN[:2], "--run-dir", run, "--resume"]
     assert "it was started with common.seed=1, not 2" in scripts.refuses(*resume, "common.seed=2")
+    assert contents(run) == before
+    words = [ROOT / "scripts" / "train.sh", *resume[1:], "optimization.max_update=20"]
+    done = subprocess.run(["bash", "-c", "ulimit -f 0; exec bash \"$@\"", "bash", *words], text=True,
+                          env=scripts.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 2 and f"cannot write {run / 'run.json'}: File too large" in done.stdout, done.stdout
     assert contents(run) == before
     status, output = scripts(*resume, "+model.encoder_layers=2", "optimization.max_update=20")
     assert status == 1 and output.splitlines()[-1].endswith("; the run is left as it was, without the new overrides"), output

@@ -158,11 +158,20 @@ def test_number_of_ranks():
 
 
 def test_a_task_without_a_gpu(monkeypatch):
-    """A task of a cluster that sees no GPU does not train on the processor unless it is told to."""
-    for name, value in (("PROCID", 0), ("STEP_NUM_TASKS", 1), ("LOCALID", 0), ("STEP_NUM_NODES", 1)):
+    """A task of a cluster that sees no GPU does not train on the processor unless it is told to; what is no task of
+    an array, or does not know where the others are, is refused.
+    """
+    words = ["demo", "power", "--submission", "demo-1"]
+    for name, value in (("PROCID", 0), ("STEP_NUM_TASKS", 2), ("LOCALID", 0), ("STEP_NUM_NODES", 1),
+                        ("ARRAY_JOB_ID", 7), ("ARRAY_TASK_ID", 1)):
+        with pytest.raises(UserError, match=f"tasks of train.sbatch: SLURM_{name} is not set"):
+            launch.parse(words)
         monkeypatch.setenv(f"SLURM_{name}", str(value))
+    with pytest.raises(UserError, match="--submission 'demo-1': 2 tasks need --master HOST:PORT"):
+        launch.parse(words)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    task = launch.parse(["demo", "power", "--submission", "demo-1", "--master", "h:1"])[0]
+    task = launch.parse([*words, "--master", "h:1"])[0]
     task.check_overrides([])
     config = OmegaConf.create({"common": {"cpu": False}, "distributed_training": {"ddp_backend": "legacy_ddp"},
                                "optimization": {"update_freq": [1]}})
