@@ -544,20 +544,24 @@ def test_the_noncausal_flag_stands_in_the_configuration(lm_data):
 
 
 def test_validation_covers_everything(lm_data):
-    """language_modeling_pn batches all blocks of valid, where fairseq 0.12.3's task drops the last; training is as there."""
+    """language_modeling_pn batches all blocks, where fairseq 0.12.3's task drops the last; training is as there."""
     covered = {}
     for name in ("language_modeling", "language_modeling_pn"):
         config = parsed(lm_data, "--task", name, "--arch", "tensorized_lm_pn_ptb", "--tokens-per-sample", 8)
         task = tasks.setup_task(config.task)
-        for split in ("train", "valid"):
+        for use in ("train", "valid", "training"):
+            split = "train" if use == "training" else use
+            if use == "training" and hasattr(task, "check_training"):
+                task.check_training()
             task.load_dataset(split)
             batches = task.get_batch_iterator(task.dataset(split), max_sentences=16, required_batch_size_multiple=8)
-            covered[name, split] = sorted(map(len, batches.frozen_batches))
-    blocks = len(task.dataset("valid"))
-    assert blocks % 8 and sum(covered["language_modeling_pn", "valid"]) == blocks
-    if not fairseq.__version__.startswith("0.12.2"):
-        assert sum(covered["language_modeling", "valid"]) < blocks
-    assert covered["language_modeling_pn", "train"] == covered["language_modeling", "train"]
+            covered[name, use] = sorted(map(len, batches.frozen_batches))
+    for split in ("train", "valid"):
+        blocks = len(task.dataset(split))
+        assert blocks % 8 and sum(covered["language_modeling_pn", split]) == blocks
+        if not fairseq.__version__.startswith("0.12.2"):
+            assert sum(covered["language_modeling", split]) < blocks
+    assert covered["language_modeling_pn", "training"] == covered["language_modeling", "training"]
 
 
 def test_missing_data_is_named(tmp_path):
