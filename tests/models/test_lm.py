@@ -310,6 +310,15 @@ def test_bad_options_are_named(arch, changes, message):
         build(arch, **changes)
 
 
+@pytest.mark.parametrize("arch", ["tensorized_lm_pn", "transformer_lm_pn_ptb"])
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_tied_embeddings_are_of_one_size(arch, side):
+    """Where the architecture ties them, an input or output of another size than the other is refused; of the same, built."""
+    with pytest.raises(ValueError, match=f"--decoder-{side}-dim 8.*share their embeddings"):
+        build(arch, **{f"decoder_{side}_dim": 8})
+    build(arch, decoder_input_dim=8, decoder_output_dim=8)
+
+
 def test_options_of_softmax_attention_are_not_those_of_the_tensorized_model():
     """What would have no effect is no option: attention dropout, heads, absolute positions."""
     for name in ("attention_dropout", "decoder_attention_heads", "decoder_learned_pos"):
