@@ -6,6 +6,7 @@ import logging
 import os
 from typing import Any, Callable, List, Optional, Tuple
 
+import numpy as np
 import torch
 
 from . import checkpoint, compat, ranks, resume
@@ -50,6 +51,15 @@ def check_yaml_options(merge_with_parent, dc, cfg, remove_missing=False):
     if hasattr(dc, "check_keys") and not remove_missing:
         dc.check_keys(cfg)
     return merge_with_parent(dc, cfg, remove_missing)
+
+
+def find_buckets(get_buckets, sizes, num_buckets):
+    """``get_buckets``, for ``--num-batch-buckets``: numpy 2.4 dropped the older name of an argument that it uses."""
+    try:
+        return get_buckets(sizes, num_buckets)
+    except TypeError:
+        percentiles = np.percentile(sizes, np.linspace(0, 100, num_buckets + 1), method="lower")
+        return np.unique(percentiles[1:])
 
 
 def copy_whole(copy, src_path: str, dst_path: str, overwrite: bool = False):
@@ -247,6 +257,7 @@ def let_settings_change(update_config, bar, config):
 def patches() -> List[Tuple[Any, str, Callable]]:
     """Class or module of fairseq, name in it, and what replaces it."""
     from fairseq import checkpoint_utils
+    from fairseq.data import bucket_pad_length_dataset
     from fairseq.dataclass import utils
     from fairseq.file_io import PathManager
     from fairseq.logging.progress_bar import WandBProgressBarWrapper
@@ -254,6 +265,7 @@ def patches() -> List[Tuple[Any, str, Callable]]:
 
     return [
         (utils, "merge_with_parent", check_yaml_options),
+        (bucket_pad_length_dataset, "get_buckets", find_buckets),
         (checkpoint_utils, "load_checkpoint_to_cpu", load_safely),
         (checkpoint_utils, "_torch_persistent_save", save_once),
         (PathManager, "copy", copy_whole),

@@ -62,9 +62,11 @@ class RunningStatisticsTask:
 
     Without a loss scale (float32, bfloat16) fairseq stops at a gradient that is not finite. Here such an update is
     skipped, on all ranks alike, and reported; only the eleventh in a row stops the training.
+
+    A task whose options derive from :class:`~.options.StatisticsOptions` has their flags, any other their defaults.
     """
 
-    #: of the fairseq task that this is mixed into
+    #: of the fairseq task that this is mixed into; None in tasks of fairseq's older kind, which have args
     cfg: Any
     #: what a model with running statistics asks for in a task that trains it
     drives_running_statistics = True
@@ -80,17 +82,23 @@ class RunningStatisticsTask:
         self._loss_is_void = False
         self._skipped_in_a_row = 0
         self._warned = False
+        self._trains = False
+
+    def _option(self, name: str) -> Any:
+        value = getattr(getattr(self, "args", None) if self.cfg is None else self.cfg, name, None)
+        return getattr(StatisticsOptions(), name) if value is None else value
 
     # ------------------------------------------------------------------ what fairseq calls
 
     def begin_epoch(self, epoch, model):
         """Before any training: refuse what cannot work."""
         super().begin_epoch(epoch, model)
-        if self.cfg.norm_record is not None and self._recorder is None:
+        record = self._option("norm_record")
+        if record is not None and self._recorder is None:
             if not running_norms(model):
-                raise ValueError(f"--norm-record {self.cfg.norm_record!r}: no norm of the model has running statistics")
+                raise ValueError(f"--norm-record {record!r}: no norm of the model has running statistics")
             updates = metrics.get_meter("default", "num_updates")  # logged when training resumes from a checkpoint
-            self._recorder = Recorder(self.cfg.norm_record, self.cfg.norm_record_interval)
+            self._recorder = Recorder(record, self._option("norm_record_interval"))
             self._recorder.check(new_run=updates is None or not updates.val)
 
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kwargs):
@@ -148,8 +156,9 @@ class RunningStatisticsTask:
         Raises:
             ValueError: the record cannot be written
         """
-        if self.cfg.norm_record is not None:
-            check_target(self.cfg.norm_record, self.cfg.norm_record_interval)
+        self._trains = True
+        if self._option("norm_record") is not None:
+            check_target(self._option("norm_record"), self._option("norm_record_interval"))
 
     def forget_statistics(self):
         """The gradients are zeroed: what was gathered since the last step (overflow, out of memory) goes with them."""
@@ -174,7 +183,7 @@ class RunningStatisticsTask:
 
     def _take_over(self, model, update_num: int) -> None:
         """Take the norms' statistics over; when training resumes, continue the record."""
-        sync, group = self.cfg.norm_sync, distributed_utils.get_data_parallel_group()
+        sync, group = self._option("norm_sync"), distributed_utils.get_data_parallel_group()
         self._model, self._statistics = model, RunningStatistics(model, sync, group)
         self._has_penalty = any(isinstance(module, RegularizedBatchNorm) for module in model.modules())
         drop = max((module.p for module in model.modules() if isinstance(module, LayerDropModuleList)), default=0)
@@ -204,7 +213,7 @@ class RunningStatisticsTask:
 
     def _warn_of_micro_batches(self) -> None:
         """Once: exact statistics need the whole batch before the first norm is through with it."""
-        if self.cfg.norm_sync == "exact" and not self._warned and _rank() == 0:
+        if self._option("norm_sync") == "exact" and not self._warned and _rank() == 0:
             logger.warning(
                 "--norm-sync exact: exact over ranks; each of the micro-batches of --update-freq is normalized by "
                 "itself where a norm divides by statistics of the batch (BN, PN-V, PN's variant reference)"
@@ -274,6 +283,8 @@ class PowerNormTask(RunningStatisticsTask):
         model = super().build_model(cfg, from_checkpoint)
         if isinstance(model, PowerNormModel):
             model.write_options(cfg)
+            if not from_checkpoint:
+                model.check_final_norms(cfg)
         if from_checkpoint:
             self._loaded.add(model)
         return model
@@ -310,10 +321,10 @@ class PowerNormTask(RunningStatisticsTask):
         """As in fairseq, but outside training no sentence is left out, and a restart finds the batches it had.
 
         fairseq drops a last batch whose size is not a multiple of ``--required-batch-size-multiple`` (8 by
-        default), in validation and generation too. Where it keeps the batches of the first epoch for all epochs, a
-        restart in a later epoch would make others.
+        default), in validation and generation too (of whatever subset: that of training may be translated). Where it
+        keeps the batches of the first epoch for all epochs, a restart in a later epoch would make others.
         """
-        if dataset is not self.datasets.get(self.cfg.train_subset):
+        if not self._trains or dataset is not self.datasets.get(self.cfg.train_subset):
             required_batch_size_multiple = 1
         kept = self.can_reuse_epoch_itr(dataset) and not (
             kwargs.get("disable_iterator_cache")

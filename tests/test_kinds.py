@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 import toy
 from fairseq import models, tasks
+from fairseq.tasks import FairseqTask, LegacyFairseqTask
+from fairseq.tasks.translation import TranslationConfig
 from fairseq_cli import train
 
 from fairseq_powernorm.tasks import RunningStatisticsTask
@@ -57,6 +59,18 @@ SMALL = ("--encoder-layers", 1, "--decoder-layers", 1, "--encoder-embed-dim", 16
             ("--task", "translation", "--arch", "transformer_pn_tiny", "--norm-sync", "off"),
             "--task translation: --norm-sync off needs",
         ),
+        # a norm where there is none
+        (
+            ("--task", "translation_pn", "--arch", "transformer_pn", "--encoder-norm-final", "batch", *SMALL),
+            "--encoder-norm-final 'batch': no norm stands after this encoder's layers",
+        ),
+        (
+            (
+                "--task", "translation_pn", "--arch", "transformer_pn_tiny", "--no-decoder-final-norm",
+                "--decoder-norm-final", "rms",
+            ),
+            "--decoder-norm-final 'rms': no norm stands after this decoder's layers",
+        ),  # fmt: skip
         # norm options for an architecture without norms to choose
         (
             ("--task", "translation_pn", "--arch", "transformer", "--norm-groups", 3),
@@ -90,11 +104,12 @@ def test_combinations_that_cannot_train(words, message, toy_data, tmp_path, monk
             "layer",
             *SMALL,
         ),
+        ("--task", "translation_pn", "--arch", "transformer_pn", "--num-batch-buckets", 3, *SMALL),
     ],
 )
 def test_combinations_that_can_train(words, toy_data, tmp_path, monkeypatch):
     """Our task trains fairseq's models of its kind; fairseq's task trains our models where no norm has running
-    statistics.
+    statistics; and batches may be padded to a few lengths.
     """
     run(monkeypatch, tmp_path / "run", toy_data, *words)
     assert (tmp_path / "run" / "checkpoint_last.pt").is_file()
@@ -122,3 +137,18 @@ def test_tasks_of_ones_own():
     with pytest.raises(ValueError, match="RunningStatisticsTask"):
         model.check_training_task(SimpleNamespace())
     assert models.ARCH_MODEL_REGISTRY["transformer_pn"] is type(model)
+
+
+@pytest.mark.parametrize("base,settings", [(FairseqTask, TranslationConfig()), (LegacyFairseqTask, Namespace(data="bin"))])
+def test_options_of_ones_own_task(base, settings):
+    """Where a task's options do not include those of the statistics, their defaults hold, and an update is one step."""
+    made, model = type("Task", (RunningStatisticsTask, base), {})(settings), toy.build()
+    source, lengths, target = toy.batch()
+    optimizer = SimpleNamespace(backward=lambda loss: loss.backward(), step=lambda: None)
+    before = model.encoder.layer_norm.steps()
+    made.check_training()
+    made.begin_epoch(1, model)
+    for _ in range(2):
+        made.train_step(None, model, lambda model, _: (model(source, lengths, target)[0].sum(), 1, {}), optimizer, 0)
+    made.optimizer_step(optimizer, model, 0)
+    assert model.encoder.layer_norm.steps() == before + 1

@@ -318,6 +318,7 @@ def test_batches_after_a_restart(toy_data, case):
         cfg.dataset_impl, cfg.required_seq_len_multiple = "mmap", 1
         task = TranslationPNTask.setup_task(cfg)
         task.cfg.rebuild_batches = case == "rebuilt"
+        task.check_training()
         task.load_dataset("train", epoch=epoch, combine=True)
         return task, iterator(task, epoch)
 

@@ -274,6 +274,17 @@ class PowerNormModel(_Mixin):
                 setattr(cfg, f"{side}_layers", len(layers))
                 setattr(cfg, f"{side}_layers_to_keep", None)
 
+    def check_final_norms(self, options: Any) -> None:
+        """Raise ValueError if options name a norm that would stand after layers behind which there is none."""
+        for side in norm_sides(self.options):
+            name = f"{side}_norm_final"
+            text = getattr(options, name, None)
+            if text is not None and getattr(self, side).layer_norm is None:
+                raise ValueError(
+                    f"{flag(name)} {text!r}: no norm stands after this {side}'s layers (post-norm, or "
+                    f"--no-decoder-final-norm); leave it out, or give {flag(f'{side}_normalize_before')}"
+                )
+
     def check_training_task(self, task: Any) -> None:
         """Raise ValueError if a task would train the model and leave its running statistics to chance.
 

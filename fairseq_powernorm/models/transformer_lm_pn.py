@@ -51,6 +51,17 @@ class TransformerLMPNModel(PowerNormModel, TransformerLanguageModel):
         complete_by(transformer_lm.base_lm_architecture, args)
 
     @classmethod
+    def check_options(cls, args):
+        """See :class:`PowerNormModel`; tied embeddings, the default of some architectures, are of one size."""
+        super().check_options(args)
+        tied = args.share_decoder_input_output_embed and not getattr(args, "adaptive_softmax_cutoff", None)
+        if tied and args.decoder_input_dim != args.decoder_output_dim:
+            raise ValueError(
+                f"--decoder-input-dim {args.decoder_input_dim} and --decoder-output-dim {args.decoder_output_dim}: must be "
+                "equal where input and output share their embeddings (--share-decoder-input-output-embed)"
+            )
+
+    @classmethod
     def build_model(cls, cfg, task):
         """Build the model from flat options (Namespace or DictConfig).
 

@@ -310,6 +310,15 @@ def test_bad_options_are_named(arch, changes, message):
         build(arch, **changes)
 
 
+@pytest.mark.parametrize("arch", ["tensorized_lm_pn", "transformer_lm_pn_ptb"])
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_tied_embeddings_are_of_one_size(arch, side):
+    """Where the architecture ties them, an input or output of another size than the other is refused; of the same, built."""
+    with pytest.raises(ValueError, match=f"--decoder-{side}-dim 8.*share their embeddings"):
+        build(arch, **{f"decoder_{side}_dim": 8})
+    build(arch, decoder_input_dim=8, decoder_output_dim=8)
+
+
 def test_options_of_softmax_attention_are_not_those_of_the_tensorized_model():
     """What would have no effect is no option: attention dropout, heads, absolute positions."""
     for name in ("attention_dropout", "decoder_attention_heads", "decoder_learned_pos"):
@@ -544,20 +553,24 @@ def test_the_noncausal_flag_stands_in_the_configuration(lm_data):
 
 
 def test_validation_covers_everything(lm_data):
-    """language_modeling_pn batches all blocks of valid, where fairseq 0.12.3's task drops the last; training is as there."""
+    """language_modeling_pn batches all blocks, where fairseq 0.12.3's task drops the last; training is as there."""
     covered = {}
     for name in ("language_modeling", "language_modeling_pn"):
         config = parsed(lm_data, "--task", name, "--arch", "tensorized_lm_pn_ptb", "--tokens-per-sample", 8)
         task = tasks.setup_task(config.task)
-        for split in ("train", "valid"):
+        for use in ("train", "valid", "training"):
+            split = "train" if use == "training" else use
+            if use == "training" and hasattr(task, "check_training"):
+                task.check_training()
             task.load_dataset(split)
             batches = task.get_batch_iterator(task.dataset(split), max_sentences=16, required_batch_size_multiple=8)
-            covered[name, split] = sorted(map(len, batches.frozen_batches))
-    blocks = len(task.dataset("valid"))
-    assert blocks % 8 and sum(covered["language_modeling_pn", "valid"]) == blocks
-    if not fairseq.__version__.startswith("0.12.2"):
-        assert sum(covered["language_modeling", "valid"]) < blocks
-    assert covered["language_modeling_pn", "train"] == covered["language_modeling", "train"]
+            covered[name, use] = sorted(map(len, batches.frozen_batches))
+    for split in ("train", "valid"):
+        blocks = len(task.dataset(split))
+        assert blocks % 8 and sum(covered["language_modeling_pn", split]) == blocks
+        if not fairseq.__version__.startswith("0.12.2"):
+            assert sum(covered["language_modeling", split]) < blocks
+    assert covered["language_modeling_pn", "training"] == covered["language_modeling", "training"]
 
 
 def test_missing_data_is_named(tmp_path):
