@@ -134,7 +134,7 @@ def percent(*values):
     return f"{' to '.join(f'{100 * value:.0f}' for value in values)} %"
 
 
-@pytest.mark.parametrize("name, after", [("table1-demo", 200), ("figures-multi30k-605", 150)])
+@pytest.mark.parametrize("name, after", [("table1-demo", 200), ("all-norms/figures-multi30k-605", 150)])
 def test_what_figures_5_and_6_say(name, after):
     """The numbers in the paragraphs are those of the figures' data."""
     text, found, whole = " ".join(TEXTS[RESULTS].split()), read_off(name, after), read_off(name, 0)
@@ -153,13 +153,41 @@ def test_what_figures_5_and_6_say(name, after):
     else:
         renorm = percent(deviation.pop("batch-renorm-all-605"))
         said += [f"deviations are on average {percent(min(deviation.values()), max(deviation.values()))} away",
-                 f"(batch renormalization: {renorm})", f"off by {percent(mean['rbn-all-605'])} (RBN)",
+                 f"(batch renormalization: {renorm})", f"off by {percent(mean['batch-all-605'])} (BN and RBN)",
                  f"{percent(mean['prepbn-all-605'])} (PRepBN) and {percent(mean['batch-renorm-all-605'])} (batch renorm"]
-        assert above == {"un-all-605": 1.001} and "one update (1.001)" in text
+        assert percent(mean["batch-all-605"]) == percent(mean["rbn-all-605"])
+        assert above == {"power-all-605": 1.015, "un-all-605": 1.001} and "(1.015) and UN's (1.001)" in text
         ranges = whole["gradient_ratio"].values()
         said.append(f"vary from {min(low for _, low, _ in ranges):.2f} to {max(high for *_, high in ranges):.2f}.")
+        largest = [max(values[2] for values in each["nu_largest"].values()) for each in (whole, found)]
+        assert largest[0] < 0.03 and largest[1] < 0.006 and "stays below 0.03, and after update 150 below 0.006" in text
     for words in said:
         assert words in text
+
+
+def test_what_is_said_of_speed():
+    """The ranges in both texts are those of the cells of the record that they name."""
+    path = re.search(r"<!-- records: (results/benchmark/\S+) -->", TEXTS[RESULTS])[1]
+    cells = [each for each in json.loads((toy.ROOT / path).read_text())["cells"] if each["level"] == "layer"]
+
+    def ratios(which, dtype, *rows):
+        found = [cell["contenders"]["power-g4"]["ratio"] for cell in cells
+                 if cell["pass"] == which and cell["dtype"] == dtype and cell["rows"] in rows]
+        return found, f"{min(found):.2f} to {max(found):.2f}"
+
+    many = 2048, 4096, 65536
+    for name, few in ((README, "a single one"), (RESULTS, "one row")):
+        text = " ".join(TEXTS[name].split())
+        single, double = (ratios("train", dtype, 1)[0] for dtype in ("float32", "bfloat16"))
+        said = [f"in {ratios('train', 'float32', *many)[1]} of LayerNorm's time in float32" if name == README else
+                f"in {ratios('train', 'float32', *many)[1]} of its time in float32",
+                f"in {ratios('train', 'bfloat16', *many)[1]} in bfloat16", ratios("train", "float32", 512)[1],
+                f"{few} {min(single):.1f} to {max(double):.1f} times as long"]
+        if name == RESULTS:
+            said += [f"{words} {ratios('eval', dtype, *many)[1]}"
+                     for dtype, words in (("float32", "float32 takes"), ("bfloat16", "bfloat16"))]
+        for words in said:
+            assert words in text
 
 
 @pytest.mark.slow

@@ -45,13 +45,15 @@ def summary(record: Dict[str, Any], folder: Path) -> str:
 
 def whole_models(record: Dict[str, Any]) -> List[str]:
     """A line for each cell of a whole model: PN's time by LayerNorm's."""
-    lines = []
+    lines, several = [], len({cell["threads"] for cell in record["cells"]}) > 1
     for cell in record["cells"]:
         entry = cell["contenders"].get("power")
         if cell["level"] in ("step", "generation", "encoder") and entry:
             low, high = entry["ratio_quartiles"]
             what = {"step": f"A training step of {cell['rows']:,} tokens", "encoder": "A layer of an encoder in training",
                     "generation": f"Beam search with {cell['rows']} hypotheses"}[cell["level"]]
+            if several:
+                what += f" on {cell['threads']} thread{'s' * (cell['threads'] > 1)}"
             line = f"- {what} takes {entry['ratio']:.3f} of LayerNorm's time with PN (quartiles {low:.3f} to {high:.3f})"
             if "statistics" in entry:
                 line += f"; the running statistics of all its norms take {100 * entry['statistics']:.2f} % of it"

@@ -93,6 +93,9 @@ def test_a_readme_says_what_was_measured():
     assert "| power-g4 | train, float32 | 1.30 (1.10 - 1.50) | 0.70 |" in text
     assert text[-1] == ("- A training step of 4,096 tokens takes 1.005 of LayerNorm's time with PN (quartiles 1.000 to "
                         "1.010); the running statistics of all its norms take 0.42 % of it.")
+    record["cells"].append({**step, "threads": 2})
+    for line, said in zip(speed.whole_models(record), ("1 thread", "2 threads")):
+        assert f"tokens on {said} takes" in line
     assert report.curve(record, "train", "power", "float32") == {1: 1.1, 4096: 0.7}  # with memory as in a long training
 
 
