@@ -6,7 +6,7 @@ import torch
 from fairseq import checkpoint_utils
 from test_kinds import SMALL, run
 
-NORMS = ("--encoder-norm-self", "rbn:p_mean=5", "--encoder-norm-ff", "prepbn", "--encoder-norm-final", "mabn")
+NORMS = ("--encoder-norm-self", "rbn:p_mean=5", "--encoder-norm-ff", "prepbn")
 
 
 def train(monkeypatch, caplog, data, folder, *words):

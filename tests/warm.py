@@ -131,7 +131,7 @@ def serve(listener, folder):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     gc.freeze()  # a collection in a command would copy all of its memory
-    environment = dict(os.environ)
+    environment, running = dict(os.environ), set()
     with selectors.DefaultSelector() as waiting:
         waiting.register(listener, selectors.EVENT_READ)
         waiting.register(0, selectors.EVENT_READ)
@@ -146,27 +146,28 @@ def serve(listener, folder):
                     if request is None:
                         connection.close()
                     elif differs(request["environment"], environment):
-                        connection.sendall(b"0\n")
+                        tell(connection, 0)
                         connection.close()
                     else:
                         pid = os.fork()
                         if not pid:
                             connection.close()
                             return streams, request
-                        connection.sendall(b"%d\n" % pid)
+                        tell(connection, pid)
+                        running.add(pid)
                         process = os.pidfd_open(pid)
                         waiting.register(process, selectors.EVENT_READ, (pid, process, connection))
                         waiting.register(connection, selectors.EVENT_READ, (pid, process, connection))
                     for stream in streams:
                         os.close(stream)
-                elif key.fileobj in waiting.get_map():
+                elif key.data[0] in running:  # not if its end came up in this round, too
                     pid, process, connection = key.data
                     if key.fileobj is connection:  # whoever asked is gone
                         os.kill(pid, signal.SIGKILL)
                         waiting.unregister(connection)
                         continue
-                    with contextlib.suppress(OSError):
-                        connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+                    tell(connection, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+                    running.remove(pid)
                     waiting.unregister(process)
                     with contextlib.suppress(KeyError):
                         waiting.unregister(connection)
@@ -174,16 +175,22 @@ def serve(listener, folder):
                     connection.close()
 
 
+def tell(connection, number):
+    """Send a number to whoever asked, if that is still there."""
+    with contextlib.suppress(OSError):
+        connection.sendall(b"%d\n" % number)
+
+
 def received(connection):
     """The three streams and the request of a command; None if it was killed while it asked."""
-    _, streams, _, _ = socket.recv_fds(connection, 1, 3)
-    text = b""
-    while not text.endswith(b"\n"):
-        part = connection.recv(1 << 16)
-        if not part:
-            return streams, None
-        text += part
-    return streams, json.loads(text)
+    streams, text = [], b""
+    with contextlib.suppress(ConnectionError):
+        _, streams, _, _ = socket.recv_fds(connection, 1, 3)
+        while part := connection.recv(1 << 16):
+            text += part
+            if text.endswith(b"\n"):
+                return streams, json.loads(text)
+    return streams, None
 
 
 def differs(asked, own):
