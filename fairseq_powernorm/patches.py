@@ -225,6 +225,7 @@ def check_task(init, trainer, cfg, task, model, *args, **kwargs):
     """``Trainer.__init__``: a model of this package refuses a task that cannot train it, and a task what it cannot do."""
     if hasattr(model, "check_training_task"):
         model.check_training_task(task)
+        model.check_final_norms(cfg.model)
     if hasattr(task, "check_training"):
         task.check_training()
     return init(trainer, cfg, task, model, *args, **kwargs)

@@ -283,8 +283,6 @@ class PowerNormTask(RunningStatisticsTask):
         model = super().build_model(cfg, from_checkpoint)
         if isinstance(model, PowerNormModel):
             model.write_options(cfg)
-            if not from_checkpoint:
-                model.check_final_norms(cfg)
         if from_checkpoint:
             self._loaded.add(model)
         return model

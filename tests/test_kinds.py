@@ -71,6 +71,11 @@ SMALL = ("--encoder-layers", 1, "--decoder-layers", 1, "--encoder-embed-dim", 16
             ),
             "--decoder-norm-final 'rms': no norm stands after this decoder's layers",
         ),  # fmt: skip
+        (
+            ("--task", "translation", "--arch", "transformer_pn", "--encoder-norm-final", "rms", "--encoder-norm-self",
+             "layer", "--encoder-norm-ff", "layer", *SMALL),
+            "--encoder-norm-final 'rms': no norm stands after this encoder's layers",
+        ),
         # norm options for an architecture without norms to choose
         (
             ("--task", "translation_pn", "--arch", "transformer", "--norm-groups", 3),

@@ -17,6 +17,8 @@ def test_the_server_outlives_those_who_ask(tmp_path):
     text.write_text("a\n")
     server = warm.start.server.pid
     children = pathlib.Path(f"/proc/{server}/task/{server}/children")
+    if not children.exists():
+        pytest.skip("this system does not list children")
     before = children.read_text().split()
     asking = subprocess.Popen([program, text], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                               stderr=subprocess.DEVNULL)

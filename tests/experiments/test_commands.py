@@ -112,9 +112,8 @@ def test_two_scripts_make_one_environment(tmp_path):
     (tmp_path / "setup.py").touch()
     (tmp_path / "python3.11").write_text(f"""#!/bin/sh
         case "$*" in
-            *"-m venv"*) echo made >>"{tmp_path}/log"; mkdir -p "$4/bin"; sleep 0.3; cp "$0" "$4/bin/python" ;;
-            *"-m pip"*) sleep 0.1; test -x "$0" ;;
-            *ensurepip*) ;;
+            *"-m venv"*) echo made; mkdir -p "$4/bin"; cat "{tmp_path}/go"; cp "$0" "$4/bin/python" ;;
+            *"-m pip"* | *ensurepip*) ;;
             -) cat >/dev/null; echo lacks: ;;
             *) exec {sys.executable} "$@" ;;
         esac""")
@@ -123,11 +122,21 @@ def test_two_scripts_make_one_environment(tmp_path):
     shell = (f"set -euo pipefail; . {lib / 'common.sh'}; . <(sed '/^pn_environment$/,$d' {lib / 'environment.sh'}); "
              f"PN_ROOT={tmp_path}; pn_make_venv; $PYTHON -c 'print(1 + 1)'")
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    started = [subprocess.Popen(["bash", "-c", shell, "x.sh"], env=environment, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=60)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0] and all(each.endswith("2\n") for each in said), said
-    assert (tmp_path / "log").read_text() == "made\n"
+    os.mkfifo(tmp_path / "go")  # the first one is at work until the second says that it waits
+
+    def start():
+        return subprocess.Popen(["bash", "-c", shell, "x.sh"], env=environment, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True)
+
+    with start() as first:
+        assert [first.stdout.readline().split()[0] for _ in range(2)] == ["making", "made"]
+        with start() as second:
+            line = second.stdout.readline()
+            (tmp_path / "go").write_text("")
+            assert line == "waiting for another script that is making .venv\n"
+            said = [process.communicate(timeout=60)[0] for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0]
+    assert said == ["installing into .venv (some minutes)\n2\n", "2\n"]
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
