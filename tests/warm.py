@@ -89,10 +89,8 @@ def ask(real, asked, *arguments):
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(os.path.join(folder, ".socket"))
         socket.send_fds(connection, [b"."], [0, 1, 2])
-        request = dict(command=command, folder=folder, cwd=os.getcwd(), environment=dict(os.environ), closed=closed,
-                       cpus=list(os.sched_getaffinity(0)), file_size=resource.getrlimit(resource.RLIMIT_FSIZE))
         with connection.makefile("rw") as stream:
-            stream.write(json.dumps(request) + "\n")
+            stream.write(json.dumps(request_for(folder, command, closed)) + "\n")
             stream.flush()
             pid = int(stream.readline())
             if not pid:
@@ -106,6 +104,12 @@ def ask(real, asked, *arguments):
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     sys.exit(status)
+
+
+def request_for(folder, command, closed):
+    """What the server is told of a command of this process."""
+    return dict(command=command, folder=str(folder), cwd=os.getcwd(), environment=dict(os.environ), closed=closed,
+                cpus=list(os.sched_getaffinity(0)), file_size=resource.getrlimit(resource.RLIMIT_FSIZE))
 
 
 def closed_streams():
