@@ -25,6 +25,7 @@ if not torch.cuda.is_available():
     torch.manual_seed = torch.default_generator.manual_seed
 
 import toy
+import warm
 
 from fairseq_powernorm.kernels import build, c
 
@@ -73,10 +74,15 @@ def pytest_collection_finish():
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_protocol():
-    """Handlers of the log that a program in a test adds end with it: each would take part in what all later ones write."""
-    before = list(logging.root.handlers)
+    """What a program in a test leaves behind in this process ends with it: handlers of the log, each of which would take
+    part in what all later ones write, and variables that would start later commands cold (see warm.py)."""
+    handlers, environment = list(logging.root.handlers), warm.starting(os.environ)
     yield
-    logging.root.handlers[:] = before
+    logging.root.handlers[:] = handlers
+    for name in warm.starting(os.environ):
+        if name not in environment:
+            del os.environ[name]
+    os.environ.update(environment)
 
 
 def pytest_unconfigure():

@@ -135,7 +135,7 @@ def serve(listener, folder):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     gc.freeze()  # a collection in a command would copy all of its memory
-    environment, running = dict(os.environ), set()
+    environment, running = starting(os.environ), set()
     with selectors.DefaultSelector() as waiting:
         waiting.register(listener, selectors.EVENT_READ)
         waiting.register(0, selectors.EVENT_READ)
@@ -149,7 +149,7 @@ def serve(listener, folder):
                     streams, request = received(connection)
                     if request is None:
                         connection.close()
-                    elif differs(request["environment"], environment):
+                    elif starting(request["environment"]) != environment:
                         tell(connection, 0)
                         connection.close()
                     else:
@@ -197,10 +197,9 @@ def received(connection):
     return streams, None
 
 
-def differs(asked, own):
-    """Does an environment ask for another start than ours was?"""
-    names = {name for name in (*asked, *own) if name.startswith(STARTING) and name not in HEEDED}
-    return any(asked.get(name) != own.get(name) for name in names)
+def starting(environment):
+    """Those variables of an environment that change how a command starts."""
+    return {name: value for name, value in environment.items() if name.startswith(STARTING) and name not in HEEDED}
 
 
 def become(streams, request):
