@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import warm
 from toy import ROOT
 
 from fairseq_powernorm import command_line
@@ -103,7 +104,7 @@ def test_scripts_are_found_through_links(tmp_path):
     link.symlink_to(ROOT / "scripts" / "slurm" / "submit.sh")
     for place, script in ((tmp_path, link.name), (ROOT, "scripts/slurm/submit.sh")):
         done = subprocess.run(["bash", script, "--none"], cwd=place, stderr=subprocess.PIPE, text=True,
-                              env={**os.environ, "PYTHON": sys.executable, "CDPATH": f".:{ROOT}"})
+                              env={**os.environ, "PYTHON": warm.program("python"), "CDPATH": f".:{ROOT}"})
         assert done.returncode == 2 and done.stderr.startswith("scripts/slurm/submit.sh: error: unknown option"), done.stderr
 
 
