@@ -41,7 +41,8 @@ def test_the_commands_of_the_readme(scripts):
     text = write_text(scripts.home / "text")
     words = [str(text) if word == "my/talks" else word for word in prepare[1]]
     scripts.ok(prepare[0], *words, "--bpe-size", "60")
-    output = scripts.ok(train[0], *train[1], *SMALL)
+    output = scripts.ok(train[0], *train[1], *SMALL, *(f"+model.{side}coder_{size}_dim=32" for side in ("en", "de")
+                                                        for size in ("embed", "ffn_embed")))
     run = scripts.home.joinpath(*evaluate[1])
     assert f"finished {run}: 30 updates" in output and output.startswith("talks: an update takes 1 x 400 = 400 tokens")
     assert "stands behind the run directory; write: scripts/evaluate.sh" in scripts.refuses("evaluate", run, "talks")
