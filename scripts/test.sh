@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests; --help says more.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called with sh
 set -euo pipefail
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/lib/common.sh"
 case ${1:-} in # among pytest's arguments these are pytest's own

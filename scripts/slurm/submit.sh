@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Queues training and evaluation on a cluster with SLURM; --help says more.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called with sh
 set -euo pipefail
 . "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../lib/common.sh"
 pn_python submit "$@"
