@@ -2,6 +2,8 @@
 import os
 from typing import Any, Dict, Mapping
 
+import numpy as np
+
 #: settings that say where a rank stands or where its files lie; they may differ, in whatever part of the configuration
 #: they stand (an optimizer without a dataclass has a copy of the whole command line)
 PLACES = (
@@ -60,7 +62,9 @@ def facts(cfg, task) -> Dict[str, Any]:
     dataset = task.datasets.get(getattr(getattr(cfg, "dataset", None), "train_subset", "train"))
     sizes = getattr(dataset, "sizes", None)
     if sizes is not None:
-        found["the training data"] = f"{len(sizes):,} sentences or blocks, {int(sizes.sum()):,} tokens"
+        parts = sizes if isinstance(sizes, (list, tuple)) else [sizes]
+        tokens = sum(int(np.asarray(each).sum()) for each in parts)
+        found["the training data"] = f"{len(dataset):,} sentences or blocks, {tokens:,} tokens"
     return found
 
 

@@ -130,7 +130,7 @@ class RunningStatisticsTask:
             self._report(left_out)
         elif isinstance(optimizer, AMPOptimizer):
             super().optimizer_step(optimizer, model, update_num)  # which only adapts the loss scale
-            self.forget_statistics()
+            self._discard()
         else:
             statistics.discard()
             self._report(left_out, skipped=True)
@@ -163,10 +163,7 @@ class RunningStatisticsTask:
     def forget_statistics(self):
         """The gradients are zeroed: what was gathered since the last step (overflow, out of memory) goes with them."""
         if self._statistics is not None and self._statistics.batches:
-            # the backward pass overflows in the normal course of fp16 training: fairseq reports that by itself
-            left_out = self._statistics.left_out(("forward",))
-            self._statistics.discard()
-            self._report(left_out)
+            self._discard()
 
     def judge_gradient(self, norm: torch.Tensor, optimizer) -> torch.Tensor:
         """Note whether the gradient is finite; if it is not and there is no loss scale, return a norm of zero.
@@ -197,6 +194,14 @@ class RunningStatisticsTask:
                 self._recorder.go_on(update_num)
             self._statistics.switches.recording = True
             self._probe = GradientProbe(self._statistics.norms(), self._statistics.total)
+
+    def _discard(self) -> None:
+        """Discard what was gathered for a step, on this rank or, after the reduction, on any."""
+        assert self._statistics is not None
+        # the backward pass overflows in the normal course of fp16 training: fairseq reports that by itself
+        left_out = self._statistics.left_out(("forward",))
+        self._statistics.discard()
+        self._report(left_out)
 
     def _report(self, left_out: Dict[str, int], skipped: bool = False) -> None:
         """Count what was not finite in the log, and warn once per log interval."""

@@ -341,6 +341,20 @@ def test_automatic_mixed_precision(run, toy_data):
     assert struck.output.count("AMP: overflow detected") == 2 and not struck.warnings()
 
 
+def test_automatic_mixed_precision_without_a_batch(run, toy_data):
+    """An update that --amp skips on two ranks of which the second has no batch left (13 batches in an epoch): nothing changes
+    on either, and both go on with the same parameters and buffers."""
+    done = run(
+        toy_data, *MIXED, *WHOLE, "--amp", "--fp16-init-scale", 1, "--amp-batch-retries", 1, "--max-update", 8, ranks=2,
+        INJECT_INF="7", INJECT_RANK="0",
+    )  # fmt: skip
+    assert done.steps[1][7]["sentences"] == []
+    assert numbers(done.steps[0], "update") == [1, 2, 3, 4, 5, 6, 7, 7, 8]
+    assert [differing(*states) for states in zip(done.states(0), done.states(1))] == [[]] * 9
+    assert done.output.count("AMP: overflow detected") > 0
+    assert steps(done.states()[-1]) == {8}
+
+
 @pytest.fixture(scope="module")
 def accidents(run, toy_data):
     """Runs in which a training step goes wrong."""

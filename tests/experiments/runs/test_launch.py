@@ -181,17 +181,22 @@ def test_a_task_without_a_gpu(monkeypatch):
     assert task.check_devices(config) == 1
 
 
-def test_ranks_with_other_settings():
-    """A setting or training data that differ are refused by name; places of ranks and of files may differ."""
+@pytest.mark.parametrize("parts", [False, True])
+def test_ranks_with_other_settings(parts):
+    """A setting or training data that differ are refused by name; places of ranks and of files may differ. Datasets of
+    several parts (those of masked_lm) have a list of sizes."""
     from types import SimpleNamespace
 
+    from fairseq.data import ListDataset, NestedDictionaryDataset
     from omegaconf import OmegaConf
 
     def facts(lr=0.1, rank=0, sizes=(3, 4)):
         config = OmegaConf.create({"optimization": {"lr": [lr]}, "task": {"data": f"/node{rank}"},
                                    "dataset": {"train_subset": "train"},
                                    "distributed_training": {"distributed_rank": rank, "device_id": rank}})
-        dataset = SimpleNamespace(sizes=torch.tensor(sizes))
+        dataset = ListDataset(torch.zeros(len(sizes), 1), torch.tensor(sizes))
+        if parts:
+            dataset = NestedDictionaryDataset({"tokens": dataset}, sizes=[dataset.sizes])
         return ranks.facts(config, SimpleNamespace(datasets={"train": dataset}))
 
     ranks.check_facts(facts(rank=1), facts(), 1)
