@@ -342,8 +342,8 @@ def test_automatic_mixed_precision(run, toy_data):
 
 
 def test_automatic_mixed_precision_without_a_batch(run, toy_data):
-    """An update that --amp skips on two ranks of which the second has no batch left (13 batches in an epoch): nothing changes
-    on either, and both go on with the same parameters and buffers."""
+    """An update that --amp skips on two ranks of which the second has no batch left (13 batches in an epoch): nothing
+    changes on either, and both go on with the same parameters and buffers."""
     done = run(
         toy_data, *MIXED, *WHOLE, "--amp", "--fp16-init-scale", 1, "--amp-batch-retries", 1, "--max-update", 8, ranks=2,
         INJECT_INF="7", INJECT_RANK="0",
