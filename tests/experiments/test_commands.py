@@ -291,7 +291,7 @@ def test_where_nothing_can_be_written(command, name, tmp_path, monkeypatch):
     ending = ".png" if command == "plot_curves" else ""
     (tmp_path / f"directory{ending}").mkdir()
     os.mkfifo(tmp_path / f"pipe{ending}")
-    record = ROOT / "results" / "multi30k" / "power-seed1.json"
+    record = ROOT / "results" / "multi30k" / "power-8000-seed1.json"
     with pytest.raises(UserError, match="cannot write ") as caught:
         module(command).command([str(record), "--output", name + ending])
     assert "\n" not in str(caught.value)
@@ -381,7 +381,7 @@ def test_quickstart(monkeypatch, tmp_path, capsys):
         if "evaluate.sh" in steps[-1]:
             record = tmp_path / "quickstart" / steps[-1].rpartition("/")[2] / "evaluation" / "record.json"
             record.parent.mkdir(parents=True)
-            record.write_bytes((ROOT / "results" / "multi30k" / f"{record.parts[-3]}-seed1.json").read_bytes())
+            record.write_bytes((ROOT / "results" / "multi30k" / f"{record.parts[-3]}-8000-seed1.json").read_bytes())
         return 0
 
     monkeypatch.setattr(quickstart, "carry_out", call)

@@ -42,7 +42,7 @@ from fairseq_powernorm.experiments.reports.significance import significance  # n
 from fairseq_powernorm.experiments.runs import checkpoints  # noqa: E402
 from fairseq_powernorm.experiments.score import command as score_command  # noqa: E402
 
-RECORD = json.loads((ROOT / "results" / "multi30k" / "power-seed1.json").read_text())
+RECORD = json.loads((ROOT / "results" / "multi30k" / "power-8000-seed1.json").read_text())
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
