@@ -28,6 +28,8 @@ def own_evaluation(norm: nn.Module, told_by: str) -> Optional[str]:
 class Evaluation(Norm):
     """Evaluation of a norm with running statistics, with its parameters and buffers under their own names.
 
+    ``torch.jit.script`` leaves it in the place of the norm in the model that it was given, too. There it refuses to train.
+
     Args:
         norm: in evaluation
 
@@ -64,6 +66,15 @@ class Evaluation(Norm):
         self.eps: float = norm.eps
         self.scale_eps: float = LAYER_SCALE_EPS
         self.train(mode=False)
+
+    def train(self, mode: bool = True) -> "Evaluation":
+        """See torch; raises RuntimeError for ``mode=True``."""
+        if mode:
+            raise RuntimeError(
+                "torch.jit.script has put evaluations in place of the norms of the model that it was given, which cannot be "
+                "trained: script copy.deepcopy(model), and go on with the model itself"
+            )
+        return super().train(mode)
 
     def _rows(self, x: Tensor) -> Tensor:
         """Rows after the layer scale, in float32 or float64."""

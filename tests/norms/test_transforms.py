@@ -255,6 +255,19 @@ def test_scripting_a_bare_norm(name, variant, dtype, groups):
             torch.jit.script(norm.train())
 
 
+@pytest.mark.parametrize("name, variant", CASES)
+def test_a_model_that_was_scripted_is_not_trained_without_its_norms(name, variant):
+    """torch.jit.script changes the model that it is given: training that goes on with it is refused, a copy's is not."""
+    model = nn.Sequential(make(name, variant)).eval()
+    torch.jit.script(copy.deepcopy(model))
+    model.train()(batch()[0])
+    assert model[0].iters == 1
+    scripted = torch.jit.script(model.eval())
+    with pytest.raises(RuntimeError, match=r"script copy.deepcopy\(model\)"):
+        model.train()
+    scripted.train()(batch()[0])
+
+
 @pytest.mark.parametrize("name, variant", ALL)
 def test_tracing(name, variant):
     """torch.jit.trace in evaluation; in training a norm with statistics refuses it."""
