@@ -37,7 +37,7 @@ class Evaluation(Norm):
         - input and output: those of ``norm``. A padding mask is accepted and not needed.
 
     Raises:
-        RuntimeError: ``norm`` is in training, or evaluates in a way of its own
+        RuntimeError: ``norm`` is in training, has a mask attached, or evaluates in a way of its own
     """
 
     if TYPE_CHECKING:  # the compiler would read annotations that are there
@@ -49,6 +49,8 @@ class Evaluation(Norm):
     def __init__(self, norm: Any):
         if norm.training:
             raise RuntimeError(f"torch.jit.script of a {type(norm).__name__} in training: call eval() first")
+        if getattr(norm.mask_slot, "owner", None) is not None:  # whose hooks would be compiled, too
+            raise RuntimeError("torch.jit.script of a model with attach_mask: remove() that first, evaluation needs no mask")
         if (own := own_evaluation(norm, "__prepare_scriptable__")) is not None:
             raise RuntimeError(f"torch.jit.script would lose something of a norm that {own}")
         super().__init__(norm.dim, layout=norm.layout)
