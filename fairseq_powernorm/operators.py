@@ -66,7 +66,7 @@ _LIBRARY.define(
     f"{_schema(OpaqueSpec)}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
-    "backward(Tensor grad_y, Tensor x, Tensor r, Tensor? weight, Tensor? valid, Tensor saved, Tensor nu, "
+    "backward(Tensor grad_y, Tensor x, Tensor r, Tensor? weight, Tensor? valid, Tensor saved, Tensor nu, Tensor? scale, "
     f"{_schema(OpaqueSpec)}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(f"advance_forward_(Tensor tally, Tensor(a!) psi2, Tensor(b!) iters, {_schema(StepSpec)}) -> ()")
@@ -127,9 +127,12 @@ def _backward(
     valid: Optional[Tensor],
     saved: Tensor,
     nu: Tensor,
+    scale: Optional[Tensor],
     *constants: Any,
 ) -> Tuple[Tensor, ...]:
-    spec = OpaqueSpec(*constants).at(0)
+    spec: Any = OpaqueSpec(*constants).at(0)
+    if scale is not None:  # the backends take a tensor, too
+        spec = spec._replace(gradient_scale=scale)
     root = r if spec.groups else None
     backend = choose_for_gradient(choose(x, weight, valid=valid), grad_y, x, root, weight, saved, valid, nu)
     found = backend.power_backward(grad_y, x, root, weight, valid, saved, nu, spec)
@@ -145,6 +148,7 @@ def _backward_fake(
     valid: Optional[Tensor],
     saved: Tensor,
     nu: Tensor,
+    scale: Optional[Tensor],
     *constants: Any,
 ) -> Tuple[Tensor, ...]:
     channels, dtype = x.size(-1), eager.compute_dtype(x)
@@ -236,6 +240,7 @@ class _PowerNorm(Function):
         backward_sums: Optional[Tensor],
         spec: OpaqueSpec,
         step: Optional[StepSpec],
+        scale: Optional[Tensor],
     ) -> Tensor:
         y: Tensor
         y, r, saved, tally = _OPERATORS.forward(x, weight, bias, valid, psi2, iters, *spec)
@@ -244,14 +249,16 @@ class _PowerNorm(Function):
         elif step is not None:
             _OPERATORS.advance_forward_(tally, psi2, iters, *step)
         ctx.save_for_backward(x, r, weight, saved, valid)
-        ctx.nu, ctx.backward_sums, ctx.spec, ctx.step = nu, backward_sums, spec, step
+        ctx.nu, ctx.backward_sums, ctx.spec, ctx.step, ctx.scale = nu, backward_sums, spec, step, scale
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Gradients:
         x, r, weight, saved, valid = ctx.saved_tensors
-        grad_x, grad_weight, grad_bias, tally = _OPERATORS.backward(grad_y, x, r, weight, valid, saved, ctx.nu, *ctx.spec)
+        grad_x, grad_weight, grad_bias, tally = _OPERATORS.backward(
+            grad_y, x, r, weight, valid, saved, ctx.nu, ctx.scale, *ctx.spec
+        )
         if ctx.backward_sums is not None:
             ctx.backward_sums.add_(tally)
         elif ctx.step is not None:
@@ -260,7 +267,7 @@ class _PowerNorm(Function):
             grad_x,
             None if weight is None else grad_weight.to(weight.dtype),
             None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype),
-            *[None] * 8,
+            *[None] * 9,
         )
 
 
@@ -276,6 +283,7 @@ def power_norm(
     backward_sums: Optional[Tensor],
     spec: OpaqueSpec,
     step: Optional[StepSpec],
+    scale: Optional[Tensor] = None,
 ) -> Tensor:
     """As :func:`fairseq_powernorm.functional.power_norm`, statistics included.
 
@@ -287,9 +295,10 @@ def power_norm(
         forward_sums, backward_sums: where the tallies of the passes are added
         spec: constants
         step: the step that the running statistics take instead; with neither, nothing is taken in
+        scale: in place of ``spec.gradient_scale``, where that is a tensor
 
     Returns:
         shape and dtype of ``x``
     """
-    y: Tensor = _PowerNorm.apply(x, weight, bias, valid, psi2, nu, iters, forward_sums, backward_sums, spec, step)
+    y: Tensor = _PowerNorm.apply(x, weight, bias, valid, psi2, nu, iters, forward_sums, backward_sums, spec, step, scale)
     return y

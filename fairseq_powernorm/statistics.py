@@ -195,7 +195,8 @@ class RunningStatistics:
         Args:
             counts: False for a batch whose gradient is thrown away: it leaves no statistics, and no norm adds a
                 gradient of its own to that which arrives
-            gradient_scale: factor of the loss that is differentiated (the loss scale of fp16 training)
+            gradient_scale: factor of the loss that is differentiated (the loss scale of fp16 training). ``torch.compile``
+                compiles PN anew for each number, but not for each value of a tensor
 
         Raises:
             RuntimeError: a batch is in progress already, the sums of this step have been added up by :meth:`reduce`, or a

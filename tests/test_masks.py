@@ -411,6 +411,17 @@ def test_a_handle_is_a_context():
     assert all(norm.mask_slot is None for norm in model.norms)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripting():
+    """torch.jit.script, which compiles hooks, asks to take the mask off; without it, it computes the same."""
+    model = nn.Sequential(PowerNorm(8, batch_first=True)).eval()
+    x = torch.randn(2, 3, 8)
+    with attach_mask(model, "input"), pytest.raises(RuntimeError, match=r"attach_mask: remove\(\) that first"):
+        torch.jit.script(model)
+    expected = model(x)
+    torch.testing.assert_close(torch.jit.script(model)(x), expected)
+
+
 def test_norms_that_need_no_mask():
     """A model of norms over single rows takes the same lines, and they change nothing."""
     model = Model("layer")

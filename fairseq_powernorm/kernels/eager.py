@@ -374,6 +374,7 @@ def _rows_backward(
 ) -> Backward:
     """The same; ``counted``: the rows that count and receive a gradient, None for all."""
     rows, grads = memory.Rows(x), memory.Rows(grad_y)
+    order = grads if rows.flat is not None else rows  # blocks that suit both: those of a flat one may be any
     dtype = compute_dtype(x)
     inv_forward, inv_backward, z_square = saved
     wide_weight = None if weight is None else weight.to(dtype)
@@ -384,7 +385,7 @@ def _rows_backward(
     out = None if grad_x is None else memory.Rows(grad_x)
     grad_sum, grad_u_sum = x.new_zeros(2, rows.channels, dtype=dtype)
     with torch.autocast(x.device.type, enabled=False):
-        for block in _blocks(x, rows, dtype):
+        for block in _blocks(x, order, dtype):
             part, root = _part(counted, block.rows), None if r is None else r[block.rows]
             u = scale_rows(rows.read(block.rows, block.u), root, out=block.u)
             grad = grads.read(block.rows, block.u.new_empty(block.u.shape))

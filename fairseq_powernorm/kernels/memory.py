@@ -50,7 +50,7 @@ def channels_second(y: Tensor, x: Tensor) -> Tensor:
 
 def view_channels_second(y: Tensor, x: Tensor) -> Tensor:
     """The same by ordinary operations, for what is differentiated or traced."""
-    order = y.movedim(-1, 1)
+    order = y.movedim(y.dim() - 1, 1)  # ONNX by tracing takes a negative place for what it is
     return order if x.stride(-1) == 1 else order.contiguous()
 
 

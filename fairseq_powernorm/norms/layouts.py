@@ -149,13 +149,13 @@ class Norm(nn.Module):
             return self._normalize(x, padding_mask)
         if not torch.jit.is_scripting():
             self._check_channels_first(x)
-        rows = x.movedim(1, -1)
+        rows, last = x.movedim(1, -1), x.dim() - 1  # ONNX by tracing takes a negative place for what it is
         if not torch.jit.is_scripting():  # noqa: SIM102
             if self.OWN_LAYOUT:
                 return self._normalize(rows, padding_mask)
         if rows.stride(-1) == 1:
-            return self._normalize(rows, padding_mask).movedim(-1, 1)
-        return self._normalize(rows.contiguous(), padding_mask).movedim(-1, 1).contiguous()
+            return self._normalize(rows, padding_mask).movedim(last, 1)
+        return self._normalize(rows.contiguous(), padding_mask).movedim(last, 1).contiguous()
 
     def _channels_second(self, x: Tensor) -> bool:
         """Do the channels of the rows ``x`` come second in what :meth:`_normalize` gives?"""

@@ -311,10 +311,12 @@ class PowerNorm(SecondMomentNorm):
                 "fairseq_powernorm.statistics.RunningStatistics apply it"
             )
         parts = self.stage.parts if self.stage is not None and self.stage.switches.counting else {}
-        rows = x if x.stride(-1) == 1 else x.contiguous()
+        rows, spec, scale = x if x.stride(-1) == 1 else x.contiguous(), self._spec(), None
+        if isinstance(spec.gradient_scale, Tensor):  # operators take numbers and tensors apart
+            scale, spec = spec.gradient_scale, spec._replace(gradient_scale=1.0)
         y = operators.power_norm(
             rows, self.weight, self.bias, valid, self.running_phi, self.ema_gz, self.iters, parts.get("forward"),
-            parts.get("backward"), self._spec(), self._make_step_spec() if self.stage is None else None,
+            parts.get("backward"), spec, self._make_step_spec() if self.stage is None else None, scale,
         )
         return memory.view_channels_second(y, x) if self._channels_second(x) else y
 

@@ -28,6 +28,8 @@ def own_evaluation(norm: nn.Module, told_by: str) -> Optional[str]:
 class Evaluation(Norm):
     """Evaluation of a norm with running statistics, with its parameters and buffers under their own names.
 
+    ``torch.jit.script`` leaves it in the place of the norm in the model that it was given, too. There it refuses to train.
+
     Args:
         norm: in evaluation
 
@@ -35,7 +37,7 @@ class Evaluation(Norm):
         - input and output: those of ``norm``. A padding mask is accepted and not needed.
 
     Raises:
-        RuntimeError: ``norm`` is in training, or evaluates in a way of its own
+        RuntimeError: ``norm`` is in training, has a mask attached, or evaluates in a way of its own
     """
 
     if TYPE_CHECKING:  # the compiler would read annotations that are there
@@ -47,6 +49,8 @@ class Evaluation(Norm):
     def __init__(self, norm: Any):
         if norm.training:
             raise RuntimeError(f"torch.jit.script of a {type(norm).__name__} in training: call eval() first")
+        if getattr(norm.mask_slot, "owner", None) is not None:  # whose hooks would be compiled, too
+            raise RuntimeError("torch.jit.script of a model with attach_mask: remove() that first, evaluation needs no mask")
         if (own := own_evaluation(norm, "__prepare_scriptable__")) is not None:
             raise RuntimeError(f"torch.jit.script would lose something of a norm that {own}")
         super().__init__(norm.dim, layout=norm.layout)
@@ -64,6 +68,15 @@ class Evaluation(Norm):
         self.eps: float = norm.eps
         self.scale_eps: float = LAYER_SCALE_EPS
         self.train(mode=False)
+
+    def train(self, mode: bool = True) -> "Evaluation":
+        """See torch; raises RuntimeError for ``mode=True``."""
+        if mode:
+            raise RuntimeError(
+                "torch.jit.script has put evaluations in place of the norms of the model that it was given, which cannot be "
+                "trained: script copy.deepcopy(model), and go on with the model itself"
+            )
+        return super().train(mode)
 
     def _rows(self, x: Tensor) -> Tensor:
         """Rows after the layer scale, in float32 or float64."""

@@ -145,6 +145,25 @@ def test_eager_blocks(monkeypatch, block, dtype):
         assert_all_close(found, expected, 1e-12 if dtype is torch.float64 else 2e-3)
 
 
+@pytest.mark.parametrize("block", [7 * C, 50 * C])
+@pytest.mark.parametrize("kind, groups", [(POWER, 2), ("power:variant=algorithm2", 0)])
+def test_eager_blocks_of_inputs_and_gradients_that_lie_otherwise(monkeypatch, kind, groups, block):
+    """channels_last inputs whose gradients are contiguous, and the other way round: the same numbers, block by block."""
+    x, dy = torch.randn(2, 4, C, 5, 3, dtype=torch.float64).unbind()
+    found = []
+    for formats in ((torch.contiguous_format,) * 2, (torch.channels_last, torch.contiguous_format),
+                    (torch.contiguous_format, torch.channels_last)):  # fmt: skip
+        leaf, gradient = (each.contiguous(memory_format=to) for each, to in zip((x, dy), formats))
+        leaf = leaf.clone().requires_grad_()
+        norm = build_norm(kind, C, layout="channels_first", groups=groups)
+        with monkeypatch.context() as patch:
+            patch.setattr(eager, "BLOCK", block)
+            norm(leaf).backward(gradient)
+        found.append([leaf.grad, *(each.grad for each in norm.parameters()), norm.ema_gz])
+    for each in found[1:]:
+        assert_all_close(each, found[0], 1e-12)
+
+
 def allocations(call, size, path):
     """What ``call`` returns, and how often it allocates ``size`` bytes or more."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

@@ -255,6 +255,19 @@ def test_scripting_a_bare_norm(name, variant, dtype, groups):
             torch.jit.script(norm.train())
 
 
+@pytest.mark.parametrize("name, variant", CASES)
+def test_a_model_that_was_scripted_is_not_trained_without_its_norms(name, variant):
+    """torch.jit.script changes the model that it is given: training that goes on with it is refused, a copy's is not."""
+    model = nn.Sequential(make(name, variant)).eval()
+    torch.jit.script(copy.deepcopy(model))
+    model.train()(batch()[0])
+    assert model[0].iters == 1
+    scripted = torch.jit.script(model.eval())
+    with pytest.raises(RuntimeError, match=r"script copy.deepcopy\(model\)"):
+        model.train()
+    scripted.train()(batch()[0])
+
+
 @pytest.mark.parametrize("name, variant", ALL)
 def test_tracing(name, variant):
     """torch.jit.trace in evaluation; in training a norm with statistics refuses it."""
@@ -266,13 +279,16 @@ def test_tracing(name, variant):
             torch.jit.trace(norm.train(), x)
 
 
+@pytest.mark.parametrize("layout", ["time_first", "channels_first"])
 @pytest.mark.parametrize("name", ["rms", "power", "batch"])
-def test_onnx(name):
+def test_onnx(name, layout):
     """torch's exporter by tracing, of a norm and of what is left of it when folded: the same numbers for other sizes."""
     pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")
-    norm, axes = make(name).eval(), {"x": {0: "time", 1: "batch"}}
-    (x, _, _), (other, _, _) = batch(), batch(1)
+    norm = make(name, layout=layout).eval()
+    rows, channels = {"time_first": ((0, 1), 2), "channels_first": ((0, 2), 1)}[layout]
+    axes = {"x": {rows[0]: "one", rows[1]: "other"}}
+    x, other = (each[0].movedim(2, channels).contiguous() for each in (batch(), batch(1)))
     for module in (norm, fold_norms(nn.Sequential(copy.deepcopy(norm)))):
         stream = io.BytesIO()
         torch.onnx.export(module, (x,), stream, dynamo=False, opset_version=17, input_names=["x"], dynamic_axes=axes)
@@ -296,7 +312,7 @@ class Model(nn.Module):
         return self.second(torch.relu_(self.norm(self.first(x), mask))) + x
 
 
-def steps_of(model, f, staged=False, steps=5):
+def steps_of(model, f, staged=False, steps=5, scale=4.0):
     statistics = RunningStatistics(model) if staged else None
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     found = []
@@ -306,8 +322,8 @@ def steps_of(model, f, staged=False, steps=5):
             x, dy, mask = batch(10 * step + part)
             x.requires_grad_()
             if staged:
-                with statistics.batch(gradient_scale=4.0):
-                    (((f(x, mask) * dy).sum() + penalty(model)) * 4.0).backward()
+                with statistics.batch(gradient_scale=scale):
+                    (((f(x, mask) * dy).sum() + penalty(model)) * scale).backward()
             else:
                 ((f(x, mask) * dy).sum() + penalty(model)).backward()
             found.append(x.grad)
@@ -335,6 +351,18 @@ def test_compiled_training_and_evaluation(name, variant, staged):
         model = Model(make(name, variant, warmup_updates=3))
         f = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
         results.append(steps_of(model, f, staged))
+    assert_all_close(*results, 1e-5)
+
+
+@pytest.mark.parametrize("name, variant", STAGED)
+def test_compiled_with_the_scale_of_a_gradient_scaler(name, variant):
+    """A ``gradient_scale`` that is a tensor, as the integrations give it in fp16 training: as without compiling."""
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        model = Model(make(name, variant, warmup_updates=1))
+        f = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        results.append(steps_of(model, f, staged=True, steps=3, scale=torch.tensor(1024.0)))
     assert_all_close(*results, 1e-5)
 
 
@@ -386,7 +414,8 @@ def test_operators_are_what_they_declare(dtype, groups):
     arguments = (x, norm.weight.detach(), norm.bias.detach(), valid, norm.running_phi, norm.iters, *spec)
     _, r, saved, tally = ops.forward(*arguments)
     torch.library.opcheck(ops.forward, arguments)
-    arguments = (dy, x, r, norm.weight.detach(), valid, saved, norm.ema_gz, *spec)
-    torch.library.opcheck(ops.backward, arguments)
+    for scale in (torch.tensor(8.0), None):
+        arguments = (dy, x, r, norm.weight.detach(), valid, saved, norm.ema_gz, scale, *spec)
+        torch.library.opcheck(ops.backward, arguments)
     torch.library.opcheck(ops.advance_forward_, (tally, norm.running_phi, norm.iters, *step))
     torch.library.opcheck(ops.advance_backward_, (ops.backward(*arguments)[3], norm.ema_gz, *step))
