@@ -8,6 +8,7 @@ from typing import Any, Dict, Iterator, List, Tuple
 
 from ..errors import LARGEST_SEED, UserError
 from ..overrides import Settings
+from . import checkpoints
 
 #: key -> (smallest, largest) where it is not what :func:`limits` says of all
 LIMITS: Dict[str, Tuple[float, float]] = {
@@ -75,7 +76,8 @@ def check_references(config: Any, data: Path, save_dir: Path) -> None:
     checkpoint = found["checkpoint"]
     for key, usual in (("restore_file", "checkpoint_last.pt"), ("finetune_from_model", None)):
         name = checkpoint.get(key)
-        if name not in (None, usual) and not (save_dir.parent / str(name)).is_file():
+        starts = name not in (None, usual) and not checkpoints.accounts(save_dir)  # from it; later from the run's own
+        if starts and not (save_dir.parent / str(name)).is_file():
             raise UserError(f"checkpoint.{key}={name}: no such file (a relative path is one from {save_dir.parent})")
     if checkpoint.get("checkpoint_suffix"):
         raise UserError(f"checkpoint.checkpoint_suffix={checkpoint['checkpoint_suffix']}: a run's checkpoints have none")
