@@ -123,16 +123,29 @@ class Settings:
 
     def problem(self, key: str, value: Any) -> Optional[str]:
         """Why a setting cannot have a value, which is of another type; None if it can, or nothing is known of it."""
-        from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
 
-        group, _, name = key.partition(".")
-        if key in self.known:
-            try:
-                OmegaConf.structured(self.dataclasses[group])[name] = value
-            except OmegaConfBaseException as error:
-                return str(error).split("\n")[0]
+        try:
+            self.converted(key, value)
+        except OmegaConfBaseException as error:
+            return str(error).split("\n")[0]
         return None
+
+    def converted(self, key: str, value: Any) -> Any:
+        """A value as fairseq's configuration holds it, where something is known of the setting: 4 for the text "4".
+
+        Raises:
+            OmegaConfBaseException: the setting cannot have it
+        """
+        from omegaconf import OmegaConf
+
+        if key not in self.known:
+            return value
+        group, _, name = key.partition(".")
+        config = OmegaConf.structured(self.dataclasses[group])
+        config[name] = value
+        found = config[name]
+        return OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
 
     def stated(self, group: str) -> List[str]:
         """The keys that the configuration's file gives in a group, such as ``optimizer.adam_betas``."""

@@ -251,7 +251,7 @@ def _overrides(base: Any, stated: Mapping[str, Mapping[str, Any]], where: str) -
             found += settings.choice(group, name).split(" ")
         for key, value in values.items():
             if key != "_name":
-                found.append(_override(settings, f"{group}.{key}", value, where))
+                found.append(_override(settings, f"{group}.{key}", _typed(settings, f"{group}.{key}", value), where))
     ranks = dict.fromkeys(PLACES, "an override, or --ranks of scripts/launch.sh")
     trust.check_overrides(found, {**trust.OURS, **ranks}, where)
     for group, values in stated.items():
@@ -260,6 +260,21 @@ def _overrides(base: Any, stated: Mapping[str, Mapping[str, Any]], where: str) -
             if problem:
                 raise UserError(f"{where}: {group}.{key} is {value!r}: {problem}")
     return found
+
+
+def _typed(settings: Settings, key: str, value: Any) -> Any:
+    """A text, or a list of texts, as the numbers or the truth value that a setting makes of it; else the value itself."""
+    from omegaconf.errors import OmegaConfBaseException
+
+    texts = value if isinstance(value, list) else [value]
+    if not texts or not all(isinstance(text, str) and "${" not in text for text in texts):
+        return value
+    try:
+        found = settings.converted(key, value)
+    except OmegaConfBaseException:  # refused later, by what the file says
+        return value
+    is_plain = all(isinstance(each, (bool, int, float)) for each in (found if isinstance(found, list) else [found]))
+    return found if is_plain else value
 
 
 def _resolved(base: Any, overrides: Sequence[str], key: str, value: Any, where: str) -> Any:

@@ -412,6 +412,22 @@ def test_overrides_of_a_file(home, tmp_path):
     assert "optimizer.adam_eps=0.1" in refusal(train.parser().parse, [path, "power", "--adam-eps", "0.1"])
 
 
+def test_numbers_in_quotes(home, tmp_path):
+    """A number or a truth value in quotes is what it is without them, wherever the file is read; a text stays one."""
+    path = write(tmp_path, 'data: talks\noptimization: {max_update: "1000", lr: ["1e-2"], update_freq: ["2"]}\n'
+                           'common: {seed: "07", log_format: json}\ncheckpoint: {no_epoch_checkpoints: "no"}\n'
+                           'task: {max_source_positions: "${optimization.max_update}"}\n'
+                           'optimizer: {adam_betas: "(0.9, 0.98)"}')
+    config = settings.load(path)
+    assert (config.optimization.max_update, config.optimization.lr, config.optimization.update_freq) == (1000, [0.01], [2])
+    assert config.common.seed == 7 and config.checkpoint.no_epoch_checkpoints is False
+    assert config.optimizer.adam_betas == "(0.9, 0.98)" and config.task.max_source_positions == 1000
+    options = options_of("table1", benchmark=path, rows="layer")
+    reproduce.check(options)
+    assert reproduce.chosen(options)[0].name == "layer-1000-seed1"
+    assert composed(path).optimization.max_update == 1000
+
+
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 

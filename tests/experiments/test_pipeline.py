@@ -419,6 +419,24 @@ def test_evaluate_valid_and_average(trained):
     assert "other checkpoints; --force" in trained.refuses("evaluate", "demo", trained.run, "--subset", "valid")
 
 
+@pytest.mark.parametrize("new, message", [
+    (["generation.beam=1"], "now generation.beam=1; --force replaces it"),
+    (["common.log_interval=7"], None)])
+def test_evaluate_with_other_settings(new, message, trained, record):
+    """A run may be gone on with other settings of translation and no update: its evaluation is not that with these."""
+    path = trained.run / "run.json"
+    before = path.read_text()
+    facts = json.loads(before)
+    path.write_text(json.dumps({**facts, "overrides": [*facts["overrides"], *new]}))
+    try:
+        if message:
+            assert message in trained.refuses("evaluate", "demo", trained.run)
+        else:
+            assert "nothing to do" in trained.here("evaluate", "demo", trained.run)
+    finally:
+        path.write_text(before)
+
+
 def test_evaluate_refuses(trained, tmp_path):
     """What cannot be evaluated is refused with the reason, and the run is left as it is."""
     run = tmp_path / "run"

@@ -14,7 +14,7 @@ from .. import trust
 from ..directories import check_writable, locked, put_back, whole_directory
 from ..errors import UserError
 from ..files import sha256, write_json
-from ..overrides import quiet
+from ..overrides import by_key, quiet
 from ..paths import PLUGIN, ROOT, data_root, for_fairseq
 from ..recipes import is_lm, prepared
 from ..reports import schema
@@ -28,6 +28,8 @@ SUBSETS = ("test", "valid")
 LONGEST_NAME = 240  # bytes of a file's name: of file systems' 255, some are for temporary files beside it
 #: what a run directory holds, as far as an evaluation needs it
 FILES = ("run.json", "train.log", "config.yaml")
+#: beginnings of the settings by which a run is evaluated, which may be changed when it is gone on with
+HEEDED = ("generation.", "eval_lm.", "task.tokens_per_sample", "task.sample_break_mode")
 #: settings of a model that follow optimization.max_update, with which a run may be gone on with that is to be longer
 LENGTHS = ("norm_total_updates",)
 
@@ -91,6 +93,11 @@ def evaluate(
                 raise UserError(f"{error}; --force evaluates again") from None
             if {key: found.get(key) for key in request} != request:
                 raise UserError(f"{target} holds an evaluation of other checkpoints; --force replaces it")
+            there, now = heeded(found["overrides"]), heeded(facts["overrides"])
+            for key in {**there, **now}:
+                if there.get(key) != now.get(key):
+                    raise UserError(f"{target} holds an evaluation with {there.get(key, f'no override {key}')}, now "
+                                    f"{now.get(key, 'none')}; --force replaces it")
             print(f"{target} is there already; nothing to do (--force evaluates again)")
         else:
             job = Job(config, inputs, subset, data, stamp, lock)
@@ -127,6 +134,11 @@ def carry_out(job: Job, run: Path, target: Path, record: Record, commands: Seque
 
 
 # ---- what is checked first -------------------------------------------------------------------------------------------
+
+
+def heeded(overrides: Sequence[str]) -> Dict[str, str]:
+    """Those of a run's overrides that an evaluation heeds, by key: with others, the same checkpoints have other scores."""
+    return {key: each for key, each in by_key(overrides).items() if key.startswith(HEEDED)}
 
 
 def available_subset(data: Path, subset: Optional[str]) -> str:

@@ -78,7 +78,9 @@ def check_languages(subject: str, composition: Any) -> None:
 def check_values(composition: Any) -> None:
     """Refuses a composed configuration with values that a run cannot have, wherever it runs."""
     trust.check_composed(composition)
-    limits.check(composition, Settings(composition))
+    settings = Settings(composition)
+    limits.check(composition, settings)
+    limits.check_translating(composition, settings)
 
 
 def build(config: Any) -> Tuple[Any, Any, Any, Any]:

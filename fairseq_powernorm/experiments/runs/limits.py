@@ -8,6 +8,7 @@ from typing import Any, Dict, Iterator, List, Tuple
 
 from ..errors import LARGEST_SEED, UserError
 from ..overrides import Settings
+from . import checkpoints
 
 #: key -> (smallest, largest) where it is not what :func:`limits` says of all
 LIMITS: Dict[str, Tuple[float, float]] = {
@@ -23,6 +24,8 @@ LIMITS: Dict[str, Tuple[float, float]] = {
     "dataset.num_workers": (0, 1024),
     **dict.fromkeys(("model.encoder_layers", "model.decoder_layers"), (0, 1000)),
 }
+#: of how a model translates, what scripts/evaluate.sh gives fairseq-generate
+TRANSLATING = ("beam", "lenpen", "max_len_a", "max_len_b")
 #: what no setting reaches
 MOST = 2**31 - 1
 
@@ -42,6 +45,15 @@ def check(config: Any, settings: Settings) -> None:
             raise UserError(f"{key}={value} is no finite number")
         if not smallest <= value <= largest:
             raise UserError(f"{key}={value}: must be from {smallest:g} to {largest:.15g}")
+
+
+def check_translating(config: Any, settings: Settings) -> None:
+    """Refuses a configuration with other settings of translation than evaluation heeds, and the record would show."""
+    for name, value in (config.get("generation") or {}).items():
+        known = settings.known.get(f"generation.{name}")
+        if name not in TRANSLATING and known is not None and value != known.default:
+            raise UserError(f"generation.{name}={value}: scripts/evaluate.sh does not translate with it; valid: "
+                            f"{', '.join(TRANSLATING)}. fairseq-generate takes it as --{name.replace('_', '-')}")
 
 
 def check_references(config: Any, data: Path, save_dir: Path) -> None:
@@ -75,7 +87,8 @@ def check_references(config: Any, data: Path, save_dir: Path) -> None:
     checkpoint = found["checkpoint"]
     for key, usual in (("restore_file", "checkpoint_last.pt"), ("finetune_from_model", None)):
         name = checkpoint.get(key)
-        if name not in (None, usual) and not (save_dir.parent / str(name)).is_file():
+        starts = name not in (None, usual) and not checkpoints.accounts(save_dir)  # from it; later from the run's own
+        if starts and not (save_dir.parent / str(name)).is_file():
             raise UserError(f"checkpoint.{key}={name}: no such file (a relative path is one from {save_dir.parent})")
     if checkpoint.get("checkpoint_suffix"):
         raise UserError(f"checkpoint.checkpoint_suffix={checkpoint['checkpoint_suffix']}: a run's checkpoints have none")

@@ -21,6 +21,10 @@ from . import batch, checkpoints, compose, records, watch
 from .launchers import PLACES, WORLD_SIZE, Launcher
 from .session import Watched, patience, session
 
+#: how a training starts, and what it leaves of the checkpoint behind -> the value with which a run goes on from its own
+STARTS = {"checkpoint.restore_file": "checkpoint_last.pt", **dict.fromkeys(
+    (f"checkpoint.reset_{what}" for what in ("optimizer", "lr_scheduler", "dataloader", "meters")), False)}
+
 
 def checked(options: Namespace) -> Any:
     """The configuration of the benchmark; fills in architecture and placement, and refuses what does not fit it."""
@@ -85,6 +89,7 @@ def train(options: Namespace, config: Any, launcher: Optional[Launcher] = None) 
         world = check_world(resolved, by_key(facts["overrides"]), launcher)
         complete += [] if launcher else [f"{WORLD_SIZE}={world}"]
         complete += batch.overrides(resolved, world)
+        complete += going_on(run, resolved)
         if is_lm(resolved):
             perplexity.check(resolved)
         command = [tool("fairseq-hydra-train"), "--config-dir", str(found.folder), "--config-name", found.base,
@@ -149,12 +154,28 @@ def started(options: Namespace, data: Path, run: Path, launcher: Optional[Launch
     trust.check_places(run)
     if not begun(run):
         return facts
-    going_on = resumed(run, facts, keys, found.architectures()[0])
+    merged, before = resumed(run, facts, keys, found.architectures()[0]), records.read_run(run, keys)["overrides"]
     usual = load(options.benchmark).common.seed
-    seed, now = seed_of(records.read_run(run, keys)["overrides"], usual), seed_of(going_on["overrides"], usual)
+    seed, now = seed_of(before, usual), seed_of(merged["overrides"], usual)
     if seed != now:
         raise UserError(f"cannot go on with {run}: it was started with common.seed={seed}, not {now}")
-    return going_on
+    new = [override for override in merged["overrides"] if override not in before and STARTS.keys() & by_key([override])]
+    if new and checkpoints.accounts(run / "checkpoints"):
+        raise UserError(f"cannot go on with {run} and {new[0]}: it has checkpoints, and goes on from the last one as that "
+                        f"is; --run-dir DIR with checkpoint.restore_file=FILE starts another run from one of them")
+    return merged
+
+
+def going_on(run: Path, config: Any) -> List[str]:
+    """The overrides by which a run that has checkpoints goes on from the last one, however its training has started; with
+    those of its start it would start again, and lose what it has done.
+    """
+    from omegaconf import OmegaConf
+
+    differing = {key: usual for key, usual in STARTS.items() if OmegaConf.select(config, key) != usual}
+    if not differing or not checkpoints.accounts(run / "checkpoints"):
+        return []
+    return [f"{key}={str(usual).lower()}" for key, usual in differing.items()]
 
 
 def resumed(run: Path, wanted: Dict[str, Any], keys: Mapping[str, Optional[str]], arch: str) -> Dict[str, Any]:

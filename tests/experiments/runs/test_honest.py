@@ -166,6 +166,25 @@ def test_overrides_with_which_it_does_not_go_on(scripts, tmp_path):
     assert "nothing to do" in scripts.here("evaluate", run, *AVERAGE)
 
 
+def test_a_run_that_starts_from_another(scripts, tmp_path):
+    """From where a run starts, and what it leaves of that checkpoint behind, is said of its beginning: it goes on from its
+    own checkpoint, with the optimizer and the updates of that, and takes no new start."""
+    run, start = tmp_path / "run", tmp_path / "start.pt"
+    shutil.copy(scripts.run / "checkpoints" / "checkpoint_last.pt", start)
+    new = [f"checkpoint.restore_file={start}", "checkpoint.reset_optimizer=true", "checkpoint.reset_dataloader=true"]
+    words = ["train", *TRAIN[:-1], "--run-dir", run, "--resume"]
+    scripts.ok(*words, *new, "optimization.max_update=5")
+    start.unlink()
+    output = scripts.ok(*words, *new, "optimization.max_update=10")
+    assert "finished" in output and "update 10 of 10" in output and "update 5 of 10" not in output
+    loaded = [line.split(" (")[0] for line in (run / "train.log").read_text().splitlines() if "Loaded checkpoint" in line]
+    assert loaded == [f"Loaded checkpoint {start}", f"Loaded checkpoint {run / 'checkpoints' / 'checkpoint_last.pt'}"]
+    before = contents(run)
+    for override in ("checkpoint.restore_file=other.pt", "checkpoint.reset_meters=true"):
+        assert f"{override}: it has checkpoints, and goes on from the last" in scripts.refuses(*words, override)
+    assert contents(run) == before
+
+
 def test_a_checkpoint_on_a_full_disk(scripts, tmp_path):
     """A disk that is full while a checkpoint is written is the last line; no part of one stays, and --resume goes on."""
     words = ["demo", "power", *TRAIN[2:], "--run-dir", tmp_path / "run", "--resume"]

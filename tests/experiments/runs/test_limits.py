@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from fairseq_powernorm.experiments import tools, train as command
 from fairseq_powernorm.experiments.errors import UserError
 from fairseq_powernorm.experiments.overrides import Settings
-from fairseq_powernorm.experiments.runs import batch, limits, train
+from fairseq_powernorm.experiments.runs import batch, compose, limits, train
 from fairseq_powernorm.experiments.runs.launchers import Launcher
 
 SOUND = ["optimizer.adam_betas='(0.9, 0.98)'", "optimizer.adam_betas='[0, 0.5]'", "dataset.valid_subset=valid,test",
@@ -61,6 +61,14 @@ def test_what_is_not_there(override, message, places):
     with pytest.raises(UserError) as caught:
         limits.check_references(config(override), *places)
     assert message in str(caught.value) and override.partition("=")[0] in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["generation.no_repeat_ngram_size=2", "generation.nbest=3", "generation.unkpen=1"])
+def test_translating(override):
+    """What a translation would be made without is refused before training; what it is made with, and defaults, are not."""
+    compose.check_values(compose.compose("demo", ["generation.beam=2", "generation.lenpen=0.6", "generation.nbest=1"]))
+    with pytest.raises(UserError, match=f"{override}.*: scripts/evaluate.sh does not translate with it; valid: beam"):
+        compose.check_values(compose.compose("demo", [override]))
 
 
 @pytest.mark.parametrize("config, valid", [
