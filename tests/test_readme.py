@@ -192,6 +192,21 @@ def test_what_is_said_of_speed():
             assert words in text
 
 
+def test_what_is_said_of_the_full_recipe():
+    """Scores, their difference and its significance in both texts are those of the records."""
+    folder = toy.ROOT / "results"
+    layer, power = (json.loads((folder / "multi30k" / f"{norm}-8000-seed1.json").read_text()) for norm in ("layer", "power"))
+    tests = json.loads((folder / "table1-multi30k.significance.json").read_text())["tests"]
+    p_value = f"(p = {tests['multi30k/power-8000-seed1']['p_value']:.3f})"
+    scores = [f"{record['bleu_tokenized']['score']:.2f}" for record in (power, layer)]
+    ahead = power["sacrebleu"]["score"] - layer["sacrebleu"]["score"]
+    assert ahead > 0 and power["curve"]["valid"][-1]["loss"] < layer["curve"]["valid"][-1]["loss"]
+    for name, said in ((README, f"PN has {scores[0]} BLEU and LayerNorm {scores[1]}"),
+                       (RESULTS, f"PN is ahead of LN by {ahead:.2f} sacreBLEU")):  # fmt: skip
+        text = " ".join(TEXTS[name].split())
+        assert said in text and p_value in text
+
+
 @pytest.mark.slow
 def test_the_results_are_those_of_the_records(tmp_path):
     """The tables of results are what the command that the README names writes; it fails if a record says otherwise."""
