@@ -181,6 +181,10 @@ class RunningStatisticsTask:
     def _take_over(self, model, update_num: int) -> None:
         """Take the norms' statistics over; when training resumes, continue the record."""
         sync, group = self._option("norm_sync"), distributed_utils.get_data_parallel_group()
+        if self._statistics is not None and {*self._statistics.norms().values()} <= {*running_norms(model).values()}:
+            self._statistics.release()  # the trainer has wrapped the same model anew: --quantization-config-path
+            if self._probe is not None:
+                self._probe.end()
         self._model, self._statistics = model, RunningStatistics(model, sync, group)
         self._has_penalty = any(isinstance(module, RegularizedBatchNorm) for module in model.modules())
         drop = max((module.p for module in model.modules() if isinstance(module, LayerDropModuleList)), default=0)

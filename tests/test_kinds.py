@@ -6,10 +6,12 @@ from types import SimpleNamespace
 import pytest
 import toy
 from fairseq import models, tasks
+from fairseq.distributed import LegacyDistributedDataParallel, ModuleProxyWrapper
 from fairseq.tasks import FairseqTask, LegacyFairseqTask
 from fairseq.tasks.translation import TranslationConfig
 from fairseq_cli import train
 
+from fairseq_powernorm.statistics import running_norms
 from fairseq_powernorm.tasks import RunningStatisticsTask
 
 FOR_TRANSLATION = r"--arch must be one of transformer_pn, .*with this architecture --task must be language_modeling_pn"
@@ -157,3 +159,17 @@ def test_options_of_ones_own_task(base, settings):
         made.train_step(None, model, lambda model, _: (model(source, lengths, target)[0].sum(), 1, {}), optimizer, 0)
     made.optimizer_step(optimizer, model, 0)
     assert model.encoder.layer_norm.steps() == before + 1
+
+
+def test_a_model_that_is_wrapped_anew():
+    """A trainer that wraps the model of several ranks anew, as ``--quantization-config-path`` makes it do, goes on: one step
+    of the statistics an update."""
+    made, model = type("Task", (RunningStatisticsTask, FairseqTask), {})(TranslationConfig()), toy.build()
+    source, lengths, target = toy.batch()
+    optimizer = SimpleNamespace(backward=lambda loss: loss.backward(), step=lambda: None)
+    before = [norm.steps() for norm in running_norms(model).values()]
+    for _ in range(2):
+        wrapped = ModuleProxyWrapper(LegacyDistributedDataParallel(model, process_group=None))
+        made.train_step(None, wrapped, lambda model, _: (model(source, lengths, target)[0].sum(), 1, {}), optimizer, 0)
+        made.optimizer_step(optimizer, wrapped, 0)
+    assert [norm.steps() for norm in running_norms(model).values()] == [steps + 2 for steps in before]

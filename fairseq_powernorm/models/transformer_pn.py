@@ -17,7 +17,7 @@ from torch import nn
 from ..checkpoint import AUTHORS_NORM_OPTIONS, AUTHORS_NORMS
 from ..layers import DecoderLayer, EncoderLayer, projections, swap_norm, wrap_layer
 from ..norms import MaskSlot
-from ..options import NormOptions
+from ..options import NormOptions, flag
 from .base import PowerNormModel, fill, flat_fields, register_architecture
 
 TransformerPNConfig = make_dataclass(
@@ -77,9 +77,15 @@ class PowerNormDecoder(TransformerDecoderBase):
         swap_norm(self, "layer_norm", cfg.norms, "decoder", "final", self.embed_dim, cfg.decoder.attention_heads)
 
     def upgrade_state_dict_named(self, state_dict, name):
-        """See fairseq, which takes a state without version for an old one and removes the final norm: --store-ema."""
+        """See fairseq, which takes a state without version for an old one and removes the final norm: --store-ema.
+
+        Where embeddings are shared, fairseq adds an output projection, which a model with adaptive softmax does not have.
+        """
         state_dict.setdefault(f"{name}.version", self.version)
-        return super().upgrade_state_dict_named(state_dict, name)
+        state_dict = super().upgrade_state_dict_named(state_dict, name)
+        if self.adaptive_softmax is not None:
+            state_dict.pop(f"{name}.output_projection.weight", None)
+        return state_dict
 
     def build_decoder_layer(self, cfg, no_encoder_attn=False):
         return wrap_layer(DecoderLayer(cfg, no_encoder_attn), cfg)
@@ -124,6 +130,19 @@ class TransformerPNModel(PowerNormModel, TransformerModelBase):
     def complete(cls, args):
         """Fill in fairseq's defaults."""
         transformer_legacy.base_architecture(args)
+
+    @classmethod
+    def check_options(cls, args):
+        """See :class:`PowerNormModel`; an output that shares its weights with embeddings is of their size."""
+        super().check_options(args)
+        names = ("share_decoder_input_output_embed", "share_all_embeddings")
+        shared = [name for name in names if getattr(args, name, False)]
+        tied = shared and not getattr(args, "adaptive_softmax_cutoff", None)
+        if tied and args.decoder_output_dim != args.decoder_embed_dim:
+            raise ValueError(
+                f"--decoder-output-dim {args.decoder_output_dim} and --decoder-embed-dim {args.decoder_embed_dim}: must be "
+                f"equal where input and output share their embeddings ({flag(shared[0])})"
+            )
 
     @classmethod
     def build_model(cls, cfg, task):

@@ -319,6 +319,15 @@ def test_tied_embeddings_are_of_one_size(arch, side):
     build(arch, decoder_input_dim=8, decoder_output_dim=8)
 
 
+@pytest.mark.parametrize("arch", ["tensorized_lm_pn", "transformer_lm_pn_ptb"])
+def test_tied_embeddings_and_adaptive_softmax(arch):
+    """Where the architecture ties embeddings, a model with adaptive softmax loads its own checkpoint."""
+    state = build(arch, adaptive_softmax_cutoff="8,16").state_dict()
+    model = build(arch, adaptive_softmax_cutoff="8,16", seed=2)
+    model.load_state_dict(dict(state))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
 def test_options_of_softmax_attention_are_not_those_of_the_tensorized_model():
     """What would have no effect is no option: attention dropout, heads, absolute positions."""
     for name in ("attention_dropout", "decoder_attention_heads", "decoder_learned_pos"):

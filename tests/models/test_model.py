@@ -369,6 +369,25 @@ def test_bad_options_are_named(arch, options, message):
         toy.build(arch, **options)
 
 
+@pytest.mark.parametrize("shared", ["share_all_embeddings", "share_decoder_input_output_embed"])
+def test_shared_embeddings_are_of_one_size(shared):
+    """Where input and output share them, an output of another size is refused; else, or with adaptive softmax, built."""
+    with pytest.raises(ValueError, match=f"--decoder-output-dim 8 .*share their embeddings .--{shared.replace('_', '-')}"):
+        toy.build(decoder_output_dim=8, **{shared: True})
+    toy.build(decoder_output_dim=8)
+    toy.build(decoder_output_dim=8, adaptive_softmax_cutoff="8,16", **{shared: True})
+
+
+@pytest.mark.parametrize("shared", ["share_all_embeddings", "share_decoder_input_output_embed"])
+def test_shared_embeddings_and_adaptive_softmax(shared):
+    """A model with both loads its own checkpoint."""
+    made = dict(adaptive_softmax_cutoff="8,16", **{shared: True})
+    state = toy.build(**made).state_dict()
+    model = toy.build(seed=2, **made)
+    model.load_state_dict(dict(state))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
 def test_checkpoint_of_another_norm():
     """Loading a checkpoint whose norms differ raises ValueError naming the position and both norms."""
     for mine, theirs in (("power", "layer"), ("layer", "power"), ("power", "power-v"), ("rms", "layer")):
